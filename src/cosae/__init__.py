@@ -1,0 +1,1 @@
+"""cosae: train and judge sparse autoencoders with inner-product and cosine scores."""

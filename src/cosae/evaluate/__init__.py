@@ -1,0 +1,1 @@
+"""Measurements: each takes SAEs and activations and returns plain numbers."""

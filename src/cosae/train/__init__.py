@@ -1,0 +1,1 @@
+"""Many SAEs in lockstep on one stream."""

@@ -1,0 +1,242 @@
+"""What one room hands the next.
+
+Everything here is plain data: no parameters, no I/O, nothing that changes after it is made.
+
+Shape suffixes used in the whole package:
+B tokens in a batch · D model width (d_in) · F features (d_sae) · K kept per token · S sequences ·
+T positions · E active entries · C concepts · N tokens of a whole set · P probe rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CosaeError(ValueError):
+    """A mistake of the user's that one sentence can put right: what came, what is allowed, what to do."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences cut from documents, ready for a model.
+
+    ids_ST    (S, T) int64   token ids; padding where mask_ST is False
+    doc_ST    (S, T) int32   index into doc_names of the document a token comes from; -1 for padding
+    index_ST  (S, T) int32   index of the token in its document's own token list (0 = the BOS when documents
+                             start with one); -1 for padding
+    mask_ST   (S, T) bool    True for real tokens, False for padding
+    special_ST (S, T) bool   True where the id is one of the tokenizer's special ids (BOS, EOS, PAD ...)
+    doc_names names of the documents, for records and reports
+    """
+
+    ids_ST: Tensor
+    doc_ST: Tensor
+    index_ST: Tensor
+    mask_ST: Tensor
+    special_ST: Tensor
+    doc_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.ids_ST.shape[0])
+
+    def __getitem__(self, rows: slice | Tensor) -> Sequences:
+        """The chosen sequences, in the order asked for; document names are kept whole."""
+        return replace(
+            self,
+            ids_ST=self.ids_ST[rows],
+            doc_ST=self.doc_ST[rows],
+            index_ST=self.index_ST[rows],
+            mask_ST=self.mask_ST[rows],
+            special_ST=self.special_ST[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Activations:
+    """N activation vectors with where each came from. All fields share the leading size N.
+
+    x_ND       (N, D) float32, bfloat16 or float16   the vectors themselves
+    norm_N     (N,) float32   Euclidean norm of each row, computed in fp32
+    token_N    (N,) int32     token id, -1 where there is none (vision, embeddings, synthetic worlds)
+    doc_N      (N,) int32     document index, -1 where there is none
+    position_N (N,) int32     position in the sequence the model saw (0 = first), -1 where there is none
+    index_N    (N,) int32     index of the token in its document's own token list, -1 where there is none
+    special_N  (N,) bool      True where the token id is a special one (BOS, EOS ...)
+    """
+
+    x_ND: Tensor
+    norm_N: Tensor
+    token_N: Tensor
+    doc_N: Tensor
+    position_N: Tensor
+    index_N: Tensor
+    special_N: Tensor
+
+    @classmethod
+    def bare(cls, x_ND: Tensor, norm_N: Tensor | None = None) -> Activations:
+        """Vectors that come from nowhere in particular: no tokens, documents or positions."""
+        n = x_ND.shape[0]
+        none = torch.full((n,), -1, dtype=torch.int32, device=x_ND.device)
+        return cls(
+            x_ND=x_ND,
+            norm_N=x_ND.float().norm(dim=-1) if norm_N is None else norm_N,
+            token_N=none,
+            doc_N=none,
+            position_N=none,
+            index_N=none,
+            special_N=torch.zeros(n, dtype=torch.bool, device=x_ND.device),
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Activations]) -> Activations:
+        """Parts one after the other."""
+        return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+
+    def __len__(self) -> int:
+        return int(self.x_ND.shape[0])
+
+    def __getitem__(self, rows: slice | Tensor) -> Activations:
+        """The chosen rows, by slice, index tensor or boolean mask."""
+        return Activations(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a frame took out of each token and a decoder must put back.
+
+    scale_B (B,) fp32   multiplier of the rebuilt vector: 1 in `raw`, |x - c| in `unit`, the standard deviation
+                        in `layer_norm`
+    shift_B (B,) fp32   added to every coordinate: 0 but in `layer_norm`, where it is the mean of x
+    r_B     (B,) fp32   |z|, the length of what is scored; a norm-restoring decoder reads it
+    """
+
+    scale_B: Tensor
+    shift_B: Tensor
+    r_B: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> Taken:
+        return Taken(self.scale_B[rows], self.shift_B[rows], self.r_B[rows])
+
+
+@dataclass(frozen=True)
+class Framed:
+    """A batch as a score sees it.
+
+    z_BD    (B, D) fp32  what is scored and rebuilt, centre removed
+    taken   what has to be put back
+    live_B  (B,) bool    False for masked (all-zero) rows of x, which encode to nothing
+    """
+
+    z_BD: Tensor
+    taken: Taken
+    live_B: Tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Sparse codes, grouped by token (compressed rows), features ascending within a token.
+
+    offset_B1  (B + 1,) int64  entries of token t are offset[t] : offset[t + 1]
+    feature_E  (E,) int64      feature ids
+    value_E    (E,) fp32       code values; never exactly 0 on selection, signed only for abs_topk
+    d_sae      number of features
+    shape      leading shape of the input the codes came from; its product is B
+    taken      what the frame took out of each token; `decode` puts it back. None for codes made by hand, which
+               only the raw frame without norm restoring can decode
+    """
+
+    offset_B1: Tensor
+    feature_E: Tensor
+    value_E: Tensor
+    d_sae: int
+    shape: tuple[int, ...]
+    taken: Taken | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.offset_B1.shape[0]) - 1
+
+    @property
+    def count_B(self) -> Tensor:
+        """(B,) int64: active entries per token."""
+        return self.offset_B1[1:] - self.offset_B1[:-1]
+
+    @property
+    def token_E(self) -> Tensor:
+        """(E,) int64: the token each entry belongs to."""
+        tokens = torch.arange(self.n_tokens, device=self.offset_B1.device)
+        return torch.repeat_interleave(tokens, self.count_B, output_size=int(self.feature_E.shape[0]))
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active features per token."""
+        return int(self.feature_E.shape[0]) / max(self.n_tokens, 1)
+
+    def to_dense(self) -> Tensor:
+        """(*shape, d_sae) fp32, zeros where nothing fired. Gradients flow to value_E."""
+        dense = self.value_E.new_zeros(self.n_tokens * self.d_sae)
+        flat = self.token_E * self.d_sae + self.feature_E
+        return dense.index_put((flat,), self.value_E).reshape(*self.shape, self.d_sae)
+
+    def with_values(self, value_E: Tensor) -> Codes:
+        """The same entries with other values."""
+        return replace(self, value_E=value_E)
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, taken: Taken | None = None) -> Codes:
+        """Codes of a dense (..., d_sae) tensor: its non-zero entries."""
+        flat = dense.reshape(-1, dense.shape[-1])
+        token_E, feature_E = (flat != 0).nonzero(as_tuple=True)
+        return cls.from_entries(
+            token_E, feature_E, flat[token_E, feature_E], flat.shape[1], tuple(dense.shape[:-1]), taken
+        )
+
+    @classmethod
+    def from_entries(
+        cls,
+        token_E: Tensor,
+        feature_E: Tensor,
+        value_E: Tensor,
+        d_sae: int,
+        shape: tuple[int, ...],
+        taken: Taken | None = None,
+    ) -> Codes:
+        """Codes of entries already sorted by (token, feature)."""
+        n_tokens = 1
+        for size in shape:
+            n_tokens *= size
+        count_B = torch.bincount(token_E, minlength=n_tokens)
+        offset_B1 = torch.zeros(n_tokens + 1, dtype=torch.int64, device=token_E.device)
+        torch.cumsum(count_B, 0, out=offset_B1[1:])
+        return cls(offset_B1, feature_E, value_E, d_sae, shape, taken)
+
+
+Metrics = Mapping[str, Any]
+"""Plain numbers by name: what a measurement returns and JSON can hold."""
+
+
+@dataclass(frozen=True)
+class NormFacts:
+    """Statistics of the first window of a stream, before any filter; written into every SAE's file.
+
+    window_tokens      how many tokens were looked at
+    median_norm        their median |x|
+    mean_norm          their mean |x|
+    max_over_median    largest |x| over the median
+    quantiles          |x| at 0, .01, .05, .25, .5, .75, .95, .99, 1
+    total_variance     mean of |x - mean x|^2 over the tokens the filter keeps, raw units squared
+    filtered_frac      share of the window that the filter drops
+    """
+
+    window_tokens: int
+    median_norm: float
+    mean_norm: float
+    max_over_median: float
+    quantiles: tuple[float, ...] = field(default_factory=tuple)
+    total_variance: float = 0.0
+    filtered_frac: float = 0.0
