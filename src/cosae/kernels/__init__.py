@@ -1,1 +1,43 @@
-"""The same mathematics, fast."""
+"""The same mathematics, fast: one visible place decides which path serves.
+
+`kernel="auto"` takes the sparse path of the device; `kernel="reference"` forces the dense definition.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from cosae.kernels import cpu, reference
+from cosae.kernels.terms import Entries, ScoreTerms
+from cosae.types import CosaeError
+
+__all__ = ["KERNELS", "Entries", "Kernel", "ScoreTerms", "choose"]
+
+KERNELS = ("auto", "reference", "cpu")
+
+
+class Kernel(Protocol):
+    """What every path offers; `reference` says what each function means."""
+
+    NAME: str
+
+    def select_batch_topk(
+        self, terms: ScoreTerms, n_keep: int, hint: float | None = None
+    ) -> tuple[Entries, float]: ...
+    def select_topk(self, terms: ScoreTerms, k: int, absolute: bool = False) -> Entries: ...
+    def select_above(self, terms: ScoreTerms, threshold: Tensor) -> Entries: ...
+    def entry_content(self, terms: ScoreTerms, entries: Entries) -> Tensor: ...
+    def decode(self, value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int) -> Tensor: ...
+
+
+def choose(kernel: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Kernel:
+    """The path that serves. float64 (gradient checks) is served by the definition and by the sparse path alike.
+
+    Raises CosaeError for a name that is not one of KERNELS.
+    """
+    if kernel not in KERNELS:
+        raise CosaeError(f"kernel must be one of {', '.join(KERNELS)}. Got {kernel!r} instead.")
+    return cast(Kernel, reference if kernel == "reference" else cpu)
