@@ -1,0 +1,58 @@
+"""Codes → reconstructions of z, one for each prefix. Unit rows are kept by the optimiser, not by this formula.
+
+    plain           ẑ = Σ_i f_i d_i
+    norm restoring  u = Σ_i f_i d_i / |d_i|,  ẑ = u · r / |u|      (paper §1, magnitude bypass)
+    prefixes p      ẑ_p = Σ_{i < p} f_i d_i                        (Matryoshka; the last prefix is d_sae)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cosae.kernels import Entries, Kernel
+from cosae.sae.frame import at_least_fp32
+from cosae.types import Taken
+
+LENGTH_MIN = 1e-8
+"""Smallest |u| that is divided by when a norm is restored (paper §1)."""
+
+
+class Decoder(nn.Module):
+    """Owns decoder rows rows_FD (F, D); prefixes are feature counts, ascending, the last is F."""
+
+    def __init__(self, d_in: int, d_sae: int, prefixes: tuple[int, ...], norm_restoring: bool) -> None:
+        super().__init__()
+        self.rows_FD = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.prefixes = prefixes or (d_sae,)
+        self.norm_restoring = norm_restoring
+
+    def rebuild(
+        self, kernel: Kernel, value_E: Tensor, entries: Entries, n_tokens: int, taken: Taken | None
+    ) -> tuple[Tensor, ...]:
+        """One (B, D) reconstruction of z for each prefix; differentiable in values and rows."""
+        rows_FD = at_least_fp32(self.rows_FD)
+        if self.norm_restoring:
+            norm_F = torch.linalg.vector_norm(rows_FD, dim=-1).clamp_min(LENGTH_MIN)
+            value_E = value_E / norm_F[entries.feature_E]
+        sums: list[Tensor] = []
+        low = 0
+        for high in self.prefixes:
+            if len(self.prefixes) == 1:
+                part_BD = kernel.decode(value_E, entries, rows_FD, n_tokens)
+            else:
+                inside = ((entries.feature_E >= low) & (entries.feature_E < high)).nonzero()[:, 0]
+                chosen = Entries(entries.token_E[inside], entries.feature_E[inside])
+                part_BD = kernel.decode(value_E[inside], chosen, rows_FD, n_tokens)
+            sums.append(sums[-1] + part_BD if sums else part_BD)
+            low = high
+        if not self.norm_restoring:
+            return tuple(sums)
+        assert taken is not None
+        return tuple(self._restore(u_BD, taken.r_B) for u_BD in sums)
+
+    @staticmethod
+    def _restore(u_BD: Tensor, r_B: Tensor) -> Tensor:
+        """u · r / |u|; a token without codes rebuilds to 0 and passes no gradient through the division."""
+        length_B = torch.linalg.vector_norm(u_BD, dim=-1).clamp_min(LENGTH_MIN)
+        return u_BD * (r_B / length_B)[:, None]

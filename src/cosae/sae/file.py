@@ -1,0 +1,330 @@
+"""Our one format: a directory with cfg.json, sae_weights.safetensors and self_check.safetensors.
+
+SAELens' names and layouts on disk: W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc, b_dec, threshold (d_sae,), and the
+paper's scale_a, scale_b; b_gate, r_mag, b_mag for gated. Weights are only ever read through safetensors. Writing is
+atomic: a directory is complete or absent. Reading checks format, version, digest, names, shapes, finiteness, and that
+stored probe activations still give their stored codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cosae.kernels import Entries
+from cosae.sae.model import SAE, SAEConfig
+from cosae.types import CosaeError
+
+FORMAT = "cosae-sae"
+VERSION = 1
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+SELF_CHECK = "self_check.safetensors"
+PROBE_ROWS = 8
+
+
+def to_disk(sae: SAE) -> dict[str, Tensor]:
+    """All state by on-disk name, contiguous fp32 (or float64) CPU tensors that share no memory."""
+    score, selector = sae.score, sae.selector
+    gated = sae.cfg.selector == "gated"
+    state: dict[str, Tensor] = {
+        "W_enc": score.rows_FD.T,
+        "W_dec": sae.decoder.rows_FD,
+        "b_dec": sae.centre_D,
+    }
+    if score.bias_F is not None:
+        state["b_gate" if gated else "b_enc"] = score.bias_F
+    if not score.is_plain:
+        state["scale_a"] = score.a
+        state["scale_b"] = score.b
+    if score.family.exponent_owner == "base_delta":
+        state["scale_a_base"] = score.exponent_base
+        state["scale_a_delta"] = score.exponent_delta_F
+    if sae.cfg.selector == "jumprelu":
+        state["threshold"] = selector.log_threshold_F.exp()
+        state["log_threshold"] = selector.log_threshold_F
+    elif not bool(selector.threshold.isnan().any()):
+        state["threshold"] = selector.threshold.expand(sae.d_sae)
+    if gated:
+        state["r_mag"], state["b_mag"] = selector.r_mag_F, selector.b_mag_F
+    if not bool((selector.rank_gain_F == 1).all()):
+        state["rank_gain"] = selector.rank_gain_F
+    return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+
+
+@torch.no_grad()
+def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
+    """The inverse of `to_disk`. Raises CosaeError naming `source` on missing, unknown or ill-shaped tensors."""
+    sae = SAE(cfg)
+    wanted = _shapes(sae)
+    missing = sorted(name for name, (_, needed) in wanted.items() if needed and name not in state)
+    unknown = sorted(set(state) - set(wanted))
+    if missing or unknown:
+        raise CosaeError(
+            f"{source}: tensors do not fit the configuration (missing: {', '.join(missing) or 'none'}; "
+            f"unknown: {', '.join(unknown) or 'none'}). The file is not a whole cosae SAE of this kind."
+        )
+    for name, value in state.items():
+        if tuple(value.shape) not in wanted[name][0]:
+            allowed = " or ".join(str(s) for s in wanted[name][0])
+            raise CosaeError(f"{source}: {name} must have shape {allowed}. Got {tuple(value.shape)} instead.")
+        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise CosaeError(f"{source}: {name} holds values that are not finite numbers; the file is damaged.")
+    dtype = state["W_dec"].dtype
+    sae.to(dtype)
+    score, selector = sae.score, sae.selector
+    score.rows_FD.copy_(state["W_enc"].T)
+    sae.decoder.rows_FD.copy_(state["W_dec"])
+    sae.centre_D.copy_(state["b_dec"])
+    bias = state.get("b_enc", state.get("b_gate"))
+    if score.bias_F is not None and bias is not None:
+        score.bias_F.copy_(bias)
+    if not score.is_plain:
+        _load_score(sae, state)
+    if cfg.selector == "jumprelu":
+        selector.log_threshold_F.copy_(state["log_threshold"])
+    elif "threshold" in state:
+        value = state["threshold"]
+        selector.threshold = value[0].clone() if bool((value == value[0]).all()) else value.clone()
+    if cfg.selector == "gated":
+        selector.r_mag_F.copy_(state["r_mag"])
+        selector.b_mag_F.copy_(state["b_mag"])
+    if "rank_gain" in state:
+        selector.rank_gain_F = state["rank_gain"].clone()
+    return sae
+
+
+def _load_score(sae: SAE, state: dict[str, Tensor]) -> None:
+    score = sae.score
+    if score.family.exponent_owner == "base_delta":
+        score.exponent_base.copy_(state["scale_a_base"])
+        score.exponent_delta_F.copy_(state["scale_a_delta"])
+    elif score.family.exponent_owner == "group":
+        score.exponent.copy_(_group_values(sae, state["scale_a"]))
+    else:
+        score.exponent.copy_(state["scale_a"])
+    gain = state["scale_b"]
+    if score.family.gain_owner == "group":
+        per_group = _group_values(sae, gain)
+        if bool((per_group[score.group_F] == gain).all()):
+            gain = per_group
+    score._replace("log_gain", gain.clone())
+
+
+def _group_values(sae: SAE, value_F: Tensor) -> Tensor:
+    """(F,) that is constant within groups → (G,)."""
+    first = torch.searchsorted(sae.score.group_F, torch.arange(sae.cfg.n_groups))
+    return value_F[first]
+
+
+def _shapes(sae: SAE) -> dict[str, tuple[tuple[tuple[int, ...], ...], bool]]:
+    """Name → (allowed shapes, whether it must be there)."""
+    d, f = sae.d_in, sae.d_sae
+    score = sae.score
+    gated, jumprelu = sae.cfg.selector == "gated", sae.cfg.selector == "jumprelu"
+    shapes: dict[str, tuple[tuple[tuple[int, ...], ...], bool]] = {
+        "W_enc": (((d, f),), True),
+        "W_dec": (((f, d),), True),
+        "b_dec": (((d,),), True),
+        "threshold": (((f,),), jumprelu),
+        "rank_gain": (((f,),), False),
+    }
+    if score.bias_F is not None:
+        shapes["b_gate" if gated else "b_enc"] = (((f,),), True)
+    if not score.is_plain:
+        scalar_a = score.family.exponent_owner in ("fixed", "shared")
+        shapes["scale_a"] = (((),) if scalar_a else ((f,),), True)
+        shapes["scale_b"] = (((), (f,)), True)
+    if score.family.exponent_owner == "base_delta":
+        shapes["scale_a_base"] = (((),), True)
+        shapes["scale_a_delta"] = (((f,),), True)
+    if jumprelu:
+        shapes["log_threshold"] = (((f,),), True)
+    if gated:
+        shapes["r_mag"] = shapes["b_mag"] = (((f,),), True)
+    return shapes
+
+
+def save(sae: SAE, path: str | Path, probes: Tensor | None = None) -> Path:
+    """Write `sae` to the directory `path`, atomically; an SAE that was there is replaced.
+
+    probes (n, d_in): activations whose codes are stored for the check on loading; drawn at random around the centre
+    where none are given. Raises CosaeError where `path` holds something that is not an SAE, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / CONFIG).exists())):
+        raise CosaeError(f"{path} holds something that is not a cosae SAE; choose another path or remove it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise CosaeError(f"{path} cannot be written ({error.strerror}); choose a folder you can write to.") from None
+    try:
+        _write(sae, staged, probes)
+        _swap(staged, path)
+    except OSError as error:
+        raise CosaeError(f"{path} could not be written ({error.strerror}); what was there before is kept.") from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return path
+
+
+def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
+    save_file(to_disk(sae), folder / WEIGHTS, metadata={"format": FORMAT})
+    save_file(_probe(sae, probes), folder / SELF_CHECK, metadata={"format": FORMAT})
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": saelens_architecture(sae),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(sae.dtype).removeprefix("torch."),
+        "sae": sae.cfg.to_dict(),
+        "facts": sae.facts,
+        "sha256": {name: _digest(folder / name) for name in (WEIGHTS, SELF_CHECK)},
+    }
+    text = json.dumps(config, indent=2, allow_nan=False, default=_jsonable)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    for file in folder.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    raise TypeError(f"facts must be plain numbers, texts, lists and mappings. Got {type(value).__name__} instead.")
+
+
+def _swap(staged: Path, path: Path) -> None:
+    """Put the staged directory in place; the old one steps aside first and is removed last."""
+    staged.chmod(0o755)
+    aside = staged.with_name(staged.name + ".old")
+    if path.exists():
+        path.rename(aside)
+    try:
+        staged.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def saelens_architecture(sae: SAE) -> str:
+    """SAELens' name where its own class computes the same function, else a name of ours."""
+    plain = sae.score.is_plain and sae.cfg.frame == "raw" and not sae.cfg.norm_restoring and sae.cfg.bias
+    if plain and sae.cfg.selector == "batch_topk" and sae.calibrated:
+        return "jumprelu"
+    return f"cosae_{sae.cfg.score}_{sae.cfg.selector}"
+
+
+@torch.no_grad()
+def _probe(sae: SAE, probes: Tensor | None) -> dict[str, Tensor]:
+    if probes is None:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(PROBE_ROWS, sae.d_in, generator=generator)
+        length = float(sae.facts.get("norm_facts", {}).get("median_norm") or sae.d_in**0.5)
+        probes = sae.centre_D.cpu() + noise * (length / sae.d_in**0.5)
+    x = probes[:PROBE_ROWS].detach().to(sae.device, sae.dtype)
+    codes = sae.encode(x)
+    return {
+        "x": x.cpu().contiguous(),
+        "token": codes.token_E.cpu().contiguous(),
+        "feature": codes.feature_E.cpu().contiguous(),
+        "value": codes.value_E.cpu().contiguous(),
+        "x_hat": sae.decode(codes).cpu().contiguous(),
+    }
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "auto") -> SAE:
+    """The SAE in directory `path`.
+
+    Raises CosaeError, in one sentence, for a path that is missing, not an SAE of ours, of a later version, truncated,
+    altered, ill-shaped, or whose stored probes no longer give their codes. Nothing in the file is executed.
+    """
+    path = Path(path)
+    config = read_config(path)
+    for name in (WEIGHTS, SELF_CHECK):
+        if not (path / name).is_file():
+            raise CosaeError(f"{path} lacks {name}: the SAE is incomplete, copy the whole folder again.")
+        if _digest(path / name) != config["sha256"].get(name):
+            raise CosaeError(f"{path / name} is not the file that was saved (its digest differs): truncated or altered.")
+    state = _read(path / WEIGHTS)
+    probe = _read(path / SELF_CHECK)
+    try:
+        fields = dict(config["sae"])
+        fields["prefixes"] = tuple(fields.get("prefixes", ()))
+        cfg = SAEConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise CosaeError(f"{path / CONFIG}: {error}") from None
+    sae = from_disk(cfg, state, str(path / WEIGHTS))
+    sae.facts = config.get("facts", {})
+    sae.kernel = kernel
+    _check_probe(sae, probe, path)
+    return sae.to(device)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """cfg.json of an SAE directory, checked for format and version. Raises CosaeError."""
+    if not path.exists():
+        raise CosaeError(f"{path} does not exist: give the folder of a saved SAE (the one that holds {CONFIG}).")
+    if not path.is_dir() or not (path / CONFIG).is_file():
+        raise CosaeError(f"{path} is not a saved SAE: a cosae SAE is a folder with {CONFIG} and {WEIGHTS}.")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        raise CosaeError(f"{path / CONFIG} is not readable JSON: the file is damaged.") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CosaeError(f"{path} was not written by cosae (its {CONFIG} has no format {FORMAT!r}).")
+    version = config.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise CosaeError(f"{path} has format version {version}; this cosae reads up to {VERSION}: upgrade cosae.")
+    if not isinstance(config.get("sae"), dict) or not isinstance(config.get("sha256"), dict):
+        raise CosaeError(f"{path / CONFIG} lacks its sections 'sae' and 'sha256': the file is damaged.")
+    return config
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CosaeError(f"{file} is not a whole safetensors file ({error}): copy it again.") from None
+
+
+@torch.no_grad()
+def _check_probe(sae: SAE, probe: dict[str, Tensor], path: Path) -> None:
+    """Stored probes must give their stored values again (0.1 % of the largest), with nearly the same entries."""
+    try:
+        entries = Entries(probe["token"], probe["feature"])
+        framed = sae._framed(probe["x"])
+        terms = sae.score.terms(framed)
+        got = sae.selector._evaluate(terms, sae._kernel(), entries).value_E
+        want = probe["value"]
+        dense = sae.encode(probe["x"]).to_dense()
+        stored = torch.zeros_like(dense).index_put((entries.token_E, entries.feature_E), want)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise CosaeError(f"{path / SELF_CHECK} does not fit the SAE ({error}): the folder mixes two SAEs.") from None
+    largest = float(want.abs().max()) if len(want) else 1.0
+    off = float((got - want).abs().max()) if len(want) else 0.0
+    flipped = int(((dense != 0) != (stored != 0)).sum())
+    if off > 1e-3 * largest or flipped > max(2, len(want) // 20):
+        raise CosaeError(
+            f"{path}: the stored probe activations no longer give their stored codes (off by {off:.3g}, {flipped} "
+            "entries differ): the weights or this version's formula changed."
+        )

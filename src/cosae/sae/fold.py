@@ -1,0 +1,58 @@
+"""Folds: other parameters, the same outputs. Each returns a new SAE (house.md, traps; ecosystem.md §2a).
+
+Scaling encoder rows cannot fold a cosine score, which normalises them. Here every score folds itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+
+from cosae.sae.model import SAE
+from cosae.types import CosaeError
+
+
+@torch.no_grad()
+def fold_decoder_norm(sae: SAE) -> SAE:
+    """Decoder rows of unit length; codes are multiplied by the old lengths n, reconstructions stay.
+
+    `b += ln n` (inner product: rows · n), `bias · n`, `threshold · n`. A norm-restoring decoder divides by row
+    lengths itself, so there only the rows change and the codes stay. Raises CosaeError for a zero row.
+    """
+    folded = copy.deepcopy(sae)
+    norm_F = torch.linalg.vector_norm(folded.decoder.rows_FD, dim=-1)
+    if not bool((norm_F > 0).all()):
+        feature = int((norm_F == 0).nonzero()[0])
+        raise CosaeError(f"decoder rows must not be zero to fold their norms. Row {feature} is: drop that feature.")
+    folded.decoder.rows_FD.div_(norm_F[:, None])
+    if sae.cfg.norm_restoring:
+        return folded
+    folded.score.scale_content_(norm_F)
+    if folded.score.bias_F is not None:
+        folded.score.bias_F.mul_(norm_F)
+    folded.selector.scale_scores_(norm_F)
+    if sae.cfg.selector == "gated":
+        folded.selector.b_mag_F.mul_(norm_F)
+    return folded
+
+
+@torch.no_grad()
+def fold_input_scale(sae: SAE, s: float) -> SAE:
+    """An SAE for x out of one that was trained on s · x: same codes, reconstructions divided by s.
+
+    raw: `b += a ln s` (inner product: rows · s), decoder and centre divided by s. unit: only the centre is divided.
+    layer_norm: nothing changes. Raises CosaeError unless s is finite and positive.
+    """
+    if not (math.isfinite(s) and s > 0):
+        raise CosaeError(f"the input scale must be a positive number. Got {s!r} instead.")
+    folded = copy.deepcopy(sae)
+    if sae.cfg.frame == "layer_norm":
+        return folded
+    folded.centre_D.div_(s)
+    if sae.cfg.frame == "raw":
+        folded.score.scale_input_(s)
+        if not sae.cfg.norm_restoring:
+            folded.decoder.rows_FD.div_(s)
+    return folded

@@ -1,0 +1,68 @@
+"""What is scored and rebuilt. Enters x (B, D); leaves z (B, D) and what has to be put back.
+
+    raw         z = x − c                         x̂ = ẑ + c
+    unit        z = (x − c) / |x − c|             x̂ = |x − c| · ẑ + c
+    layer_norm  z = (x − mean x) / std x − c      x̂ = std x · (ẑ + c) + mean x
+
+The same for every score, selector and decoder. `unit` and `layer_norm` take the norm out of the whole problem and
+not only out of the score; layer-normed inputs are what OpenAI's TopK autoencoders take (arXiv 2406.04093, §2.1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cosae.types import CosaeError, Framed, Taken
+
+FRAMES = ("raw", "unit", "layer_norm")
+SCALE_MIN = 1e-8
+"""Smallest length or standard deviation that is divided by."""
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Half types become fp32; fp32 and float64 stay."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def take(frame: str, x_BD: Tensor, centre_D: Tensor) -> Framed:
+    """x (B, D) any float dtype, centre (D,) → Framed, in the centre's precision, at least fp32.
+
+    All-zero rows of x are masked: `live_B` is False for them.
+    """
+    live_B = (x_BD != 0).any(dim=-1)
+    centre_D = at_least_fp32(centre_D)
+    x_BD = x_BD.to(centre_D.dtype)
+    zero_B = x_BD.new_zeros(x_BD.shape[0])
+    if frame == "layer_norm":
+        shift_B = x_BD.mean(dim=-1)
+        deviation_BD = x_BD - shift_B[:, None]
+        scale_B = deviation_BD.square().mean(dim=-1).sqrt().clamp_min(SCALE_MIN)
+        z_BD = deviation_BD / scale_B[:, None] - centre_D
+        taken = Taken(scale_B, shift_B, torch.linalg.vector_norm(z_BD, dim=-1))
+        return Framed(z_BD, taken, live_B)
+    z_BD = x_BD - centre_D
+    r_B = torch.linalg.vector_norm(z_BD, dim=-1)
+    if frame == "unit":
+        scale_B = r_B.clamp_min(SCALE_MIN)
+        z_BD = z_BD / scale_B[:, None]
+        return Framed(z_BD, Taken(scale_B, zero_B, r_B / scale_B), live_B)
+    return Framed(z_BD, Taken(torch.ones_like(r_B), zero_B, r_B), live_B)
+
+
+def put_back(frame: str, rebuilt_BD: Tensor, taken: Taken | None, centre_D: Tensor) -> Tensor:
+    """Reconstruction of z (B, D) → reconstruction of x (B, D).
+
+    Raises CosaeError where the frame took something out and `taken` does not say what.
+    """
+    centre_D = at_least_fp32(centre_D)
+    if frame == "raw":
+        return rebuilt_BD + centre_D
+    if taken is None:
+        raise CosaeError(
+            f"the {frame!r} frame puts a norm back that these codes do not carry: decode codes that `encode` "
+            "returned, or pass taken=codes.taken."
+        )
+    if frame == "unit":
+        return taken.scale_B[:, None] * rebuilt_BD + centre_D
+    return taken.scale_B[:, None] * (rebuilt_BD + centre_D) + taken.shift_B[:, None]

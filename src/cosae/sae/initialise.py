@@ -1,0 +1,134 @@
+"""All initialisation in one place (paper §1 and §3): what a fresh SAE starts from, and what a sample decides.
+
+    decoder rows  Kaiming uniform, then unit length; encoder rows a copy of them; β = 0
+    centre c      geometric median of a sample (Weiszfeld), its mean, or 0
+    a             a_init;  b: ½ ln d ("sqrt_d"), ln mean|z| ("norm"), or by "auto" the second where mean|z| and √d
+                  are more than a factor 2 apart
+    θ, gate bias  the quantile of *all* scores of the sample at which k of d_sae pass (paper §9 #9: the quantile of
+                  the positive ones alone starts at half the wanted L0)
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cosae.kernels import reference
+from cosae.sae import frame as frames
+from cosae.sae.score import sqrt_d_gain
+from cosae.types import CosaeError
+
+if TYPE_CHECKING:
+    from cosae.sae.model import SAE
+
+CENTRES = ("geometric_median", "mean", "zero")
+SAMPLE_ROWS = 4096
+"""Rows of the sample that are looked at; more would not change the centre visibly."""
+
+
+def geometric_median(x_ND: Tensor, max_iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """(N, D) → (D,): the point of least summed distance, by Weiszfeld's iteration from the mean.
+
+    Distances are clamped at 1e-8; stops when the point moves less than `tolerance` (paper §3).
+    """
+    point_D = x_ND.mean(0)
+    for _ in range(max_iterations):
+        weight_N = 1.0 / torch.linalg.vector_norm(x_ND - point_D, dim=-1).clamp_min(1e-8)
+        moved_D = (weight_N[:, None] * x_ND).sum(0) / weight_N.sum()
+        shift = float(torch.linalg.vector_norm(moved_D - point_D))
+        point_D = moved_D
+        if shift < tolerance:
+            break
+    return point_D
+
+
+def _centre(sae: SAE, sample_ND: Tensor, centre: str) -> Tensor:
+    if centre == "zero":
+        return torch.zeros_like(sae.centre_D)
+    inside_ND = sample_ND
+    if sae.cfg.frame == "layer_norm":
+        inside_ND = frames.take("layer_norm", sample_ND, torch.zeros_like(sae.centre_D)).z_BD
+    return geometric_median(inside_ND) if centre == "geometric_median" else inside_ND.mean(0)
+
+
+def _log_gain(sae: SAE, b_init: str | float, z_ND: Tensor | None) -> float:
+    if isinstance(b_init, (int, float)) and not isinstance(b_init, bool):
+        return float(b_init)
+    if b_init not in ("auto", "sqrt_d", "norm"):
+        raise CosaeError(f"b_init must be a number, or one of auto, sqrt_d, norm. Got {b_init!r} instead.")
+    sqrt_d = sqrt_d_gain(sae.d_in)
+    if b_init == "sqrt_d" or (z_ND is None and b_init == "auto"):
+        return sqrt_d
+    if z_ND is None:
+        raise CosaeError("b_init='norm' needs a sample of activations to fit to: pass sample=, or use sqrt_d.")
+    fitted = math.log(max(float(torch.linalg.vector_norm(z_ND, dim=-1).mean()), frames.SCALE_MIN))
+    if b_init == "auto" and abs(fitted - sqrt_d) <= math.log(2.0):
+        return sqrt_d
+    return fitted
+
+
+@torch.no_grad()
+def initialise(
+    sae: SAE,
+    *,
+    seed: int,
+    a_init: float = 0.0,
+    b_init: str | float = "auto",
+    centre: str = "geometric_median",
+    sample: Tensor | None = None,
+) -> None:
+    """Set every parameter of `sae` in place from `seed` and, where given, a sample (n, d_in) of activations.
+
+    Raises CosaeError on an unknown b_init or centre, or a sample of the wrong width.
+    """
+    if centre not in CENTRES:
+        raise CosaeError(f"centre must be one of {', '.join(CENTRES)}. Got {centre!r} instead.")
+    if not math.isfinite(a_init):
+        raise CosaeError(f"a_init must be a finite number. Got {a_init!r} instead.")
+    generator = torch.Generator().manual_seed(seed)
+    bound = math.sqrt(6.0 / sae.d_in)  # Kaiming uniform over fan-in d, gain √2; only directions survive
+    rows_FD = (torch.rand(sae.d_sae, sae.d_in, generator=generator) * 2 - 1) * bound
+    rows_FD = rows_FD / torch.linalg.vector_norm(rows_FD, dim=-1, keepdim=True)
+    sae.decoder.rows_FD.copy_(rows_FD)
+    sae.score.rows_FD.copy_(rows_FD)
+    if sae.score.bias_F is not None:
+        sae.score.bias_F.zero_()
+    sae.score.set_exponent(a_init)
+
+    z_ND = None
+    if sample is not None:
+        if sample.ndim != 2 or sample.shape[1] != sae.d_in or len(sample) == 0:
+            raise CosaeError(f"sample must have shape (n, {sae.d_in}). Got {tuple(sample.shape)} instead.")
+        sample_ND = sample[:SAMPLE_ROWS].to(sae.centre_D)
+        sae.centre_D.copy_(_centre(sae, sample_ND, centre))
+        framed = frames.take(sae.cfg.frame, sample_ND, sae.centre_D)
+        z_ND = framed.z_BD[framed.live_B]
+    sae.score.set_log_gain(_log_gain(sae, b_init, z_ND))
+    if sae.cfg.selector in ("jumprelu", "gated"):
+        _open_gates(sae, sample)
+
+
+def _open_gates(sae: SAE, sample: Tensor | None) -> None:
+    """Start θ or the gate bias where k of d_sae entries pass."""
+    share = sae.k / sae.d_sae
+    if sample is None:
+        # no data: scores of random rows on inputs of length √d have standard deviation about 1
+        spread = 1.0 if sae.cfg.score in ("inner", "inner_unit") else float(sae.scale_b.exp().mean()) / math.sqrt(sae.d_in)
+        cut = NormalDist(0.0, spread).inv_cdf(min(max(1.0 - share, 0.5), 1 - 1e-9)) if share < 1 else 0.0
+    else:
+        rows = sample[: max(64, min(len(sample), 16_000_000 // sae.d_sae))].to(sae.centre_D)
+        framed = frames.take(sae.cfg.frame, rows, sae.centre_D)
+        score_BF = reference.scores(sae.score.terms(framed))[framed.live_B]
+        n_keep = max(1, round(share * score_BF.numel()))
+        cut = float(score_BF.reshape(-1).kthvalue(score_BF.numel() - n_keep + 1).values)
+    if sae.cfg.selector == "jumprelu":
+        sae.selector.log_threshold_F.fill_(math.log(max(cut, 1e-6)))
+    elif sae.score.bias_F is not None:
+        sae.score.bias_F.fill_(-cut)
+        sae.selector.b_mag_F.zero_()
+    else:
+        sae.selector.threshold.fill_(cut)

@@ -1,0 +1,145 @@
+"""Named loss terms. Each is normalised so that it means the same at any d and any scale of the activations.
+
+    reconstruction  Σ_b q_b |e_b|² / (Σ_b q_b · variance), averaged over prefixes; e in frame or raw units
+    aux_k           |residual − ε|² / |residual − mean residual|², ε rebuilt from dead features alone
+    sparsity        λ · L0 / k (jumprelu) or λ · mean Σ_i ReLU(π_i) / (k · typical π) (gated)
+    gate            reconstruction of z from ReLU(π) through the detached decoder (gated; arXiv 2404.16014)
+
+`variance` is a constant of the run: the mean of |z − mean z|² (frame units) or |x − mean x|² (raw units) on the first
+window of the stream, so that reconstruction ≈ 1 − FVE. With 1.0 instead it is the paper's Σ_d squared error (§3).
+Weights q = |x − c|^−p, detached, divided by their batch mean (paper §5.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cosae.kernels import ScoreTerms, reference
+from cosae.sae.frame import at_least_fp32
+from cosae.sae.model import SAE, TrainOutput
+from cosae.types import CosaeError
+
+SPACES = ("raw", "frame")
+DENOMINATOR_MIN = 1e-8
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How the terms are made and weighed. Raises CosaeError on a value that is not allowed."""
+
+    space: str = "raw"
+    """Units of the squared error: raw (of x) or frame (of z). They differ in the unit and layer_norm frames."""
+    reweight: float = 0.0
+    """p of the per-token weights |x − c|^−p; 0 is none, 1 and 2 are the paper's mild and strong."""
+    normalise: str = "variance"
+    """What the squared error is divided by: variance (of the first window) or none (the paper's sum over d)."""
+    aux_k: int | None = None
+    """Dead features per token that rebuild the residual; None is d_in / 2 (paper §3)."""
+    aux_coefficient: float = 1 / 32
+    """Weight of aux_k; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        if self.space not in SPACES:
+            raise CosaeError(f"loss space must be one of {', '.join(SPACES)}. Got {self.space!r} instead.")
+        if self.normalise not in ("variance", "none"):
+            raise CosaeError(f"loss normalise must be variance or none. Got {self.normalise!r} instead.")
+        if self.aux_coefficient < 0 or (self.aux_k is not None and self.aux_k < 1):
+            raise CosaeError("aux_coefficient must be at least 0 and aux_k at least 1; to turn aux off, set the first to 0.")
+
+
+def token_weights(output: TrainOutput, power: float) -> Tensor:
+    """(B,) q = |x − c|^−p over its batch mean; 0 for masked rows; no gradient."""
+    live_B = output.framed.live_B
+    taken = output.framed.taken
+    r_B = (taken.r_B * taken.scale_B).detach().clamp_min(DENOMINATOR_MIN)
+    weight_B = torch.where(live_B, r_B.pow(-power), 0.0)
+    return weight_B * (live_B.sum() / weight_B.sum().clamp_min(torch.finfo(weight_B.dtype).tiny))
+
+
+def squared_error(output: TrainOutput, rebuilt_BD: Tensor, space: str) -> Tensor:
+    """(B,) |x − x̂|² in raw units or |z − ẑ|² in the frame's."""
+    error_B = (output.framed.z_BD - rebuilt_BD).square().sum(-1)
+    return error_B * output.framed.taken.scale_B.square() if space == "raw" else error_B
+
+
+def reconstruction(output: TrainOutput, config: LossConfig, variance: float) -> Tensor:
+    """() mean over live tokens and prefixes of the weighted squared error over `variance`."""
+    weight_B = token_weights(output, config.reweight)
+    per_prefix = [
+        (weight_B * squared_error(output, rebuilt, config.space)).sum() for rebuilt in output.rebuilt
+    ]
+    n_live = output.framed.live_B.sum().clamp_min(1)
+    return torch.stack(per_prefix).mean() / n_live / variance
+
+
+def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig) -> Tensor:
+    """() share of the residual's variance that the dead features fail to explain (paper §3, aux-k).
+
+    Per token the aux_k largest pre-ReLU scores among dead features rebuild the detached residual. Pre-ReLU, since a
+    score below 0 would pass no gradient and the feature would stay dead (paper §9 #13). Costs a product with the
+    dead rows only. dead_F (F,) bool with at least one True.
+    """
+    dead = dead_F.nonzero()[:, 0]
+    terms = output.terms
+    per_feature = terms.exponent.ndim == 1
+    dead_terms = ScoreTerms(
+        terms.z_BD,
+        terms.rows_FD[dead],
+        None if terms.bias_F is None else terms.bias_F[dead],
+        terms.exponent[dead] if per_feature else terms.exponent,
+        terms.log_gain[dead] if terms.log_gain.ndim == 1 else terms.log_gain,
+        terms.row_power,
+        terms.live_B,
+        terms.plain,
+    )
+    score_BF = reference.content(dead_terms)
+    if dead_terms.bias_F is not None:
+        score_BF = score_BF + dead_terms.bias_F
+    k = config.aux_k if config.aux_k is not None else max(1, sae.d_in // 2)
+    if k < len(dead):
+        kept = score_BF.topk(k, dim=-1).indices
+        score_BF = score_BF * torch.zeros_like(score_BF).scatter_(1, kept, 1.0)
+    rebuilt_BD = score_BF @ at_least_fp32(sae.decoder.rows_FD)[dead]
+    live_B1 = terms.live_B[:, None]
+    residual_BD = (output.framed.z_BD - output.rebuilt[-1]).detach() * live_B1
+    mean_D = residual_BD.sum(0) / terms.live_B.sum().clamp_min(1)
+    spread = ((residual_BD - mean_D) * live_B1).square().sum().clamp_min(DENOMINATOR_MIN)
+    missed = ((residual_BD - rebuilt_BD) * live_B1).square().sum()
+    return missed / spread
+
+
+def sparsity(sae: SAE, output: TrainOutput) -> Tensor:
+    """() what λ multiplies: mean L0 over k (jumprelu), mean Σ_i ReLU(π_i) over k · mean ReLU(π) (gated)."""
+    n_live = output.framed.live_B.sum().clamp_min(1)
+    if output.selection.count_B is not None:
+        return output.selection.count_B.sum() / n_live / sae.k
+    open_E = output.selection.score_E
+    typical = open_E.detach().mean().clamp_min(DENOMINATOR_MIN) if len(open_E) else open_E.new_ones(())
+    return open_E.sum() / n_live / sae.k / typical
+
+
+def terms_of(
+    sae: SAE,
+    output: TrainOutput,
+    config: LossConfig,
+    *,
+    variance: float,
+    dead_F: Tensor | None = None,
+    sparsity_weight: float = 0.0,
+) -> dict[str, Tensor]:
+    """Every term of this SAE's loss by name, already weighed: their sum is the loss.
+
+    variance: what squared errors are divided by. dead_F: (F,) bool, None where nothing is dead.
+    """
+    terms = {"reconstruction": reconstruction(output, config, variance)}
+    if output.gate_rebuilt is not None:
+        error_B = squared_error(output, output.gate_rebuilt, config.space) * output.framed.live_B
+        terms["gate"] = error_B.sum() / output.framed.live_B.sum().clamp_min(1) / variance
+    if sae.cfg.selector in ("jumprelu", "gated"):
+        terms["sparsity"] = sparsity_weight * sparsity(sae, output)
+    if dead_F is not None and config.aux_coefficient > 0:
+        terms["aux_k"] = config.aux_coefficient * aux_k(sae, output, dead_F, config)
+    return terms

@@ -1,0 +1,209 @@
+"""Scores → which entries stay, and with what value. Two rules each: in training, and at inference.
+
+    name        training                                   inference                          value
+    batch_topk  k·B largest positive scores of the batch   s > threshold (calibrated)         s
+    topk        k largest positive scores of each token    the same                           s
+    abs_topk    k largest |s| of each token                the same                           s, sign kept
+    jumprelu    s > θ_i                                    s > θ_i (θ scaled to the wanted L0) s
+    gated       π = s > 0 opens the gate                   π > threshold (calibrated)         ReLU(e^ρ·content + β_mag)
+
+An uncalibrated batch_topk falls back at inference to the training rule over the rows it is handed (paper §2);
+`SAE.calibrated` says which of the two holds.
+
+JumpReLU's gradients (paper §2; arXiv 2407.14435 §3) with a rectangle of *relative* width `bandwidth` around θ, so that
+they mean the same at any scale of the scores, in φ = ln θ:
+    ∂f/∂φ = −(θ / bandwidth) · 1[|s − θ| < bandwidth·θ/2],   ∂L0/∂φ = −(1 / bandwidth) · the same,   ∂f/∂s = 1[s > θ].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cosae.kernels import Entries, Kernel, ScoreTerms
+
+SELECTORS = ("batch_topk", "topk", "abs_topk", "jumprelu", "gated")
+CALIBRATED_SELECTORS = ("batch_topk", "jumprelu", "gated")
+PENALISED_SELECTORS = ("jumprelu", "gated")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Chosen entries of a batch; all (E,) and differentiable where a gradient exists.
+
+    score_E  s = content + β
+    value_E  code values. In training some may be 0: entries inside JumpReLU's window below θ, gates whose magnitude
+             is 0. They carry gradients and are no firings.
+    count_B  expected-L0 surrogate per token, differentiable in θ; None but for jumprelu
+    hint     smallest kept score, for the next batch's search
+    """
+
+    entries: Entries
+    score_E: Tensor
+    value_E: Tensor
+    count_B: Tensor | None = None
+    hint: float | None = None
+
+    def fired(self) -> Selection:
+        """Only the entries whose value is not 0."""
+        on = (self.value_E != 0).nonzero()[:, 0]
+        if len(on) == len(self.entries):
+            return self
+        entries = Entries(self.entries.token_E[on], self.entries.feature_E[on])
+        return Selection(entries, self.score_E[on], self.value_E[on], self.count_B, self.hint)
+
+
+class _JumpValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, score_E: Tensor, log_theta_E: Tensor, bandwidth: float) -> Tensor:
+        theta_E = log_theta_E.exp()
+        on_E = score_E > theta_E
+        ctx.save_for_backward(theta_E, on_E, (score_E - theta_E).abs() < 0.5 * bandwidth * theta_E)
+        ctx.bandwidth = bandwidth
+        return score_E * on_E
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        theta_E, on_E, window_E = ctx.saved_tensors
+        return grads[0] * on_E, -grads[0] * window_E * theta_E / ctx.bandwidth, None
+
+
+class _JumpCount(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, score_E: Tensor, log_theta_E: Tensor, bandwidth: float) -> Tensor:
+        theta_E = log_theta_E.exp()
+        ctx.save_for_backward((score_E - theta_E).abs() < 0.5 * bandwidth * theta_E)
+        ctx.bandwidth = bandwidth
+        return (score_E > theta_E).to(score_E.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (window_E,) = ctx.saved_tensors
+        return None, -grads[0] * window_E / ctx.bandwidth, None
+
+
+class Selector(nn.Module):
+    """Owns k and what the rule needs.
+
+    threshold        () or (F,) fp32 buffer, NaN until calibrated: inference threshold of batch_topk and gated
+    rank_gain_F      (F,) fp32 buffer of ones: scores are ranked divided by it. Only a fold of decoder norms sets it,
+                     so that top-k keeps choosing what it chose before the fold
+    log_threshold_F  (F,) φ = ln θ, jumprelu only
+    r_mag_F, b_mag_F (F,) ρ and β_mag, gated only (arXiv 2404.16014)
+    """
+
+    threshold: Tensor
+    rank_gain_F: Tensor
+
+    def __init__(self, name: str, k: int, d_sae: int, bandwidth: float) -> None:
+        super().__init__()
+        self.name = name
+        self.k = k
+        self.bandwidth = bandwidth
+        self.register_buffer("threshold", torch.tensor(float("nan")))
+        self.register_buffer("rank_gain_F", torch.ones(d_sae))
+        if name == "jumprelu":
+            self.log_threshold_F = nn.Parameter(torch.zeros(d_sae))
+        if name == "gated":
+            self.r_mag_F = nn.Parameter(torch.zeros(d_sae))
+            self.b_mag_F = nn.Parameter(torch.zeros(d_sae))
+
+    @property
+    def calibrated(self) -> bool:
+        """True where inference needs no batch: top-k per token, own thresholds, or a calibrated one."""
+        return self.name != "batch_topk" or not bool(self.threshold.isnan().any())
+
+    def _ranked(self, terms: ScoreTerms) -> ScoreTerms:
+        """Terms whose scores are s / rank_gain: what top-k compares."""
+        terms = terms.detached()
+        if bool((self.rank_gain_F == 1).all()):
+            return terms
+        gain_F = self.rank_gain_F.to(terms.z_BD.dtype)
+        return ScoreTerms(
+            terms.z_BD,
+            terms.rows_FD / gain_F[:, None] if terms.plain else terms.rows_FD,
+            None if terms.bias_F is None else terms.bias_F / gain_F,
+            terms.exponent,
+            terms.log_gain if terms.plain else terms.log_gain - gain_F.log(),
+            terms.row_power,
+            terms.live_B,
+            terms.plain,
+        )
+
+    def train_select(self, terms: ScoreTerms, kernel: Kernel, hint: float | None = None) -> Selection:
+        """The training rule; differentiable. `hint` is what the last batch's Selection carried."""
+        if self.name == "jumprelu":
+            theta_F = self.log_threshold_F.detach().to(terms.z_BD.dtype).exp()
+            entries = kernel.select_above(terms.detached(), theta_F * (1 - 0.5 * self.bandwidth))
+            score_E = self._scores(terms, kernel, entries)[0]
+            log_theta_E = self.log_threshold_F.to(score_E.dtype)[entries.feature_E]
+            value_E: Tensor = _JumpValue.apply(score_E, log_theta_E, self.bandwidth)  # type: ignore[assignment]
+            on_E: Tensor = _JumpCount.apply(score_E.detach(), log_theta_E, self.bandwidth)  # type: ignore[assignment]
+            count_B = on_E.new_zeros(terms.n_tokens).index_add(0, entries.token_E, on_E)
+            return Selection(entries, score_E, value_E, count_B)
+        if self.name == "gated":
+            zero = terms.z_BD.new_zeros(())
+            return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), zero))
+        if self.name == "batch_topk":
+            n_keep = self.k * int(terms.live_B.sum())
+            entries, found = kernel.select_batch_topk(self._ranked(terms), n_keep, hint)
+            return self._evaluate(terms, kernel, entries, found)
+        absolute = self.name == "abs_topk"
+        return self._evaluate(terms, kernel, kernel.select_topk(self._ranked(terms), self.k, absolute))
+
+    def infer_select(self, terms: ScoreTerms, kernel: Kernel) -> Selection:
+        """The inference rule."""
+        if self.name == "jumprelu":
+            theta_F = self.log_threshold_F.to(terms.z_BD.dtype).exp()
+            return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), theta_F.detach()))
+        if self.name == "gated":
+            threshold = torch.nan_to_num(self.threshold, nan=0.0).to(terms.z_BD.dtype)
+            return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), threshold)).fired()
+        if self.name == "batch_topk" and self.calibrated:
+            threshold = self.threshold.to(terms.z_BD.dtype)
+            return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), threshold))
+        return self.train_select(terms, kernel)
+
+    def _scores(self, terms: ScoreTerms, kernel: Kernel, entries: Entries) -> tuple[Tensor, Tensor]:
+        content_E = kernel.entry_content(terms, entries)
+        if terms.bias_F is None:
+            return content_E, content_E
+        return content_E + terms.bias_F[entries.feature_E], content_E
+
+    def _evaluate(
+        self, terms: ScoreTerms, kernel: Kernel, entries: Entries, hint: float | None = None
+    ) -> Selection:
+        score_E, content_E = self._scores(terms, kernel, entries)
+        if self.name != "gated":
+            return Selection(entries, score_E, score_E, hint=hint)
+        r_mag_E = self.r_mag_F.to(content_E.dtype)[entries.feature_E]
+        b_mag_E = self.b_mag_F.to(content_E.dtype)[entries.feature_E]
+        return Selection(entries, score_E, (r_mag_E.exp() * content_E + b_mag_E).relu(), hint=hint)
+
+    def margin(self, score_BF: Tensor) -> Tensor:
+        """(B, F) the statistic m of which "m > t" is the inference rule, for finding t: calibration only."""
+        if self.name == "jumprelu":
+            return score_BF / self.log_threshold_F.to(score_BF.dtype).exp()
+        return score_BF
+
+    @torch.no_grad()
+    def set_margin(self, t: float) -> None:
+        """Make "m > t" the inference rule."""
+        if self.name == "jumprelu":
+            self.log_threshold_F.add_(torch.tensor(t).log())
+        else:
+            self.threshold = torch.full_like(self.threshold, t)
+
+    @torch.no_grad()
+    def scale_scores_(self, factor_F: Tensor) -> None:
+        """Keep choosing the same entries after every score was multiplied by factor (F,) > 0: a fold."""
+        if self.name == "jumprelu":
+            self.log_threshold_F.add_(factor_F.log())
+        elif self.name == "gated":
+            self.threshold = torch.nan_to_num(self.threshold, nan=0.0) * factor_F
+        else:
+            self.threshold = self.threshold * factor_F
+            self.rank_gain_F = self.rank_gain_F * factor_F
