@@ -1,0 +1,143 @@
+"""Files of N × d values, opened: safetensors, NumPy and Parquet.
+
+In: a path and perhaps a key. Out: an (N, d) array that rows can be taken from, floating point, at least one
+row and one column. What is wrong with a file is told in one sentence; whether its values are finite is
+checked by the reader.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cosae.types import CosaeError
+
+Array = Tensor | NDArray[Any]
+ALLOWED = "float32, float16, bfloat16 or float64"
+
+
+def open_array(path: Path, key: str | None = None) -> tuple[Array, str | None, str]:
+    """(N, d) array, the key it was found under (None where there is none) and its dtype's name in the file.
+
+    `.npy` files are memory-mapped and never unpickled; the others are read whole. Raises `CosaeError`.
+    """
+    readers = {".safetensors": _read_safetensors, ".npy": _read_npy, ".parquet": _read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise CosaeError(f"Activations must be a {', '.join(readers)} file. Got '{path}' instead.")
+    if not path.is_file():
+        raise CosaeError(f"Activations file '{path}' does not exist; check the path.")
+    array, found = reader(path, key)
+    dtype = str(array.dtype).removeprefix("torch.").lstrip("<>")
+    dtype = {"f2": "float16", "f4": "float32", "f8": "float64"}.get(dtype, dtype)
+    if dtype not in ("float32", "float16", "bfloat16", "float64"):
+        raise CosaeError(f"'{path}' holds {dtype} values; save them as {ALLOWED}.")
+    shape = tuple(array.shape)
+    if array.ndim != 2:
+        raise CosaeError(f"'{path}' must hold an N × d array. Got shape {shape} instead; reshape it.")
+    if 0 in shape:
+        raise CosaeError(f"'{path}' is empty: its shape is {shape}; give at least one row and column.")
+    return array, found, dtype
+
+
+def _damaged(path: Path, kind: str, error: Exception) -> CosaeError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return CosaeError(f"'{path}' is damaged, cut short or no {kind} file ({first}); write it again.")
+
+
+def _choose(path: Path, key: str | None, available: dict[str, str], what: str) -> str:
+    """The key asked for, or the only one."""
+    listed = ", ".join(f"{name} {shape}".strip() for name, shape in sorted(available.items()))
+    if key is not None and key not in available:
+        raise CosaeError(f"'{path}' has no {what} '{key}'; it has {listed or 'none'}.")
+    if key is None and len(available) != 1:
+        raise CosaeError(f"'{path}' has {len(available)} {what}s ({listed or 'none'}); name one by its key.")
+    return key if key is not None else next(iter(available))
+
+
+def _read_safetensors(path: Path, key: str | None) -> tuple[Array, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            shapes = {name: str(tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+            key = _choose(path, key, shapes, "tensor")
+            return file.get_tensor(key), key
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, "safetensors", error) from error
+
+
+def _read_npy(path: Path, key: str | None) -> tuple[Array, None]:
+    if key is not None:
+        raise CosaeError(f"A .npy file holds a single array, without a key. Got key '{key}' for '{path}'.")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False), None
+    except (ValueError, OSError, EOFError) as error:
+        raise _damaged(path, "NumPy array", error) from error
+
+
+def _read_parquet(path: Path, key: str | None) -> tuple[Array, str | None]:
+    try:
+        import pyarrow as pa
+        import pyarrow.compute
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise CosaeError("Reading .parquet needs pyarrow: pip install pyarrow.") from None
+    try:
+        schema = pq.read_schema(path)
+        kinds = {field.name: str(field.type) for field in schema}
+        lists = {f.name: str(f.type) for f in schema if pa.types.is_list(f.type) or _is_fixed(pa, f.type)}
+        if key is None and not lists:
+            return _side_by_side(pa, path, kinds, pq.read_table(path)), None
+        key = _choose(path, key, lists, "list column")
+        return _list_column(pa, path, key, pq.read_table(path, columns=[key])[key]), key
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, "Parquet", error) from error
+
+
+def _is_fixed(pa: Any, kind: Any) -> bool:
+    return bool(pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind))
+
+
+def _side_by_side(pa: Any, path: Path, kinds: dict[str, str], table: Any) -> Array:
+    """(N, number of columns), the columns in the file's order."""
+    other = next((name for name in kinds if not pa.types.is_floating(table.schema.field(name).type)), None)
+    if other is not None or not kinds:
+        have = f"column '{other}' is {kinds[other]}" if other is not None else "there are no columns"
+        raise CosaeError(
+            f"'{path}' must have one column of lists or floating point columns only, but {have}; drop or "
+            "convert it."
+        )
+    gap = next((name for name in kinds if table[name].null_count), None)
+    if gap is not None:
+        raise CosaeError(f"Column '{gap}' of '{path}' has missing values; remove or fill those rows.")
+    # Filled by column: stacking would promote mixed widths twice over and hold three copies.
+    dtype = np.result_type(*(table.schema.field(name).type.to_pandas_dtype() for name in kinds))
+    array = np.empty((table.num_rows, len(kinds)), dtype)
+    for column, name in enumerate(kinds):
+        array[:, column] = table[name].to_numpy()
+    return array
+
+
+def _list_column(pa: Any, path: Path, key: str, column: Any) -> Array:
+    """(N, length of the lists)."""
+    chunks = [chunk for chunk in column.chunks if len(chunk)]
+    if not chunks:
+        return np.empty((0, 0), np.float32)
+    lengths = np.unique(np.concatenate([pa.compute.list_value_length(c).fill_null(-1) for c in chunks]))
+    if len(lengths) != 1 or lengths[0] < 0:
+        raise CosaeError(
+            f"Column '{key}' of '{path}' must hold lists of one length, none of them missing. Got lengths "
+            f"{lengths.min()} to {lengths.max()} instead (-1 for a missing list)."
+        )
+    parts = [chunk.flatten() for chunk in chunks]
+    if any(part.null_count for part in parts):
+        raise CosaeError(f"Column '{key}' of '{path}' has missing values in its lists; remove or fill them.")
+    if not pa.types.is_floating(parts[0].type):
+        raise CosaeError(f"'{path}' holds {parts[0].type} values; save them as {ALLOWED}.")
+    flat = np.concatenate([part.to_numpy() for part in parts])
+    return flat.reshape(-1, int(lengths[0]))
