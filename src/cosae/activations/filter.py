@@ -1,0 +1,181 @@
+"""Which tokens take part: one declared policy, shared by training and evaluation.
+
+Enters: a window of activations, as they will be trained on (after any injected nuisance).
+Leaves: a fitted filter that says which tokens to keep, the norm facts of the window, and the sink mask by
+which evaluation reports everything twice, with sinks and without.
+
+    norm:        drop tokens with |x| >= factor · median |x|        (paper §3: factor 10)
+    position_0:  drop the first token of every sequence, where attention sinks sit
+    none:        keep everything
+
+The median is taken once, over a stated window at the head of the stream, never per batch: a median of each
+batch would make what is kept depend on the batch size. Source: paper §3 and its audit in §9 A (training
+filtered sinks, most analyses did not).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cosae.types import Activations, CosaeError, NormFacts
+
+FilterKind = Literal["none", "position_0", "norm"]
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class FilterPolicy:
+    """What to drop, before it is known how large norms are.
+
+    kind           none, position_0 or norm
+    factor         norm: drop tokens at or above this multiple of the median norm
+    window_tokens  how many tokens at the head of the stream the median is taken over
+    drop_special   drop the tokenizer's special ids (BOS, EOS ...) as well, under any kind
+
+    Raises CosaeError for an unknown kind, a factor not above 1 or an empty window.
+    """
+
+    kind: FilterKind = "norm"
+    factor: float = 10.0
+    window_tokens: int = 65536
+    drop_special: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(FilterKind):
+            raise CosaeError(
+                f"filter kind must be one of {', '.join(get_args(FilterKind))}. Got {self.kind!r} instead."
+            )
+        if not (isfinite(self.factor) and self.factor > 1):
+            raise CosaeError(
+                "filter factor must be a finite number above 1 (a multiple of the median norm). "
+                f"Got {self.factor} instead."
+            )
+        if self.window_tokens < 1:
+            raise CosaeError(f"filter window_tokens must be at least 1. Got {self.window_tokens} instead.")
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A policy and the median it was fitted to; small enough to be written into every file.
+
+    policy       what was declared
+    median_norm  median |x| of the window, raw units
+    seen_tokens  how many tokens the median was really taken over
+    """
+
+    policy: FilterPolicy
+    median_norm: float
+    seen_tokens: int
+
+    @property
+    def threshold(self) -> float:
+        """Norm at and above which a token is dropped; infinite unless the policy is `norm`."""
+        return self.policy.factor * self.median_norm if self.policy.kind == "norm" else float("inf")
+
+    def keep(self, activations: Activations) -> Tensor:
+        """(N,) bool: the tokens that take part. Tokens without a position are never at position 0."""
+        if self.policy.kind == "norm":
+            keep_N = activations.norm_N < self.threshold
+        elif self.policy.kind == "position_0":
+            keep_N = activations.position_N != 0
+        else:
+            keep_N = torch.ones_like(activations.special_N)
+        return keep_N & ~activations.special_N if self.policy.drop_special else keep_N
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Filter:
+        """The filter that `to_dict` wrote. Raises CosaeError if the record is not one."""
+        try:
+            policy = FilterPolicy(**record["policy"])
+            return cls(policy, float(record["median_norm"]), int(record["seen_tokens"]))
+        except CosaeError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise CosaeError(
+                "a filter record must hold policy, median_norm and seen_tokens as cosae writes them: "
+                f"{error}."
+            ) from error
+
+
+def fit(policy: FilterPolicy, norm_N: Tensor) -> Filter:
+    """The policy fitted to the norms of a stream's first tokens.
+
+    norm_N: (N,) |x| of the window before any filtering; only the first `policy.window_tokens` are read.
+    Raises CosaeError if there are none, if one is not finite, or if the median is 0 where it would be the
+    yardstick.
+    """
+    window_N = norm_N[: policy.window_tokens]
+    if len(window_N) == 0:
+        raise CosaeError("the filter needs at least one token to find the median norm; the stream gave none.")
+    if not bool(torch.isfinite(window_N).all()):
+        raise CosaeError("norms must be finite to fit a filter; check the activations for NaN or infinity.")
+    median_norm = _quantiles(window_N, (0.5,))[0]
+    if policy.kind == "norm" and median_norm == 0:
+        raise CosaeError(
+            f"the median norm of the first {len(window_N)} tokens is 0, so the filter `norm` would drop "
+            "everything; check the activations or use the filter `none`."
+        )
+    return Filter(policy, median_norm, len(window_N))
+
+
+def sinks(activations: Activations, median_norm: float, factor: float = 10.0) -> Tensor:
+    """(N,) bool: tokens that evaluation sets apart as attention sinks, whatever training did with them.
+
+    position 0 | special id | |x| >= factor · median_norm. Without positions and tokens only the norm rule
+    applies.
+    """
+    large_N = activations.norm_N >= factor * median_norm
+    return large_N | (activations.position_N == 0) | activations.special_N
+
+
+def norm_facts(window: Activations, filter: Filter) -> NormFacts:
+    """What a run's page begins with: the norms of a window before filtering, and what the filter removes.
+
+    total_variance is the mean of |x - mean x|² over the kept tokens, in float64, two passes.
+    Raises CosaeError if the filter keeps nothing of the window.
+    """
+    keep_N = filter.keep(window)
+    if not bool(keep_N.any()):
+        raise CosaeError(
+            f"the filter {filter.policy.kind!r} drops all {len(window)} tokens of the first window; "
+            "choose another filter or check the activations."
+        )
+    norm_N = window.norm_N.double()
+    quantiles = _quantiles(norm_N, QUANTILES)
+    median = quantiles[QUANTILES.index(0.5)]
+    return NormFacts(
+        window_tokens=len(window),
+        median_norm=median,
+        mean_norm=float(norm_N.mean()),
+        max_over_median=float(norm_N.max()) / median if median > 0 else float("inf"),
+        quantiles=quantiles,
+        total_variance=_total_variance(window.x_ND, keep_N),
+        filtered_frac=1.0 - float(keep_N.double().mean()),
+    )
+
+
+def _quantiles(value_N: Tensor, marks: tuple[float, ...]) -> tuple[float, ...]:
+    """Linear interpolation between order statistics; torch.quantile refuses more than 16 million values."""
+    sorted_N = value_N.double().sort().values
+    place_Q = torch.tensor(marks, dtype=torch.float64, device=value_N.device) * (len(sorted_N) - 1)
+    low_Q, high_Q = place_Q.floor(), place_Q.ceil()
+    return tuple(torch.lerp(sorted_N[low_Q.long()], sorted_N[high_Q.long()], place_Q - low_Q).tolist())
+
+
+def _total_variance(x_ND: Tensor, keep_N: Tensor, rows: int = 8192) -> float:
+    """In blocks of rows: a float64 copy of the whole window would double or quadruple its memory."""
+    row_slices = [slice(first, first + rows) for first in range(0, len(x_ND), rows)]
+    blocks = [x_ND[row][keep_N[row]] for row in row_slices]
+    n_kept = int(keep_N.sum())
+    mean_D = torch.stack([block.double().sum(0) for block in blocks]).sum(0) / n_kept
+    return sum(float((block.double() - mean_D).square().sum()) for block in blocks) / n_kept

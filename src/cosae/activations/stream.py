@@ -1,0 +1,327 @@
+"""Activations, shuffled and filtered, in batches: what every arm of a run is trained on.
+
+Enters: a `Source`, chunks of activations in the order a model made them.
+Leaves: batches drawn uniformly without replacement from a shuffle buffer, which is filled up again from the
+source whenever it falls to half. A digest of everything handed out proves that two runs, or two arms, saw the
+same.
+
+    source chunk → finite? → nuisance → filter → buffer → batch
+
+Stateless upstream, small state here: what is live in the buffer, one generator, and how far the source was
+read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from cosae.activations import nuisance as nuisances
+from cosae.activations.digest import chain
+from cosae.activations.filter import Filter, FilterPolicy, fit, norm_facts
+from cosae.activations.nuisance import Nuisance, keyed_generator
+from cosae.types import Activations, CosaeError, NormFacts
+
+SAMPLE_ROWS = 16384  # enough for a geometric median and for norm statistics, small enough to copy about
+BARREN_CHUNKS = 1000  # so many chunks in a row without one kept token: the filter is wrong, not the luck
+STATE_VERSION = 1
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Anything that makes activations, endlessly and repeatably.
+
+    `chunks(start)` begins with chunk number `start`; chunk i is the same whatever `start` was and never ends.
+    """
+
+    @property
+    def d_in(self) -> int:
+        """Dimensions of the activations."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that tell this source from another; written into records and checked on restoring."""
+        ...
+
+    def chunks(self, start: int = 0) -> Iterator[Activations]:
+        """Chunk `start`, `start + 1`, ..."""
+        ...
+
+
+class ActivationStream:
+    """Shuffled, filtered batches from a source.
+
+    source         where activations come from
+    batch_tokens   rows of a batch
+    buffer_tokens  rows of the shuffle buffer, at least two batches; its memory is allocated once
+    seed           of the shuffle
+    filter         which tokens take part; its median is fitted to the first window of the stream
+    nuisance       norm nuisance put on before the filter looks
+    device         where the buffer and the batches live
+    store_dtype    float32 or bfloat16, of the buffer only: batches are always float32
+
+    Raises CosaeError for settings outside these, for activations of another width than the source promised,
+    and for activations that are not finite, naming document and position (or chunk and row).
+
+    After construction:
+    filter      Filter       the fitted policy
+    norm_facts  NormFacts    of the first window, before the filter
+    sample_ND   (≤ 16384, D) fp32, evenly spaced kept rows of the first window, for initialisation
+    Looking at the window takes nothing from training: its tokens are handed out like all others.
+    """
+
+    filter: Filter
+    norm_facts: NormFacts
+    sample_ND: Tensor
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_tokens: int,
+        buffer_tokens: int,
+        seed: int,
+        filter: FilterPolicy | None = None,
+        nuisance: Nuisance | None = None,
+        device: str | torch.device = "cpu",
+        store_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if batch_tokens < 1:
+            raise CosaeError(f"batch_tokens must be at least 1. Got {batch_tokens} instead.")
+        if buffer_tokens < 2 * batch_tokens:
+            raise CosaeError(
+                f"buffer_tokens must be at least two batches ({2 * batch_tokens}) for the shuffle to mix. "
+                f"Got {buffer_tokens} instead."
+            )
+        if store_dtype not in (torch.float32, torch.bfloat16):
+            raise CosaeError(
+                f"store_dtype must be torch.float32 or torch.bfloat16. Got {store_dtype} instead."
+            )
+        self.source = source
+        self.d_in = source.d_in
+        self.batch_tokens = batch_tokens
+        self.buffer_tokens = buffer_tokens
+        self.seed = seed
+        self.nuisance = nuisance or Nuisance()
+        self.device = torch.device(device)
+        self.store_dtype = store_dtype
+        self.n_batches = 0  # handed out so far
+        self._digest = bytes(32)
+        self._generator = keyed_generator(seed, "shuffle")
+        self._open(chunk=0, offset=0)
+        self._look(filter or FilterPolicy())
+        self._buffer = _allocate(buffer_tokens, self.d_in, store_dtype, self.device)
+        # slots in the order they will be handed out; those before the cursor are free
+        self._order = torch.arange(buffer_tokens, device=self.device)
+        self._cursor = buffer_tokens
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens handed out so far."""
+        return self.n_batches * self.batch_tokens
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits over every batch handed out so far, in order: values in float32, and all ids."""
+        return self._digest.hex()
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides what this stream hands out; plain values, for records."""
+        return {
+            "source": self.source.describe(),
+            "batch_tokens": self.batch_tokens,
+            "buffer_tokens": self.buffer_tokens,
+            "seed": self.seed,
+            "filter": asdict(self.filter.policy),
+            "nuisance": self.nuisance.to_dict(),
+            "store_dtype": str(self.store_dtype).removeprefix("torch."),
+        }
+
+    def next_batch(self) -> Activations:
+        """The next `batch_tokens` rows.
+
+        x_ND is (B, D) float32 and contiguous; norm_N is the source's norm, from before any rounding to bfloat16.
+        """
+        live = self.buffer_tokens - self._cursor
+        if live <= self.buffer_tokens // 2 or live < self.batch_tokens:
+            self._refill()
+        slots_B = self._order[self._cursor : self._cursor + self.batch_tokens]
+        rows = _gather(self._buffer, slots_B)
+        batch = Activations(rows.x_ND.float(), *(getattr(rows, f.name) for f in fields(rows)[1:]))
+        self._cursor += self.batch_tokens
+        self.n_batches += 1
+        self._digest = chain(self._digest, batch)
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on to the bit: plain values and tensors (copies), in one flat dict.
+
+        Only the live rows of the buffer are kept, in the order they would be handed out.
+        """
+        live = _gather(self._buffer, self._order[self._cursor :])
+        return {
+            "version": STATE_VERSION,
+            "stream": json.dumps(self.describe(), sort_keys=True, default=str),
+            "filter": json.dumps(self.filter.to_dict()),
+            "chunk": self._chunk,
+            "offset": self._offset,
+            "n_batches": self.n_batches,
+            "digest": self.digest,
+            "generator": self._generator.get_state(),
+            **{f"buffer.{f.name}": getattr(live, f.name) for f in fields(live)},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken: every later batch and digest equals the uninterrupted stream's.
+
+        Raises CosaeError if the state belongs to another stream (source, filter, seed, sizes).
+        """
+        if state.get("version") != STATE_VERSION:
+            raise CosaeError(
+                f"the saved stream must be of version {STATE_VERSION}. Got {state.get('version')!r} instead; "
+                "resume with the cosae that wrote it."
+            )
+        if differing := _differences(json.loads(state["stream"]), self.describe()):
+            raise CosaeError(
+                f"the saved stream differs from this one in {', '.join(differing)}; resume with the recipe "
+                "and the data it was started with."
+            )
+        # the fitted median comes from the state: on other hardware this window's may differ in its last bit
+        self.filter = Filter.from_dict(json.loads(state["filter"]))
+        live = len(state["buffer.x_ND"])
+        for f in fields(self._buffer):
+            getattr(self._buffer, f.name)[:live].copy_(state[f"buffer.{f.name}"])
+        # what counts is the order of hand-out, not which slot holds a row: live rows fill the first slots
+        self._order = torch.arange(self.buffer_tokens, device=self.device).roll(self.buffer_tokens - live)
+        self._cursor = self.buffer_tokens - live
+        self._generator.set_state(state["generator"].cpu())
+        self.n_batches = int(state["n_batches"])
+        self._digest = bytes.fromhex(state["digest"])
+        self._open(int(state["chunk"]), int(state["offset"]))
+
+    def _open(self, chunk: int, offset: int) -> None:
+        """Read the source from kept row `offset` of chunk `chunk` on."""
+        self._chunk, self._offset = chunk, offset
+        self._ahead: deque[Activations] = deque()  # read and checked, not yet taken: the first window
+        self._chunks = self.source.chunks(start=chunk)
+        self._next_index = chunk
+        self._kept: Activations | None = None  # kept rows of chunk self._chunk
+
+    def _look(self, policy: FilterPolicy) -> None:
+        """Read the first window ahead; fit the filter, take the norm facts and the sample."""
+        seen = 0
+        while seen < policy.window_tokens:
+            self._ahead.append(self._read())
+            seen += len(self._ahead[-1])
+        window = Activations.cat(list(self._ahead))[: policy.window_tokens]
+        if policy.kind == "position_0" and int(window.position_N.max()) < 0:
+            raise CosaeError(
+                "the filter position_0 needs activations that know their positions, and these do not; "
+                "use the filter norm or none."
+            )
+        self.filter = fit(policy, window.norm_N)
+        self.norm_facts = norm_facts(window, self.filter)
+        kept = self.filter.keep(window).nonzero().flatten()
+        spaced = torch.linspace(0, len(kept) - 1, min(len(kept), SAMPLE_ROWS), dtype=torch.float64).long()
+        self.sample_ND = window.x_ND[kept[spaced.to(kept.device)]].float().to(self.device)
+
+    def _read(self) -> Activations:
+        """The next chunk of the source, checked, with the nuisance on it."""
+        index = self._next_index
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            raise CosaeError(f"a source must be endless; this one stopped before chunk {index}.")
+        if chunk.x_ND.shape[-1] != self.d_in:
+            raise CosaeError(
+                f"the source promised width {self.d_in}. Got {chunk.x_ND.shape[-1]} in chunk {index} instead."
+            )
+        _check_finite(chunk, index)
+        self._next_index += 1
+        return nuisances.apply(chunk, self.nuisance, index)
+
+    def _refill(self) -> None:
+        """Fill the free slots from the source and shuffle the whole buffer anew."""
+        free = self._order[: self._cursor]
+        filled = 0
+        while filled < len(free):
+            rows = self._take(len(free) - filled)
+            slots = free[filled : filled + len(rows)]
+            for f in fields(rows):
+                target = getattr(self._buffer, f.name)
+                target.index_copy_(0, slots, getattr(rows, f.name).to(self.device, target.dtype))
+            filled += len(rows)
+        shuffle = torch.randperm(self.buffer_tokens, generator=self._generator).to(self.device)
+        self._order = self._order.roll(-self._cursor)[shuffle]
+        self._cursor = 0
+
+    def _take(self, at_most: int) -> Activations:
+        """Up to `at_most` kept rows from the source, at least one, in its order."""
+        barren = 0
+        while True:
+            if self._kept is None:
+                chunk = self._ahead.popleft() if self._ahead else self._read()
+                keep_N = self.filter.keep(chunk)
+                self._kept = chunk if bool(keep_N.all()) else chunk[keep_N]
+            rows = self._kept[self._offset : self._offset + at_most]
+            if len(rows):
+                self._offset += len(rows)
+                return rows
+            self._kept, self._chunk, self._offset = None, self._chunk + 1, 0
+            barren += 1
+            if barren > BARREN_CHUNKS:
+                raise CosaeError(
+                    f"the filter {self.filter.policy.kind!r} kept nothing of {BARREN_CHUNKS} chunks in a "
+                    "row; choose another filter or check the activations."
+                )
+
+
+def _allocate(n: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Activations:
+    empty = Activations.bare(torch.zeros(n, d_in, dtype=dtype, device=device), torch.zeros(n, device=device))
+    # `bare` shares one tensor among the four id fields; a buffer needs each its own memory
+    return Activations(**{f.name: getattr(empty, f.name).clone() for f in fields(empty)})
+
+
+def _gather(activations: Activations, rows: Tensor) -> Activations:
+    """index_select costs a third of plain indexing."""
+    return Activations(
+        **{f.name: getattr(activations, f.name).index_select(0, rows) for f in fields(activations)}
+    )
+
+
+def _check_finite(chunk: Activations, index: int) -> None:
+    """Raises CosaeError naming the first row that is not finite. One pass: NaN and infinity survive a sum."""
+    if bool(torch.isfinite(chunk.x_ND.sum(-1, dtype=torch.float32)).all()):
+        return
+    bad = (~torch.isfinite(chunk.x_ND).all(-1)).nonzero().flatten()
+    if len(bad) == 0:  # finite values whose sum overflowed
+        return
+    row = int(bad[0])
+    what = "NaN" if bool(chunk.x_ND[row].isnan().any()) else "an infinity"
+    doc, position = int(chunk.doc_N[row]), int(chunk.position_N[row])
+    where = f"document {doc}, position {position}" if doc >= 0 else f"row {row} of chunk {index}"
+    raise CosaeError(
+        f"activations must be finite. Got {what} at {where} ({len(bad)} such rows in the chunk) instead; "
+        "compute them in float32 or bfloat16, or drop those rows."
+    )
+
+
+def _differences(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    """Names of the settings that differ, one level deep."""
+    # as `saved` was: JSON turns tuples into lists
+    mine = json.loads(json.dumps(mine, default=str))
+    names = []
+    for name in sorted(saved.keys() | mine.keys()):
+        a, b = saved.get(name), mine.get(name)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += [f"{name}.{key}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+        else:
+            names.append(name)
+    return names
