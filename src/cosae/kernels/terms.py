@@ -9,7 +9,8 @@ log_gain = 0, u = 1: then every factor is exactly 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ class ScoreTerms:
     live_B: Tensor
     plain: bool = False
     """True where a = 1, log_gain = 0 and row_power = 1 by construction: all factors are 1, skip them."""
+    centre_only: bool = False
+    """True where parameters reach z only as one vector taken from every row (z = x − c, x without gradient): then
+    only Σ_b ∂L/∂z_b is used, and a path may return any gradient of z with that column sum (E gathers fewer)."""
 
     @property
     def log_r_B(self) -> Tensor:
@@ -83,15 +87,21 @@ class ScoreTerms:
             self.row_power,
             self.live_B,
             self.plain,
+            self.centre_only,
         )
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Selected (token, feature) pairs, sorted by token, then feature; int64."""
+    """Selected (token, feature) pairs, sorted by token, then feature; int64.
+
+    memo holds what a path already worked out about these entries (their grouping by feature, their plain products)
+    so that one step works it out once; it never changes a result.
+    """
 
     token_E: Tensor
     feature_E: Tensor
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return int(self.token_E.shape[0])

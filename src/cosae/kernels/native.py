@@ -1,0 +1,54 @@
+"""Loops over active entries, compiled by numba where it is installed (`pip install cosae[fast]`).
+
+Nothing here defines a result: every loop has a plain PyTorch twin in `sums` or `search`, which serves where numba
+is missing. Loops take numpy views of fp32 tensors and a (part, n_parts) pair; parts are contiguous ranges, each
+output row is summed by one part in a fixed order, so results do not depend on the number of threads.
+
+Threads are torch's number (`torch.get_num_threads`), run by a pool of plain Python threads over loops that release
+the interpreter lock. numba's own `prange` was measured 2–8 times slower between torch products (its OpenMP pool
+spins against torch's), and its work-queue layer aborts the process when two threads enter it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+AVAILABLE = importlib.util.find_spec("numba") is not None and os.environ.get("COSAE_NATIVE", "1") != "0"
+"""True where numba is installed; the environment variable COSAE_NATIVE=0 turns the compiled loops off."""
+
+SMALL_WORK = 1 << 20
+"""Multiply-adds below which waking a second thread costs more than it saves."""
+
+
+@lru_cache(maxsize=1)
+def _pool(pid: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1)), thread_name_prefix="cosae")
+
+
+def parts_for(work: int) -> int:
+    """How many parts a loop of `work` multiply-adds is cut into."""
+    return 1 if work < SMALL_WORK else torch.get_num_threads()
+
+
+def run_parts(loop: Callable[..., Any], n_parts: int, *arguments: Any) -> list[Any]:
+    """loop(part, n_parts, *arguments) for every part, the first on the calling thread; results by part."""
+    if n_parts <= 1:
+        return [loop(0, 1, *arguments)]
+    waiting = [_pool(os.getpid()).submit(loop, part, n_parts, *arguments) for part in range(1, n_parts)]
+    first = loop(0, n_parts, *arguments)
+    return [first, *(future.result() for future in waiting)]
+
+
+@lru_cache(maxsize=1)
+def loops() -> Any:
+    """The module of compiled loops, imported (and compiled or read from numba's cache) on first use."""
+    from cosae.kernels import loops as module
+
+    return module

@@ -1,0 +1,94 @@
+"""Every gradient of the sparse path against float64 dense autograd of the definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from score_worlds import FAMILY, make_terms
+
+from cosae.kernels import Kernel, ScoreTerms, choose, native
+
+CPU, REFERENCE = choose("cpu", "cpu"), choose("reference", "cpu")
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "plain":
+        monkeypatch.setattr(native, "AVAILABLE", False)
+    elif not native.AVAILABLE:
+        pytest.skip("numba is not installed")
+
+
+def gradients(kernel: Kernel, terms: ScoreTerms, decoder_FD: Tensor, n_keep: int) -> dict[str, Tensor]:
+    """Gradients of a smooth loss of the reconstruction, every parameter a leaf; entries from the fp64 definition."""
+    names = ("z_BD", "rows_FD", "exponent", "log_gain")
+    leaves = {name: getattr(terms, name).clone().requires_grad_() for name in names}
+    bias_F = terms.bias_F.clone().requires_grad_()
+    decoder_FD = decoder_FD.clone().requires_grad_()
+    terms = replace(terms, bias_F=bias_F, **leaves)
+    entries, _ = kernel.select_batch_topk(terms, n_keep)
+    value_E = kernel.entry_content(terms, entries) + bias_F[entries.feature_E]
+    out_BD = kernel.decode(value_E, entries, decoder_FD, terms.n_tokens)
+    (out_BD.sin().sum() + value_E.square().sum()).backward()
+    leaves |= {"bias": bias_F, "decoder": decoder_FD}
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_match_dense_float64(kind: str, dtype: torch.dtype) -> None:
+    terms = make_terms(kind, seed=3, dtype=torch.float64)
+    decoder_FD = torch.randn(53, 19, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    wanted = gradients(REFERENCE, terms, decoder_FD, 90)
+    found = gradients(CPU, make_terms(kind, seed=3, dtype=dtype), decoder_FD.to(dtype), 90)
+    names = set(wanted) - ({"exponent", "log_gain"} if terms.plain else set())
+    assert names <= set(found)
+    for name in names:
+        assert found[name].dtype == dtype
+        assert relative_error(found[name], wanted[name]) < (1e-4 if dtype == torch.float32 else 1e-10), name
+
+
+def test_row_gradient_has_its_radial_part() -> None:
+    """Where rows count by direction only, the gradient is orthogonal to the row: breaking the pull term shows here."""
+    terms = make_terms("cosine", seed=5)
+    grad_FD = gradients(CPU, terms, torch.randn(53, 19, generator=torch.Generator().manual_seed(6)), 200)[
+        "rows_FD"
+    ]
+    along_F = (grad_FD * terms.rows_FD).sum(-1) / terms.rows_FD.norm(dim=-1)
+    assert float(along_F.abs().max()) < 1e-4 * float(grad_FD.norm(dim=-1).max())
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("kind", ["inner", "cosine", "cosine_per_feature"])
+def test_centre_only_keeps_the_column_sum(kind: str) -> None:
+    terms = make_terms(kind, seed=7)
+    decoder_FD = torch.randn(53, 19, generator=torch.Generator().manual_seed(8))
+    full = gradients(CPU, terms, decoder_FD, 90)["z_BD"].sum(0)
+    short = gradients(CPU, replace(terms, centre_only=True), decoder_FD, 90)["z_BD"].sum(0)
+    assert relative_error(short, full.double()) < 1e-5
+
+
+@pytest.mark.usefixtures("loops")
+def test_no_entries_give_zero_gradients() -> None:
+    terms = replace(make_terms("cosine", bias=0.0), bias_F=torch.full((53,), -100.0))
+    found = gradients(CPU, terms, torch.ones(53, 19), 90)
+    assert all(float(grad.abs().sum()) == 0.0 for grad in found.values())
+
+
+def test_remembered_products_are_dropped_when_rows_change() -> None:
+    """Selection leaves its products with the entries; an edit in place of the rows must not be served from them."""
+    terms = make_terms("cosine", seed=9)
+    entries, _ = CPU.select_batch_topk(terms, 60)
+    with torch.no_grad():
+        terms.rows_FD.neg_()
+    found, wanted = CPU.entry_content(terms, entries), REFERENCE.entry_content(terms, entries)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert float(found.max()) < 0
