@@ -78,7 +78,6 @@ class ActivationStream:
 
     filter: Filter
     norm_facts: NormFacts
-    sample_ND: Tensor
 
     def __init__(
         self,
@@ -146,7 +145,7 @@ class ActivationStream:
     def next_batch(self) -> Activations:
         """The next `batch_tokens` rows.
 
-        x_ND is (B, D) float32 and contiguous; norm_N is the source's norm, from before any rounding to bfloat16.
+        x_ND is (B, D) float32 and contiguous; norm_N is the source's, from before any rounding to bfloat16.
         """
         live = self.buffer_tokens - self._cursor
         if live <= self.buffer_tokens // 2 or live < self.batch_tokens:
@@ -229,7 +228,7 @@ class ActivationStream:
         self.norm_facts = norm_facts(window, self.filter)
         kept = self.filter.keep(window).nonzero().flatten()
         spaced = torch.linspace(0, len(kept) - 1, min(len(kept), SAMPLE_ROWS), dtype=torch.float64).long()
-        self.sample_ND = window.x_ND[kept[spaced.to(kept.device)]].float().to(self.device)
+        self.sample_ND: Tensor = window.x_ND[kept[spaced.to(kept.device)]].float().to(self.device)
 
     def _read(self) -> Activations:
         """The next chunk of the source, checked, with the nuisance on it."""

@@ -91,16 +91,16 @@ class World:
                 raise CosaeError(
                     f"world {shown} must be a finite number above 0. Got {getattr(self, name)} instead."
                 )
-        if not 0 < self.l0 <= self.n_features * MAX_RATE:
+        if not 0 < self.l0 < self.n_features * MAX_RATE:
             raise CosaeError(
-                f"world l0 must lie above 0 and at most half of n_features ({self.n_features}). Got "
+                f"world l0 must lie above 0 and below half of n_features ({self.n_features}). Got "
                 f"{self.l0} instead."
             )
         if self.correlation and self.hierarchy:
             raise CosaeError(
                 "a world is either correlated or hierarchical; set correlation or hierarchy to 0."
             )
-        if self.hierarchy and self.rate_F.max() > MAX_RATE + 1e-6:
+        if self.l0 > MAX_RATE * (self.n_parents + CHILD_SHARE * (self.n_features - self.n_parents)):
             raise CosaeError(
                 f"world l0 {self.l0} is too much for {self.n_parents} parent features; raise n_features or "
                 "lower l0."
@@ -261,7 +261,8 @@ def _bernoulli_cells(rate_F: Tensor, n_tokens: int, generator: torch.Generator) 
     points_F = torch.poisson(-torch.log1p(-rate_F) * n_tokens, generator=generator).long()
     feature_E = torch.repeat_interleave(torch.arange(len(rate_F)), points_F)
     token_E = torch.randint(n_tokens, (len(feature_E),), generator=generator)
-    return torch.unique(token_E * len(rate_F) + feature_E)
+    cell_E: Tensor = torch.unique(token_E * len(rate_F) + feature_E)
+    return cell_E
 
 
 def _correlate(fired_E: Tensor, world: World, generator: torch.Generator) -> Tensor:
@@ -282,7 +283,8 @@ def _correlate(fired_E: Tensor, world: World, generator: torch.Generator) -> Ten
         place_E = torch.searchsorted(lead_E, follow_E - 1).clamp_max(len(lead_E) - 1)
         own_coin_E = torch.where(lead_E[place_E] == follow_E - 1, coin_E[place_E], own_coin_E)
     rest_E = fired_E[feature_E % 2 == 0]
-    return torch.cat([rest_E, lead_E[coin_E] + 1, follow_E[~own_coin_E]]).sort().values
+    fired_E, _ = torch.cat([rest_E, lead_E[coin_E] + 1, follow_E[~own_coin_E]]).sort()
+    return fired_E
 
 
 def _never_silent(fired_E: Tensor, rate_F: Tensor, n_tokens: int, generator: torch.Generator) -> Tensor:
@@ -298,18 +300,14 @@ def _never_silent(fired_E: Tensor, rate_F: Tensor, n_tokens: int, generator: tor
 
 def _capped(share_P: Tensor, weight_P: Tensor, total: float) -> Tensor:
     """Rates in proportion to share_P, none above MAX_RATE, with Σ weight · rate = total."""
-    rate_P = share_P * (total / (weight_P * share_P).sum())
-    for _ in range(len(rate_P)):
-        over_P = rate_P > MAX_RATE
-        left = total - float((weight_P * MAX_RATE)[over_P].sum())
-        free = float((weight_P * share_P)[~over_P].sum())
-        if not bool(over_P.any()) or free == 0:
-            break
-        capped_P = torch.where(over_P, MAX_RATE, share_P * (left / free))
-        if torch.equal(capped_P, rate_P):
-            break
-        rate_P = capped_P
-    return rate_P
+    full_P = torch.zeros_like(share_P, dtype=torch.bool)
+    while True:
+        left = total - MAX_RATE * weight_P[full_P].sum()
+        rate_P = share_P * (left / (weight_P * share_P)[~full_P].sum())
+        over_P = (rate_P > MAX_RATE) & ~full_P
+        if not bool(over_P.any()):
+            return torch.where(full_P, MAX_RATE, rate_P)
+        full_P |= over_P
 
 
 def _decode(codes: Codes, feature_FD: Tensor) -> Tensor:

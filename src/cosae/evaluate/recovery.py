@@ -111,7 +111,8 @@ def _check(decoder_FD: Tensor, codes: Codes, feature_GD: Tensor, truth: Codes) -
 def _unit(rows: Tensor) -> Tensor:
     """Unit rows in float64 on the CPU; zero rows stay zero."""
     rows = rows.detach().double().cpu()
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    return unit
 
 
 class _Firings:

@@ -1,0 +1,106 @@
+"""Filters, sinks and norm facts against values worked out by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cosae.activations.filter import Filter, FilterPolicy, fit, norm_facts, sinks
+from cosae.types import Activations, CosaeError
+
+
+def made(
+    norms: list[float], positions: list[int] | None = None, special: list[bool] | None = None
+) -> Activations:
+    """Activations (n, 0) with the given norms along one axis."""
+    x_ND = torch.tensor(norms)[:, None] * torch.tensor([[1.0, 0.0]])
+    activations = Activations.bare(x_ND)
+    if positions is not None:
+        activations = replace(activations, position_N=torch.tensor(positions, dtype=torch.int32))
+    if special is not None:
+        activations = replace(activations, special_N=torch.tensor(special))
+    return activations
+
+
+def test_norm_drops_at_and_above_factor_times_median() -> None:
+    fitted = fit(FilterPolicy("norm", factor=10), torch.tensor([1.0, 2.0, 3.0]))
+    assert fitted.median_norm == 2.0
+    assert fitted.keep(made([0.5, 19.999, 20.0, 400.0])).tolist() == [True, True, False, False]
+
+
+def test_median_reads_only_the_window() -> None:
+    norm_N = torch.tensor([1.0, 1.0, 1.0, 100.0, 100.0, 100.0, 100.0])
+    fitted = fit(FilterPolicy("norm", window_tokens=3), norm_N)
+    assert (fitted.median_norm, fitted.seen_tokens) == (1.0, 3)
+
+
+def test_position_0_and_special() -> None:
+    activations = made([1, 1, 1, 1], positions=[0, 1, 2, -1], special=[False, False, True, False])
+    norm_N = activations.norm_N
+    assert fit(FilterPolicy("position_0"), norm_N).keep(activations).tolist() == [False, True, True, True]
+    both = fit(FilterPolicy("position_0", drop_special=True), norm_N)
+    assert both.keep(activations).tolist() == [False, True, False, True]
+    special = fit(FilterPolicy("none", drop_special=True), norm_N)
+    assert special.keep(activations).tolist() == [True, True, False, True]
+    assert fit(FilterPolicy("none"), norm_N).keep(activations).all()
+
+
+def test_sinks_are_the_union_of_the_three_rules() -> None:
+    activations = made(
+        [1, 1, 1, 50, 9.9], positions=[0, 1, 2, 3, 4], special=[False, True, False, False, False]
+    )
+    assert sinks(activations, median_norm=1.0).tolist() == [True, True, False, True, False]
+    assert sinks(made([1, 10, 9.9]), median_norm=1.0).tolist() == [False, True, False]
+
+
+def test_filter_survives_its_record() -> None:
+    fitted = fit(FilterPolicy("norm", factor=7.0, window_tokens=5, drop_special=True), torch.rand(9) + 1)
+    assert Filter.from_dict(fitted.to_dict()) == fitted
+    with pytest.raises(CosaeError, match="median_norm"):
+        Filter.from_dict({"policy": {}})
+
+
+def test_norm_facts_match_the_closed_form() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(20_000, 3, generator=generator) + torch.tensor(
+        [100.0, 0, 0]
+    )  # a mean that eats fp32 digits
+    x_ND[::100] *= 50
+    window = Activations.bare(x_ND)
+    fitted = fit(FilterPolicy("norm"), window.norm_N)
+    facts = norm_facts(window, fitted)
+    kept = x_ND[torch.arange(20_000) % 100 != 0].double()
+    assert facts.filtered_frac == pytest.approx(0.01, abs=1e-12)
+    assert facts.total_variance == pytest.approx(float(kept.var(0, unbiased=False).sum()), rel=1e-12)
+    assert (
+        facts.median_norm == fitted.median_norm == pytest.approx(float(window.norm_N.double().quantile(0.5)))
+    )
+    assert facts.max_over_median == pytest.approx(float(window.norm_N.max()) / facts.median_norm)
+    marks = torch.tensor([0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1], dtype=torch.float64)
+    assert facts.quantiles == pytest.approx(window.norm_N.double().quantile(marks).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "median"}, "none, position_0, norm"),
+        ({"factor": 0.5}, "above 1"),
+        ({"factor": float("nan")}, "above 1"),
+        ({"window_tokens": 0}, "at least 1"),
+    ],
+)
+def test_policies_are_checked(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(CosaeError, match=message):
+        FilterPolicy(**settings)
+
+
+def test_fitting_refuses_what_has_no_median() -> None:
+    with pytest.raises(CosaeError, match="gave none"):
+        fit(FilterPolicy(), torch.empty(0))
+    with pytest.raises(CosaeError, match="is 0"):
+        fit(FilterPolicy("norm"), torch.zeros(5))
+    with pytest.raises(CosaeError, match="finite"):
+        fit(FilterPolicy("none"), torch.tensor([1.0, float("nan")]))
+    everything_first = made([1, 1], positions=[0, 0])
+    with pytest.raises(CosaeError, match="drops all 2"):
+        norm_facts(everything_first, fit(FilterPolicy("position_0"), everything_first.norm_N))

@@ -1,0 +1,258 @@
+"""The stream: mixes like a full shuffle, loses nothing, resumes to the bit, and says what is wrong."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+
+from cosae.activations.filter import FilterPolicy
+from cosae.activations.nuisance import Nuisance, apply
+from cosae.activations.stream import ActivationStream, Source
+from cosae.types import Activations, CosaeError
+
+D, CHUNK, DOC = 3, 96, 16
+
+
+class Numbered:
+    """Row r of the whole source holds r in index_N and x[0]; documents of 16 tokens, each its own
+    sequence."""
+
+    d_in = D
+
+    def __init__(
+        self,
+        end: int | None = None,
+        spoil: dict[int, float] | None = None,
+        loud_every: int = 0,
+        change: Callable[[Activations], Activations] = lambda chunk: chunk,
+    ) -> None:
+        self.end, self.spoil, self.loud_every, self.change = end, spoil or {}, loud_every, change
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "numbered", "shape": (CHUNK, D), "loud_every": self.loud_every}
+
+    def chunks(self, start: int = 0) -> Iterator[Activations]:
+        index = start
+        while self.end is None or index < self.end:
+            row_N = torch.arange(index * CHUNK, (index + 1) * CHUNK, dtype=torch.int32)
+            x_ND = torch.stack([row_N.float(), torch.full((CHUNK,), 1e4), torch.ones(CHUNK)], 1)
+            if self.loud_every:
+                x_ND[row_N % self.loud_every == 0] *= 100
+            for row, value in self.spoil.items():
+                x_ND[row_N == row, 1] = value
+            bare = Activations.bare(x_ND)
+            yield self.change(
+                replace(bare, index_N=row_N, doc_N=row_N // DOC, position_N=row_N % DOC, token_N=row_N % 7)
+            )
+            index += 1
+
+
+NONE = FilterPolicy("none", window_tokens=200)
+
+
+def opened(source: Source | None = None, **changes: Any) -> ActivationStream:
+    settings: dict[str, Any] = {"batch_tokens": 64, "buffer_tokens": 512, "seed": 0, "filter": NONE}
+    return ActivationStream(source or Numbered(), **(settings | changes))
+
+
+def taken(stream: ActivationStream, n: int) -> Activations:
+    return Activations.cat([stream.next_batch() for _ in range(n)])
+
+
+def equal(a: Activations, b: Activations) -> bool:
+    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+
+
+def test_nothing_is_lost_or_repeated() -> None:
+    stream = opened()
+    rows = taken(stream, 100)
+    still = stream.state()["buffer.index_N"]
+    seen = torch.cat([rows.index_N, still]).sort().values
+    assert torch.equal(seen, torch.arange(len(seen), dtype=torch.int32))  # the window was not eaten
+    assert torch.equal(rows.x_ND[:, 0], rows.index_N.float())  # ids stay with their vectors
+    assert torch.equal(rows.doc_N, rows.index_N // DOC)
+    assert stream.n_tokens == 6400
+
+
+def test_batches_are_float32_contiguous_and_the_buffer_never_moves() -> None:
+    stream = opened(store_dtype=torch.bfloat16)
+    places = [getattr(stream._buffer, f.name).data_ptr() for f in fields(Activations)]
+    assert len(set(places)) == len(places)
+    assert stream._buffer.x_ND.dtype == torch.bfloat16
+    for _ in range(40):
+        batch = stream.next_batch()
+        assert batch.x_ND.shape == (64, D)
+        assert batch.x_ND.dtype == torch.float32
+        assert batch.x_ND.is_contiguous()
+        torch.testing.assert_close(batch.x_ND[:, 0], batch.index_N.float(), rtol=2**-8, atol=0)
+    stream.restore(stream.state())
+    assert [getattr(stream._buffer, f.name).data_ptr() for f in fields(Activations)] == places
+
+
+def test_mixes_like_a_full_shuffle() -> None:
+    n = 8192
+
+    def autocorrelation(doc_N: torch.Tensor, lag: int) -> float:
+        """Of a random number per document, so that no trend of document numbers can hide or feign mixing."""
+        mark_N = torch.randn(int(doc_N.max()) + 1, generator=torch.Generator().manual_seed(1))[doc_N.long()]
+        mark_N = mark_N - mark_N.mean()
+        return float((mark_N[lag:] * mark_N[:-lag]).mean() / mark_N.square().mean())
+
+    unshuffled = Activations.cat(list(islice(Numbered().chunks(), n // CHUNK))).doc_N
+    shuffled = taken(opened(buffer_tokens=4096, seed=3), n // 64).doc_N
+    noise = n**-0.5  # standard deviation of the autocorrelation of a full shuffle
+    assert autocorrelation(unshuffled, 1) > 50 * noise
+    for lag in (1, 2, 5, 64):
+        assert abs(autocorrelation(shuffled, lag)) < 4 * noise
+
+
+def test_a_batch_reaches_across_the_whole_buffer() -> None:
+    stream = opened(buffer_tokens=4096)
+    taken(stream, 64)
+    span = stream.next_batch().index_N.float()
+    assert float(span.max() - span.min()) > 3000
+
+
+@pytest.mark.parametrize("before", [0, 1, 3, 4, 13])
+@pytest.mark.parametrize("policy", [NONE, FilterPolicy("position_0", window_tokens=200)])
+def test_restored_streams_go_on_to_the_bit(before: int, policy: FilterPolicy) -> None:
+    settings = {
+        "filter": policy,
+        "nuisance": Nuisance("log_normal", sigma=0.3),
+        "store_dtype": torch.bfloat16,
+    }
+    whole = opened(**settings)
+    for _ in range(before):
+        whole.next_batch()
+    state = whole.state()
+    expected = taken(whole, 30)
+
+    assert all(isinstance(v, torch.Tensor) or json.loads(json.dumps(v)) == v for v in state.values())
+    fresh = opened(**settings)
+    taken(fresh, 5)  # whatever it did before, the state replaces
+    fresh.restore(state)
+    assert fresh.n_batches == before
+    assert equal(taken(fresh, 30), expected)
+    assert fresh.digest == whole.digest
+
+
+def test_taking_a_state_or_looking_changes_nothing() -> None:
+    plain, watched = opened(), opened()
+    for _ in range(20):
+        a, b = plain.next_batch(), watched.next_batch()
+        assert equal(a, b)
+        state = watched.state()
+        state["buffer.x_ND"].zero_()  # a copy, not a view
+        b.x_ND.zero_()
+        _ = watched.digest, watched.norm_facts, watched.describe()
+        torch.manual_seed(0)
+    assert plain.digest == watched.digest
+
+
+def test_state_of_another_stream_is_refused() -> None:
+    state = opened(seed=1).state()
+    with pytest.raises(CosaeError, match="differs from this one in seed;"):
+        opened().restore(state)
+    with pytest.raises(CosaeError, match=r"in filter\.kind, source\.loud_every;"):
+        opened(Numbered(loud_every=9), filter=replace(NONE, kind="norm")).restore(opened().state())
+    with pytest.raises(CosaeError, match="version"):
+        opened().restore({"version": 0})
+
+
+def test_digest_sees_values_order_and_ids() -> None:
+    def digest(**changes: Any) -> str:
+        stream = opened(**changes)
+        taken(stream, 40)
+        return stream.digest
+
+    plain = digest()
+    assert plain == digest()
+    assert len(plain) == 64
+    assert plain != digest(seed=1)
+    last_bit = Numbered(spoil={30: 1e4 + 2**-10})  # one value off by one unit in its last place
+    assert plain != digest(source=last_bit)
+    assert plain != digest(source=Numbered(change=lambda c: replace(c, token_N=c.token_N + 1)))
+
+
+def test_filter_is_fitted_after_the_nuisance_and_rules_the_stream() -> None:
+    nuisance = Nuisance("sinks", frac=0.1, factor=40.0)
+    stream = opened(nuisance=nuisance, filter=FilterPolicy("norm", window_tokens=150))
+    raw = Activations.cat([apply(c, nuisance, i) for i, c in enumerate(islice(Numbered().chunks(), 2))])[:150]
+    loud = raw.norm_N > 2e5
+    assert stream.norm_facts.filtered_frac == pytest.approx(float(loud.float().mean()))
+    assert stream.norm_facts.window_tokens == stream.filter.seen_tokens == 150
+    assert torch.equal(stream.sample_ND, raw.x_ND[~loud])
+    rows = taken(stream, 30)
+    assert float(rows.norm_N.max()) < stream.filter.threshold
+    sinks = Activations.cat([apply(c, nuisance, i) for i, c in enumerate(islice(Numbered().chunks(), 8))])
+    dropped = set(sinks.index_N[sinks.norm_N > 2e5].tolist())
+    assert dropped
+    assert not dropped & set(rows.index_N.tolist())
+
+
+def test_chunk_draws_do_not_depend_on_where_the_stream_was_restored() -> None:
+    stream = opened(nuisance=Nuisance("log_normal"))
+    rows = taken(stream, 20)
+    expected = Activations.cat(
+        [apply(c, Nuisance("log_normal"), i) for i, c in enumerate(islice(Numbered().chunks(), 40))]
+    )
+    torch.testing.assert_close(rows.x_ND, expected.x_ND[rows.index_N.long()], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
+def test_bad_values_are_named(value: float, word: str) -> None:
+    with pytest.raises(CosaeError, match=f"{word} at document 3, position 2 "):
+        opened(Numbered(spoil={50: value}))  # in the first window
+    stream = opened(Numbered(spoil={16 * 200 + 5: value}))  # much later
+    with pytest.raises(CosaeError, match=f"{word} at document 200, position 5 "):
+        taken(stream, 100)
+
+
+def bare(chunk: Activations) -> Activations:
+    return Activations.bare(chunk.x_ND)
+
+
+def test_bad_values_without_documents_are_named_by_row() -> None:
+    with pytest.raises(CosaeError, match="row 4 of chunk 1"):
+        opened(Numbered(spoil={CHUNK + 4: float("nan")}, change=bare))
+
+
+def test_large_half_precision_values_are_not_called_infinite() -> None:
+    large = torch.full((CHUNK, D), 60_000.0, dtype=torch.float16)  # their sum overflows in their own dtype
+    stream = opened(Numbered(change=lambda c: replace(c, x_ND=large)))
+    assert float(stream.next_batch().x_ND.max()) == 60_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"buffer_tokens": 100}, r"two batches \(128\)"),
+        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"store_dtype": torch.float16}, "store_dtype"),
+        ({"source": Numbered(end=2)}, "stopped before chunk 2"),
+    ],
+)
+def test_wrong_settings_are_answered_at_construction(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CosaeError, match=message) as caught:
+        opened(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_position_filter_needs_positions_and_widths_must_agree() -> None:
+    with pytest.raises(CosaeError, match="needs activations that know their positions"):
+        opened(Numbered(change=bare), filter=FilterPolicy("position_0", window_tokens=200))
+    wide = Numbered()
+    wide.d_in = 4
+    with pytest.raises(CosaeError, match="promised width 4"):
+        opened(wide)
+
+
+def test_a_source_that_turns_barren_is_reported() -> None:
+    source = Numbered(change=lambda c: replace(c, special_N=c.index_N >= 10 * CHUNK))
+    stream = opened(source, filter=FilterPolicy("none", window_tokens=200, drop_special=True))
+    with pytest.raises(CosaeError, match="kept nothing of 1000 chunks"):
+        taken(stream, 20)
