@@ -1,0 +1,343 @@
+"""The tables and sentences of a run: norm facts, arms, paired differences, quartiles, exponents, provenance.
+
+In: a RunRecord and the looks of its arms. Out: Markup. FVE never stands without the median token's FVE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cosae.evaluate.figures import Style, marker
+from cosae.evaluate.report_data import RunRecord, finite, items, mapping, number, reach
+from cosae.evaluate.report_figures import Looks
+from cosae.evaluate.report_markup import Markup, count, fixed, join, percent, shortened, significant, tag
+from cosae.evaluate.report_probing import BASELINES, RULES, estimate, groups_of, summary
+from cosae.evaluate.report_verdict import Claim, claims
+
+
+def table(
+    head: Sequence[object], rows: Sequence[Sequence[object]], classes: Sequence[str | None] = ()
+) -> Markup:
+    """A table whose first column names the row and whose others are aligned as numbers."""
+    top = [tag("th", cell, class_="n" if i else None, scope="col") for i, cell in enumerate(head)]
+    body = [
+        tag(
+            "tr",
+            tag("th", row[0], scope="row"),
+            *(tag("td", cell, class_="n") for cell in row[1:]),
+            class_=classes[i] if i < len(classes) else None,
+        )
+        for i, row in enumerate(rows)
+    ]
+    return tag("div", tag("table", tag("thead", tag("tr", *top)), tag("tbody", *body)), class_="wide")
+
+
+def swatch(arm: str, style: Style | None) -> Markup:
+    """An arm's name behind its mark."""
+    if style is None:
+        return tag("span", arm)
+    mark = tag("svg", marker(7, 7, style, size=4.8), viewBox="0 0 14 14", class_="swatch", aria_hidden="true")
+    return join([mark, tag("span", arm)])
+
+
+def norm_facts(record: RunRecord) -> Markup:
+    """The facts that say whether the score can matter here at all, as tiles."""
+    norms, trained = mapping(record.evaluation.get("norms")), mapping(record.run.get("norm_facts"))
+    removed = mapping(norms.get("filter"))
+    frac = number(removed.get("removed_frac"))
+    frac = number(trained.get("filtered_frac")) if frac is None else frac
+    largest = number(norms.get("largest_over_median")) or number(trained.get("max_over_median"))
+    kept = number(reach(norms, "sinks_out", "largest_over_median"))
+    by_token = mapping(norms.get("log_norm_by_token"))
+    first = number(norms.get("position_0_over_median"))
+    tiles = [
+        (_times(largest), "largest norm over the median", f"{_times(kept)} among the tokens the filter keeps" if kept else ""),
+        (percent(frac, 2), "of tokens removed by the filter", _removed(record, removed)),
+        (fixed(number(by_token.get("r2")), 2), "of log-norm variance predicted by the token", _predicted(by_token)),
+        (
+            fixed(number(norms.get("cv")), 2),
+            "standard deviation of the norm over its mean",
+            f"{fixed(number(reach(norms, 'sinks_out', 'cv')), 2)} without filtered tokens" if norms else "",
+        ),
+        (_times(first), "norm at position 0 over the median", "" if first is not None else "the activations carry no positions"),
+    ]  # fmt: skip
+    shown = [
+        tag("div", tag("b", big), tag("span", what), tag("small", more), class_="tile")
+        for big, what, more in tiles
+    ]
+    return tag("div", *shown, class_="tiles")
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{significant(value)} ×"
+
+
+def _removed(record: RunRecord, removed: Mapping[str, Any]) -> str:
+    policy = "; ".join(
+        f"{key} {value}" for key, value in mapping(record.run.get("filter")).items() if value is not None
+    )
+    held = number(removed.get("variance_frac"))
+    if not removed:
+        return policy
+    tokens = number(removed.get("removed_tokens"))
+    if not tokens:
+        return "; ".join(p for p in (policy, "it removed no held-out token") if p)
+    return "; ".join(
+        p for p in (policy, f"{count(tokens)} held-out tokens with {percent(held, 1)} of the variance") if p
+    )
+
+
+def _predicted(by_token: Mapping[str, Any]) -> str:
+    if not by_token:
+        return "not measured: no token ids"
+    folds, unit = significant(number(by_token.get("folds"))), by_token.get("split_by", "document")
+    return f"R² on held-out {unit}s, {folds}-fold, filtered tokens left out"
+
+
+def summary_rows(record: RunRecord) -> list[dict[str, Any]]:
+    """What the summary says of each arm, as numbers: the page and the terminal show the same."""
+    group = (groups_of(record) or ["all"])[0]
+    rows = []
+    for arm in record.arms:
+        out, inside = record.reconstruction(arm, "out"), record.reconstruction(arm, "in")
+        exponent = mapping(reach(record.evaluation, "exponents", arm))
+        rows.append(
+            {
+                "arm": arm,
+                "fve": number(out.get("fve")),
+                "median_token_fve": number(out.get("median_token_fve")),
+                "fve_in": number(inside.get("fve")),
+                "median_token_fve_in": number(inside.get("median_token_fve")),
+                "l0": number(out.get("l0")),
+                "dead_frac": number(out.get("dead_frac")),
+                "a": next((v for k in ("mean", "value") if (v := number(exponent.get(k))) is not None), None),
+                "a_kind": str(exponent.get("kind", "")),
+                **{rule: summary(record, arm, rule, group) for rule in RULES},
+            }
+        )
+    return rows
+
+
+def summary_table_html(record: RunRecord, looks: Looks) -> Markup:
+    """Arm by FVE, median token FVE, L0, dead share, a, and probing by both rules; floors and ceiling below."""
+    group = (groups_of(record) or [""])[0]
+    probed = bool(record.probing)
+    head = ["arm", "FVE", "median token FVE", "FVE, sinks in", "median token, sinks in", "L0", "dead", "a"]
+    head += [f"AUROC, {group}: {words}" for words in RULES.values()] if probed else []
+    rows: list[list[object]] = []
+    classes: list[str | None] = []
+    for row in summary_rows(record):
+        name = join([swatch(row["arm"], looks.get(row["arm"])), _note(record, row["arm"])])
+        cells = [fixed(row[k], 4) for k in ("fve", "median_token_fve", "fve_in", "median_token_fve_in")]
+        cells += [fixed(row["l0"], 2), percent(row["dead_frac"]), _exponent(row)]
+        rows.append([name, *cells, *((estimate(row[r], "mean") for r in RULES) if probed else ())])
+        classes.append(None)
+    for baseline, (words, _) in BASELINES.items() if probed else ():
+        found = [summary(record, baseline, rule, group) for rule in RULES]
+        if any(found):
+            rows.append([words, *[""] * 7, *(estimate(f, "mean") for f in found)])
+            classes.append("floor")
+    return table(head, rows, classes)
+
+
+def _exponent(row: Mapping[str, Any]) -> Markup:
+    words = {"fixed": "fixed", "per_feature": "mean of features"}.get(row["a_kind"], "")
+    return join(
+        [fixed(row["a"], 3), tag("small", words)] if words and row["a"] is not None else [fixed(row["a"], 3)]
+    )
+
+
+def _note(record: RunRecord, arm: str) -> Markup:
+    facts = record.arms[arm]
+    made = " · ".join(str(facts[k]) for k in ("score", "selector", "frame") if facts.get(k))
+    notes = ["the others are compared with this one"] if arm == record.baseline else []
+    notes += [f"stopped: {facts['stopped']}"] if facts.get("stopped") else []
+    notes += ["a still moving at the end"] if facts.get("a_moving") is True else []
+    return join([tag("small", made), *(tag("small", note, class_="note") for note in notes)])
+
+
+def difference_table(record: RunRecord, looks: Looks) -> Markup | None:
+    """Paired differences from the baseline: one row an arm, one column a measure, the interval in words."""
+    found = claims(record)
+    if not found:
+        return None
+    measures = list(dict.fromkeys(claim.what for claim in found))
+    cells = {(claim.arm, claim.what): claim for claim in found}
+    rows = [
+        [swatch(arm, looks.get(arm)), *(_difference(cells.get((arm, what))) for what in measures)]
+        for arm in record.arms
+        if any(claim.arm == arm for claim in found)
+    ]
+    return table([f"minus {record.baseline}", *measures], rows)
+
+
+def _difference(claim: Claim | None) -> Markup:
+    if claim is None:
+        return Markup("–")
+    digits = 4 if "FVE" in claim.what else 3
+    ends = f"{fixed(claim.low, digits, True)} to {fixed(claim.high, digits, True)}"
+    decided = claim.verdict != "includes 0"
+    return tag(
+        "span",
+        tag("b" if decided else "span", fixed(claim.difference, digits, True)),
+        tag("small", ends),
+        tag("small", claim.verdict),
+        class_="apart" if decided else "level",
+    )
+
+
+def quartile_table(record: RunRecord, looks: Looks) -> Markup | None:
+    """FVE about the quartile's own mean / median token FVE, per arm and norm quartile, sinks out then in."""
+    rows = []
+    for sinks in ("out", "in"):
+        for arm in record.arms:
+            quartiles = [mapping(q) for q in items(record.reconstruction(arm, sinks).get("by_norm_quartile"))]
+            if quartiles:
+                rows.append(
+                    [
+                        swatch(arm, looks.get(arm)),
+                        sinks,
+                        *(
+                            f"{fixed(number(q.get('fve')))} / {fixed(number(q.get('median_token_fve')))}"
+                            for q in quartiles
+                        ),
+                        *(fixed(number(q.get("norm_ratio")), 2) for q in quartiles),
+                    ]
+                )
+    if not rows:
+        return None
+    names = [f"Q{i + 1}" for i in range(4)]
+    head = ["arm", "sinks", *(f"{n}: FVE / median token" for n in names), *(f"{n}: |x̂| / |x|" for n in names)]
+    return table(head, rows)
+
+
+def exponent_table(record: RunRecord, looks: Looks) -> Markup | None:
+    """Each arm's exponent at the end."""
+    rows = []
+    for arm in record.arms:
+        found = mapping(reach(record.evaluation, "exponents", arm))
+        if found:
+            mean = number(found.get("mean"))
+            mean = number(found.get("value")) if mean is None else mean
+            quantiles = ", ".join(fixed(q, 3) for q in finite(found.get("quantiles")))
+            moving = {True: "still moving", False: "settled"}.get(bool(record.arms[arm].get("a_moving")), "–")
+            kind = str(found.get("kind", "")).replace("_", " ")
+            if kind == "fixed":
+                moving = "–"
+            rows.append([swatch(arm, looks.get(arm)), kind, fixed(mean, 4), quantiles or "–", moving])
+    return table(["arm", "exponent", "mean", "quantiles over features", "at the end"], rows) if rows else None
+
+
+def recovery_table(record: RunRecord, looks: Looks) -> Markup | None:
+    """Where the activations come from a known dictionary: what was recovered of it, whatever numbers there are."""
+    found = {arm: mapping(reach(record.evaluation, "recovery", arm)) for arm in record.arms}
+    keys = list(dict.fromkeys(k for row in found.values() for k, v in row.items() if number(v) is not None))
+    if not keys:
+        return None
+    rows = [
+        [swatch(arm, looks.get(arm)), *(fixed(number(row.get(k)), 4) for k in keys)]
+        for arm, row in found.items()
+        if row
+    ]
+    return table(["arm", *(k.replace("_", " ") for k in keys)], rows)
+
+
+def digest_sentence(record: RunRecord) -> str:
+    """Whether all arms saw the same batches, as far as the run records it."""
+    whole = record.run.get("stream_digest")
+    by_arm = {arm: facts["stream_digest"] for arm, facts in record.arms.items() if facts.get("stream_digest")}
+    if by_arm:
+        same = len({str(d) for d in by_arm.values()}) == 1 and (not whole or str(whole) in by_arm.values())
+        if same and len(by_arm) == len(record.arms):
+            return f"All {len(by_arm)} arms saw identical batches: each recorded the stream's digest {whole or next(iter(by_arm.values()))}."
+        odd = [arm for arm, digest in by_arm.items() if str(digest) != str(whole)]
+        odd += [arm for arm in record.arms if arm not in by_arm]
+        return f"The arms did NOT all record the same stream ({', '.join(odd)} differ or are missing): do not read them as paired."
+    if whole:
+        return f"All {len(record.arms)} arms were fed from one pass over one stream, whose digest is {whole}."
+    return (
+        "The run records no digest of its stream, so it cannot be shown that the arms saw identical batches."
+    )
+
+
+def provenance(record: RunRecord) -> Markup:
+    """Recipe, seed, commit, machine and stream of a run, and what each arm was."""
+    run = record.run
+    facts = {
+        k: run[k]
+        for k in ("seed", "commit", "status", "stream_digest", "tokens", "seconds")
+        if run.get(k) is not None
+    }
+    for key in ("source", "filter", "hardware", "packages"):
+        facts |= flattened(mapping(run.get(key)), key)
+    facts["evaluated on"] = (
+        f"{count(number(record.evaluation.get('tokens')))} tokens of {count(number(record.evaluation.get('documents')))} held-out documents"
+    )
+    for key in ("n_train", "n_held_out", "seed", "min_positives"):
+        if record.probing.get(key) is not None:
+            facts[f"probing.{key}"] = record.probing[key]
+    facts["directory"] = record.path
+    head = [
+        "arm",
+        "d_sae",
+        "k",
+        "score",
+        "selector",
+        "frame",
+        "seed",
+        "kernel",
+        "L0 target",
+        "L0 calibrated",
+        "tokens/s",
+    ]
+    keys = (
+        "d_sae",
+        "k",
+        "score",
+        "selector",
+        "frame",
+        "seed",
+        "kernel",
+        "l0_target",
+        "l0_calibrated",
+        "tokens_per_second",
+    )
+    rows = [[arm, *(_cell(arm_facts.get(key)) for key in keys)] for arm, arm_facts in record.arms.items()]
+    recipe = flattened(mapping(run.get("recipe")), "")
+    return join(
+        [
+            tag("p", digest_sentence(record)),
+            table(head, rows),
+            definitions(facts),
+            *(
+                [tag("h4", "Recipe"), definitions(recipe)]
+                if recipe
+                else [tag("p", "The run records no recipe.")]
+            ),
+        ]
+    )
+
+
+def definitions(facts: Mapping[str, object]) -> Markup:
+    """Names and values in columns."""
+    return tag("dl", *(tag("div", tag("dt", k), tag("dd", shortened(str(v), 400))) for k, v in facts.items()))
+
+
+def flattened(value: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A tree of mappings as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(entry, Mapping) and entry:
+            flat |= flattened(entry, name)
+        else:
+            flat[name] = entry
+    return flat
+
+
+def _cell(value: object) -> str:
+    found = number(value)
+    if found is None:
+        return "–" if value is None else str(value)
+    return count(found) if found == int(found) else fixed(found, 2)
