@@ -73,7 +73,7 @@ class ArraySource:
     def chunks(self, start: int = 0) -> Iterator[Activations]:
         """Chunk `start`, `start + 1`, ... without end: train rows in an order of each epoch's own.
 
-        Every row comes once an epoch, whose last chunk may be shorter. Any chunk can be made again bit by bit.
+        Every row comes once an epoch, whose last chunk may be shorter. Any chunk can be remade to the bit.
         """
         for number in count(start):
             epoch, chunk = divmod(number, self.chunks_per_epoch)

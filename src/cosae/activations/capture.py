@@ -54,7 +54,7 @@ def capture(
     sequences        (S, T) token sequences; padding may be left, right or anywhere
     sites            names for `resolve_site`; the result's keys are the names as given, or a `Site`'s own
     batch_sequences  sequences per forward pass; it may change the last bits, as any batching does
-    store_dtype      float32, bfloat16 or float16 for `x_ND`; `norm_N` is the fp32 norm of the stored rows
+    store_dtype      float32, bfloat16 or float16 for `x_ND`; `norm_N` is fp32, from before that rounding
     store_device     where the activations are kept
 
     `position_N` counts real tokens from 0, and is the position the model was told. The tensors are ordinary
@@ -67,16 +67,19 @@ def capture(
     """
     by_name = _named_sites(model, sites)
     _check_request(model, sequences, batch_sequences, store_dtype)
-    parts: dict[Site, list[Activations]] = {site: [] for site in by_name.values()}
-    for start in range(0, len(sequences), batch_sequences):
-        batch = sequences[start : start + batch_sequences]
-        if not bool(batch.mask_ST.any()):
-            continue
-        for site, x_ND in read_sites(model, batch, list(parts), store_dtype, store_device).items():
-            part = _annotate(x_ND, batch)
-            _check_finite(part, batch, site, start, store_dtype)
-            parts[site].append(part)
-    return {name: Activations.cat(parts[site]) for name, site in by_name.items()}
+    # Whatever the caller's mode: inference tensors cannot be trained on afterwards.
+    with torch.inference_mode(False):
+        parts: dict[Site, list[Activations]] = {site: [] for site in by_name.values()}
+        for start in range(0, len(sequences), batch_sequences):
+            batch = sequences[start : start + batch_sequences]
+            if not bool(batch.mask_ST.any()):
+                continue
+            found = read_sites(model, batch, list(parts), store_dtype, store_device)
+            for site, (x_ND, norm_N) in found.items():
+                part = _annotate(x_ND, norm_N, batch)
+                _check_finite(part, batch, site, start, store_dtype)
+                parts[site].append(part)
+        return {name: Activations.cat(parts[site]) for name, site in by_name.items()}
 
 
 def iterate_capture(
@@ -127,12 +130,12 @@ def _check_request(
         )
 
 
-def _annotate(x_ND: Tensor, batch: Sequences) -> Activations:
+def _annotate(x_ND: Tensor, norm_N: Tensor, batch: Sequences) -> Activations:
     """The rows with where each came from."""
     mask_ST, device = batch.mask_ST, x_ND.device
     return Activations(
         x_ND=x_ND,
-        norm_N=torch.linalg.vector_norm(x_ND.float(), dim=-1),
+        norm_N=norm_N,
         token_N=batch.ids_ST[mask_ST].to(device, torch.int32),
         doc_N=batch.doc_ST[mask_ST].to(device, torch.int32),
         position_N=positions(mask_ST)[mask_ST].to(device, torch.int32),
@@ -145,6 +148,8 @@ def _check_finite(
     part: Activations, batch: Sequences, site: Site, start: int, store_dtype: torch.dtype
 ) -> None:
     bad_N = ~part.norm_N.isfinite()
+    if store_dtype == torch.float16:  # its largest value is 65504, which attention sinks exceed
+        bad_N |= ~part.x_ND.isfinite().all(dim=-1)
     if not bool(bad_N.any()):
         return
     row = int(bad_N.nonzero()[0, 0])

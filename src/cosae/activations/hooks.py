@@ -28,10 +28,13 @@ def body_of(model: nn.Module) -> Any:
 
 def read_sites(
     model: nn.Module, batch: Sequences, sites: Sequence[Site], store_dtype: torch.dtype, store_device: str
-) -> dict[Site, Tensor]:
-    """(N, D) rows of the batch's real tokens at each site, in `store_dtype` on `store_device`."""
+) -> dict[Site, tuple[Tensor, Tensor]]:
+    """(N, D) rows of the batch's real tokens at each site, and (N,) their fp32 norms, on `store_device`.
+
+    The rows are in `store_dtype`; the norms are of the rows as the model made them, before any rounding.
+    """
     body = body_of(model)
-    found: dict[Site, Tensor] = {}
+    found: dict[Site, tuple[Tensor, Tensor]] = {}
 
     def reader(site: Site) -> Callable[[Any], None]:
         def read(value: Any) -> None:
@@ -39,7 +42,8 @@ def read_sites(
                 return
             # Copied at once: later modules may write into the same memory.
             rows = _real_rows(value, batch.mask_ST, site)
-            found[site] = rows.to(device=store_device, dtype=store_dtype)
+            norm_N = torch.linalg.vector_norm(rows.float(), dim=-1)
+            found[site] = rows.to(device=store_device, dtype=store_dtype), norm_N.to(store_device)
             if len(found) == len(sites):
                 raise _Stop
 
@@ -49,8 +53,7 @@ def read_sites(
     try:
         for site in sites:
             handles.append(_hook(model.get_submodule(site.module_path), site, reader(site)))
-        # Never inference mode: its tensors cannot be trained on afterwards.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             body(**_inputs(body, batch))
     except _Stop:
         pass

@@ -108,8 +108,8 @@ def _named_site(model: nn.Module, kind: str, block: int, blocks_path: str, n_blo
             available = sorted(name for name, _ in model.get_submodule(path).named_children())
             raise CosaeError(
                 f"Site '{asked}' is unknown: no module in block {block} of {type(model).__name__} returns "
-                f"what its {kind.split('_')[0]} adds; use resid_pre.{block}, resid_post.{block} or one of the "
-                f"block's modules ({path}. + {', '.join(available)})."
+                f"what its {kind.split('_')[0]} adds; use resid_pre.{block}, resid_post.{block} or a module "
+                f"of the block ({path}. + {', '.join(available)})."
             )
         path = f"{path}.{child}"
     return Site(
