@@ -52,3 +52,11 @@ def loops() -> Any:
     from cosae.kernels import loops as module
 
     return module
+
+
+@lru_cache(maxsize=1)
+def adam_loops() -> Any:
+    """The optimiser's compiled loops."""
+    from cosae.kernels import adam_loops as module
+
+    return module

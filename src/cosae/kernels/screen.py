@@ -37,7 +37,7 @@ from torch import Tensor
 
 from cosae.kernels import native
 from cosae.kernels.sums import compiled
-from cosae.kernels.terms import R_MIN, ROW_MIN, ScoreTerms
+from cosae.kernels.terms import R_MIN, ScoreTerms
 
 BIN = 0.25
 """Width in ln r of one bin of tokens where exponents differ between features."""

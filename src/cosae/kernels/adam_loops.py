@@ -1,0 +1,58 @@
+"""Compiled loops of the optimiser; their meaning is the plain path of `train.optimizer`. See `native` for threads.
+
+Every parameter is a matrix of rows here; each row is handled by one part, so results do not depend on threads.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+_SUMS = {"reassoc", "contract"}
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_SUMS, boundscheck=False)
+def measure_rows(part, n_parts, grad_RD, weight_RD, unit, along_R, square_R):
+    """along = ⟨g, d⟩/⟨d, d⟩ where rows are unit (else 0); square = |g − along·d|², summed in float64."""
+    n_rows, width = grad_RD.shape
+    for r in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
+        along = np.float32(0.0)
+        if unit:
+            inner, length = np.float32(0.0), np.float32(0.0)
+            for j in range(width):
+                inner += grad_RD[r, j] * weight_RD[r, j]
+                length += weight_RD[r, j] * weight_RD[r, j]
+            along = inner / max(length, np.float32(1e-16))
+        square = 0.0
+        for j in range(width):
+            gradient = (
+                np.float64(grad_RD[r, j] - along * weight_RD[r, j]) if unit else np.float64(grad_RD[r, j])
+            )
+            square += gradient * gradient
+        along_R[r], square_R[r] = along, square
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_SUMS, boundscheck=False)
+def step_rows(
+    part, n_parts, grad_RD, weight_RD, mean_RD, square_RD, along_R, unit, clip, beta1, beta2, rate, root_bias2, eps
+):  # fmt: skip
+    """One sweep: projection, clip, Adam, renormalisation. All scalars fp32; rate = lr / (1 − β1^t)."""
+    n_rows, width = grad_RD.shape
+    one = np.float32(1.0)
+    for r in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
+        along = along_R[r]
+        length = np.float32(0.0)
+        for j in range(width):
+            weight = weight_RD[r, j]
+            gradient = (grad_RD[r, j] - along * weight) * clip
+            mean = mean_RD[r, j] + (one - beta1) * (gradient - mean_RD[r, j])
+            square = beta2 * square_RD[r, j] + (one - beta2) * gradient * gradient
+            mean_RD[r, j], square_RD[r, j] = mean, square
+            weight = weight - rate * (mean / (np.sqrt(square) / root_bias2 + eps))
+            weight_RD[r, j] = weight
+            length += weight * weight
+        if unit:
+            inverse = one / max(np.sqrt(length), np.float32(1e-8))
+            for j in range(width):
+                weight_RD[r, j] *= inverse

@@ -1,0 +1,183 @@
+"""Adam with unit rows: against torch's Adam and a step written out by hand, by both paths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cosae.kernels import native
+from cosae.train.optimizer import UnitRowAdam
+from cosae.types import CosaeError
+
+SHAPES = {"W_enc": (30, 17), "W_dec": (30, 17), "b_enc": (30,), "scale_a": ()}
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "plain":
+        monkeypatch.setattr(native, "AVAILABLE", False)
+    elif not native.AVAILABLE:
+        pytest.skip("numba is not installed")
+
+
+def draw(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=source, dtype=dtype) for name, shape in SHAPES.items()}
+
+
+def make_parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    values = draw(0, dtype)
+    values["W_dec"] /= values["W_dec"].norm(dim=-1, keepdim=True)
+    return {name: nn.Parameter(value) for name, value in values.items()}
+
+
+def set_gradients(parameters: dict[str, nn.Parameter], seed: int, scale: float = 1.0) -> None:
+    for name, value in draw(seed, parameters["W_enc"].dtype).items():
+        parameters[name].grad = scale * value
+
+
+def step_by_hand(optimizer: torch.optim.Adam, parameters: dict[str, nn.Parameter], clip: float) -> float:
+    """The paper's order with torch's own pieces."""
+    decoder = parameters["W_dec"]
+    with torch.no_grad():
+        unit = decoder / decoder.norm(dim=-1, keepdim=True)
+        decoder.grad -= (decoder.grad * unit).sum(-1, keepdim=True) * unit
+    norm = nn.utils.clip_grad_norm_(list(parameters.values()), clip)
+    optimizer.step()
+    with torch.no_grad():
+        decoder /= decoder.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    return float(norm)
+
+
+@pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-3, 10.0])
+def test_twenty_steps_equal_torch_adam(dtype: torch.dtype, scale: float) -> None:
+    ours, theirs = make_parameters(dtype), make_parameters(dtype)
+    fast = UnitRowAdam(ours, ("W_dec",), lr=0.01, lr_multipliers={"scale_a": 3.0}, clip=1.0)
+    groups = [{"params": [p], "lr": 0.03 if name == "scale_a" else 0.01} for name, p in theirs.items()]
+    slow = torch.optim.Adam(groups)
+    for seed in range(1, 21):
+        set_gradients(ours, seed, scale)
+        set_gradients(theirs, seed, scale)
+        assert fast.step() == pytest.approx(step_by_hand(slow, theirs, 1.0), rel=1e-5)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, theirs[name], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(ours["W_dec"].norm(dim=-1), torch.ones(30, dtype=dtype), atol=1e-6)
+
+
+@pytest.mark.usefixtures("_path")
+def test_lr_scale_and_no_clip() -> None:
+    """The first Adam step moves every coordinate by lr · scale in the gradient's sign, whatever the gradient's size."""
+    parameters = make_parameters()
+    before = parameters["W_enc"].detach().clone()
+    set_gradients(parameters, 1, 100.0)
+    norm = UnitRowAdam(parameters, lr=0.01, clip=None, eps=0.0).step(lr_scale=0.5)
+    assert norm == pytest.approx(
+        100 * float(torch.cat([g.reshape(-1) for g in draw(1).values()]).norm()), rel=1e-5
+    )
+    moved = parameters["W_enc"].detach() - before
+    torch.testing.assert_close(moved, -0.005 * draw(1)["W_enc"].sign(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_path")
+def test_radial_gradient_moves_nothing() -> None:
+    parameters = make_parameters()
+    before = parameters["W_dec"].detach().clone()
+    parameters["W_dec"].grad = 5.0 * before
+    optimizer = UnitRowAdam({"W_dec": parameters["W_dec"]}, ("W_dec",), lr=0.01, eps=1e-3)
+    assert optimizer.step() < 1e-5
+    torch.testing.assert_close(parameters["W_dec"].detach(), before, rtol=0, atol=2e-5)
+
+
+@pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("bad", ["W_enc", "W_dec", "scale_a"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_gradient_changes_nothing(bad: str, value: float) -> None:
+    parameters = make_parameters()
+    optimizer = UnitRowAdam(parameters, ("W_dec",), lr=0.01)
+    set_gradients(parameters, 1)
+    optimizer.step()
+    before = {name: p.detach().clone() for name, p in parameters.items()} | optimizer.state_dict()
+    set_gradients(parameters, 2)
+    parameters[bad].grad.view(-1)[-1] = value
+    with pytest.raises(FloatingPointError, match=bad):
+        optimizer.step()
+    after = {name: p.detach() for name, p in parameters.items()} | optimizer.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.usefixtures("_path")
+def test_resume_is_exact_and_missing_gradients_are_left_alone() -> None:
+    straight, broken = make_parameters(), make_parameters()
+    first, second = UnitRowAdam(straight, ("W_dec",)), UnitRowAdam(broken, ("W_dec",))
+    for seed in range(1, 7):
+        if seed == 4:
+            state = second.state_dict()
+            broken = {name: nn.Parameter(p.detach().clone()) for name, p in broken.items()}
+            second = UnitRowAdam(broken, ("W_dec",))
+            second.load_state_dict(state)
+        for parameters, optimizer in ((straight, first), (broken, second)):
+            optimizer.zero_grad()
+            set_gradients(parameters, seed)
+            if seed % 2:
+                parameters["b_enc"].grad = None
+            optimizer.step()
+    assert all(torch.equal(straight[name], broken[name]) for name in SHAPES)
+    assert int(first.state_dict()["count.b_enc"]) == 3
+    assert int(first.state_dict()["count.W_dec"]) == 6
+
+
+def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.AVAILABLE:
+        pytest.skip("numba is not installed")
+    answers = []
+    for n_parts in (1, 2, 5):
+        monkeypatch.setattr(native, "parts_for", lambda work, n=n_parts: n)
+        parameters = make_parameters()
+        optimizer = UnitRowAdam(parameters, ("W_dec",))
+        for seed in range(1, 4):
+            set_gradients(parameters, seed)
+            optimizer.step()
+        answers.append(parameters)
+    for other in answers[1:]:
+        assert all(torch.equal(other[name], answers[0][name]) for name in SHAPES)
+
+
+@pytest.mark.usefixtures("_path")
+def test_a_step_is_seen_by_autograd() -> None:
+    """A graph made before a step must refuse to run after it: its saved weights are gone."""
+    parameters = make_parameters()
+    loss = parameters["W_enc"].square().sum()
+    set_gradients(parameters, 1)
+    UnitRowAdam(parameters).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"unit_rows": ("decoder",)}, "'decoder'"),
+        ({"unit_rows": ("b_enc",)}, "matrices"),
+        ({"lr_multipliers": {"a": 2.0}}, "'a'"),
+        ({"lr": -1.0}, "lr must be"),
+        ({"lr": float("nan")}, "lr must be"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"clip": 0.0}, "clip"),
+    ],
+)
+def test_mistakes_get_one_sentence(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(CosaeError, match=message):
+        UnitRowAdam(make_parameters(), **arguments)
+
+
+def test_foreign_state_is_refused() -> None:
+    optimizer = UnitRowAdam(make_parameters())
+    state = optimizer.state_dict()
+    with pytest.raises(CosaeError, match="shape"):
+        optimizer.load_state_dict({**state, "mean.W_enc": torch.zeros(2, 2)})
+    del state["mean.W_enc"]
+    with pytest.raises(CosaeError, match=r"mean\.W_enc"):
+        optimizer.load_state_dict(state)
