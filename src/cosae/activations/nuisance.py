@@ -159,8 +159,7 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
 def parse_settings(
     text: str, what: str, allowed: Mapping[str, tuple[str, ...]]
 ) -> tuple[str, dict[str, str]]:
-    """`kind:name=value,name=value` → kind and settings. Raises CosaeError naming `what` and what is
-    allowed."""
+    """`kind:name=value,name=value` → kind and settings. Raises CosaeError, naming `what`, for other text."""
     kind, _, rest = text.strip().partition(":")
     if kind not in allowed:
         raise CosaeError(f"{what} must be one of {', '.join(allowed)}. Got {kind!r} instead.")

@@ -256,7 +256,7 @@ class ActivationStream:
                 target.index_copy_(0, slots, getattr(rows, f.name).to(self.device, target.dtype))
             filled += len(rows)
         shuffle = torch.randperm(self.buffer_tokens, generator=self._generator).to(self.device)
-        self._order = self._order.roll(-self._cursor)[shuffle]
+        self._order = self._order[shuffle]
         self._cursor = 0
 
     def _take(self, at_most: int) -> Activations:

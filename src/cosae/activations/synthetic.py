@@ -38,8 +38,7 @@ class World:
 
     d_in           dimensions
     n_features     true features
-    l0             mean number of active features per token, before silent tokens are given one (share about
-                   e^-l0)
+    l0             mean number of active features per token, before silent tokens (about e^-l0) get one
     frequencies    uniform, or power: p_i ∝ 1 / rank_i, none above one half
     correlation    0 to 1: features 2j and 2j + 1 share a rate, and their firings correlate by this much
     hierarchy      children per parent: a child fires only with its parent, on half of the parent's tokens

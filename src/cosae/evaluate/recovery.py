@@ -32,16 +32,17 @@ def recovery(decoder_FD: Tensor, codes: Codes, feature_GD: Tensor, truth: Codes)
     mcc             mean |cos| over the min(F, G) pairs
     mcc_over_true   the same sum over all G true features: features without a latent count 0
     uniqueness      distinct best-matching true features (argmax |cos|) over F
-    precision, recall, f1     of "the latent is active" for "its paired feature is", mean over the true
-    features that
-                    occur in the sample; an unpaired feature or a silent latent counts 0
-    auroc           of the latent's value as a score for its paired feature, mean over the same features (ties
-                    count
-                    one half; an unpaired or silent latent has 0.5)
-    precision_argmax, recall_argmax, f1_argmax   mean over all F latents, each against its best match
+    precision, recall, f1
+                    of "the latent is active" for "its paired feature is", mean over the true features
+                    that occur among these tokens; an unpaired feature or a silent latent counts 0
+    auroc           of the latent's value as a score for its paired feature, mean over the same features; ties
+                    count one half, so an unpaired feature or a silent latent has 0.5
+    precision_argmax, recall_argmax, f1_argmax
+                    mean over all F latents, each against its best match
     l0, true_l0     mean active entries per token
     dead_frac       share of latents that never fire here
-    n_tokens, n_true_seen   tokens; true features that occur
+    n_tokens        tokens
+    n_true_seen     true features that occur
 
     Raises CosaeError if the shapes do not belong together. The assignment costs up to O(F G min(F, G)):
     seconds for a few thousand, minutes for tens of thousands.
