@@ -13,10 +13,7 @@ import tokenize
 from cosae.activations.python_source import Regions, Source, Word, fstring_fields
 
 _KEYWORDS = {
-    **{
-        f"keyword_{word}": word
-        for word in ("def", "class", "return", "if", "for", "in", "not", "is", "import")
-    },
+    **{f"keyword_{word}": word for word in ("def", "class", "return", "if", "for", "in", "not", "is", "import")},
     **{f"keyword_{word}": word for word in ("from", "raise", "while", "try")},
     "keyword_elif_else": "elif else",
     "keyword_and_or": "and or",
@@ -165,7 +162,7 @@ def _paint_blocks(source: Source, regions: Regions) -> None:
 
 
 def _paint_brackets(words: tuple[Word, ...], regions: Regions) -> None:
-    """brackets_d: inside at least d brackets, these included; and the lines that an open bracket carries on."""
+    """brackets_d: inside at least d brackets, these included; and lines an open bracket carries on."""
     opened: list[int] = []
     carried: int | None = None
     for kind, text, start, end in words:

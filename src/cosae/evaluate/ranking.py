@@ -1,0 +1,214 @@
+"""How well a score ranks a concept's tokens above the others: AUROC and average precision, exact with ties.
+
+Enters: sparse codes or dense scores, and boolean labels. Leaves: plain float64 numbers. Codes are never made
+dense: a latent that did not fire scores 0, so all its silent tokens tie at one place in the ranking, between
+its negative and its positive codes.
+
+    AUROC = P(score₊ > score₋) + ½ P(score₊ = score₋) = (Σ rank₊ − n₊(n₊ + 1)/2) / (n₊ n₋),  midranks for ties
+
+The rank of a code in its latent's column does not depend on the concept. So one sort and one sparse product
+give all F latents × C concepts: Σ rank₊ = Σ over codes (rank − silent rank) · label + n₊ · silent rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+
+from cosae.types import Codes, CosaeError
+
+Array = NDArray[np.float64]
+Labels = NDArray[np.bool_]
+Rule = Literal["auroc", "mean_difference"]
+RULES: tuple[Rule, ...] = ("auroc", "mean_difference")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The latent chosen for each concept.
+
+    latent_C (C,) int64     its id; the smallest of equals
+    sign_C   (C,) float64   +1, or −1 where the code's absence or negative values speak for the concept
+    value_C  (C,) float64   what the rule looked at, on the tokens it chose on: the AUROC, or mean₊ − mean₋
+    """
+
+    latent_C: NDArray[np.int64]
+    sign_C: Array
+    value_C: Array
+
+
+def select(codes: Codes, label_NC: Labels, rule: Rule) -> Selection:
+    """The best single latent of each concept on these tokens.
+
+    codes     N tokens, F latents
+    label_NC  (N, C) bool; each concept needs a token with it and one without
+
+    "auroc" takes the highest AUROC: the latent must fire FOR the concept, its sign is always +1.
+    "mean_difference" takes the largest |mean₊ − mean₋| of the raw codes (SAEBench's rule, paper §6) and keeps
+    the sign of that difference, by which later scores are to be multiplied.
+
+    Raises CosaeError for labels of another length, or a concept without both kinds of token.
+    """
+    if rule == "auroc":
+        value_FC = auroc_of_latents(codes, label_NC)
+        latent_C = value_FC.argmax(axis=0)
+        value_C = np.take_along_axis(value_FC, latent_C[None], axis=0)[0]
+        return Selection(latent_C, np.ones(len(latent_C)), value_C)
+    if rule == "mean_difference":
+        value_FC = mean_difference_of_latents(codes, label_NC)
+        latent_C = np.abs(value_FC).argmax(axis=0)
+        value_C = np.take_along_axis(value_FC, latent_C[None], axis=0)[0]
+        return Selection(latent_C, np.where(value_C < 0, -1.0, 1.0), value_C)
+    raise CosaeError(f"rule must be 'auroc' or 'mean_difference'. Got {rule!r} instead.")
+
+
+def auroc_of_latents(codes: Codes, label_NC: Labels) -> Array:
+    """(F, C) float64: the exact AUROC of every latent for every concept; 0.5 where one never fires."""
+    positives_C, negatives_C = _counts(codes.n_tokens, label_NC)
+    rank_FN, silent_F = _ranks(codes)
+    rank_sum_FC = rank_FN @ label_NC.astype(np.float64) + silent_F[:, None] * positives_C
+    area_FC: Array = (rank_sum_FC - positives_C * (positives_C + 1) / 2) / (positives_C * negatives_C)
+    return area_FC
+
+
+def mean_difference_of_latents(codes: Codes, label_NC: Labels) -> Array:
+    """(F, C) float64: mean code on the concept's tokens minus mean code on the others; silent is 0."""
+    positives_C, negatives_C = _counts(codes.n_tokens, label_NC)
+    value_FN = _matrix(codes).T.tocsr()
+    positive_FC = value_FN @ label_NC.astype(np.float64)
+    total_F = np.asarray(value_FN.sum(axis=1)).ravel()
+    difference_FC: Array = positive_FC / positives_C - (total_F[:, None] - positive_FC) / negatives_C
+    return difference_FC
+
+
+def latent_columns(codes: Codes, latent_C: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(N, C) float32: the codes of the named latents, 0 where silent."""
+    columns: NDArray[np.float32] = _matrix(codes).tocsc()[:, latent_C].toarray().astype(np.float32)
+    return columns
+
+
+def rank_quality(score_NC: NDArray[Any], label_NC: Labels) -> tuple[Array, Array]:
+    """AUROC and average precision, (C,) float64 each, of dense scores: column c of the scores for concept c.
+
+    The average precision is Σ (recall_k − recall_{k−1}) · precision_k over the distinct scores, without
+    interpolation, as scikit-learn's. Raises CosaeError for NaN, or a concept without both kinds of token.
+    """
+    positives_C, negatives_C = _counts(len(score_NC), label_NC)
+    if np.isnan(score_NC).any():
+        raise CosaeError("scores must be numbers; got NaN instead: is the SAE or the probe diverged?")
+    area_C, precision_C = np.empty(len(positives_C)), np.empty(len(positives_C))
+    for c, (n_positive, n_negative) in enumerate(zip(positives_C, negatives_C, strict=True)):
+        order_N = np.argsort(score_NC[:, c])[::-1]
+        score_N = score_NC[order_N, c]
+        last_K = np.append(np.flatnonzero(score_N[1:] != score_N[:-1]), len(score_N) - 1)  # ends of runs of ties
+        hit_K = np.cumsum(label_NC[order_N, c], dtype=np.int64)[last_K]
+        new_hit_K = np.diff(hit_K, prepend=0)
+        new_miss_K = np.diff(last_K + 1 - hit_K, prepend=0)
+        area_C[c] = (new_miss_K * (hit_K - new_hit_K / 2)).sum() / (n_positive * n_negative)
+        precision_C[c] = (new_hit_K * (hit_K / (last_K + 1))).sum() / n_positive
+    return area_C, precision_C
+
+
+def auroc_of_dimensions(x_ND: NDArray[Any], label_NC: Labels) -> Array:
+    """(D, C) float64: the exact AUROC of every dimension of dense vectors for every concept."""
+    positives_C, negatives_C = _counts(len(x_ND), label_NC)
+    label_CN = np.ascontiguousarray(label_NC.T, dtype=np.float64)
+    rank_sum_DC = np.stack([label_CN @ _midranks(np.asarray(x_ND[:, d])) for d in range(x_ND.shape[1])])
+    area_DC: Array = (rank_sum_DC - positives_C * (positives_C + 1) / 2) / (positives_C * negatives_C)
+    return area_DC
+
+
+def take_tokens(codes: Codes, keep_N: Labels) -> Codes:
+    """The codes of the tokens where keep_N (N,) is True, in one row and without `taken`."""
+    keep = torch.from_numpy(np.asarray(keep_N, dtype=bool)).to(codes.offset_B1.device)
+    if len(keep) != codes.n_tokens:
+        raise CosaeError(f"a mask must have one entry for each of the {codes.n_tokens} tokens; got {len(keep)}")
+    keep_E = keep[codes.token_E]
+    offset = torch.cat([codes.offset_B1[:1], torch.cumsum(codes.count_B[keep], 0)])
+    n_kept = int(keep.sum())
+    return Codes(offset, codes.feature_E[keep_E], codes.value_E[keep_E], codes.d_sae, (n_kept,))
+
+
+def _counts(n_tokens: int, label_NC: Labels) -> tuple[Array, Array]:
+    """Tokens with and without each concept."""
+    if label_NC.ndim != 2 or len(label_NC) != n_tokens or label_NC.dtype != np.bool_:
+        raise CosaeError(
+            f"labels must be booleans of shape ({n_tokens} tokens, concepts); got {label_NC.dtype} of shape "
+            f"{label_NC.shape} instead"
+        )
+    positives_C = label_NC.sum(axis=0).astype(np.float64)
+    if (positives_C == 0).any() or (positives_C == n_tokens).any():
+        raise CosaeError(
+            "every concept needs a token that has it and one that has not; got a concept with only one kind: "
+            "leave rare concepts out (min_positives)"
+        )
+    return positives_C, n_tokens - positives_C
+
+
+def _matrix(codes: Codes) -> sparse.csr_matrix:
+    """(N, F) float64 sparse: the codes but those of exactly 0, which tie with the silent tokens."""
+    value_E = codes.value_E.detach().float().cpu().numpy().astype(np.float64)
+    if np.isnan(value_E).any():
+        raise CosaeError("codes must be numbers; got NaN instead: is the SAE diverged?")
+    index_E, offset_N1 = codes.feature_E.cpu().numpy(), codes.offset_B1.cpu().numpy()
+    matrix = sparse.csr_matrix((value_E, index_E, offset_N1), shape=(codes.n_tokens, codes.d_sae))
+    matrix.eliminate_zeros()
+    return matrix
+
+
+def _ranks(codes: Codes) -> tuple[sparse.csr_matrix, Array]:
+    """Midranks (1 = lowest) within each latent, minus the rank of the silent: (F, N) sparse; and that rank (F,).
+
+    A latent without silent tokens has the rank they would have had.
+    """
+    by_latent = _matrix(codes).tocsc()
+    value_E, first_F1 = by_latent.data, by_latent.indptr.astype(np.int64)
+    count_F = np.diff(first_F1)
+    latent_E = np.repeat(np.arange(codes.d_sae), count_F)
+    order_E = _order_within(latent_E, value_E)
+    place_E = np.arange(len(value_E)) - first_F1[latent_E]  # 0-based, among the latent's own codes
+    silent_F = codes.n_tokens - count_F
+    sorted_E = value_E[order_E]
+    rank_E = _average_ties(place_E + 1.0 + silent_F[latent_E] * (sorted_E > 0), latent_E, sorted_E)
+    below_F = np.bincount(latent_E, weights=sorted_E < 0, minlength=codes.d_sae)
+    silent_rank_F = below_F + (silent_F + 1) / 2
+    data_E = np.empty_like(rank_E)
+    data_E[order_E] = rank_E - silent_rank_F[latent_E]
+    rank_FN = sparse.csr_matrix((data_E, by_latent.indices, by_latent.indptr), shape=by_latent.shape[::-1])
+    return rank_FN, silent_rank_F
+
+
+def _order_within(latent_E: NDArray[np.int64], value_E: Array) -> NDArray[np.int64]:
+    """The order that sorts by value within each latent; entries already stand latent by latent.
+
+    One integer sort of (latent, value): an fp32 number's bits, with those of negatives flipped, rise with it.
+    """
+    bits_E = value_E.astype(np.float32).view(np.int32).astype(np.int64)
+    rising_E = np.where(bits_E < 0, bits_E ^ 0x7FFFFFFF, bits_E) + 2**31
+    order_E: NDArray[np.int64] = np.argsort((latent_E << 32) | rising_E)
+    return order_E
+
+
+def _average_ties(rank_E: Array, latent_E: NDArray[np.int64], value_E: Array) -> Array:
+    """Ranks with those of equal neighbours (same latent, same value) replaced by their mean."""
+    if not len(rank_E):
+        return rank_E
+    new_E = np.append(True, (value_E[1:] != value_E[:-1]) | (latent_E[1:] != latent_E[:-1]))
+    group_E = np.cumsum(new_E) - 1
+    mean_G = np.bincount(group_E, weights=rank_E) / np.bincount(group_E)
+    averaged_E: Array = mean_G[group_E]
+    return averaged_E
+
+
+def _midranks(value_N: NDArray[Any]) -> Array:
+    """(N,) float64 ranks from 1, ties averaged."""
+    order_N = np.argsort(value_N)
+    rank_N = np.empty(len(value_N))
+    alone = np.zeros(len(value_N), dtype=np.int64)
+    rank_N[order_N] = _average_ties(np.arange(1.0, len(value_N) + 1), alone, value_N[order_N])
+    return rank_N
