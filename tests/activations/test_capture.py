@@ -76,9 +76,7 @@ def test_residuals_equal_the_models_own_hidden_states_to_the_bit(family: str, dt
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_enters_and_what_is_added_give_what_leaves(models: Callable[[str], Any], family: str) -> None:
     sites = ["resid_pre.2", "attn_out.2", "mlp_out.2", "resid_post.2"]
-    before, attention, mlp, after = (
-        a.x_ND for a in capture(models(family), make_sequences(), sites).values()
-    )
+    before, attention, mlp, after = (a.x_ND for a in capture(models(family), make_sequences(), sites).values())
     assert attention.norm() > 0.05 * after.norm()
     assert mlp.norm() > 0.05 * after.norm()
     torch.testing.assert_close(before + attention + mlp, after, rtol=1e-5, atol=1e-5)
@@ -154,9 +152,7 @@ def test_hooks_are_gone_whatever_happens(error: BaseException) -> None:
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_is_dropped_and_changes_nothing(
-    models: Callable[[str], Any], family: str, padding: str
-) -> None:
+def test_padding_is_dropped_and_changes_nothing(models: Callable[[str], Any], family: str, padding: str) -> None:
     model, lengths = models(family), [12, 5, 9]
     padded = make_sequences(lengths=lengths, padding=padding)
     found = capture(model, padded, "resid_post.2")["resid_post.2"]
@@ -182,9 +178,7 @@ def test_padded_residuals_equal_hidden_states_to_the_bit(models: Callable[[str],
 
 
 def test_each_row_knows_its_token_document_place_and_norm(models: Callable[[str], Any]) -> None:
-    ids = torch.tensor(
-        [[1, 5, 6, 2, 1, 7], [8, 9, 1, 4, 0, 0]]
-    )  # packed: BOS in mid-sequence, PAD at the end
+    ids = torch.tensor([[1, 5, 6, 2, 1, 7], [8, 9, 1, 4, 0, 0]])  # packed: BOS in mid-sequence, PAD at the end
     doc = torch.tensor([[0, 0, 0, 0, 1, 1], [1, 1, 2, 2, -1, -1]], dtype=torch.int32)
     index = torch.tensor([[0, 1, 2, 3, 0, 1], [2, 3, 0, 1, -1, -1]], dtype=torch.int32)
     sequences = Sequences(ids, doc, index, doc >= 0, ids < 3, ("a", "b", "c"))
@@ -204,9 +198,7 @@ def test_each_row_knows_its_token_document_place_and_norm(models: Callable[[str]
 
 def test_norms_are_taken_before_rounding_to_the_stored_dtype(models: Callable[[str], Any]) -> None:
     exact = capture(models("llama"), make_sequences(), "resid_post.2")["resid_post.2"]
-    rounded = capture(models("llama"), make_sequences(), "resid_post.2", store_dtype=torch.bfloat16)[
-        "resid_post.2"
-    ]
+    rounded = capture(models("llama"), make_sequences(), "resid_post.2", store_dtype=torch.bfloat16)["resid_post.2"]
     assert rounded.x_ND.dtype == torch.bfloat16
     assert torch.equal(rounded.x_ND, exact.x_ND.bfloat16())
     assert torch.equal(rounded.norm_N, exact.norm_N)
@@ -248,9 +240,18 @@ def test_blocks_that_return_tuples_are_read_too() -> None:
     model = make_model("gpt2")
     expected = capture(model, make_sequences(), "resid_post.3")["resid_post.3"]
     # As in transformers before 4.55; the later block would fail on the tuple, but it is never reached.
-    model.transformer.h[3].register_forward_hook(lambda _, __, output: (output, None))
+    model.transformer.h[3].register_forward_hook(
+        lambda _, __, output: output if isinstance(output, tuple) else (output, None)
+    )
     found = capture(model, make_sequences(), "resid_post.3")["resid_post.3"]
     assert torch.equal(found.x_ND, expected.x_ND)
+
+
+def test_a_module_without_a_tensor_is_named() -> None:
+    model = make_model("llama")
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: {"x": 1})
+    with pytest.raises(CosaeError, match=r"'mlp_out\.1' gives no tensor but dict; choose another module"):
+        capture(model, make_sequences(), "mlp_out.1")
 
 
 def test_the_cache_is_off_and_masks_are_passed_only_for_padding() -> None:

@@ -64,9 +64,7 @@ def test_unknown_devices_are_refused(saved: Path) -> None:
 def test_missing_paths_never_ask_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import transformers
 
-    monkeypatch.setattr(
-        transformers.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("asked the hub")
-    )
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
     for path in ("./nothing/here", str(tmp_path / "nothing"), "~/nothing/at/all", "a/b/c", tmp_path / "x"):
         with pytest.raises(CosaeError, match="does not exist; give a model directory or a name on the hub"):
             load_model(path)
@@ -81,9 +79,7 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("We couldn't connect to the hub.\nCheck your connection\nor read the manual.")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
-    with pytest.raises(
-        CosaeError, match=r"No model could be read from 'some/model'.*hub may be unreach"
-    ) as e:
+    with pytest.raises(CosaeError, match=r"No model could be read from 'some/model'.*hub may be unreach") as e:
         load_model("some/model")
     assert "\n" not in str(e.value)
 

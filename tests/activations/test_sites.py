@@ -56,9 +56,7 @@ def test_paths_inside_a_block_keep_their_path_as_name() -> None:
     ],
 )
 def test_unknown_sites_list_what_there_is(name: str) -> None:
-    with pytest.raises(
-        CosaeError, match=r"unknown: LlamaForCausalLM has resid_pre.N.* N = 0 to 3.*model\.layers"
-    ):
+    with pytest.raises(CosaeError, match=r"unknown: LlamaForCausalLM has resid_pre.N.* N = 0 to 3.*model\.layers"):
         resolve_site(make_model("llama"), name)
 
 

@@ -109,8 +109,7 @@ def _side_by_side(pa: Any, path: Path, kinds: dict[str, str], table: Any) -> Arr
     if other is not None or not kinds:
         have = f"column '{other}' is {kinds[other]}" if other is not None else "there are no columns"
         raise CosaeError(
-            f"'{path}' must have one column of lists or floating point columns only, but {have}; drop or "
-            "convert it."
+            f"'{path}' must have one column of lists or floating point columns only, but {have}; drop or convert it."
         )
     gap = next((name for name in kinds if table[name].null_count), None)
     if gap is not None:

@@ -115,8 +115,7 @@ class ArraySource:
             n_held_out = min(max(n_held_out, 1), n_blocks - 1)
             if n_held_out == 0:
                 raise CosaeError(
-                    f"'{self.path}' has a single row, which cannot be split; "
-                    "give more rows or held_out_frac 0."
+                    f"'{self.path}' has a single row, which cannot be split; give more rows or held_out_frac 0."
                 )
         held_out = torch.zeros(n_blocks, dtype=torch.bool)
         held_out[torch.randperm(n_blocks, generator=seeded("split", self.seed))[:n_held_out]] = True

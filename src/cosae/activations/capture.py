@@ -102,9 +102,7 @@ def _named_sites(model: nn.Module, sites: str | Site | Sequence[str | Site]) -> 
     return {site.name if isinstance(site, Site) else site: resolve_site(model, site) for site in asked}
 
 
-def _check_request(
-    model: nn.Module, sequences: Sequences, batch_sequences: int, store_dtype: torch.dtype
-) -> None:
+def _check_request(model: nn.Module, sequences: Sequences, batch_sequences: int, store_dtype: torch.dtype) -> None:
     if model.training:
         raise CosaeError("The model is in training mode, where dropout is on; call model.eval() first.")
     if batch_sequences < 1:
@@ -144,9 +142,7 @@ def _annotate(x_ND: Tensor, norm_N: Tensor, batch: Sequences) -> Activations:
     )
 
 
-def _check_finite(
-    part: Activations, batch: Sequences, site: Site, start: int, store_dtype: torch.dtype
-) -> None:
+def _check_finite(part: Activations, batch: Sequences, site: Site, start: int, store_dtype: torch.dtype) -> None:
     bad_N = ~part.norm_N.isfinite()
     if store_dtype == torch.float16:  # its largest value is 65504, which attention sinks exceed
         bad_N |= ~part.x_ND.isfinite().all(dim=-1)

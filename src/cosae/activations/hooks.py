@@ -76,8 +76,10 @@ def _hook(module: nn.Module, site: Site, read: Callable[[Any], None]) -> Any:
 
 def _real_rows(value: Any, mask_ST: Tensor, site: Site) -> Tensor:
     """(N, D) copy of the rows under the mask. Modules return a tensor or, in older versions, a tuple."""
-    if not isinstance(value, Tensor):
+    if isinstance(value, tuple | list) and value:
         value = value[0]
+    if not isinstance(value, Tensor):
+        raise CosaeError(f"Site '{site.name}' gives no tensor but {type(value).__name__}; choose another module.")
     n_sequences, n_positions = mask_ST.shape
     if value.shape[:-1] == (n_sequences * n_positions,):  # mixture-of-experts routers flatten the batch
         value = value.reshape(n_sequences, n_positions, -1)

@@ -124,8 +124,7 @@ def _named_site(model: nn.Module, kind: str, block: int, blocks_path: str, n_blo
 def _check_block(model: nn.Module, block: int, n_blocks: int, asked: str) -> None:
     if block >= n_blocks:
         raise CosaeError(
-            f"Site '{asked}' is out of range: {type(model).__name__} has {n_blocks} blocks, "
-            f"0 to {n_blocks - 1}."
+            f"Site '{asked}' is out of range: {type(model).__name__} has {n_blocks} blocks, 0 to {n_blocks - 1}."
         )
 
 
