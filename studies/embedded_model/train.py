@@ -80,8 +80,8 @@ def initialise(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen3F
 
 
 class Rows:
-    """An endless, seeded order of training rows. In each epoch the documents are shuffled, laid end to end and
-    cut anew, and the rows are shuffled. State: the epoch and the place in it."""
+    """An endless, seeded order of training rows. In each epoch the documents are shuffled, laid end to end
+    and cut anew, and the rows are shuffled. State: the epoch and the place in it."""
 
     def __init__(self, library: list[TokenizedDocument], tests: list[TokenizedDocument], settings: Settings):
         self.documents = [d.ids_T for d in library * settings.library_repeats + tests]

@@ -56,7 +56,7 @@ class TokenizedDocument(NamedTuple):
 
 def split_of(document: Document, held_out_frac: float = 0.1, seed: int = 0) -> Split:
     """The side of any document, by a hash of its text: equal texts never fall on both sides."""
-    head = hashlib.sha256(f"{seed}:".encode() + document.text.encode("utf-8", "surrogatepass")).digest()[:8]
+    head = hashlib.sha256(f"{seed}:".encode() + document.text.encode()).digest()[:8]
     return "held_out" if int.from_bytes(head, "big") < held_out_frac * 2**64 else "train"
 
 
@@ -339,7 +339,7 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -397,4 +397,6 @@ def _document_of(row: object, where: str, name: str) -> Document:
             f'Each row must hold its text as a string under "text". Got {keys} at {where} instead.'
         )
     given = next((row[k] for k in ("name", "id") if isinstance(row.get(k), str | int)), name)
-    return Document(str(given), row["text"])
+    # JSON can spell half a surrogate pair, which no tokenizer takes.
+    text = row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return Document(str(given), text)
