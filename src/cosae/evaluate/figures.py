@@ -41,7 +41,7 @@ def style_of(index: int) -> Style:
 
 @dataclass(frozen=True)
 class Scale:
-    """Data to pixels: low .. high to start .. end, linear or logarithmic; what lies outside goes to the edge."""
+    """Data to pixels: low .. high (either may be larger) to start .. end; what lies outside goes to the edge."""
 
     low: float
     high: float
@@ -50,16 +50,15 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, at = self.low, self.high, min(max(value, self.low), self.high)
+        low, high = self.low, self.high
+        at = min(max(value, min(low, high)), max(low, high))
         if self.log:
             low, high, at = math.log(low), math.log(high), math.log(at)
-        return self.start + (self.end - self.start) * ((at - low) / (high - low) if high > low else 0.5)
+        return self.start + (self.end - self.start) * ((at - low) / (high - low) if high != low else 0.5)
 
     def ticks(self, about: int = 5) -> list[float]:
         """Round values inside the scale."""
-        return (
-            _log_ticks(self.low, self.high, about) if self.log else _round_ticks(self.low, self.high, about)
-        )
+        return _log_ticks(self.low, self.high, about) if self.log else _round_ticks(self.low, self.high, about)
 
 
 def _round_ticks(low: float, high: float, about: int) -> list[float]:
@@ -98,9 +97,7 @@ def tick_text(value: float) -> str:
     return f"{value:.4g}".replace("-", MINUS)
 
 
-def label(
-    x: float, y: float, words: object, anchor: str = "start", colour: str = MUTED, size: int = 12
-) -> Markup:
+def label(x: float, y: float, words: object, anchor: str = "start", colour: str = MUTED, size: int = 12) -> Markup:
     """Text at a point; anchor is start, middle or end."""
     return tag("text", words, x=x, y=y, text_anchor=anchor, fill=colour, font_size=size)
 
@@ -138,8 +135,8 @@ class Panel:
     ) -> Markup:
         """Grid, ticks and labels. Given ticks replace the round ones; vertical also draws the x grid."""
         left, right, bottom, top = self.x.start, self.x.end, self.y.start, self.y.end
-        xs = [(t, tick_text(t)) for t in self.x.ticks()] if x_ticks is None else x_ticks
-        ys = [(t, tick_text(t)) for t in self.y.ticks(4)] if y_ticks is None else y_ticks
+        xs = [(t, tick_text(t)) for t in self.x.ticks(7)] if x_ticks is None else x_ticks
+        ys = [(t, tick_text(t)) for t in self.y.ticks(5)] if y_ticks is None else y_ticks
         parts: list[object] = []
         for value, words in ys:
             parts.append(_rule(left, self.y(value), right, self.y(value)))
@@ -184,9 +181,7 @@ class Panel:
         back = [f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in zip(xs, low, strict=True)]
         return tag("polygon", points=" ".join(there + back[::-1]), fill=colour, fill_opacity=0.13)
 
-    def mark(
-        self, x: float, y: float, style: Style, hover: str = "", shift: float = 0.0, size: float = 4.4
-    ) -> Markup:
+    def mark(self, x: float, y: float, style: Style, hover: str = "", shift: float = 0.0, size: float = 4.4) -> Markup:
         """One mark; shift moves it along x (or, on a row chart, y is shifted by the caller), in pixels."""
         return marker(self.x(x) + shift, self.y(y), style, hover, size)
 
@@ -212,6 +207,15 @@ def stroke(x1: float, y1: float, x2: float, y2: float, colour: str, width: float
     return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=colour, stroke_width=width)
 
 
+def _plus(size: float, turn: float = 0.0) -> list[tuple[float, float]]:
+    """A plus sign's outline, turned by an angle in radians."""
+    long, short = size * 1.35, size * 0.42
+    corners = [(short, -long), (short, -short), (long, -short), (long, short), (short, short), (short, long)]
+    corners += [(-x, -y) for x, y in corners]
+    cos, sin = math.cos(turn), math.sin(turn)
+    return [(x * cos - y * sin, x * sin + y * cos) for x, y in corners]
+
+
 _OUTLINES: dict[str, Callable[[float], list[tuple[float, float]]]] = {
     "square": lambda s: [
         (-s * 0.88, -s * 0.88),
@@ -222,6 +226,8 @@ _OUTLINES: dict[str, Callable[[float], list[tuple[float, float]]]] = {
     "triangle": lambda s: [(0, -s * 1.15), (s * 1.1, s * 0.8), (-s * 1.1, s * 0.8)],
     "wedge": lambda s: [(0, s * 1.15), (s * 1.1, -s * 0.8), (-s * 1.1, -s * 0.8)],
     "diamond": lambda s: [(0, -s * 1.3), (s * 1.3, 0), (0, s * 1.3), (-s * 1.3, 0)],
+    "plus": _plus,
+    "cross": lambda s: _plus(s, math.pi / 4),
     "bar": lambda s: [(-s * 0.35, -s * 1.3), (s * 0.35, -s * 1.3), (s * 0.35, s * 1.3), (-s * 0.35, s * 1.3)],
 }
 
@@ -236,23 +242,16 @@ def marker(x: float, y: float, style: Style, hover: str = "", size: float = 4.4)
     }
     if style.shape == "circle":
         return tag("circle", inside, cx=x, cy=y, r=size, **paint)
-    if style.shape in ("plus", "cross"):
-        reach = size * (1.2 if style.shape == "plus" else 0.9)
-        ends = ((reach, 0.0), (0.0, reach)) if style.shape == "plus" else ((reach, reach), (reach, -reach))
-        d = " ".join(f"M{x - dx:.1f} {y - dy:.1f}L{x + dx:.1f} {y + dy:.1f}" for dx, dy in ends)
-        return tag("path", inside, d=d, stroke=style.colour, stroke_width=2.4, fill="none")
     points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in _OUTLINES[style.shape](size))
     return tag("polygon", inside, points=points, **paint)
 
 
-def legend(
-    entries: Sequence[tuple[str, Style]], left: float, top: float, width: float
-) -> tuple[Markup, float]:
+def legend(entries: Sequence[tuple[str, Style]], left: float, top: float, width: float) -> tuple[Markup, float]:
     """Names with their marks, wrapped to the width; and the height they took."""
     x, y, parts = left, top + 10, []
     for name, style in entries:
-        words = shortened(name, 34)
-        needed = 24 + 7.0 * len(words)
+        words = shortened(name, 40)
+        needed = 36 + 6.3 * len(words)
         if x > left and x + needed > left + width:
             x, y = left, y + 20
         parts += [marker(x + 6, y, style, size=4.8), label(x + 16, y + 4, words, colour=INK)]

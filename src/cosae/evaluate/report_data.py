@@ -64,9 +64,7 @@ def read_run(path: Path | str) -> RunRecord:
         what = "a file" if path.exists() else "nothing"
         raise CosaeError(f"a report needs the directory of a run; there is {what} at {path}")
     if not (path / "run.json").is_file():
-        raise CosaeError(
-            f"{path} is not a run: it holds no run.json; give the directory that `train` or `demo` wrote"
-        )
+        raise CosaeError(f"{path} is not a run: it holds no run.json; give the directory that `train` or `demo` wrote")
     run = _object(path / "run.json")
     if run.get("format") != FORMAT:
         raise CosaeError(
@@ -78,18 +76,14 @@ def read_run(path: Path | str) -> RunRecord:
             "use the cosae that wrote the run"
         )
     evaluation = path / "evaluation.json"
-    return RunRecord(
-        path, run, _lines(path / "metrics.jsonl"), _object(evaluation) if evaluation.is_file() else {}
-    )
+    return RunRecord(path, run, _lines(path / "metrics.jsonl"), _object(evaluation) if evaluation.is_file() else {})
 
 
 def _object(path: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CosaeError(
-            f"{path} is damaged (not JSON: {error}); write it again or take the run from a copy"
-        ) from None
+        raise CosaeError(f"{path} is damaged (not JSON: {error}); write it again or take the run from a copy") from None
     if not isinstance(value, dict):
         raise CosaeError(f"{path} is damaged: it must hold a JSON object, got {type(value).__name__} instead")
     return value
@@ -108,9 +102,7 @@ def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
             rows.append(mapping(json.loads(line)))
         except (ValueError, RecursionError):
             if at < len(lines):
-                raise CosaeError(
-                    f"{path} is damaged: line {at} is not JSON; take the run from a copy"
-                ) from None
+                raise CosaeError(f"{path} is damaged: line {at} is not JSON; take the run from a copy") from None
     return tuple(rows)
 
 

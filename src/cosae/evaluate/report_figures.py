@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cosae.evaluate.figures import FAINT, WIDTH, Panel, Style, drawing, label, legend, padded, stroke
+from cosae.evaluate.figures import FAINT, WIDTH, Panel, Style, drawing, label, legend, padded
 from cosae.evaluate.report_data import RunRecord, finite, items, mapping, number, reach
-from cosae.evaluate.report_markup import Markup, fixed, join, percent, significant, tag
+from cosae.evaluate.report_markup import Markup, fixed, join, percent, shortened, significant, tag
 
 Looks = Mapping[str, Style]
 """How each arm is drawn, the same in every figure of the page."""
@@ -24,20 +24,13 @@ def norm_histogram(record: RunRecord) -> Markup | None:
     median = number(norms.get("median"))
     edges, counts = finite(reach(norms, "histogram", "edges")), finite(reach(norms, "histogram", "counts"))
     sinks = finite(reach(norms, "histogram", "sink_counts")) or [0.0] * len(counts)
-    if (
-        not median
-        or len(edges) != len(counts) + 1
-        or len(sinks) != len(counts)
-        or max(counts, default=0) <= 0
-    ):
+    if not median or len(edges) != len(counts) + 1 or len(sinks) != len(counts) or max(counts, default=0) <= 0:
         return None
     edges = [e / median for e in edges]
     if edges[0] <= 0 or edges[-1] <= edges[0]:
         return None
     room = (edges[-1] / edges[0]) ** 0.03
-    panel = Panel.at(
-        (70, 46, WIDTH - 90, 200), (edges[0] / room, edges[-1] * room), (0.6, 1.6 * max(counts)), "xy"
-    )
+    panel = Panel.at((70, 46, WIDTH - 90, 200), (edges[0] / room, edges[-1] * room), (0.6, 1.6 * max(counts)), "xy")
     parts: list[object] = [
         panel.axes(x_label="norm of the activation over the median norm", y_label="tokens"),
         panel.column(1.0, "median"),
@@ -51,9 +44,7 @@ def norm_histogram(record: RunRecord) -> Markup | None:
         4,
         WIDTH,
     )
-    return drawing(
-        296, [keys, *parts], "Histogram of activation norms over their median, filtered tokens marked"
-    )
+    return drawing(296, [keys, *parts], "Histogram of activation norms over their median, filtered tokens marked")
 
 
 def _bar(panel: Panel, low: float, high: float, n: float, colour: str, hover: str) -> Markup:
@@ -61,9 +52,7 @@ def _bar(panel: Panel, low: float, high: float, n: float, colour: str, hover: st
         return Markup("")
     left, top = panel.x(low), panel.y(n)
     width = max(panel.x(high) - left - 0.8, 1.0)
-    return tag(
-        "rect", tag("title", hover), x=left, y=top, width=width, height=panel.y.start - top, fill=colour
-    )
+    return tag("rect", tag("title", hover), x=left, y=top, width=width, height=panel.y.start - top, fill=colour)
 
 
 def quartile_figure(record: RunRecord, looks: Looks) -> Markup | None:
@@ -78,15 +67,13 @@ def quartile_figure(record: RunRecord, looks: Looks) -> Markup | None:
     for i, (key, title) in enumerate(rows):
         for j, (sinks, words) in enumerate(columns):
             values = {arm: _quartiles(record, arm, sinks, key) for arm in shown}
-            box = (70 + j * 510, top + 34 + i * 236, 440.0, 150.0)
+            box = (70 + j * 510, top + 34 + i * 232, 440.0, 150.0)
             parts.append(_quartile_panel(record, values, looks, box, f"{title}, {words}", (sinks, shown[0])))
-    return drawing(top + 2 * 236 + 20, parts, "Reconstruction by norm quartile, sinks out and in")
+    return drawing(top + 34 + 232 + 150 + 44, parts, "Reconstruction by norm quartile, sinks out and in")
 
 
 def _quartiles(record: RunRecord, arm: str, sinks: str, key: str) -> list[float | None]:
-    found = [
-        number(mapping(q).get(key)) for q in items(record.reconstruction(arm, sinks).get("by_norm_quartile"))
-    ]
+    found = [number(mapping(q).get(key)) for q in items(record.reconstruction(arm, sinks).get("by_norm_quartile"))]
     return (found + [None] * 4)[:4]
 
 
@@ -107,7 +94,7 @@ def _quartile_panel(
     ranges = items(record.reconstruction(ends_of[1], ends_of[0]).get("by_norm_quartile"))
     parts: list[object] = [panel.axes(title, x_ticks=[(q, f"Q{q + 1}") for q in range(4)])]
     for q, entry in enumerate(ranges[:4]):
-        ends = f"{significant(number(mapping(entry).get('norm_low')))} – {significant(number(mapping(entry).get('norm_high')))}"
+        ends = " – ".join(significant(number(mapping(entry).get(k))) for k in ("norm_low", "norm_high"))
         parts.append(label(panel.x(q), panel.y.start + 32, f"|x| {ends}", "middle", FAINT, 11))
     step = min(13.0, 84.0 / max(len(values), 1))
     for i, (arm, row) in enumerate(values.items()):
@@ -116,19 +103,25 @@ def _quartile_panel(
             if value is None:
                 continue
             parts.append(panel.mark(q, value, looks[arm], f"{arm}, Q{q + 1}: {fixed(value, 4)}", shift))
-            if value < low:
-                parts.append(_fallen(panel.x(q) + shift, panel.y.start, value, looks[arm].colour, i))
+    for q in range(4):
+        below = [(arm, row[q]) for arm, row in values.items() if (row[q] or 0.0) < low]
+        parts.append(_below(panel, q, below, looks))
     return join(parts)
 
 
-def _fallen(x: float, bottom: float, value: float, colour: str, i: int) -> Markup:
-    """The value of a mark that lies below the axis, written beside it."""
-    height = 9 + 11 * (i % 6)
+def _below(panel: Panel, q: int, below: Sequence[tuple[str, float | None]], looks: Looks) -> Markup:
+    """The values of marks that lie under the axis, stacked beside them where the quartile leaves room."""
+    side, anchor = (48, "start") if q < 2 else (-48, "end")
     return join(
-        [
-            stroke(x, bottom - height, x, bottom - 4, colour, 0.8),
-            label(x + 2, bottom - height, f"↓ {fixed(value, 1)}", "start", colour, 10),
-        ]
+        label(
+            panel.x(q) + side,
+            panel.y.start - 6 - 13 * (len(below) - 1 - i),
+            f"{shortened(arm, 22)} {fixed(value, 1)}",
+            anchor,
+            looks[arm].colour,
+            11,
+        )
+        for i, (arm, value) in enumerate(below)
     )
 
 
@@ -144,9 +137,7 @@ def exponent_figure(record: RunRecord, looks: Looks) -> Markup | None:
             histograms[arm] = (edges, counts)
     if not curves and not histograms:
         return None
-    keys, top = legend(
-        [(arm, looks[arm]) for arm in looks if arm in curves or arm in histograms], 70, 4, WIDTH - 80
-    )
+    keys, top = legend([(arm, looks[arm]) for arm in looks if arm in curves or arm in histograms], 70, 4, WIDTH - 80)
     parts: list[object] = [keys]
     if curves:
         parts.append(_exponent_curves(record, curves, looks, (70, top + 34, 440 if histograms else 930, 210)))
@@ -202,9 +193,7 @@ def _exponent_histograms(
     reached = [x for edges, _ in histograms.values() for x in (edges[0], edges[-1])]
     tallest = max(y for _, ys in steps.values() for y in ys)
     panel = Panel.at(box, padded([*reached, 0.0]), (0, 1.08 * tallest))
-    parts: list[object] = [
-        panel.axes("exponents of the features at the end", "exponent a", "density of features")
-    ]
+    parts: list[object] = [panel.axes("exponents of the features at the end", "exponent a", "density of features")]
     parts.append(panel.column(0.0))
     parts += [panel.line(xs, ys, looks[arm], 1.6) for arm, (xs, ys) in steps.items()]
     return join(parts)
@@ -227,9 +216,9 @@ def training_figure(record: RunRecord, looks: Looks) -> Markup | None:
     for i, (key, title, written, log) in enumerate(plots):
         lines = {arm: curves[key][arm] for arm in shown if curves[key][arm][0]}
         if lines:
-            box = (70 + (i % 2) * 510, top + 34 + (i // 2) * 236, 440.0, 150.0)
+            box = (70 + (i % 2) * 510, top + 34 + (i // 2) * 238, 440.0, 150.0)
             parts.append(_training_panel(lines, looks, box, title, written, log))
-    return drawing(top + 2 * 236 + 20, parts, "Training curves: loss, FVE, L0, dead share")
+    return drawing(top + 34 + 238 + 150 + 48, parts, "Training curves: loss, FVE, L0, dead share")
 
 
 def _training_panel(

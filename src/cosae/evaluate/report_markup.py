@@ -38,9 +38,7 @@ def tag(name: str, /, *children: object, **attributes: Any) -> Markup:
         for key, value in attributes.items()
         if value is not None
     )
-    void = (
-        name in ("meta", "br", "hr", "line", "rect", "circle", "path", "polygon", "polyline") and not inside
-    )
+    void = name in ("meta", "br", "hr", "line", "rect", "circle", "path", "polygon", "polyline") and not inside
     return Markup(f"<{name}{written}/>" if void else f"<{name}{written}>{inside}</{name}>")
 
 

@@ -79,9 +79,7 @@ def means_figure(record: RunRecord, looks: Looks) -> Markup | None:
     if not groups or not names:
         return None
     found = [summary(record, n, r, g) for n in names + floors for r in RULES for g in groups]
-    ends = padded(
-        [v for f in found for k in ("low", "high", "mean") if (v := number(f.get(k))) is not None], 0.04
-    )
+    ends = padded([v for f in found for k in ("low", "high", "mean") if (v := number(f.get(k))) is not None], 0.04)
     height = 26 * len(names) + 20 * len(floors) + 16
     parts: list[object] = [
         _rule_key(),
@@ -92,18 +90,12 @@ def means_figure(record: RunRecord, looks: Looks) -> Markup | None:
         parts.append(panel.axes(f"{group} concepts", "mean AUROC over concepts", y_ticks=(), vertical=True))
         for y, name, style in _rows(names, floors, looks):
             if j == 0:
-                parts.append(
-                    label(195, panel.y(y) + 4, _called(name), "end", INK if name in looks else MUTED)
-                )
+                parts.append(label(195, panel.y(y) + 4, _called(name), "end", INK if name in looks else MUTED))
             for k, rule in enumerate(RULES if name in looks else ["auroc"]):
                 shift = (k - 0.5) * 9 if name in looks else 0
                 look = Style(style.colour, style.shape, hollow=style.hollow or k == 1)
-                parts.append(
-                    _interval(panel, summary(record, name, rule, group), y + shift, look, f"{name}, {rule}")
-                )
-    return drawing(
-        62 + height + 46, parts, "Mean probing AUROC with 95 % intervals, by group and selection rule"
-    )
+                parts.append(_interval(panel, summary(record, name, rule, group), y + shift, look, f"{name}, {rule}"))
+    return drawing(62 + height + 46, parts, "Mean probing AUROC with 95 % intervals, by group and selection rule")
 
 
 def _rows(names: Sequence[str], floors: Sequence[str], looks: Looks) -> list[tuple[float, str, Style]]:
@@ -121,14 +113,10 @@ def _rule_key() -> Markup:
         ("filled: " + RULES["auroc"], Style(MUTED, "circle")),
         ("hollow: " + RULES["mean_difference"], Style(MUTED, "circle", hollow=True)),
     ]
-    return join(
-        [legend([(words, style)], 205 + 250 * i, 4, 400)[0] for i, (words, style) in enumerate(entries)]
-    )
+    return join([legend([(words, style)], 205 + 250 * i, 4, 400)[0] for i, (words, style) in enumerate(entries)])
 
 
-def _interval(
-    panel: Panel, found: Mapping[str, Any], y: float, style: Style, name: str, key: str = "mean"
-) -> Markup:
+def _interval(panel: Panel, found: Mapping[str, Any], y: float, style: Style, name: str, key: str = "mean") -> Markup:
     middle, low, high = (number(found.get(k)) for k in (key, "low", "high"))
     if middle is None:
         return Markup("")
@@ -146,20 +134,14 @@ def differences_figure(record: RunRecord, looks: Looks) -> Markup | None:
     if not names:
         return None
     rows = [paired(record, a, r, g) for a in names for r in RULES for g in groups]
-    ends = padded(
-        [0.0, *(v for f in rows for k in ("low", "high") if (v := number(f.get(k))) is not None)], 0.06
-    )
+    ends = padded([0.0, *(v for f in rows for k in ("low", "high") if (v := number(f.get(k))) is not None)], 0.06)
     height = 26 * len(names) + 8
-    versus = next(
-        (str(row.get("versus")) for row in rows if row.get("versus")), record.baseline or "the baseline"
-    )
+    versus = next((str(row.get("versus")) for row in rows if row.get("versus")), record.baseline or "the baseline")
     parts: list[object] = [_rule_key()]
     for j, group in enumerate(groups):
         panel = Panel.at((205 + j * 425, 62, 395 if len(groups) > 1 else 815, height), ends, (height, 0))
         parts.append(
-            panel.axes(
-                f"{group} concepts", f"AUROC minus that of {shortened(versus, 24)}", y_ticks=(), vertical=True
-            )
+            panel.axes(f"{group} concepts", f"AUROC minus that of {shortened(versus, 24)}", y_ticks=(), vertical=True)
         )
         parts.append(panel.column(0.0, dash=None))
         for i, name in enumerate(names):
@@ -169,9 +151,7 @@ def differences_figure(record: RunRecord, looks: Looks) -> Markup | None:
                 look = Style(looks[name].colour, looks[name].shape, hollow=k == 1)
                 row = paired(record, name, rule, group)
                 parts.append(
-                    _interval(
-                        panel, row, 17 + 26.0 * i + (k - 0.5) * 9, look, f"{name}, {rule}", "difference"
-                    )
+                    _interval(panel, row, 17 + 26.0 * i + (k - 0.5) * 9, look, f"{name}, {rule}", "difference")
                 )
     return drawing(62 + height + 46, parts, "Paired differences of probing AUROC with 95 % intervals")
 
@@ -195,9 +175,7 @@ def concept_figures(record: RunRecord, looks: Looks, rule: str, group: str) -> l
     parts = -(-len(chosen) // _ROWS_PER_FIGURE)
     size = -(-len(chosen) // parts)
     return [
-        _concept_figure(
-            record, looks, concepts, chosen[s : s + size], arms, floors, f"{group}, {RULES[rule]}"
-        )
+        _concept_figure(record, looks, concepts, chosen[s : s + size], arms, floors, f"{group}, {RULES[rule]}")
         for s in range(0, len(chosen), size)
     ]
 
@@ -214,12 +192,8 @@ def _concept_figure(
     entries = [(arm, looks[arm]) for arm in arms] + [BASELINES[b] for b in floors]
     keys, top = legend(entries, 20, 4, WIDTH - 40)
     height, base = 17 * len(chosen), record.baseline if record.baseline in arms else None
-    values = [
-        v for rows in (arms, floors) for row in rows.values() for i in chosen if (v := row[i]) is not None
-    ]
-    left = Panel.at(
-        (215, top + 34, 480 if base else 800, height), padded(values, 0.03), (len(chosen) - 0.5, -0.5)
-    )
+    values = [v for rows in (arms, floors) for row in rows.values() for i in chosen if (v := row[i]) is not None]
+    left = Panel.at((215, top + 34, 480 if base else 800, height), padded(values, 0.03), (len(chosen) - 0.5, -0.5))
     names = [(k, shortened(str(concepts[i].get("name", "")), 30)) for k, i in enumerate(chosen)]
     parts: list[object] = [
         keys,
@@ -279,15 +253,13 @@ def means_table(record: RunRecord, looks: Looks) -> Markup:
         for rule in RULES if name in looks else ["auroc"]:
             found = [summary(record, name, rule, g, m) for m in metrics for g in groups]
             if any(found):
-                words = (
-                    {"auroc": "AUROC", "mean_difference": "mean difference"}[rule] if name in looks else "–"
-                )
+                words = {"auroc": "AUROC", "mean_difference": "mean difference"}[rule] if name in looks else "–"
                 cells = [tag("td", estimate(f, "mean"), class_="n") for f in found]
                 rows.append(
                     tag(
                         "tr",
                         tag("th", _called(name), scope="row"),
-                        tag("td", words),
+                        tag("td", words, class_="name"),
                         *cells,
                         class_=None if name in looks else "floor",
                     )

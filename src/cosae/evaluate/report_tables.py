@@ -11,34 +11,48 @@ from typing import Any
 from cosae.evaluate.figures import Style, marker
 from cosae.evaluate.report_data import RunRecord, finite, items, mapping, number, reach
 from cosae.evaluate.report_figures import Looks
-from cosae.evaluate.report_markup import Markup, count, fixed, join, percent, shortened, significant, tag
+from cosae.evaluate.report_markup import Markup, count, fixed, join, percent, significant, tag
 from cosae.evaluate.report_probing import BASELINES, RULES, estimate, groups_of, summary
 from cosae.evaluate.report_verdict import Claim, claims
 
 
 def table(
-    head: Sequence[object], rows: Sequence[Sequence[object]], classes: Sequence[str | None] = ()
+    head: Sequence[object],
+    rows: Sequence[Sequence[object]],
+    classes: Sequence[str | None] = (),
+    over: Sequence[tuple[str, int]] = (),
 ) -> Markup:
-    """A table whose first column names the row and whose others are aligned as numbers."""
-    top = [tag("th", cell, class_="n" if i else None, scope="col") for i, cell in enumerate(head)]
+    """A table whose first column names the row and whose others are aligned as numbers.
+
+    classes are those of the rows; over are headings, each with the number of columns it spans, above the others.
+    """
+    spans = [tag("th", words, colspan=n, scope="colgroup", class_="over") for words, n in over]
+    above = [tag("tr", tag("td", ""), *spans)] if over else []
+    first = {1 + sum(n for _, n in over[:i]) for i in range(1, len(over))}
+
+    def aligned(column: int) -> str | None:
+        return ("n first" if column in first else "n") if column else None
+
+    top = [tag("th", cell, class_=aligned(i), scope="col") for i, cell in enumerate(head)]
     body = [
         tag(
             "tr",
             tag("th", row[0], scope="row"),
-            *(tag("td", cell, class_="n") for cell in row[1:]),
-            class_=classes[i] if i < len(classes) else None,
+            *(tag("td", cell, class_=aligned(i)) for i, cell in enumerate(row[1:], start=1)),
+            class_=classes[at] if at < len(classes) else None,
         )
-        for i, row in enumerate(rows)
+        for at, row in enumerate(rows)
     ]
-    return tag("div", tag("table", tag("thead", tag("tr", *top)), tag("tbody", *body)), class_="wide")
+    return tag("div", tag("table", tag("thead", *above, tag("tr", *top)), tag("tbody", *body)), class_="wide")
 
 
 def swatch(arm: str, style: Style | None) -> Markup:
     """An arm's name behind its mark."""
+    kept = "name" if len(arm) <= 24 else None
     if style is None:
-        return tag("span", arm)
+        return tag("span", arm, class_=kept)
     mark = tag("svg", marker(7, 7, style, size=4.8), viewBox="0 0 14 14", class_="swatch", aria_hidden="true")
-    return join([mark, tag("span", arm)])
+    return tag("span", mark, arm, class_=kept)
 
 
 def norm_facts(record: RunRecord) -> Markup:
@@ -51,20 +65,16 @@ def norm_facts(record: RunRecord) -> Markup:
     kept = number(reach(norms, "sinks_out", "largest_over_median"))
     by_token = mapping(norms.get("log_norm_by_token"))
     first = number(norms.get("position_0_over_median"))
+    without = f"{fixed(number(reach(norms, 'sinks_out', 'cv')), 2)} without filtered tokens" if norms else ""
     tiles = [
-        (_times(largest), "largest norm over the median", f"{_times(kept)} among the tokens the filter keeps" if kept else ""),
+        (_times(largest), "largest norm over the median", f"{_times(kept)} among the tokens kept" if kept else ""),
         (percent(frac, 2), "of tokens removed by the filter", _removed(record, removed)),
         (fixed(number(by_token.get("r2")), 2), "of log-norm variance predicted by the token", _predicted(by_token)),
-        (
-            fixed(number(norms.get("cv")), 2),
-            "standard deviation of the norm over its mean",
-            f"{fixed(number(reach(norms, 'sinks_out', 'cv')), 2)} without filtered tokens" if norms else "",
-        ),
-        (_times(first), "norm at position 0 over the median", "" if first is not None else "the activations carry no positions"),
-    ]  # fmt: skip
+        (fixed(number(norms.get("cv")), 2), "standard deviation of the norm over its mean", without),
+        (_times(first), "norm at position 0 over the median", "" if first is not None else "no positions known"),
+    ]
     shown = [
-        tag("div", tag("b", big), tag("span", what), tag("small", more), class_="tile")
-        for big, what, more in tiles
+        tag("div", tag("b", big), tag("span", what), tag("small", more), class_="tile") for big, what, more in tiles
     ]
     return tag("div", *shown, class_="tiles")
 
@@ -143,25 +153,26 @@ def summary_table_html(record: RunRecord, looks: Looks) -> Markup:
 
 def _exponent(row: Mapping[str, Any]) -> Markup:
     words = {"fixed": "fixed", "per_feature": "mean of features"}.get(row["a_kind"], "")
-    return join(
-        [fixed(row["a"], 3), tag("small", words)] if words and row["a"] is not None else [fixed(row["a"], 3)]
-    )
+    return join([fixed(row["a"], 3), tag("small", words)] if words and row["a"] is not None else [fixed(row["a"], 3)])
 
 
 def _note(record: RunRecord, arm: str) -> Markup:
     facts = record.arms[arm]
     made = " · ".join(str(facts[k]) for k in ("score", "selector", "frame") if facts.get(k))
-    notes = ["the others are compared with this one"] if arm == record.baseline else []
-    notes += [f"stopped: {facts['stopped']}"] if facts.get("stopped") else []
+    made += " · baseline" if arm == record.baseline else ""
+    notes = [f"stopped: {facts['stopped']}"] if facts.get("stopped") else []
     notes += ["a still moving at the end"] if facts.get("a_moving") is True else []
     return join([tag("small", made), *(tag("small", note, class_="note") for note in notes)])
 
 
-def difference_table(record: RunRecord, looks: Looks) -> Markup | None:
-    """Paired differences from the baseline: one row an arm, one column a measure, the interval in words."""
+def difference_tables(record: RunRecord, looks: Looks) -> list[Markup]:
+    """Paired differences from the baseline, reconstruction then probing: a row an arm, a column a measure."""
     found = claims(record)
-    if not found:
-        return None
+    split = [[c for c in found if "FVE" in c.what], [c for c in found if "FVE" not in c.what]]
+    return [_difference_table(record, looks, part) for part in split if part]
+
+
+def _difference_table(record: RunRecord, looks: Looks, found: Sequence[Claim]) -> Markup:
     measures = list(dict.fromkeys(claim.what for claim in found))
     cells = {(claim.arm, claim.what): claim for claim in found}
     rows = [
@@ -241,103 +252,3 @@ def recovery_table(record: RunRecord, looks: Looks) -> Markup | None:
         if row
     ]
     return table(["arm", *(k.replace("_", " ") for k in keys)], rows)
-
-
-def digest_sentence(record: RunRecord) -> str:
-    """Whether all arms saw the same batches, as far as the run records it."""
-    whole = record.run.get("stream_digest")
-    by_arm = {arm: facts["stream_digest"] for arm, facts in record.arms.items() if facts.get("stream_digest")}
-    if by_arm:
-        same = len({str(d) for d in by_arm.values()}) == 1 and (not whole or str(whole) in by_arm.values())
-        if same and len(by_arm) == len(record.arms):
-            return f"All {len(by_arm)} arms saw identical batches: each recorded the stream's digest {whole or next(iter(by_arm.values()))}."
-        odd = [arm for arm, digest in by_arm.items() if str(digest) != str(whole)]
-        odd += [arm for arm in record.arms if arm not in by_arm]
-        return f"The arms did NOT all record the same stream ({', '.join(odd)} differ or are missing): do not read them as paired."
-    if whole:
-        return f"All {len(record.arms)} arms were fed from one pass over one stream, whose digest is {whole}."
-    return (
-        "The run records no digest of its stream, so it cannot be shown that the arms saw identical batches."
-    )
-
-
-def provenance(record: RunRecord) -> Markup:
-    """Recipe, seed, commit, machine and stream of a run, and what each arm was."""
-    run = record.run
-    facts = {
-        k: run[k]
-        for k in ("seed", "commit", "status", "stream_digest", "tokens", "seconds")
-        if run.get(k) is not None
-    }
-    for key in ("source", "filter", "hardware", "packages"):
-        facts |= flattened(mapping(run.get(key)), key)
-    facts["evaluated on"] = (
-        f"{count(number(record.evaluation.get('tokens')))} tokens of {count(number(record.evaluation.get('documents')))} held-out documents"
-    )
-    for key in ("n_train", "n_held_out", "seed", "min_positives"):
-        if record.probing.get(key) is not None:
-            facts[f"probing.{key}"] = record.probing[key]
-    facts["directory"] = record.path
-    head = [
-        "arm",
-        "d_sae",
-        "k",
-        "score",
-        "selector",
-        "frame",
-        "seed",
-        "kernel",
-        "L0 target",
-        "L0 calibrated",
-        "tokens/s",
-    ]
-    keys = (
-        "d_sae",
-        "k",
-        "score",
-        "selector",
-        "frame",
-        "seed",
-        "kernel",
-        "l0_target",
-        "l0_calibrated",
-        "tokens_per_second",
-    )
-    rows = [[arm, *(_cell(arm_facts.get(key)) for key in keys)] for arm, arm_facts in record.arms.items()]
-    recipe = flattened(mapping(run.get("recipe")), "")
-    return join(
-        [
-            tag("p", digest_sentence(record)),
-            table(head, rows),
-            definitions(facts),
-            *(
-                [tag("h4", "Recipe"), definitions(recipe)]
-                if recipe
-                else [tag("p", "The run records no recipe.")]
-            ),
-        ]
-    )
-
-
-def definitions(facts: Mapping[str, object]) -> Markup:
-    """Names and values in columns."""
-    return tag("dl", *(tag("div", tag("dt", k), tag("dd", shortened(str(v), 400))) for k, v in facts.items()))
-
-
-def flattened(value: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A tree of mappings as dotted names."""
-    flat: dict[str, Any] = {}
-    for key, entry in value.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(entry, Mapping) and entry:
-            flat |= flattened(entry, name)
-        else:
-            flat[name] = entry
-    return flat
-
-
-def _cell(value: object) -> str:
-    found = number(value)
-    if found is None:
-        return "–" if value is None else str(value)
-    return count(found) if found == int(found) else fixed(found, 2)

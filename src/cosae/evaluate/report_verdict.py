@@ -60,9 +60,7 @@ def verdict(record: RunRecord) -> str:
     """One or two sentences on whether the arms can be told apart."""
     found, versus = claims(record), record.baseline
     if not found:
-        return (
-            "There are no paired differences in this run, so nothing is said here about which arm is better."
-        )
+        return "There are no paired differences in this run, so nothing is said here about which arm is better."
     apart = [claim for claim in found if claim.verdict != "includes 0"]
     if not apart:
         return (
@@ -88,12 +86,15 @@ def by_measure(found: Sequence[Claim]) -> list[str]:
         }
         if groups["higher"] or groups["lower"]:
             words = {"higher": "higher", "lower": "lower", "includes 0": "not told apart"}
-            listed = [f"{words[v]}: {', '.join(arms)}" for v, arms in groups.items() if arms]
+            every = sum(map(len, groups.values()))
+            listed = [
+                f"{words[v]}: {'every other arm' if len(arms) == every > 1 else ', '.join(arms)}"
+                for v, arms in groups.items()
+                if arms
+            ]
             sentences.append(f"{what}: {'; '.join(listed)}.")
     undecided = [
-        what
-        for what in dict.fromkeys(c.what for c in found)
-        if not any(s.startswith(f"{what}:") for s in sentences)
+        what for what in dict.fromkeys(c.what for c in found) if not any(s.startswith(f"{what}:") for s in sentences)
     ]
     if undecided and sentences:
         sentences.append(f"No arm can be told from the baseline in: {'; '.join(undecided)}.")
