@@ -58,6 +58,7 @@ def test_matches_the_closed_form_on_the_tokens_kept():
     assert numbers["tokens"] == 496
     assert numbers["fve"] == pytest.approx(closed_form_fve(x_ND, rebuilt_ND), rel=1e-12)
     assert numbers["median_token_fve"] == pytest.approx(float(token_N.quantile(0.5)), rel=1e-9)
+    assert numbers["fve_per_batch"] == pytest.approx(1 - 0.2**2, rel=1e-6)
     assert numbers["cosine"] == pytest.approx(1.0, abs=1e-6)
     assert numbers["norm_ratio"] == pytest.approx(0.8, abs=1e-6)
     assert numbers["l0"] == D
