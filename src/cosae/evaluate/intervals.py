@@ -53,9 +53,7 @@ def percentile_interval(estimates_R: ArrayLike, level: float = LEVEL) -> tuple[f
     return float(low), float(high)
 
 
-def mean_interval(
-    values: ArrayLike, seed: int = 0, n_resamples: int = RESAMPLES, level: float = LEVEL
-) -> Interval:
+def mean_interval(values: ArrayLike, seed: int = 0, n_resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
     """Mean of one value per unit, with its bootstrap interval over units."""
     value_U = _finite(values)
     estimates_R = resample_counts(len(value_U), seed, n_resamples) @ value_U / len(value_U)
@@ -70,8 +68,7 @@ def paired_mean_interval(
     value_U, baseline_U = _finite(values), _finite(baseline)
     if value_U.shape != baseline_U.shape:
         raise CosaeError(
-            "a paired difference needs the same units in both arms; "
-            f"got {len(value_U)} and {len(baseline_U)} instead"
+            f"a paired difference needs the same units in both arms; got {len(value_U)} and {len(baseline_U)} instead"
         )
     interval = mean_interval(value_U - baseline_U, seed, n_resamples, level)
     return {"difference": interval["mean"], "low": interval["low"], "high": interval["high"]}

@@ -51,9 +51,7 @@ def describe_norms(activations: Activations, sink_N: Tensor | None = None, seed:
         "filter": _removed(activations, norm_N, out_N, median),
         "position_0_tokens": int(first_N.sum()),
         "position_0_over_median": _over(float(norm_N[first_N].mean()), median) if first_N.any() else None,
-        "log_norm_by_token": predict_log_norm(
-            activations[~sink_N] if sink_N is not None else activations, seed
-        ),
+        "log_norm_by_token": predict_log_norm(activations[~sink_N] if sink_N is not None else activations, seed),
         "histogram": _histogram(norm_N, out_N),
     }
 
@@ -115,9 +113,7 @@ def _shape(norm_N: Array, median: float) -> dict[str, Any]:
     }
 
 
-def _removed(
-    activations: Activations, norm_N: Array, out_N: NDArray[np.bool_], median: float
-) -> dict[str, Any]:
+def _removed(activations: Activations, norm_N: Array, out_N: NDArray[np.bool_], median: float) -> dict[str, Any]:
     facts: dict[str, Any] = {"removed_tokens": int(out_N.sum()), "removed_frac": float(out_N.mean())}
     if not out_N.any():
         return {**facts, "smallest_over_median": None, "largest_over_median": None, "variance_frac": 0.0}

@@ -87,9 +87,7 @@ def rebuild(
     return Rebuilt(error_N, cosine_N, norm_N, l0_N, keep, fired, within, batch_tokens)
 
 
-def rebuild_with_sinks(
-    sae: Autoencoder, activations: Activations, sink_N: Tensor, batch_tokens: int = 4096
-) -> Rebuilt:
+def rebuild_with_sinks(sae: Autoencoder, activations: Activations, sink_N: Tensor, batch_tokens: int = 4096) -> Rebuilt:
     """`rebuild` with the sets "in" (all tokens) and "out" (those where sink_N is False)."""
     sink_N = _checked(sink_N, len(activations))
     return rebuild(sae, activations, {"in": torch.ones_like(sink_N), "out": ~sink_N}, batch_tokens)

@@ -78,9 +78,7 @@ def measure(
     median by default. Raises CosaeError when there are no tokens.
     """
     kept_N = torch.ones(len(activations), dtype=torch.bool) if keep_N is None else keep_N
-    return summarise(
-        rebuild(sae, activations, {"kept": kept_N}, batch_tokens), activations, "kept", median_norm
-    )
+    return summarise(rebuild(sae, activations, {"kept": kept_N}, batch_tokens), activations, "kept", median_norm)
 
 
 def measure_with_and_without_sinks(
@@ -115,9 +113,7 @@ def summarise(
     kept_N = rebuilt.keep[name]
     n = int(kept_N.sum())
     if n == 0:
-        raise CosaeError(
-            "reconstruction needs at least one token to measure; got none instead: check the filter"
-        )
+        raise CosaeError("reconstruction needs at least one token to measure; got none instead: check the filter")
     norm_N = activations.norm_N.cpu().double()
     total_N = spread(activations, kept_N)
     quartile_N, cuts = _quartiles(norm_N, kept_N)
@@ -176,16 +172,11 @@ def paired_fve_differences(
     if baseline not in sums:
         raise CosaeError(f"the baseline must be one of the arms {sorted(sums)}; got {baseline!r} instead")
     base = sums[baseline]
-    if any(
-        len(s.total_U) != len(base.total_U) or not np.allclose(s.total_U, base.total_U) for s in sums.values()
-    ):
+    if any(len(s.total_U) != len(base.total_U) or not np.allclose(s.total_U, base.total_U) for s in sums.values()):
         raise CosaeError("paired differences need every arm measured on the same documents; these are not")
     counts_RU = resample_counts(len(base.total_U), seed, n_resamples)
     drawn_RU = counts_RU.astype(np.float64)
-    medians = {
-        arm: weighted_medians(s.token_fve_N, s.unit_N, counts_RU[:_MEDIAN_RESAMPLES])
-        for arm, s in sums.items()
-    }
+    medians = {arm: weighted_medians(s.token_fve_N, s.unit_N, counts_RU[:_MEDIAN_RESAMPLES]) for arm, s in sums.items()}
     rows = []
     for arm, s in sums.items():
         if arm == baseline:
