@@ -12,7 +12,7 @@ import numpy as np
 _SUMS = {"reassoc", "contract"}
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_SUMS, boundscheck=False)
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_SUMS, boundscheck=False)
 def measure_rows(part, n_parts, grad_RD, weight_RD, unit, along_R, square_R):
     """along = ⟨g, d⟩/⟨d, d⟩ where rows are unit (else 0); square = |g − along·d|², summed in float64."""
     n_rows, width = grad_RD.shape
@@ -33,7 +33,7 @@ def measure_rows(part, n_parts, grad_RD, weight_RD, unit, along_R, square_R):
         along_R[r], square_R[r] = along, square
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_SUMS, boundscheck=False)
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_SUMS, boundscheck=False)
 def step_rows(
     part, n_parts, grad_RD, weight_RD, mean_RD, square_RD, along_R, unit, clip, beta1, beta2, rate, root_bias2, eps
 ):  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -99,11 +99,13 @@ def survivors(
 ) -> tuple[Survivors, Tensor] | None:
     """Every live entry with s > threshold_F, and |w_i| (F,); None where there are more than about `room`."""
     dtype = dtype or screen_dtype()
+    terms = replace(terms, z_BD=terms.z_BD.contiguous(), rows_FD=terms.rows_FD.contiguous())
     tokens = screen.prepare_tokens(terms, dtype)
     scales = _scales(terms, tokens.log_r_B)
     n_tokens, n_features = terms.n_tokens, terms.n_features
     norm_F = terms.rows_FD.new_empty(n_features)
     count_F = torch.zeros(n_features, dtype=torch.int64)
+    room += 2 * n_tokens * torch.get_num_threads()  # a part of a chunk begins a row only with room for all of it
     found = Survivors(torch.empty(room, dtype=torch.int64), torch.empty(room), torch.empty(room), count_F)
     step = max(1, min(4096, CHUNK // n_tokens))
     place = 0
@@ -129,25 +131,24 @@ def _scan_compiled(
 ) -> int | None:  # fmt: skip
     """One chunk by the compiled loop: written behind `place`; None where it does not fit."""
     bf16 = product_RB.dtype == torch.bfloat16
-    loop = native.loops().scan_bf16 if bf16 else native.loops().scan_fp32
+    loops = native.loops()
     raw = product_RB.view(torch.uint16) if bf16 else product_RB
     n_parts = native.parts_for(product_RB.numel())
     outs = [t.numpy() for t in (found.token_S, found.dot_S, found.score_S)]
-    before = [t.numpy() for t in (tokens.position_B, tokens.edge_N1, *line, tokens.delta_B, tokens.margin_B)]
-    exact = [t.contiguous().numpy() for t in (terms.z_BD, terms.rows_FD, terms.live_B, threshold_F)]
-    scale = [
-        t.numpy() for t in (scales.sigma_B, scales.log_r_B, scales.exponent_F, scales.log_gain_F, norm_F)
-    ]
-    sizes = native.run_parts(
-        loop, n_parts, raw.numpy(), rows.start, *before, *exact, scales.mode, *scale, terms.row_power == 0,
-        scales.bias_F.numpy(), *outs, found.count_F.numpy(), place, len(found),
-    )  # fmt: skip
+    share = (found.count_F.numpy(), place, len(found))
+    bounds = [t.numpy() for t in (tokens.edge_N1, *line, tokens.delta_B, tokens.margin_B)]
+    find = loops.find_bf16 if bf16 else loops.find_fp32
+    sizes = native.run_parts(find, n_parts, raw.numpy(), rows.start, *bounds, outs[0], *share)
     if min(sizes) < 0:
         return None
-    share = (len(found) - place) // n_parts
+    inputs = [t.numpy() for t in (tokens.position_B, terms.z_BD, terms.rows_FD, terms.live_B, threshold_F)]
+    factors = (scales.sigma_B, scales.log_r_B, scales.exponent_F, scales.log_gain_F, norm_F)
+    exact = (*inputs, scales.mode, *(t.numpy() for t in factors), terms.row_power == 0, scales.bias_F.numpy())
+    sizes = native.run_parts(loops.rescore, n_parts, len(product_RB), rows.start, *exact, *outs, *share)
+    room = (len(found) - place) // n_parts
     end = place + sizes[0]
     for part in range(1, n_parts):
-        begin = place + share * part
+        begin = place + room * part
         for out in outs:
             out[end : end + sizes[part]] = out[begin : begin + sizes[part]]
         end += sizes[part]

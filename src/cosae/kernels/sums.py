@@ -67,7 +67,7 @@ def token_sums(value_E: Tensor, rows_FD: Tensor, entries: Entries, n_tokens: int
     offset_B1 = token_offsets(entries, n_tokens)
     if compiled(value_E, rows_FD):
         out_BD = rows_FD.new_empty(n_tokens, rows_FD.shape[1])
-        arrays = (value_E, rows_FD, entries.feature_E, offset_B1, out_BD)
+        arrays = (value_E, rows_FD, entries.feature_E, offset_B1, torch.arange(len(entries)), out_BD)
         _run("token_sums", len(entries) * rows_FD.shape[1], *arrays)
         return out_BD
     return embedding_bag(
