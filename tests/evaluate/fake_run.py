@@ -17,7 +17,9 @@ _FLOORS = {"token_identity": -0.12, "norm": -0.3, "best_dimension": -0.1, "rando
 _RULES = ("auroc", "mean_difference")
 
 
-def write_run(path, name="natural", setting="natural", arms=ARMS, concepts=60, sinks=True, gain=0.004, seed=0):
+def write_run(
+    path, name="natural", setting="natural", arms=ARMS, concepts=60, sinks=True, gain=0.004, seed=0, world=False
+):
     """A finished, evaluated, probed run at `path`; gain is how much better the last arms are than the first."""
     path = Path(path)
     path.mkdir(parents=True)
@@ -39,6 +41,8 @@ def write_run(path, name="natural", setting="natural", arms=ARMS, concepts=60, s
         ],
         "exponents": {arm: _exponent(*arms[arm], rng) for arm in arms},
         "probing": _probing(arms, edge, concepts, rng) if concepts else None,
+        "probing_sinks_in": _probing(arms, edge, concepts, rng) if concepts else None,
+        "recovery": {arm: {"mcc": 0.7 + edge[arm], "f1": 0.6, "n_tokens": 4096} for arm in arms} if world else None,
     }  # fmt: skip
     _write(path / "evaluation.json", evaluation)
     return path
@@ -58,7 +62,8 @@ def _run(name, setting, arms):
         "norm_facts": {"window_tokens": 65536, "median_norm": 21.3, "mean_norm": 21.9, "max_over_median": 2.6,
                        "quantiles": [9.1, 12.0, 14.1, 18.4, 21.3, 24.8, 30.2, 35.5, 55.0], "total_variance": 402.0,
                        "filtered_frac": 0.0039},
-        "filter": {"policy": "position_0"},
+        "filter": {"policy": {"kind": "position_0", "factor": 10.0, "window_tokens": 65536,
+                              "drop_special": False}, "median_norm": 21.3, "seen_tokens": 65536},
         "source": {"model": "embedded", "site": "resid_post.4", "corpus": "pylib", "corpus_digest": "77ab01"},
         "recipe": {"steps": 2400, "batch_tokens": 2048,
                    "schedule": {"lr": 3e-4, "warmup": 100, "decay_from": 0.8, "shape": "linear"},

@@ -80,6 +80,16 @@ def test_histogram_counts_every_token_once_and_marks_the_sinks():
     assert ratios == pytest.approx(ratios[0])
 
 
+def test_sinks_need_not_be_what_the_filter_removes():
+    log_norm_N = 0.1 * random(2000)
+    log_norm_N[::100] = float(np.log(50.0))
+    activations = planted(log_norm_N, torch.zeros(2000))
+    facts = describe_norms(activations, torch.zeros(2000, dtype=torch.bool), sink_N=activations.position_N == 0)
+    assert facts["filter"]["removed_tokens"] == 0
+    assert facts["sinks"] == sum(facts["histogram"]["sink_counts"]) == 20
+    assert facts["sinks_out"]["largest_over_median"] < 1.6
+
+
 def test_bare_vectors_have_norms_but_no_tokens_or_positions():
     facts = describe_norms(Activations.bare(torch.eye(16)))
     assert facts["log_norm_by_token"] is None
@@ -97,5 +107,5 @@ def test_a_zero_row_leaves_the_numbers_finite():
 def test_mistakes_are_named():
     with pytest.raises(CosaeError, match="got none"):
         describe_norms(Activations.bare(torch.zeros(0, 4)))
-    with pytest.raises(CosaeError, match="got 3"):
+    with pytest.raises(CosaeError, match="got 3 instead"):
         describe_norms(Activations.bare(torch.eye(4)), torch.zeros(3, dtype=torch.bool))

@@ -90,7 +90,16 @@ def test_page_begins_with_the_norm_facts_and_gives_every_section(two_runs):
     headings = ("Norms", "Summary", "Reconstruction by norm", "Learned exponents", "Sparse probing", "Provenance")
     places = [words.index(heading) for heading in headings]
     assert places == sorted(places)
-    for fact in ("2.61 ×", "0.39 %", "0.71", "4a1b89c0ffee", "9f2c1d0be71a55e3", "schedule.warmup", "seed 42"):
+    for fact in (
+        "2.61 ×",
+        "0.39 %",
+        "drops position 0",
+        "0.71",
+        "4a1b89c0ffee",
+        "9f2c1d0be71a55e3",
+        "schedule.warmup",
+        "seed 42",
+    ):
         assert fact in words
 
 
@@ -137,6 +146,19 @@ def test_words_when_an_arm_is_worse(tmp_path):
     assert "4 of 4 paired 95 % intervals against standard exclude 0" in words
     assert "FVE, sinks out: lower: global." in words
     assert "−0.0200" in words
+
+
+def test_a_synthetic_world_shows_what_was_recovered(tmp_path):
+    words = page_of(write_run(tmp_path / "run", arms=TWO, concepts=0, world=True), tmp_path)
+    assert "Recovery of the known dictionary" in words
+    assert "mcc 0.7000 0.7040" in " ".join(words.split())
+
+
+def test_probing_is_shown_with_sinks_in_as_well(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=6)
+    assert "Probing with sinks in" in page_of(run, tmp_path)
+    change(run / "evaluation.json", lambda value: value.update(probing_sinks_in=None))
+    assert "Probing with sinks in" not in page_of(run, tmp_path)
 
 
 def test_a_run_without_probing_says_so(tmp_path):

@@ -1,8 +1,8 @@
 """The norms of a set of activations: how uneven, what the filter removes, how much is the token's.
 
-In: Activations and the tokens the filter removes. Out: plain numbers and a histogram. These stand at the head
-of every report, because scores differ only in what they do with |x|: where it hardly varies, or is given away
-by the token's identity, no score can gain much by handling it well (paper §9 A).
+In: Activations, the tokens the filter removes, and the sinks. Out: plain numbers and a histogram. These stand at
+the head of every report, because scores differ only in what they do with |x|: where it hardly varies, or is given
+away by the token's identity, no score can gain much by handling it well (paper §9 A).
 """
 
 from __future__ import annotations
@@ -24,36 +24,53 @@ BINS = 64
 Array = NDArray[np.float64]
 
 
-def describe_norms(activations: Activations, sink_N: Tensor | None = None, seed: int = 0) -> dict[str, Any]:
-    """Norm facts of N activations as plain numbers; sink_N (N,) bool marks what the filter removes.
+def describe_norms(
+    activations: Activations, removed_N: Tensor | None = None, seed: int = 0, sink_N: Tensor | None = None
+) -> dict[str, Any]:
+    """Norm facts of N activations as plain numbers.
+
+    removed_N (N,) bool marks what the run's filter removes; sink_N (N,) bool what evaluation sets apart as sinks,
+    which need not be the same (a run may filter nothing); removed_N by default.
 
     `median`, `mean`, `cv` (standard deviation over mean), `quantiles` and `largest_over_median` are over all
-    tokens; `sinks_out` repeats them without the filtered ones, over the same median. `filter` says what was
-    removed; its `variance_frac` is the share of Σ|x - mean x|² that the removed tokens hold.
-    `position_0_over_median` is the mean norm at position 0 over the median (None without positions).
-    `log_norm_by_token`: see `predict_log_norm`. Raises CosaeError when there are no activations.
+    tokens; `sinks_out` repeats them without sinks, over the same median. `filter` says what was removed; its
+    `variance_frac` is the share of Σ|x - mean x|² that the removed tokens hold. `position_0_over_median` is the mean
+    norm at position 0 over the median (None without positions). `log_norm_by_token`: see `predict_log_norm`, over
+    tokens that are no sinks. `histogram`: log-spaced edges, counts of all tokens and, among them, of sinks.
+    Raises CosaeError when there are no activations or a mask has another length.
     """
     norm_N = activations.norm_N.cpu().double().numpy()
     n = len(norm_N)
     if n == 0:
         raise CosaeError("norm facts need at least one activation; got none instead")
-    out_N = np.zeros(n, dtype=bool) if sink_N is None else sink_N.cpu().numpy().astype(bool)
-    if out_N.shape != (n,):
-        raise CosaeError(f"sink_N must have one entry for each of {n} activations; got {out_N.size} instead")
+    gone_N = _mask(removed_N, n)
+    out_N = gone_N if sink_N is None else _mask(sink_N, n)
     median = float(np.median(norm_N))
     first_N = activations.position_N.cpu().numpy() == 0
+    kept_N = torch.from_numpy(~out_N).to(activations.x_ND.device)
     return {
         "tokens": n,
         "median": median,
         **_shape(norm_N, median),
         "quantile_levels": list(QUANTILE_LEVELS),
+        "sinks": int(out_N.sum()),
         "sinks_out": _shape(norm_N[~out_N], median) if not out_N.all() else None,
-        "filter": _removed(activations, norm_N, out_N, median),
+        "filter": _removed(activations, norm_N, gone_N, median),
         "position_0_tokens": int(first_N.sum()),
         "position_0_over_median": _over(float(norm_N[first_N].mean()), median) if first_N.any() else None,
-        "log_norm_by_token": predict_log_norm(activations[~sink_N] if sink_N is not None else activations, seed),
+        "log_norm_by_token": predict_log_norm(activations[kept_N], seed),
         "histogram": _histogram(norm_N, out_N),
     }
+
+
+def _mask(mask_N: Tensor | None, n: int) -> NDArray[np.bool_]:
+    if mask_N is None:
+        return np.zeros(n, dtype=bool)
+    if tuple(mask_N.shape) != (n,):
+        raise CosaeError(
+            f"a mask of tokens must have one entry for each of {n} activations; got {mask_N.numel()} instead"
+        )
+    return mask_N.cpu().numpy().astype(bool)
 
 
 def predict_log_norm(activations: Activations, seed: int = 0) -> dict[str, Any] | None:
@@ -86,7 +103,6 @@ def predict_log_norm(activations: Activations, seed: int = 0) -> dict[str, Any] 
         "folds": FOLDS,
         "split_by": "document" if by_document else "row",
         "seed": seed,
-        "sinks": "out",
     }
 
 
@@ -132,7 +148,7 @@ def _spread(activations: Activations) -> Array:
 
 
 def _histogram(norm_N: Array, out_N: NDArray[np.bool_]) -> dict[str, Any]:
-    """Log-spaced bins over the non-zero norms. counts: all tokens; sink_counts: those removed."""
+    """Log-spaced bins over the non-zero norms. counts: all tokens; sink_counts: the sinks."""
     positive_N = norm_N > 0
     if not positive_N.any():
         return {"edges": [], "counts": [], "sink_counts": []}

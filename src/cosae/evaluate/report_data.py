@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class RunRecord:
     @property
     def probing(self) -> Mapping[str, Any]:
         return mapping(self.evaluation.get("probing"))
+
+    def with_sinks_in(self) -> RunRecord:
+        """The same run, with the probing that left the sinks in where the other stood."""
+        return replace(self, evaluation={**self.evaluation, "probing": self.evaluation.get("probing_sinks_in")})
 
     def reconstruction(self, arm: str, sinks: str) -> Mapping[str, Any]:
         """Numbers of an arm with sinks "in" or "out"; empty when it was not measured."""

@@ -19,7 +19,7 @@ _BAR, _SINK = "#8fa3b8", "#d55e00"
 
 
 def norm_histogram(record: RunRecord) -> Markup | None:
-    """Tokens by norm over the median, both axes logarithmic; what the filter removes in its own colour."""
+    """Tokens by norm over the median, both axes logarithmic; sinks in their own colour."""
     norms = mapping(record.evaluation.get("norms"))
     median = number(norms.get("median"))
     edges, counts = finite(reach(norms, "histogram", "edges")), finite(reach(norms, "histogram", "counts"))
@@ -36,15 +36,15 @@ def norm_histogram(record: RunRecord) -> Markup | None:
         panel.column(1.0, "median"),
     ]
     for low, high, n, sink in zip(edges[:-1], edges[1:], counts, sinks, strict=True):
-        hover = f"{significant(low)} to {significant(high)} × the median: {n:.0f} tokens, {sink:.0f} filtered"
+        hover = f"{significant(low)} to {significant(high)} × the median: {n:.0f} tokens, {sink:.0f} sinks"
         parts += [_bar(panel, low, high, n, _BAR, hover), _bar(panel, low, high, sink, _SINK, hover)]
     keys, _ = legend(
-        [("tokens", Style(_BAR, "square")), ("of these, removed by the filter", Style(_SINK, "square"))],
+        [("tokens", Style(_BAR, "square")), ("of these, sinks", Style(_SINK, "square"))],
         70,
         4,
         WIDTH,
     )
-    return drawing(296, [keys, *parts], "Histogram of activation norms over their median, filtered tokens marked")
+    return drawing(296, [keys, *parts], "Histogram of activation norms over their median, sinks marked")
 
 
 def _bar(panel: Panel, low: float, high: float, n: float, colour: str, hover: str) -> Markup:

@@ -37,7 +37,9 @@ def provenance(record: RunRecord) -> Markup:
     """Recipe, seed, commit, machine and stream of a run, and what each arm was."""
     run = record.run
     facts = {
-        k: run[k] for k in ("seed", "commit", "status", "stream_digest", "tokens", "seconds") if run.get(k) is not None
+        k: run[k]
+        for k in ("seed", "commit", "status", "began", "written", "stream_digest", "tokens", "seconds")
+        if run.get(k) is not None
     }
     for key in ("source", "filter", "hardware", "packages"):
         facts |= flattened(mapping(run.get(key)), key)

@@ -151,7 +151,16 @@ def _probing(record: RunRecord, looks: Looks) -> list[object]:
         for group in groups_of(record):
             figures = concept_figures(record, looks, rule, group)
             parts += [part for figure in figures for part in _figure(figure, _CONCEPTS)]
-    return parts
+    return [*parts, *_probing_with_sinks(record.with_sinks_in(), looks)]
+
+
+def _probing_with_sinks(record: RunRecord, looks: Looks) -> list[object]:
+    if not record.probing:
+        return []
+    said = "The same probes with the sinks left among the tokens; everything above has them out."
+    parts: list[object] = [tag("h4", "Probing with sinks in"), tag("p", said)]
+    parts += _figure(differences_figure(record, looks), _GAPS)
+    return [*parts, tag("div", means_table(record, looks), class_="wide")]
 
 
 def _figure(drawn: Markup | None, caption: str) -> list[object]:
@@ -184,7 +193,9 @@ _CURVES = "Measured on training batches while training; the held-out numbers abo
 _READING = (
     "FVE: 1 − Σ|x − x̂|² / Σ|x − mean x|², about the global mean of the tokens measured, summed in float64.",
     "Median token FVE: the median over tokens of 1 − |x − x̂|² / |x − mean x|²; a few huge tokens cannot carry it.",
-    "Sinks: the tokens that the run's filter removes. Out, they are left out of every number, the mean included.",
+    "Sinks: tokens at position 0, special tokens, and those whose norm is at least the filter's factor (10 unless "
+    "changed) times the median, whatever training did with them. Out, they are left out of every number, the mean "
+    "included.",
     "Dead: features that fired on none of the tokens measured. L0: mean number of codes other than 0.",
     "a: the exponent of the norm in the score exp(b)·|x − c|^a·cos(x − c, w); 0 ignores the norm, 1 is an inner "
     "product.",

@@ -65,9 +65,9 @@ def norm_facts(record: RunRecord) -> Markup:
     kept = number(reach(norms, "sinks_out", "largest_over_median"))
     by_token = mapping(norms.get("log_norm_by_token"))
     first = number(norms.get("position_0_over_median"))
-    without = f"{fixed(number(reach(norms, 'sinks_out', 'cv')), 2)} without filtered tokens" if norms else ""
+    without = f"{fixed(number(reach(norms, 'sinks_out', 'cv')), 2)} without sinks" if norms else ""
     tiles = [
-        (_times(largest), "largest norm over the median", f"{_times(kept)} among the tokens kept" if kept else ""),
+        (_times(largest), "largest norm over the median", f"{_times(kept)} without sinks" if kept else ""),
         (percent(frac, 2), "of tokens removed by the filter", _removed(record, removed)),
         (fixed(number(by_token.get("r2")), 2), "of log-norm variance predicted by the token", _predicted(by_token)),
         (fixed(number(norms.get("cv")), 2), "standard deviation of the norm over its mean", without),
@@ -84,25 +84,29 @@ def _times(value: float | None) -> str:
 
 
 def _removed(record: RunRecord, removed: Mapping[str, Any]) -> str:
-    policy = "; ".join(
-        f"{key} {value}" for key, value in mapping(record.run.get("filter")).items() if value is not None
-    )
-    held = number(removed.get("variance_frac"))
-    if not removed:
-        return policy
     tokens = number(removed.get("removed_tokens"))
-    if not tokens:
-        return "; ".join(p for p in (policy, "it removed no held-out token") if p)
-    return "; ".join(
-        p for p in (policy, f"{count(tokens)} held-out tokens with {percent(held, 1)} of the variance") if p
-    )
+    held = f"{count(tokens)} held-out tokens with {percent(number(removed.get('variance_frac')), 1)} of the variance"
+    none = "no held-out token" if removed else ""
+    return "; ".join(words for words in (_policy(record), held if tokens else none) if words)
+
+
+def _policy(record: RunRecord) -> str:
+    """The filter's policy in words; whatever is written there when it is an unknown one."""
+    policy = mapping(mapping(record.run.get("filter")).get("policy"))
+    words = {
+        "none": "no filter",
+        "position_0": "drops position 0",
+        "norm": f"drops norms of at least {significant(number(policy.get('factor')))} × the median",
+    }.get(str(policy.get("kind")), "")
+    special = "drops special tokens" if policy.get("drop_special") is True else ""
+    return "; ".join(w for w in (words or str(policy.get("kind") or ""), special) if w)
 
 
 def _predicted(by_token: Mapping[str, Any]) -> str:
     if not by_token:
         return "not measured: no token ids"
     folds, unit = significant(number(by_token.get("folds"))), by_token.get("split_by", "document")
-    return f"R² on held-out {unit}s, {folds}-fold, filtered tokens left out"
+    return f"R² on held-out {unit}s, {folds}-fold, sinks left out"
 
 
 def summary_rows(record: RunRecord) -> list[dict[str, Any]]:
@@ -241,14 +245,15 @@ def exponent_table(record: RunRecord, looks: Looks) -> Markup | None:
 
 
 def recovery_table(record: RunRecord, looks: Looks) -> Markup | None:
-    """Where the activations come from a known dictionary: what was recovered of it, whatever numbers there are."""
+    """Where the activations come from a known dictionary: what was recovered of it, a row a number."""
     found = {arm: mapping(reach(record.evaluation, "recovery", arm)) for arm in record.arms}
+    found = {arm: row for arm, row in found.items() if row}
     keys = list(dict.fromkeys(k for row in found.values() for k, v in row.items() if number(v) is not None))
     if not keys:
         return None
-    rows = [
-        [swatch(arm, looks.get(arm)), *(fixed(number(row.get(k)), 4) for k in keys)]
-        for arm, row in found.items()
-        if row
-    ]
-    return table(["arm", *(k.replace("_", " ") for k in keys)], rows)
+    rows = [[str(k).replace("_", " "), *(_measured(number(row.get(k))) for row in found.values())] for k in keys]
+    return table(["", *(swatch(arm, looks.get(arm)) for arm in found)], rows)
+
+
+def _measured(value: float | None) -> str:
+    return count(value) if value is not None and abs(value) >= 2 and value == int(value) else fixed(value, 4)
