@@ -1,7 +1,7 @@
 """Give an SAE its inference threshold: measured on data at the wanted L0, not hoped for.
 
-For selectors whose inference rule is "m > t" (batch_topk, jumprelu, gated), t is the (k·N + 1)-th largest statistic m of
-N calibration tokens: exactly k·N entries lie above it. It depends on no batch size and on no running average
+For selectors whose inference rule is "m > t" (batch_topk, jumprelu, gated), t lies midway between the
+(k·N)-th and the next largest statistic m of N calibration tokens: exactly k·N entries lie above it. It depends on no batch size and on no running average
 (house.md, traps). A gated entry whose magnitude is 0 is no firing, so for it the count is checked and mended.
 """
 
@@ -73,10 +73,20 @@ def _order_statistic(sae: SAE, x_ND: Tensor, target: float) -> float:
         if len(merged) <= n_keep:
             t = min(lowest, float(merged.min()) - 1.0) if sae.cfg.selector == "gated" and len(merged) else 0.0
         else:
-            t = float(merged.kthvalue(len(merged) - n_keep).values)
+            t = _between(merged, n_keep)
         if t >= max(floors) or per_token >= sae.d_sae:
             return t
         per_token *= 2.0  # one chunk holds more of the largest entries than were kept of it
+
+
+def _between(merged: Tensor, n_keep: int) -> float:
+    """Midway between the n_keep-th largest and the next: no entry lies at the threshold, so rounding flips none."""
+    below = float(merged.kthvalue(len(merged) - n_keep).values)
+    if n_keep == 0:
+        return below
+    above = float(merged.kthvalue(len(merged) - n_keep + 1).values)
+    middle = 0.5 * (above + below)
+    return middle if below < middle < above else below
 
 
 def _can_fire(sae: SAE, terms: reference.ScoreTerms, live_B: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Codes → reconstructions of z, one for each prefix. Unit rows are kept by the optimiser, not by this formula.
 
-    plain           ẑ = Σ_i f_i d_i
-    norm restoring  u = Σ_i f_i d_i / |d_i|,  ẑ = u · r / |u|      (paper §1, magnitude bypass)
-    prefixes p      ẑ_p = Σ_{i < p} f_i d_i                        (Matryoshka; the last prefix is d_sae)
+plain           ẑ = Σ_i f_i d_i
+norm restoring  u = Σ_i f_i d_i / |d_i|,  ẑ = u · r / |u|      (paper §1, magnitude bypass)
+prefixes p      ẑ_p = Σ_{i < p} f_i d_i                        (Matryoshka; the last prefix is d_sae)
 """
 
 from __future__ import annotations

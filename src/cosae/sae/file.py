@@ -79,7 +79,9 @@ def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
             allowed = " or ".join(str(s) for s in wanted[name][0])
             raise CosaeError(f"{source}: {name} must have shape {allowed}. Got {tuple(value.shape)} instead.")
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-            raise CosaeError(f"{source}: {name} holds values that are not finite numbers; the file is damaged.")
+            raise CosaeError(
+                f"{source}: {name} holds values that are not finite numbers; the file is damaged."
+            )
     dtype = state["W_dec"].dtype
     sae.to(dtype)
     score, selector = sae.score, sae.selector
@@ -168,12 +170,16 @@ def save(sae: SAE, path: str | Path, probes: Tensor | None = None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise CosaeError(f"{path} cannot be written ({error.strerror}); choose a folder you can write to.") from None
+        raise CosaeError(
+            f"{path} cannot be written ({error.strerror}); choose a folder you can write to."
+        ) from None
     try:
         _write(sae, staged, probes)
         _swap(staged, path)
     except OSError as error:
-        raise CosaeError(f"{path} could not be written ({error.strerror}); what was there before is kept.") from None
+        raise CosaeError(
+            f"{path} could not be written ({error.strerror}); what was there before is kept."
+        ) from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return path
@@ -203,7 +209,9 @@ def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
 def _jsonable(value: object) -> object:
     if isinstance(value, Tensor):
         return value.tolist()
-    raise TypeError(f"facts must be plain numbers, texts, lists and mappings. Got {type(value).__name__} instead.")
+    raise TypeError(
+        f"facts must be plain numbers, texts, lists and mappings. Got {type(value).__name__} instead."
+    )
 
 
 def _swap(staged: Path, path: Path) -> None:
@@ -264,7 +272,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "au
         if not (path / name).is_file():
             raise CosaeError(f"{path} lacks {name}: the SAE is incomplete, copy the whole folder again.")
         if _digest(path / name) != config["sha256"].get(name):
-            raise CosaeError(f"{path / name} is not the file that was saved (its digest differs): truncated or altered.")
+            raise CosaeError(
+                f"{path / name} is not the file that was saved (its digest differs): truncated or altered."
+            )
     state = _read(path / WEIGHTS)
     probe = _read(path / SELF_CHECK)
     try:
@@ -283,7 +293,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "au
 def read_config(path: Path) -> dict[str, Any]:
     """cfg.json of an SAE directory, checked for format and version. Raises CosaeError."""
     if not path.exists():
-        raise CosaeError(f"{path} does not exist: give the folder of a saved SAE (the one that holds {CONFIG}).")
+        raise CosaeError(
+            f"{path} does not exist: give the folder of a saved SAE (the one that holds {CONFIG})."
+        )
     if not path.is_dir() or not (path / CONFIG).is_file():
         raise CosaeError(f"{path} is not a saved SAE: a cosae SAE is a folder with {CONFIG} and {WEIGHTS}.")
     try:
@@ -294,7 +306,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CosaeError(f"{path} was not written by cosae (its {CONFIG} has no format {FORMAT!r}).")
     version = config.get("version")
     if not isinstance(version, int) or version > VERSION:
-        raise CosaeError(f"{path} has format version {version}; this cosae reads up to {VERSION}: upgrade cosae.")
+        raise CosaeError(
+            f"{path} has format version {version}; this cosae reads up to {VERSION}: upgrade cosae."
+        )
     if not isinstance(config.get("sae"), dict) or not isinstance(config.get("sha256"), dict):
         raise CosaeError(f"{path / CONFIG} lacks its sections 'sae' and 'sha256': the file is damaged.")
     return config
@@ -319,7 +333,9 @@ def _check_probe(sae: SAE, probe: dict[str, Tensor], path: Path) -> None:
         dense = sae.encode(probe["x"]).to_dense()
         stored = torch.zeros_like(dense).index_put((entries.token_E, entries.feature_E), want)
     except (KeyError, IndexError, RuntimeError) as error:
-        raise CosaeError(f"{path / SELF_CHECK} does not fit the SAE ({error}): the folder mixes two SAEs.") from None
+        raise CosaeError(
+            f"{path / SELF_CHECK} does not fit the SAE ({error}): the folder mixes two SAEs."
+        ) from None
     largest = float(want.abs().max()) if len(want) else 1.0
     off = float((got - want).abs().max()) if len(want) else 0.0
     flipped = int(((dense != 0) != (stored != 0)).sum())

@@ -1,11 +1,11 @@
 """All initialisation in one place (paper §1 and §3): what a fresh SAE starts from, and what a sample decides.
 
-    decoder rows  Kaiming uniform, then unit length; encoder rows a copy of them; β = 0
-    centre c      geometric median of a sample (Weiszfeld), its mean, or 0
-    a             a_init;  b: ½ ln d ("sqrt_d"), ln mean|z| ("norm"), or by "auto" the second where mean|z| and √d
-                  are more than a factor 2 apart
-    θ, gate bias  the quantile of *all* scores of the sample at which k of d_sae pass (paper §9 #9: the quantile of
-                  the positive ones alone starts at half the wanted L0)
+decoder rows  Kaiming uniform, then unit length; encoder rows a copy of them; β = 0
+centre c      geometric median of a sample (Weiszfeld), its mean, or 0
+a             a_init;  b: ½ ln d ("sqrt_d"), ln mean|z| ("norm"), or by "auto" the second where mean|z| and √d
+              are more than a factor 2 apart
+θ, gate bias  the quantile of *all* scores of the sample at which k of d_sae pass (paper §9 #9: the quantile of
+              the positive ones alone starts at half the wanted L0)
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def _log_gain(sae: SAE, b_init: str | float, z_ND: Tensor | None) -> float:
     if b_init == "sqrt_d" or (z_ND is None and b_init == "auto"):
         return sqrt_d
     if z_ND is None:
-        raise CosaeError("b_init='norm' needs a sample of activations to fit to: pass sample=, or use sqrt_d.")
+        raise CosaeError(
+            "b_init='norm' needs a sample of activations to fit to: pass sample=, or use sqrt_d."
+        )
     fitted = math.log(max(float(torch.linalg.vector_norm(z_ND, dim=-1).mean()), frames.SCALE_MIN))
     if b_init == "auto" and abs(fitted - sqrt_d) <= math.log(2.0):
         return sqrt_d
@@ -117,7 +119,11 @@ def _open_gates(sae: SAE, sample: Tensor | None) -> None:
     share = sae.k / sae.d_sae
     if sample is None:
         # no data: scores of random rows on inputs of length √d have standard deviation about 1
-        spread = 1.0 if sae.cfg.score in ("inner", "inner_unit") else float(sae.scale_b.exp().mean()) / math.sqrt(sae.d_in)
+        spread = (
+            1.0
+            if sae.cfg.score in ("inner", "inner_unit")
+            else float(sae.scale_b.exp().mean()) / math.sqrt(sae.d_in)
+        )
         cut = NormalDist(0.0, spread).inv_cdf(min(max(1.0 - share, 0.5), 1 - 1e-9)) if share < 1 else 0.0
     else:
         rows = sample[: max(64, min(len(sample), 16_000_000 // sae.d_sae))].to(sae.centre_D)
@@ -127,8 +133,7 @@ def _open_gates(sae: SAE, sample: Tensor | None) -> None:
         cut = float(score_BF.reshape(-1).kthvalue(score_BF.numel() - n_keep + 1).values)
     if sae.cfg.selector == "jumprelu":
         sae.selector.log_threshold_F.fill_(math.log(max(cut, 1e-6)))
-    elif sae.score.bias_F is not None:
+    else:
+        assert sae.score.bias_F is not None
         sae.score.bias_F.fill_(-cut)
         sae.selector.b_mag_F.zero_()
-    else:
-        sae.selector.threshold.fill_(cut)

@@ -47,7 +47,9 @@ class LossConfig:
         if self.normalise not in ("variance", "none"):
             raise CosaeError(f"loss normalise must be variance or none. Got {self.normalise!r} instead.")
         if self.aux_coefficient < 0 or (self.aux_k is not None and self.aux_k < 1):
-            raise CosaeError("aux_coefficient must be at least 0 and aux_k at least 1; to turn aux off, set the first to 0.")
+            raise CosaeError(
+                "aux_coefficient must be at least 0 and aux_k at least 1; to turn aux off, set the first to 0."
+            )
 
 
 def token_weights(output: TrainOutput, power: float) -> Tensor:

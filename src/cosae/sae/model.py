@@ -62,6 +62,8 @@ class SAEConfig:
                 f"k must be at most d_sae: an SAE of {self.d_sae} features cannot keep {self.k} of them. "
                 "Lower k or raise d_sae."
             )
+        if self.selector == "gated" and not self.bias:
+            raise CosaeError("the gated selector needs the score's bias for its gates: leave bias=True.")
         if self.score == "cosine_grouped" and self.n_groups > self.d_sae:
             raise CosaeError(f"n_groups must be at most d_sae = {self.d_sae}. Got {self.n_groups} instead.")
         prefixes = tuple(int(p) for p in self.prefixes)
@@ -297,7 +299,11 @@ class SAE(nn.Module):
             bad = (~torch.isfinite(flat)).nonzero()
             if len(bad):
                 row, column = (int(i) for i in bad[0])
-                at = [int(i) for i in torch.unravel_index(torch.tensor(row), x.shape[:-1])] if x.ndim > 1 else []
+                at = (
+                    [int(i) for i in torch.unravel_index(torch.tensor(row), x.shape[:-1])]
+                    if x.ndim > 1
+                    else []
+                )
                 raise CosaeError(
                     f"x must be finite. Got {float(flat[row, column])} at position {[*at, column]} "
                     f"({len(bad)} non-finite values in all): drop or mend those rows."

@@ -1,0 +1,357 @@
+"""A run, written down: one tree of frozen dataclasses. Named presets, changed, read, write, diff.
+
+What a run does follows from its recipe, the code's commit and the data alone; every result carries all three.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cosae.activations.filter import FilterPolicy
+from cosae.activations.nuisance import Nuisance
+from cosae.activations.synthetic import World
+from cosae.sae.loss import LossConfig
+from cosae.train.arm import ARMS, Arm, check_arms
+from cosae.train.loop import TrainingConfig
+from cosae.train.step import OptimizerConfig
+from cosae.types import CosaeError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where activations come from: a model on a corpus, a file of vectors, or a synthetic world."""
+
+    model: str = "embedded"
+    """embedded, a folder written by save_pretrained, or a repository of the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+    model_dtype: str = "float32"
+    attention: str | None = None
+    """attn_implementation of transformers (the paper: eager); None for its default."""
+    site: str = "resid_post.5"
+    """Short name, TransformerLens name or module path (cosae.activations.sites)."""
+    corpus: str = "pylib"
+    """pylib, a folder, a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG][:SPLIT] (streamed)."""
+    context: int = 256
+    packing: str = "packed"
+    """packed (documents fill whole sequences) or document (one document per sequence)."""
+    add_bos: bool | None = None
+    """Whether documents start with BOS; None where the tokenizer adds one by itself or the model is embedded."""
+    max_chars: int | None = None
+    """Each document is cut here."""
+    min_chars: int = 0
+    """Shorter documents are passed over."""
+    batch_sequences: int = 16
+    """Sequences per forward pass."""
+    chunk_sequences: int = 64
+    """Sequences captured between two looks of the shuffle buffer."""
+    held_out_frac: float = 0.1
+    """Share of documents (or rows) kept out of training; pylib has a split of its own."""
+    activations: str | None = None
+    """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
+    activations_key: str | None = None
+    """Tensor or column of that file."""
+    world: World | None = None
+    """A synthetic world instead of a model."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured after training, and on how much."""
+
+    held_out_tokens: int = 131_072
+    calibration_tokens: int = 65_536
+    """Training-split tokens on which inference thresholds are set to the wanted L0."""
+    probing: bool = True
+    """Sparse probing on the embedded corpus' concepts; only where the corpus is pylib."""
+    probe_tokens: int = 131_072
+    """Training-split tokens on which probing chooses its latents."""
+    min_positives: int = 200
+    resamples: int = 2000
+    """Of every bootstrap."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("held_out_tokens", "calibration_tokens", "probe_tokens", "min_positives", "resamples"):
+            if getattr(self, name) < 1:
+                raise CosaeError(f"{name} must be at least 1. Got {getattr(self, name)!r} instead.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: data, filter, nuisance, arms, training, evaluation."""
+
+    name: str = "embedded"
+    data: DataConfig = field(default_factory=DataConfig)
+    filter: FilterPolicy = field(default_factory=FilterPolicy)
+    nuisance: Nuisance = field(default_factory=Nuisance)
+    d_sae: int | None = None
+    """Width of arms that name none; None is 16 × d_in."""
+    k: int = 32
+    """Mean active features of arms that name none."""
+    arms: tuple[Arm, ...] = (
+        ARMS["standard"],
+        ARMS["standard_unit_frame"],
+        ARMS["cosine"],
+        ARMS["cosine_per_feature"],
+    )
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    device: str = "cpu"
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_arms(self.arms)
+        if self.d_sae is not None and self.d_sae < 1:
+            raise CosaeError(f"d_sae must be at least 1. Got {self.d_sae} instead.")
+
+    def resolved(self, d_in: int) -> Recipe:
+        """The recipe with every open field of its arms filled in, given the width of the activations."""
+        arms = tuple(
+            arm.with_defaults(
+                d_sae=self.d_sae or 16 * d_in,
+                k=self.k,
+                seed=self.training.seed,
+                lr=self.training.optimizer.lr,
+                kernel=self.kernel,
+            )
+            for arm in self.arms
+        )
+        return replace(self, arms=arms, d_sae=self.d_sae or 16 * d_in)
+
+    def changed(self, changes: Mapping[str, Any] | None = None, **more: Any) -> Recipe:
+        """A copy with fields changed, nested ones by dotted path: changed({"training.steps": 100}, k=64).
+
+        Raises CosaeError for a field that does not exist or a value of the wrong kind.
+        """
+        recipe = self
+        for path, value in {**(changes or {}), **more}.items():
+            recipe = _change(recipe, path.split("."), value, path)
+        return recipe
+
+    def diff(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Dotted path → (this, other) of every leaf that differs."""
+        mine, theirs = _leaves(to_plain(self)), _leaves(to_plain(other))
+        absent = "(absent)"
+        return {
+            path: (mine.get(path, absent), theirs.get(path, absent))
+            for path in sorted(mine.keys() | theirs.keys())
+            if mine.get(path, absent) != theirs.get(path, absent)
+        }
+
+    def write(self, path: str | Path) -> None:
+        """JSON to `path`."""
+        Path(path).write_text(json.dumps(to_plain(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """A recipe from JSON (.json) or YAML (.yaml, .yml; needs pyyaml). Fields left out keep their defaults.
+
+        Raises CosaeError where the file is missing, not readable, or has unknown fields or wrong kinds.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CosaeError(
+                f"the recipe {path} cannot be read ({error}); give a .json or .yaml file."
+            ) from None
+        try:
+            plain = _parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        except ValueError as error:
+            raise CosaeError(f"the recipe {path} is not well-formed: {error}.") from None
+        return from_plain(cls, plain, str(path))
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise CosaeError(
+            "reading YAML needs pyyaml: pip install pyyaml, or write the recipe as JSON."
+        ) from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples and scalars → dicts, lists and scalars that JSON holds."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(kind: Any, plain: Any, where: str) -> Any:
+    """The inverse of `to_plain` for a dataclass, checking names and kinds. Raises CosaeError naming `where`."""
+    if not isinstance(plain, dict):
+        raise CosaeError(f"{where} must be a mapping of fields. Got {type(plain).__name__} instead.")
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in fields(kind)}
+    unknown = sorted(set(plain) - known)
+    if unknown:
+        raise CosaeError(
+            f"{where} has no field {', '.join(map(repr, unknown))}. It has {', '.join(sorted(known))}."
+        )
+    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in plain.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(o for o in options if o is not type(None)), value, where)
+    if origin is typing.Literal:
+        return value
+    if is_dataclass(hint):
+        if isinstance(value, hint if isinstance(hint, type) else ()):
+            return value
+        return from_plain(hint, value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise CosaeError(f"{where} must be a list. Got {value!r} instead.")
+        inner = typing.get_args(hint)[0]
+        return tuple(_convert(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(hint, type) and (
+        not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)
+    ):
+        raise CosaeError(f"{where} must be of type {hint.__name__}. Got {value!r} instead.")
+    return value
+
+
+def _change(node: Any, path: list[str], value: Any, whole: str) -> Any:
+    name, *rest = path
+    if not is_dataclass(node) or name not in {f.name for f in fields(node)}:
+        names = ", ".join(f.name for f in fields(node)) if is_dataclass(node) else "nothing below it"
+        raise CosaeError(f"a recipe has no field {whole!r}: at {name!r} it has {names}.")
+    if rest:
+        value = _change(getattr(node, name), rest, value, whole)
+    else:
+        value = _convert(typing.get_type_hints(type(node))[name], value, whole)
+    return replace(node, **{name: value})  # type: ignore[type-var]
+
+
+def _leaves(plain: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(plain, dict):
+        items = plain.items()
+    elif isinstance(plain, list):
+        items = {str(i): v for i, v in enumerate(plain)}.items()
+    else:
+        return {path: plain}
+    return {
+        k: v for key, item in items for k, v in _leaves(item, f"{path}.{key}" if path else str(key)).items()
+    }
+
+
+DEMO_ARMS = (
+    "standard",
+    "standard_unit_frame",
+    "unit_rows",
+    "cosine",
+    "cosine_per_feature",
+    "cosine_base_delta",
+)
+
+
+def _demo() -> Recipe:
+    """Six arms on the embedded model, small enough for a few minutes on two cores."""
+    return Recipe(
+        name="demo",
+        arms=tuple(ARMS[name] for name in DEMO_ARMS),
+        training=TrainingConfig(
+            steps=800,
+            optimizer=OptimizerConfig(lr=1e-3, warmup_steps=50),
+            dead_after_tokens=150_000,
+            checkpoint_every=400,
+        ),
+        evaluation=EvaluationConfig(held_out_tokens=98_304, probe_tokens=98_304),
+    )
+
+
+def _demo_injected() -> Recipe:
+    """The demo's arms once more, each token's norm multiplied by an independent log-normal factor (σ = 1)."""
+    return replace(_demo(), name="demo-injected", nuisance=Nuisance(kind="log_normal", sigma=1.0, seed=0))
+
+
+def _paper() -> Recipe:
+    """The paper's headline recipe (§3): Qwen3-8B, block 18, FineWeb, 65 536 features, k 80, 500 M tokens.
+
+    Where the paper takes the ×10 median over each forward batch, the median here is that of the first window; and its
+    inference threshold is a running average, ours is calibrated.
+    """
+    paper_loss = LossConfig(normalise="none")
+    arms = tuple(
+        replace(ARMS[name], b_init="sqrt_d", loss=paper_loss)
+        for name in ("standard", "cosine", "cosine_per_feature")
+    )
+    return Recipe(
+        name="paper",
+        data=DataConfig(
+            model="Qwen/Qwen3-8B",
+            model_dtype="bfloat16",
+            attention="eager",
+            site="resid_post.18",
+            corpus="hf:HuggingFaceFW/fineweb:sample-10BT",
+            context=2048,
+            packing="document",
+            max_chars=8192,
+            min_chars=51,
+            batch_sequences=4,
+            chunk_sequences=64,
+            held_out_frac=0.01,
+        ),
+        filter=FilterPolicy(kind="norm", factor=10.0),
+        d_sae=65_536,
+        k=80,
+        arms=arms,
+        training=TrainingConfig(
+            steps=244_140,
+            batch_tokens=2048,
+            buffer_tokens=500_000,
+            store_dtype="bfloat16",
+            seed=42,
+            optimizer=OptimizerConfig(lr=5e-5, warmup_steps=1000, decay_frac=0.2, clip=1.0),
+            dead_after_tokens=10_000_000,
+            log_every=50,
+            checkpoint_every=5000,
+        ),
+        evaluation=EvaluationConfig(held_out_tokens=2_000_000, probing=False),
+        device="cuda",
+    )
+
+
+PRESETS: dict[str, typing.Callable[[], Recipe]] = {
+    "embedded": Recipe,
+    "demo": _demo,
+    "demo-injected": _demo_injected,
+    "paper": _paper,
+}
+
+
+def preset(name: str) -> Recipe:
+    """A named recipe. Raises CosaeError for a name that is not in PRESETS."""
+    if name not in PRESETS:
+        raise CosaeError(f"preset must be one of {', '.join(PRESETS)}. Got {name!r} instead.")
+    return PRESETS[name]()
+
+
+__all__ = ["PRESETS", "DataConfig", "EvaluationConfig", "Recipe", "from_plain", "preset", "to_plain"]

@@ -1,0 +1,307 @@
+"""A recipe's data, opened: an endless training source, and samples of either split for calibration and evaluation.
+
+Training, calibration and the choice of probing latents see the train split; every reported number is measured on the
+held-out split, which is disjoint from it by construction (by file name, document text or block of rows).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosae.activations import nuisance as nuisances
+from cosae.activations.arrays import ArraySource
+from cosae.activations.corpus import (
+    Document,
+    TokenizedDocument,
+    iterate_sequences,
+    read_documents,
+    sequences,
+    tokenize_documents,
+)
+from cosae.activations.memory import CachedSource, TensorSource
+from cosae.activations.stream import Source
+from cosae.activations.synthetic import SyntheticSource
+from cosae.recipe import DataConfig, Recipe
+from cosae.types import Activations, Codes, CosaeError, Sequences
+
+Split = Literal["train", "held_out"]
+STREAM_ABOVE_BYTES = 256 * 2**20
+"""Corpus files larger than this are streamed instead of held."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Activations of one split, nuisance on, no filter; and what is known about them.
+
+    labels_NC  (N, C) bool numpy concept labels, None where the corpus has none
+    truth      true codes of a synthetic world, None elsewhere
+    documents  names of the documents
+    """
+
+    activations: Activations
+    labels_NC: Any = None
+    labelled_N: Any = None
+    truth: Codes | None = None
+    documents: tuple[str, ...] = ()
+
+
+class Data(Protocol):
+    """What a run needs of its data."""
+
+    source: Source
+    has_concepts: bool
+
+    def sample(self, split: Split, n_tokens: int) -> Sample: ...
+
+
+def open_data(recipe: Recipe, tensor: Tensor | None = None, keep_tokens: int = 0) -> Data:
+    """Open what the recipe names, or `tensor` (N, D) instead. Raises CosaeError for whatever cannot be read.
+
+    keep_tokens: captured training tokens to keep in memory for another run on the same data (`ModelData.again`).
+    """
+    data = recipe.data
+    if tensor is not None:
+        return ArrayData(recipe, tensor)
+    if data.activations is not None and data.world is not None:
+        raise CosaeError("a run takes activations from a file or from a synthetic world, not from both: drop one.")
+    if data.world is not None:
+        return WorldData(recipe)
+    if data.activations is not None:
+        return ArrayData(recipe)
+    return ModelData(recipe, keep_tokens)
+
+
+class WorldData:
+    """A synthetic world: known features, a chosen norm nuisance."""
+
+    has_concepts = False
+
+    def __init__(self, recipe: Recipe) -> None:
+        assert recipe.data.world is not None
+        self._recipe = recipe
+        self.source = SyntheticSource(recipe.data.world)
+
+    @property
+    def feature_FD(self) -> Tensor:
+        """(G, D) the true features."""
+        return self.source.feature_FD
+
+    def sample(self, split: Split, n_tokens: int) -> Sample:
+        activations, truth = self.source.sample(n_tokens, split)
+        return Sample(nuisances.apply(activations, self._recipe.nuisance, 0, split), truth=truth)
+
+
+class ArrayData:
+    """Vectors from a file or from memory."""
+
+    has_concepts = False
+
+    def __init__(self, recipe: Recipe, tensor: Tensor | None = None) -> None:
+        data = recipe.data
+        self._recipe = recipe
+        seed, held_out_frac = recipe.training.seed, data.held_out_frac
+        self.source: ArraySource | TensorSource
+        if tensor is not None:
+            self.source = TensorSource(tensor, seed=seed, held_out_frac=held_out_frac)
+        else:
+            assert data.activations is not None
+            self.source = ArraySource(
+                data.activations, data.activations_key, seed=seed, held_out_frac=held_out_frac
+            )
+
+    def sample(self, split: Split, n_tokens: int) -> Sample:
+        if split == "held_out":
+            activations = self.source.held_out()[:n_tokens]
+        else:
+            parts, have = [], 0
+            for chunk in itertools.islice(self.source.chunks(), self.source.chunks_per_epoch):
+                parts.append(chunk)
+                have += len(chunk)
+                if have >= n_tokens:
+                    break
+            activations = Activations.cat(parts)[:n_tokens]
+        return Sample(nuisances.apply(activations, self._recipe.nuisance, 0, split))
+
+
+class ModelData:
+    """A language model on a corpus."""
+
+    def __init__(self, recipe: Recipe, keep_tokens: int = 0) -> None:
+        from cosae.activations.capture import ModelSource, StreamedModelSource, resolve_site
+
+        self._recipe = recipe
+        self._samples: dict[tuple[Split, int], Sample] | None = {} if keep_tokens else None
+        data = recipe.data
+        self.has_concepts = data.corpus == "pylib"
+        self.model, self.tokenizer = open_model(data, recipe.device)
+        self.site = resolve_site(self.model, data.site)
+        self._add_bos = adds_bos(data, self.tokenizer)
+        options: dict[str, Any] = {
+            "batch_sequences": data.batch_sequences,
+            "store_dtype": getattr(torch, recipe.training.store_dtype),
+        }
+        if streamed(data.corpus):
+            self.source: Source = StreamedModelSource(self.model, self._chunks, self.site, **options)
+        else:
+            training = recipe.training
+            wanted = training.steps * training.batch_tokens + training.buffer_tokens + recipe.filter.window_tokens
+            packed = self._pack(self._tokenized("train", wanted)[1])
+            self.source = ModelSource(
+                self.model, packed, self.site, chunk_sequences=data.chunk_sequences, seed=training.seed, **options
+            )
+        if keep_tokens:
+            self.source = CachedSource(self.source, keep_tokens)
+
+    def again(self, recipe: Recipe) -> ModelData:
+        """The same data for another run that differs in arms or nuisance only: nothing is captured twice."""
+        mine, theirs = (replace(r.training, checkpoint_every=0) for r in (self._recipe, recipe))
+        if self._recipe.data != recipe.data or mine != theirs:
+            raise CosaeError("two runs share captured activations only where data and training are the same.")
+        twin = copy.copy(self)
+        twin._recipe = recipe
+        return twin
+
+    def sample(self, split: Split, n_tokens: int) -> Sample:
+        """The sample with the run's nuisance on it."""
+        raw = self._sample(split, n_tokens)
+        return replace(raw, activations=nuisances.apply(raw.activations, self._recipe.nuisance, 0, split))
+
+    def _sample(self, split: Split, n_tokens: int) -> Sample:
+        if self._samples is None:
+            return self._capture(split, n_tokens)
+        if (split, n_tokens) not in self._samples:
+            self._samples[split, n_tokens] = self._capture(split, n_tokens)
+        return self._samples[split, n_tokens]
+
+    def _capture(self, split: Split, n_tokens: int) -> Sample:
+        from cosae.activations.capture import capture
+
+        documents, tokenized = self._tokenized(split, n_tokens, salt=f"sample:{split}")
+        packed = self._pack(tokenized)
+        dtype = torch.float32 if self._recipe.device == "cpu" else getattr(torch, self._recipe.training.store_dtype)
+        found = capture(
+            self.model, packed, self.site, batch_sequences=self._recipe.data.batch_sequences, store_dtype=dtype
+        )
+        activations = found[self.site.name]
+        if not self.has_concepts:
+            return Sample(activations, documents=packed.doc_names)
+        from cosae.activations.concepts import has_labels, label_activations, label_document
+
+        labels = [
+            label_document(document.text, one.offset_T2, one.name)
+            for document, one in zip(documents, tokenized, strict=True)
+        ]
+        return Sample(
+            activations,
+            labels_NC=label_activations(activations, labels),
+            labelled_N=has_labels(activations, labels),
+            documents=packed.doc_names,
+        )
+
+    def _documents(self, split: Split, salt: str) -> Iterable[Document]:
+        data = self._recipe.data
+        found = read_documents(data.corpus, split, held_out_frac=data.held_out_frac, seed=0, include_tests=False)
+        if streamed(data.corpus):
+            return found
+        listed = list(found)
+        # any stretch of a sorted folder is one corner of it; the seed decides which documents a short run sees
+        key = [self._recipe.training.seed, *salt.encode()]
+        order = np.random.default_rng(key).permutation(len(listed))
+        return [listed[i] for i in order]
+
+    def _tokenized(
+        self, split: Split, max_tokens: int | None, salt: str = "train"
+    ) -> tuple[list[Document], list[TokenizedDocument]]:
+        """Documents and their tokens, at most max_tokens in all; documents that were passed over are left out."""
+        read: list[Document] = []
+
+        def note(documents: Iterable[Document]) -> Iterator[Document]:
+            for document in documents:
+                if len(document.text) >= self._recipe.data.min_chars:
+                    read.append(document)
+                    yield document
+
+        tokenized = list(self._tokenize(note(self._documents(split, salt)), max_tokens))
+        return read[: len(tokenized)], tokenized
+
+    def _tokenize(self, documents: Iterable[Document], max_tokens: int | None) -> Iterator[TokenizedDocument]:
+        data = self._recipe.data
+        return tokenize_documents(
+            documents,
+            self.tokenizer,
+            add_bos=self._add_bos,
+            max_chars=data.max_chars,
+            max_tokens=max_tokens,
+            min_chars=data.min_chars,
+        )
+
+    def _pack(self, tokenized: Sequence[TokenizedDocument]) -> Sequences:
+        data = self._recipe.data
+        return sequences(
+            tokenized,
+            data.context,
+            data.packing,  # type: ignore[arg-type]
+            pad_id=pad_id(self.tokenizer),
+            special_ids=self.tokenizer.all_special_ids,
+        )
+
+    def _chunks(self) -> Iterator[Sequences]:
+        data = self._recipe.data
+        return iterate_sequences(
+            self._tokenize(self._documents("train", "train"), None),
+            data.context,
+            data.packing,  # type: ignore[arg-type]
+            pad_id=pad_id(self.tokenizer),
+            special_ids=self.tokenizer.all_special_ids,
+            rows_per_chunk=data.chunk_sequences,
+        )
+
+
+def open_model(data: DataConfig, device: str) -> tuple[Any, Any]:
+    """The model and tokenizer a recipe names, frozen, on `device`."""
+    from cosae.activations.capture import load_model
+
+    name: str | Path = data.model
+    if data.model == "embedded":
+        from cosae.activations.embedded import model_path
+
+        name = model_path()
+    return load_model(name, data.model_dtype, device, data.revision, data.attention)
+
+
+def adds_bos(data: DataConfig, tokenizer: Any) -> bool:
+    """Whether documents start with BOS: as asked, else as the tokenizer does by itself (the embedded model's: yes)."""
+    if data.add_bos is not None:
+        return data.add_bos
+    if data.model == "embedded":
+        return True
+    if tokenizer.bos_token_id is None:
+        return False
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to fill masked places with; models never attend to them."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def streamed(corpus: str) -> bool:
+    """Whether a corpus is read as it comes instead of being held."""
+    if corpus.startswith("hf:"):
+        return True
+    path = Path(corpus)
+    return path.is_file() and path.stat().st_size > STREAM_ABOVE_BYTES

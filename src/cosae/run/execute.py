@@ -1,0 +1,379 @@
+"""One run from recipe to report-ready folder.
+
+    RUN/ recipe.json · run.json · metrics.jsonl · evaluation.json · checkpoints/ · arms/NAME/ (SAE folders)
+
+Everything that can be refused is refused before the folder is made. A run that was interrupted goes on with `resume`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosae.activations.stream import ActivationStream
+from cosae.recipe import Recipe, to_plain
+from cosae.run import facts
+from cosae.run.data import Data, ModelData, open_data
+from cosae.run.measure import evaluate
+from cosae.sae import frame as frames
+from cosae.sae.calibrate import Calibration, calibrate
+from cosae.sae.file import save
+from cosae.sae.model import SAE
+from cosae.train.checkpoint import read_latest, write_checkpoint
+from cosae.train.log import JsonLines, Logger, Progress, TensorBoard, WandB, finite
+from cosae.train.loop import MOVING, Interrupted, exponent_moving, train
+from cosae.train.step import ArmState
+from cosae.types import CosaeError
+
+RUN, RECIPE, METRICS, EVALUATION, ARMS = "run.json", "recipe.json", "metrics.jsonl", "evaluation.json", "arms"
+FORMAT = "cosae-run"
+
+
+@dataclass(frozen=True)
+class Logs:
+    """Where numbers go beside metrics.jsonl."""
+
+    progress: bool = True
+    tensorboard: bool = False
+    wandb: str | None = None
+    """W&B project; None does not log there."""
+
+
+@dataclass
+class Finished:
+    """A finished run. saes: trained, calibrated SAEs by arm; evaluation: what was measured, None where not asked."""
+
+    saes: dict[str, SAE]
+    evaluation: dict[str, Any] | None
+    run: dict[str, Any]
+    out: Path | None = None
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
+
+
+def execute(
+    recipe: Recipe,
+    out: Path | None,
+    *,
+    logs: Logs | None = None,
+    data: Data | None = None,
+    tensor: Tensor | None = None,
+    measured: bool = True,
+) -> Finished:
+    """Run `recipe` into the new folder `out` (None keeps everything in memory).
+
+    Raises CosaeError for anything that cannot be read or is not allowed, before `out` is made; Interrupted after a
+    checkpoint was written.
+    """
+    if out is not None:
+        _check_free(out)
+    data = open_data(recipe, tensor) if data is None else data
+    run = _Run(recipe, data, out, logs or Logs())
+    if out is not None:
+        _make_folder(out, run.recipe)
+    return run.go(measured)
+
+
+def resume(out: Path, logs: Logs | None = None) -> Finished:
+    """Go on with the run in `out` from its last whole checkpoint, to the same end as without the interruption.
+
+    Raises CosaeError where there is no run, nothing to go on from, or the run is finished.
+    """
+    if not (out / RECIPE).is_file():
+        raise CosaeError(f"{out} holds no run to go on with (it has no {RECIPE}); give the folder of a run.")
+    record = read_json(out / RUN) if (out / RUN).exists() else {}
+    if record.get("status") == "finished":
+        raise CosaeError(f"the run in {out} is finished; see `cosae report {out}`, or start another run elsewhere.")
+    recipe = Recipe.read(out / RECIPE)
+    run = _Run(recipe, open_data(recipe), out, logs or Logs())
+    run.restore()
+    return run.go(True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping. Raises CosaeError where it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CosaeError(f"{path} is not readable JSON: the run's folder is damaged.") from None
+    if not isinstance(value, dict):
+        raise CosaeError(f"{path} does not hold a mapping: the run's folder is damaged.")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically; NaN and infinity become null."""
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(staged, path)
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise CosaeError(f"{out} is a file; give a folder for the run.")
+    if (out / RECIPE).exists() or (out / RUN).exists():
+        raise CosaeError(f"{out} already holds a run: go on with `cosae resume {out}`, or choose another --out.")
+    if out.exists() and any(out.iterdir()):
+        raise CosaeError(f"{out} is not empty and holds no run: choose another --out.")
+
+
+def _make_folder(out: Path, recipe: Recipe) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        recipe.write(out / RECIPE)
+    except OSError as error:
+        raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
+
+
+class _Run:
+    """What one execution holds while it goes: data, stream, arms, and where it writes."""
+
+    def __init__(self, recipe: Recipe, data: Data, out: Path | None, logs: Logs) -> None:
+        torch.manual_seed(recipe.training.seed)
+        _check_device(recipe.device)
+        self.data, self.out, self.logs = data, out, logs
+        self.recipe = recipe = recipe.resolved(data.source.d_in)
+        training = recipe.training
+        self.stream = ActivationStream(
+            data.source,
+            batch_tokens=training.batch_tokens,
+            buffer_tokens=training.buffer_tokens,
+            seed=training.seed,
+            filter=recipe.filter,
+            nuisance=recipe.nuisance,
+            device=recipe.device,
+            store_dtype=getattr(torch, training.store_dtype),
+        )
+        sample_ND = self.stream.sample_ND
+        self.states = []
+        for arm in recipe.arms:
+            sae = arm.build(data.source.d_in, sample_ND, recipe.device)
+            variance = _variance(sae, sample_ND) if arm.loss.normalise == "variance" else 1.0
+            if arm.loss.normalise == "variance" and arm.loss.space == "raw":
+                variance = self.stream.norm_facts.total_variance
+            self.states.append(ArmState.start(arm, sae, variance, training.optimizer))
+        self.start, self.seconds = 0, 0.0
+        self.began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+    def restore(self) -> None:
+        """Put back the last whole checkpoint."""
+        assert self.out is not None
+        parts, numbers, remarks = read_latest(self.out)
+        for remark in remarks:
+            self._say(remark)
+        self.stream.restore({**parts["stream"], **numbers["stream"]})
+        for state in self.states:
+            state.restore(parts[f"arm.{state.arm.name}"], numbers["arms"][state.arm.name])
+        self.start, self.seconds = int(numbers["step"]), float(numbers["seconds"])
+
+    def go(self, measured: bool) -> Finished:
+        """Train, calibrate, save, measure."""
+        training = self.recipe.training
+        self._write_run("running")
+        progress = Progress(
+            training.steps,
+            training.batch_tokens,
+            [state.arm.name for state in self.states],
+            self.start,
+            self.logs.progress,
+        )
+        self._progress = progress
+        loggers = self._loggers(progress)
+        try:
+            self.seconds = train(
+                self.states,
+                self.stream,
+                training,
+                start=self.start,
+                seconds=self.seconds,
+                loggers=loggers,
+                save=self._checkpoint if self.out is not None else None,
+                on_step=progress.step,
+                say=progress.say,
+            )
+        except (Interrupted, CosaeError) as stop:
+            self._write_run("interrupted" if isinstance(stop, Interrupted) else "failed")
+            raise
+        finally:
+            for logger in loggers:
+                logger.close()
+        if self.out is not None and self.start < training.steps:
+            self._checkpoint(training.steps, self.seconds)
+        return self._finish(measured)
+
+    def _finish(self, measured: bool) -> Finished:
+        say = self._say
+        say("calibrating inference thresholds")
+        saes = {state.arm.name: state.sae for state in self.states}
+        calibrations = self._calibrate(saes)
+        for name, sae in saes.items():
+            sae.facts = self._sae_facts(name, calibrations[name])
+            if self.out is not None:
+                save(sae, self.out / ARMS / name, self.stream.sample_ND[:8])
+        evaluation = None
+        if measured:
+            evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, say)
+            if self.out is not None:
+                write_json(self.out / EVALUATION, evaluation)
+        record = self._write_run("finished", calibrations)
+        return Finished(saes, evaluation, record, self.out, calibrations)
+
+    def _calibrate(self, saes: Mapping[str, SAE]) -> dict[str, Calibration]:
+        """Thresholds on train-split tokens that the filter keeps, the same for every arm."""
+        sample = self.data.sample("train", self.recipe.evaluation.calibration_tokens).activations
+        x_ND = sample.x_ND[self.stream.filter.keep(sample)].float().to(self.recipe.device)
+        return {name: calibrate(sae, x_ND) for name, sae in saes.items()}
+
+    def _checkpoint(self, step: int, seconds: float) -> None:
+        assert self.out is not None
+        whole = self.stream.state()
+        tensors = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
+        plain = {key: value for key, value in whole.items() if not isinstance(value, Tensor)}
+        parts = {"stream": tensors} | {f"arm.{s.arm.name}": s.tensors() for s in self.states}
+        numbers = {s.arm.name: s.numbers() for s in self.states}
+        write_checkpoint(self.out, step, parts, {"seconds": seconds, "stream": plain, "arms": numbers})
+
+    def _loggers(self, progress: Progress) -> list[Logger]:
+        loggers: list[Logger] = [progress]
+        if self.out is None:
+            return loggers
+        loggers.append(JsonLines(self.out / METRICS, self.start))
+        if self.logs.tensorboard:
+            loggers.append(TensorBoard(self.out))
+        if self.logs.wandb is not None:
+            loggers.append(WandB(self.out, self.logs.wandb, to_plain(self.recipe)))
+        return loggers
+
+    def _say(self, text: str) -> None:
+        if self.logs.progress:
+            Progress(0, 1, [], shown=True).say(text)
+
+    def _sae_facts(self, name: str, calibration: Calibration) -> dict[str, Any]:
+        site = getattr(self.data, "site", None)
+        return {
+            "arm": name,
+            "run": self.recipe.name,
+            "model": self.recipe.data.model if isinstance(self.data, ModelData) else None,
+            "site": None if site is None else site.name,
+            "hook_name": None if site is None else site.hook_name,
+            "hf_hook_name": None if site is None else site.module_path,
+            "source": self.data.source.describe(),
+            "tokens": self.recipe.training.steps * self.recipe.training.batch_tokens,
+            "seed": next(arm.seed for arm in self.recipe.arms if arm.name == name),
+            "filter": self.stream.filter.to_dict(),
+            "nuisance": self.recipe.nuisance.to_dict(),
+            "norm_facts": asdict(self.stream.norm_facts),
+            "l0_target": calibration.target,
+            "l0_calibrated": calibration.l0,
+            "calibration_tokens": calibration.tokens,
+            "stream_digest": self.stream.digest,
+            "recipe": to_plain(replace(self.recipe, arms=tuple(a for a in self.recipe.arms if a.name == name))),
+            "commit": facts.commit(),
+            "packages": facts.packages(),
+        }
+
+    def _write_run(self, status: str, calibrations: Mapping[str, Calibration] | None = None) -> dict[str, Any]:
+        recipe = self.recipe
+        moving = self._moving() if status == "finished" else {}
+        record = {
+            "format": FORMAT,
+            "version": 1,
+            "status": status,
+            "name": recipe.name,
+            "setting": describe_setting(recipe),
+            "began": self.began,
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": self.seconds,
+            "commit": facts.commit(),
+            "packages": facts.packages(),
+            "hardware": facts.hardware(recipe.device),
+            "recipe": to_plain(recipe),
+            "seed": recipe.training.seed,
+            "stream_digest": self.stream.digest,
+            "tokens": self.stream.n_tokens,
+            "norm_facts": asdict(self.stream.norm_facts),
+            "filter": self.stream.filter.to_dict(),
+            "source": self.data.source.describe(),
+            "arms": {s.arm.name: self._arm_facts(s, moving, calibrations) for s in self.states},
+        }
+        if self.out is not None:
+            write_json(self.out / RUN, record)
+        return record
+
+    def _arm_facts(
+        self,
+        state: ArmState,
+        moving: Mapping[str, float | None],
+        calibrations: Mapping[str, Calibration] | None,
+    ) -> dict[str, Any]:
+        sae, name = state.sae, state.arm.name
+        change = moving.get(name)
+        done = self.stream.n_tokens
+        return {
+            "score": sae.cfg.score,
+            "selector": sae.cfg.selector,
+            "frame": sae.cfg.frame,
+            "d_sae": sae.d_sae,
+            "k": sae.k,
+            "seed": state.arm.seed,
+            "kernel": sae._kernel().NAME,
+            "stream_digest": self.stream.digest,
+            "tokens_per_second": done / state.seconds if state.seconds else None,
+            "a_change": change,
+            "a_moving": change is not None and abs(change) > MOVING,
+            "stopped": state.stopped,
+            "l0_target": sae.k,
+            "l0_calibrated": calibrations[name].l0 if calibrations else None,
+        }
+
+    def _moving(self) -> dict[str, float | None]:
+        """Change of each arm's mean a late at full rate, read back from metrics.jsonl."""
+        if self.out is None or not (self.out / METRICS).exists():
+            return {}
+        paths: dict[str, list[tuple[int, float]]] = {}
+        for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            for name, numbers in record["arms"].items():
+                if numbers.get("a") is not None:
+                    paths.setdefault(name, []).append((record["step"], numbers["a"]))
+        return {name: exponent_moving(path, self.recipe.training) for name, path in paths.items()}
+
+
+def _variance(sae: SAE, sample_ND: Tensor) -> float:
+    """Mean |z − mean z|² of a sample in the frame's units."""
+    framed = frames.take(sae.cfg.frame, sample_ND.to(sae.centre_D), sae.centre_D.detach())
+    z_ND = framed.z_BD[framed.live_B].double()
+    return float((z_ND - z_ND.mean(0)).square().sum(-1).mean())
+
+
+def _check_device(device: str) -> None:
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise CosaeError(f"device must be cpu, cuda or cuda:N. Got {device!r} instead.") from None
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise CosaeError("device cuda was asked for, but this torch sees no CUDA device: use --device cpu.")
+
+
+def describe_setting(recipe: Recipe) -> str:
+    """What was done to the norms, in words."""
+    if recipe.data.world is not None:
+        return f"synthetic world, norm {recipe.data.world.norm}"
+    return "natural" if recipe.nuisance.kind == "none" else f"injected {recipe.nuisance}"
+
+
+def moving_remarks(run: Mapping[str, Any]) -> list[str]:
+    """One sentence for each arm whose exponent was still moving when the learning rate began to fall."""
+    return [
+        f"{name}: a was still moving when the learning rate began to fall ({arm['a_change']:+.3f} over the last tenth of "
+        "the steps at full rate): its value is where the run stopped, not where a wants to be."
+        for name, arm in run["arms"].items()
+        if arm["a_moving"]
+    ]

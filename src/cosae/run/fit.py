@@ -1,0 +1,94 @@
+"""`cosae.fit`: train SAEs from Python, on a tensor, a file, or whatever a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cosae.recipe import Recipe, preset
+from cosae.run.execute import Finished, Logs, execute
+from cosae.train.arm import Arm, parse_arm
+from cosae.types import CosaeError
+
+
+def fit(
+    data: Recipe | Tensor | str | Path | None = None,
+    arms: Iterable[str | Arm] | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool = False,
+    evaluate: bool | None = None,
+    tensorboard: bool = False,
+    wandb: str | None = None,
+    **changes: Any,
+) -> Finished:
+    """Train SAEs in lockstep on one stream of activations; returns them calibrated, with what was measured.
+
+    data     a Recipe; a float tensor (N, d) of activations; a path to a .safetensors, .npy or .parquet file of them;
+             the name of a preset; None for the embedded model's recipe
+    arms     names or Arm objects ("cosine", "standard,k=64"); default: the recipe's
+    out      folder for the run; None keeps everything in memory
+    evaluate whether to measure on held-out activations; default: yes where `out` is given
+    changes  recipe fields: d_sae=, k=, or by dotted path with "__" for dots: training__steps=500. Short names for the
+             common ones: steps, batch_tokens, lr, seed
+
+    >>> run = cosae.fit(x, ["standard", "cosine"], d_sae=1024, k=16, steps=500)
+    >>> codes = run.saes["cosine"].encode(x)
+
+    Raises CosaeError for anything that is not allowed, before anything is written.
+    """
+    tensor = data if isinstance(data, Tensor) else None
+    recipe = _recipe(data)
+    if arms is not None:
+        chosen = [arms] if isinstance(arms, str | Arm) else arms
+        recipe = replace(recipe, arms=tuple(arm if isinstance(arm, Arm) else parse_arm(arm) for arm in chosen))
+    recipe = recipe.changed({_SHORT.get(key, key.replace("__", ".")): value for key, value in changes.items()})
+    if tensor is not None:
+        recipe = _fitted_to(recipe, tensor, changes)
+    place = None if out is None else Path(out)
+    measured = place is not None if evaluate is None else evaluate
+    return execute(recipe, place, logs=Logs(progress, tensorboard, wandb), tensor=tensor, measured=measured)
+
+
+_SHORT = {
+    "steps": "training.steps",
+    "batch_tokens": "training.batch_tokens",
+    "lr": "training.optimizer.lr",
+    "seed": "training.seed",
+    "checkpoint_every": "training.checkpoint_every",
+}
+
+
+def _recipe(data: Recipe | Tensor | str | Path | None) -> Recipe:
+    if isinstance(data, Recipe):
+        return data
+    if isinstance(data, Tensor):
+        return Recipe(name="tensor")
+    if data is None:
+        return preset("embedded")
+    if isinstance(data, str) and not Path(data).suffix:
+        return preset(data)
+    if isinstance(data, str | Path):
+        return Recipe(name=Path(data).stem).changed({"data.activations": str(data)})
+    raise CosaeError(
+        "fit takes a Recipe, a float tensor (N, d), a path to a file of activations, or a preset's name. "
+        f"Got {type(data).__name__} instead."
+    )
+
+
+def _fitted_to(recipe: Recipe, tensor: Tensor, changes: dict[str, Any]) -> Recipe:
+    """Window, buffer and batch no larger than a small tensor allows, unless they were asked for."""
+    if tensor.ndim != 2:
+        return recipe
+    n = max(2, int(len(tensor) * (1 - recipe.data.held_out_frac)))
+    batch = recipe.training.batch_tokens
+    if "batch_tokens" not in changes and "training__batch_tokens" not in changes:
+        batch = min(batch, max(1, n // 2))
+    buffer = recipe.training.buffer_tokens
+    if "training__buffer_tokens" not in changes:
+        buffer = min(buffer, max(2 * batch, n))
+    return recipe.changed({"training.batch_tokens": batch, "training.buffer_tokens": buffer})

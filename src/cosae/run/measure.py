@@ -1,0 +1,164 @@
+"""Everything that is measured after training, put together as one plain mapping: evaluation.json.
+
+Held-out tokens of both kinds throughout: with attention sinks and without. Measuring changes no SAE.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from cosae.activations import filter as filters
+from cosae.activations.filter import Filter
+from cosae.evaluate import norms, probing, reconstruction
+from cosae.evaluate.recovery import recovery
+from cosae.recipe import Recipe
+from cosae.run.data import Data, Sample, WorldData
+from cosae.sae.calibrate import calibrate
+from cosae.sae.model import SAE
+from cosae.types import Activations, Codes
+
+ENCODE_TOKENS = 8192
+
+
+def encode_all(sae: SAE, activations: Activations) -> Codes:
+    """Codes of N activations, encoded in batches. CPU tensors."""
+    parts = [sae.encode(rows.float()) for rows in activations.x_ND.split(ENCODE_TOKENS)]
+    counts = torch.cat([codes.count_B for codes in parts]).cpu()
+    offset = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offset[1:])
+    return Codes(
+        offset,
+        torch.cat([codes.feature_E for codes in parts]).cpu(),
+        torch.cat([codes.value_E for codes in parts]).detach().cpu(),
+        sae.d_sae,
+        (len(activations),),
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    saes: Mapping[str, SAE],
+    recipe: Recipe,
+    data: Data,
+    fitted: Filter,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """evaluation.json of trained, calibrated SAEs that saw the same stream; see `cosae.evaluate.report` for its shape."""
+    config = recipe.evaluation
+    say("capturing held-out activations")
+    held_out = data.sample("held_out", config.held_out_tokens)
+    activations = held_out.activations
+    sink_N = filters.sinks(activations, fitted.median_norm, fitted.policy.factor)
+    facts = norms.describe_norms(activations, ~fitted.keep(activations), config.seed)
+    facts["sinks"] = int(sink_N.sum())
+    baseline = "standard" if "standard" in saes else next(iter(saes))
+    result: dict[str, Any] = {
+        "tokens": len(activations),
+        "documents": len(held_out.documents),
+        "norms": facts,
+        "reconstruction": {},
+        "exponents": {name: describe_exponent(sae) for name, sae in saes.items()},
+        "probing": None,
+        "probing_sinks_in": None,
+        "recovery": None,
+    }
+    sums: dict[str, dict[str, reconstruction.DocumentSums]] = {"in": {}, "out": {}}
+    for name, sae in saes.items():
+        say(f"measuring reconstruction of {name}")
+        rebuilt = reconstruction.rebuild_with_sinks(sae, activations, sink_N)
+        result["reconstruction"][name] = reconstruction.measure_with_and_without_sinks(
+            sae, activations, sink_N, median_norm=fitted.median_norm, rebuilt=rebuilt
+        )
+        for which in sums:
+            sums[which][name] = reconstruction.per_document(rebuilt, activations, which)
+    result["paired_fve"] = [
+        {**row, "sinks": which}
+        for which, by_arm in sums.items()
+        for row in reconstruction.paired_fve_differences(by_arm, baseline, config.seed, config.resamples)
+    ]
+    if held_out.truth is not None and isinstance(data, WorldData):
+        result["recovery"] = {
+            name: recovery(sae.W_dec.detach(), encode_all(sae, activations), data.feature_FD, held_out.truth)
+            for name, sae in saes.items()
+        }
+    if config.probing and data.has_concepts:
+        _probe(result, saes, recipe, data, held_out, fitted, baseline, say)
+    return result
+
+
+def _probe(
+    result: dict[str, Any],
+    saes: Mapping[str, SAE],
+    recipe: Recipe,
+    data: Data,
+    held_out: Sample,
+    fitted: Filter,
+    baseline: str,
+    say: Callable[[str], None],
+) -> None:
+    """Probing with sinks out (under "probing") and in, on the same codes."""
+    from cosae.activations.concepts import CONCEPTS
+
+    config = recipe.evaluation
+    say("probing concepts")
+    train = data.sample("train", config.probe_tokens)
+    codes = {
+        side: {name: encode_all(sae, sample.activations) for name, sae in saes.items()}
+        for side, sample in (("train", train), ("held_out", held_out))
+    }
+    untrained = random_twin(saes[baseline], recipe, train.activations, fitted)
+    random_codes = (encode_all(untrained, train.activations), encode_all(untrained, held_out.activations))
+    for key, sinks_out in (("probing", True), ("probing_sinks_in", False)):
+        keep = {}
+        for side, sample in (("train", train), ("held_out", held_out)):
+            keep_N = sample.labelled_N.copy()
+            if sinks_out:
+                sink_N = filters.sinks(sample.activations, fitted.median_norm, fitted.policy.factor)
+                keep_N &= ~sink_N.numpy()
+            keep[side] = keep_N
+        result[key] = probing.probe(
+            codes["train"],
+            codes["held_out"],
+            train.activations,
+            held_out.activations,
+            train.labels_NC,
+            held_out.labels_NC,
+            CONCEPTS,
+            random_arm=random_codes,
+            baseline_arm=baseline if len(saes) > 1 else None,
+            min_positives=config.min_positives,
+            n_bootstrap=config.resamples,
+            seed=config.seed,
+            keep_train=keep["train"],
+            keep_held_out=keep["held_out"],
+        )
+
+
+def random_twin(sae: SAE, recipe: Recipe, activations: Activations, fitted: Filter) -> SAE:
+    """An untrained SAE of the same make, initialised on data and calibrated: what random weights alone can do."""
+    arm = next((arm for arm in recipe.arms if arm.name == "standard"), recipe.arms[0])
+    sample_ND = activations.x_ND[fitted.keep(activations)].float()
+    twin = copy.copy(arm).build(sae.d_in, sample_ND)
+    calibrate(twin, sample_ND[: recipe.evaluation.calibration_tokens])
+    return twin
+
+
+def describe_exponent(sae: SAE) -> dict[str, Any]:
+    """The exponent a: its value, or for one per feature its histogram."""
+    a = sae.scale_a.detach().float().cpu()
+    owner = sae.score.family.exponent_owner
+    facts: dict[str, Any] = {"mean": float(a.mean()), "b_mean": float(sae.scale_b.detach().mean())}
+    if owner == "fixed" or a.ndim == 0:
+        return {**facts, "kind": "fixed" if owner == "fixed" else "scalar", "value": float(a.mean())}
+    counts, edges = np.histogram(a.numpy(), bins=40)
+    return {
+        **facts,
+        "kind": "per_feature",
+        "quantiles": np.quantile(a.numpy(), [0.05, 0.25, 0.5, 0.75, 0.95]).tolist(),
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+    }

@@ -1,0 +1,179 @@
+"""Where a run's numbers go: JSONL always, TensorBoard and W&B when asked, a progress display where a person looks.
+
+A logger reads numbers and changes nothing: with it or without, weights are bit-identical.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from cosae.types import CosaeError
+
+
+class Logger(Protocol):
+    """Takes one record per logged step: {"step", "tokens", "seconds", "arms": {name: {metric: number}}}."""
+
+    def log(self, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl: one line per logged step, flushed. On resume, lines after `step` are dropped."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    whole = json.loads(line)["step"] <= resume_step
+                except (ValueError, KeyError, TypeError):
+                    continue  # the line a crash tore
+                if whole:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """The same record with None where a float is NaN or infinite: JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+class TensorBoard:
+    """Scalars under ARM/METRIC in the run's folder tensorboard/. Needs the extra `cosae[tensorboard]`."""
+
+    def __init__(self, run: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise CosaeError(
+                "TensorBoard is not installed: pip install 'cosae[tensorboard]', or leave it out."
+            ) from None
+        self._writer = SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(self, record: dict[str, Any]) -> None:
+        for name, metric, value in scalars(record):
+            self._writer.add_scalar(f"{name}/{metric}", value, record["step"])  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WandB:
+    """Scalars under ARM/METRIC in a W&B run. Needs the extra `cosae[wandb]`; WANDB_MODE=offline works."""
+
+    def __init__(self, run: Path, project: str, recipe: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise CosaeError("W&B is not installed: pip install 'cosae[wandb]', or leave it out.") from None
+        try:
+            self._run = wandb.init(project=project, name=run.name, dir=str(run), config=recipe)
+        except Exception as error:
+            raise CosaeError(
+                f"W&B could not start ({error}): log in, set WANDB_MODE=offline, or leave it out."
+            ) from None
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._run.log({f"{n}/{m}": v for n, m, v in scalars(record)}, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(arm, metric, value) of every plain number in a record."""
+    return [
+        (name, metric, float(value))
+        for name, numbers in record["arms"].items()
+        for metric, value in numbers.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
+class Progress:
+    """One bar for the run and one line per arm on a terminal; a plain line now and then elsewhere."""
+
+    def __init__(
+        self, steps: int, batch_tokens: int, arms: list[str], start: int = 0, shown: bool = True
+    ) -> None:
+        self._tokens = batch_tokens
+        self._terminal = shown and sys.stderr.isatty()
+        self._shown = shown
+        self._width = max((len(name) for name in arms), default=0)
+        self._bar: Any = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not self._terminal,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {postfix}]",
+            position=0,
+        )
+        self._lines: dict[str, Any] = {}
+        if self._terminal:
+            self._lines = {
+                name: tqdm(total=0, bar_format="{desc}", position=i + 1, leave=True)
+                for i, name in enumerate(arms)
+            }
+        self._next_line = 0.0
+
+    def step(self) -> None:
+        self._bar.update(1)
+
+    def log(self, record: dict[str, Any]) -> None:
+        rate = self._bar.format_dict["rate"] if self._terminal else None
+        if rate:
+            self._bar.set_postfix_str(f"{rate * self._tokens:,.0f} tokens/s")
+        for name, line in self._lines.items():
+            numbers = record["arms"].get(name)
+            line.set_description_str(
+                f"  {name:<{self._width}}  {describe(numbers)}" if numbers else f"  {name}: stopped"
+            )
+        if self._shown and not self._terminal and record["seconds"] >= self._next_line:
+            self._next_line = record["seconds"] + 15
+            rate = record["tokens"] / max(record["seconds"], 1e-9)
+            left = (self._bar.total - record["step"]) * record["seconds"] / max(record["step"], 1)
+            lines = [f"step {record['step']}/{self._bar.total}  {rate:,.0f} tokens/s  about {left:,.0f} s left"]
+            lines += [f"  {name:<{self._width}}  {describe(numbers)}" for name, numbers in record["arms"].items()]
+            print("\n".join(lines), file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        if self._terminal:
+            tqdm.write(text, file=sys.stderr)
+        elif self._shown:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        for line in self._lines.values():
+            line.close()
+        self._bar.close()
+
+
+def describe(numbers: dict[str, Any]) -> str:
+    """Loss, FVE, L0, dead share and a of one arm in a line."""
+    a = numbers.get("a")
+    text = (
+        f"loss {numbers['loss']:.4f}  FVE {numbers['fve']:.3f}  L0 {numbers['l0']:5.1f}  "
+        f"dead {100 * numbers['dead_frac']:4.1f} %"
+    )
+    return text if a is None else f"{text}  a {a:+.3f}"

@@ -1,0 +1,203 @@
+"""Many SAEs in lockstep on one stream: every arm sees the same batches in the same order, paired by construction.
+
+Enters a stream of activations and fresh arms; leaves trained SAEs. Only `train_step` changes an SAE. A checkpoint after
+any step continues to the bit. Ctrl-C and SIGTERM end the step in progress, save, and raise `Interrupted`.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from cosae.train.log import Logger
+from cosae.train.step import ArmState, NonFiniteError, OptimizerConfig, lr_scale, train_step
+from cosae.types import Activations, CosaeError
+
+MOVING = 0.01
+"""A mean exponent that changed by more than this over the last tenth of the steps at full rate is still moving."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how fast, and when to write. Raises CosaeError on a value that is not allowed."""
+
+    steps: int = 2000
+    batch_tokens: int = 1024
+    buffer_tokens: int = 131072
+    """Tokens of the shuffle buffer."""
+    store_dtype: str = "float32"
+    """Precision of the shuffle buffer: float32 or bfloat16."""
+    seed: int = 0
+    """Of the data order, and of every arm that names none."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    dead_after_tokens: int = 200_000
+    """Tokens without firing after which a feature counts as dead (paper: 10 million)."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 writes one only on interruption."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "dead_after_tokens", "log_every"):
+            if getattr(self, name) < 1:
+                raise CosaeError(f"{name} must be at least 1. Got {getattr(self, name)!r} instead.")
+        if self.checkpoint_every < 0:
+            raise CosaeError(f"checkpoint_every must be at least 0. Got {self.checkpoint_every!r} instead.")
+        if self.store_dtype not in ("float32", "bfloat16"):
+            raise CosaeError(f"store_dtype must be float32 or bfloat16. Got {self.store_dtype!r} instead.")
+
+
+class Stream(Protocol):
+    """What the loop needs of a stream."""
+
+    def next_batch(self) -> Activations: ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and has saved; `step` steps are done."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"interrupted after step {step}")
+        self.step = step
+
+
+def train(
+    states: Sequence[ArmState],
+    stream: Stream,
+    config: TrainingConfig,
+    *,
+    start: int = 0,
+    seconds: float = 0.0,
+    loggers: Sequence[Logger] = (),
+    save: Callable[[int, float], None] | None = None,
+    on_step: Callable[[], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> float:
+    """Run steps start … config.steps − 1 for every arm; returns the seconds spent, earlier ones included.
+
+    save(step, seconds) is called every `checkpoint_every` steps and on interruption. An arm whose loss turns
+    non-finite stops with a reason in `ArmState.stopped`; the others go on. Raises Interrupted after saving, CosaeError
+    when no arm is left.
+    """
+    begun = time.perf_counter() - seconds
+    saved = start
+    with _stop_requested() as stop_requested:
+        for step in range(start, config.steps):
+            batch = stream.next_batch()
+            scale = lr_scale(step, config.steps, config.optimizer)
+            logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps or step == start
+            numbers = {}
+            for state in states:
+                if state.stopped is None:
+                    measured = _advance(state, batch, step, scale, config, say)
+                    if logged and measured is not None:
+                        numbers[state.arm.name] = _record(state, measured, scale, step, config)
+            if all(state.stopped for state in states):
+                raise CosaeError(
+                    "every arm stopped: " + "; ".join(f"{s.arm.name}: {s.stopped}" for s in states)
+                )
+            done = step + 1
+            if on_step is not None:
+                on_step()
+            if logged:
+                elapsed = time.perf_counter() - begun
+                record = {
+                    "step": done,
+                    "tokens": done * config.batch_tokens,
+                    "seconds": elapsed,
+                    "arms": numbers,
+                }
+                for logger in loggers:
+                    logger.log(record)
+            due = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
+            if save is not None and (due or (stop_requested() and saved != done)):
+                save(done, time.perf_counter() - begun)
+                saved = done
+            if stop_requested():
+                raise Interrupted(done)
+    return time.perf_counter() - begun
+
+
+def _advance(
+    state: ArmState,
+    batch: Activations,
+    step: int,
+    scale: float,
+    config: TrainingConfig,
+    say: Callable[[str], None] | None,
+) -> dict[str, Any] | None:
+    """One step of one arm, timed; None where it had to stop."""
+    begun = time.perf_counter()
+    try:
+        return train_step(state, batch.x_ND, step, scale, config.dead_after_tokens)
+    except NonFiniteError as error:
+        documents = sorted({int(d) for d in batch.doc_N.tolist()})[:3]
+        state.stopped = f"{error} (batch {step} of the stream, documents {documents}…); its weights are those before that step"
+        if say is not None:
+            say(f"{state.arm.name} stopped: {state.stopped}")
+        return None
+    finally:
+        state.seconds += time.perf_counter() - begun
+
+
+@torch.no_grad()
+def _record(
+    state: ArmState, measured: dict[str, Any], scale: float, step: int, config: TrainingConfig
+) -> dict[str, Any]:
+    """Plain numbers of one arm for the log. Reads, changes no training state."""
+    numbers: dict[str, Any] = {key: float(value) for key, value in measured.items()}
+    numbers["lr"] = state.optimizer.lr * scale
+    exponent = state.exponent
+    numbers["a"] = exponent
+    numbers["a_quantiles"] = None
+    if exponent is not None:
+        a = state.sae.scale_a.detach().float().flatten()
+        if a.numel() > 1:
+            marks = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=a.device)
+            numbers["a_quantiles"] = torch.quantile(a[:1_000_000], marks).tolist()
+    numbers["b"] = float(state.sae.scale_b.detach().mean())
+    if state.sae.cfg.selector in ("jumprelu", "gated"):
+        numbers["sparsity_weight"] = state.weight
+    return numbers
+
+
+def exponent_moving(path: Sequence[tuple[int, float]], config: TrainingConfig) -> float | None:
+    """Change of the mean exponent over the last tenth of the steps at full learning rate; None where unknown.
+
+    path: (step, mean a) as logged. Beyond ±MOVING the run ended before a found its place: a value still moving is
+    no finding, since Adam moves a scalar by at most about lr per step.
+    """
+    end = config.steps * (1 - config.optimizer.decay_frac)
+    late = [a for step, a in path if 0.9 * end <= step <= end]
+    return late[-1] - late[0] if len(late) >= 2 and all(math.isfinite(a) for a in late) else None
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM set a flag that is read between steps; a second SIGINT interrupts at once."""
+    asked = False
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

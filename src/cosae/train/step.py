@@ -1,0 +1,241 @@
+"""One optimisation step of one SAE. Enters a batch; leaves changed parameters, ages and numbers. No I/O.
+
+Order (paper §3): forward → loss → who fired, ages → aux-k on the dead → backward → projection of decoder gradients,
+clip, Adam, unit decoder rows (cosae.train.optimizer) → sparsity controller.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosae.sae import loss as losses
+from cosae.sae.model import SAE, TrainOutput
+from cosae.sae.selector import PENALISED_SELECTORS
+from cosae.train.arm import Arm, input_noise
+from cosae.train.optimizer import UnitRowAdam
+from cosae.types import CosaeError
+
+CONTROLLER_START = 20
+SHIFT_GAIN = 0.10
+SHIFT_CLIP = 1.0
+SHIFT_MEMORY = 0.9
+WEIGHT_GAIN = 1.0
+WEIGHT_CLIP = 0.05
+WEIGHT_RANGE = (1e-6, 1e2)
+
+
+class NonFiniteError(CosaeError):
+    """The loss or a gradient became NaN or infinite; parameters are as they were before the step."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam and its schedule. Raises CosaeError on a value that is not allowed."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float | None = 1.0
+    """Largest global L2 norm of the gradient; None does not clip."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0 to lr."""
+    decay_frac: float = 0.2
+    """Last share of the steps over which it falls to 0 linearly."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise CosaeError(f"lr must be a positive number. Got {self.lr!r} instead.")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
+            raise CosaeError("betas must lie in [0, 1) and eps above 0.")
+        if self.clip is not None and not self.clip > 0:
+            raise CosaeError(f"clip must be above 0, or null for none. Got {self.clip!r} instead.")
+        if self.warmup_steps < 0 or not 0 <= self.decay_frac <= 1:
+            raise CosaeError("warmup_steps must be at least 0 and decay_frac between 0 and 1.")
+
+
+def lr_scale(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Factor on the learning rate at 0-based `step` of `steps`: linear up, flat, linear down to 0 (paper §3)."""
+    up = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    start = steps * (1 - config.decay_frac)
+    down = 1.0 if step < start else max(0.0, (steps - step) / max(steps - start, 1e-9))
+    return min(up, down)
+
+
+@dataclass
+class ArmState:
+    """Everything about one arm that a step changes.
+
+    age_F   (F,) int64 tokens since each feature last fired
+    hint    smallest kept score of the last batch, for a faster search
+    weight  λ of the sparsity term;  shift_mean, typical_gate  what its controller remembers
+    stopped why this arm stopped, None while it runs
+    """
+
+    arm: Arm
+    sae: SAE
+    optimizer: UnitRowAdam
+    variance: float
+    age_F: Tensor
+    weight: float
+    hint: float | None = None
+    shift_mean: float = math.nan
+    typical_gate: float = 1.0
+    seconds: float = 0.0
+    stopped: str | None = None
+
+    @classmethod
+    def start(cls, arm: Arm, sae: SAE, variance: float, config: OptimizerConfig) -> ArmState:
+        """A fresh state. `variance` is what squared errors are divided by (cosae.sae.loss)."""
+        parameters = dict(sae.named_parameters())
+        optimizer = UnitRowAdam(
+            parameters,
+            unit_rows=("decoder.rows_FD",),
+            lr=config.lr if arm.lr is None else arm.lr,
+            lr_multipliers={name: by for name, by in arm.lr_multipliers().items() if name in parameters},
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            clip=config.clip,
+        )
+        age_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
+        return cls(arm, sae, optimizer, variance, age_F, arm.sparsity_weight)
+
+    @property
+    def exponent(self) -> float | None:
+        """Mean exponent a where it is learned, else None."""
+        return (
+            None
+            if self.sae.score.family.exponent_owner == "fixed"
+            else float(self.sae.scale_a.detach().mean())
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State for a checkpoint, tensors by name (no copies)."""
+        state = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        state |= {f"optimizer.{name}": value for name, value in self.optimizer.state_dict().items()}
+        return {**state, "age_F": self.age_F}
+
+    def numbers(self) -> dict[str, Any]:
+        """State for a checkpoint, plain numbers."""
+        return {
+            "weight": self.weight,
+            "hint": self.hint,
+            "shift_mean": None if math.isnan(self.shift_mean) else self.shift_mean,
+            "typical_gate": self.typical_gate,
+            "seconds": self.seconds,
+            "stopped": self.stopped,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Put back what `tensors` and `numbers` gave, to the bit."""
+        sae = {k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")}
+        self.sae.load_state_dict(sae)
+        optimizer = {
+            k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")
+        }
+        self.optimizer.load_state_dict(optimizer)
+        self.age_F = tensors["age_F"].to(self.age_F.device)
+        self.weight, self.hint, self.seconds = numbers["weight"], numbers["hint"], numbers["seconds"]
+        self.shift_mean = math.nan if numbers["shift_mean"] is None else numbers["shift_mean"]
+        self.typical_gate = numbers["typical_gate"]
+        self.stopped = numbers["stopped"]
+
+
+def train_step(
+    state: ArmState, x_BD: Tensor, step: int, scale: float, dead_after_tokens: int
+) -> dict[str, Tensor | float]:
+    """Change `state` by one step on x (B, d_in) fp32; `scale` multiplies the learning rate.
+
+    Returns loss, its terms and what `measure` reads, as 0-d tensors or numbers. Raises NonFiniteError, with nothing
+    changed, where the loss or a gradient is not finite.
+    """
+    sae, arm = state.sae, state.arm
+    x_BD = input_noise(x_BD, arm.input_noise, arm.seed or 0, step)
+    output = sae.train_forward(x_BD, state.hint)
+    fired_F, n_fired = _fired(sae, output)
+    n_live = output.framed.live_B.sum()
+    age_F = torch.where(fired_F, 0, state.age_F + n_live)
+    dead_F = age_F >= dead_after_tokens
+    has_dead = bool(dead_F.any())
+    terms = losses.terms_of(
+        sae,
+        output,
+        arm.loss,
+        variance=state.variance,
+        dead_F=dead_F if has_dead else None,
+        sparsity_weight=state.weight,
+    )
+    total = torch.stack(list(terms.values())).sum()
+    if not bool(torch.isfinite(total)):
+        raise NonFiniteError(f"the loss became {float(total)} at step {step}")
+    state.optimizer.zero_grad()
+    total.backward()
+    try:
+        grad_norm = state.optimizer.step(scale)
+    except FloatingPointError:
+        raise NonFiniteError(f"a gradient became non-finite at step {step}") from None
+    state.age_F = age_F
+    state.hint = output.selection.hint
+    l0 = n_fired / max(int(n_live), 1)
+    if sae.cfg.selector == "gated" and len(output.selection.score_E):
+        state.typical_gate = float(output.selection.score_E.detach().mean())
+    _control(state, l0, step)
+    return {
+        "loss": total.detach(),
+        **{f"loss_{name}": value.detach() for name, value in terms.items()},
+        "grad_norm": grad_norm,
+        "l0": l0,
+        "dead_frac": dead_F.float().mean() if has_dead else 0.0,
+        "fve": _batch_fve(output),
+    }
+
+
+def _fired(sae: SAE, output: TrainOutput) -> tuple[Tensor, int]:
+    """((F,) bool, number of firings): liveness by value ≠ 0, so that signed codes count."""
+    on_E = output.selection.value_E.detach() != 0
+    counts_F = torch.bincount(output.selection.entries.feature_E[on_E], minlength=sae.d_sae)
+    return counts_F > 0, int(on_E.sum())
+
+
+@torch.no_grad()
+def _batch_fve(output: TrainOutput) -> Tensor:
+    """1 − |x − x̂|² / |x − batch mean|² in raw units, masked rows left out: a training-time glance, not the metric."""
+    live_B1 = output.framed.live_B[:, None]
+    taken = output.framed.taken
+    raw_BD = (output.framed.z_BD * taken.scale_B[:, None] + taken.shift_B[:, None]) * live_B1
+    error = losses.squared_error(output, output.rebuilt[-1], "raw")[output.framed.live_B].sum()
+    mean_D = raw_BD.sum(0) / live_B1.sum().clamp_min(1)
+    spread = ((raw_BD - mean_D) * live_B1).square().sum()
+    return 1 - error / spread.clamp_min(losses.DENOMINATOR_MIN)
+
+
+@torch.no_grad()
+def _control(state: ArmState, l0: float, step: int) -> None:
+    """Keep L0 at k for the selectors that choose by their own thresholds: two loops, the outer slow.
+
+    inner: all thresholds move together by SHIFT_GAIN · ln(L0 / k): ln θ of jumprelu, the gate biases of gated (in units
+           of the mean open π). L0 answers at once, so this loop is of first order and does not swing.
+    outer: Δ ln λ = WEIGHT_GAIN · mean shift: while the inner loop has to raise thresholds λ is too small, so it
+           settles where the penalty alone would hold L0.
+
+    The paper's controller moves λ alone (§2): λ acts on L0 through two integrations, θ's and its own, and swings or
+    lags, and at Adam's lr its θ cannot follow the scores' growth at all (§9 #9).
+    """
+    if state.sae.cfg.selector not in PENALISED_SELECTORS:
+        return
+    error = math.log(max(l0, 1e-3) / state.sae.k)
+    shift = SHIFT_GAIN * min(max(error, -SHIFT_CLIP), SHIFT_CLIP)
+    if state.sae.cfg.selector == "jumprelu":
+        state.sae.selector.log_threshold_F.add_(shift)
+    elif state.sae.score.bias_F is not None:
+        state.sae.score.bias_F.sub_(shift * state.typical_gate)
+    previous = shift if math.isnan(state.shift_mean) else state.shift_mean
+    state.shift_mean = SHIFT_MEMORY * previous + (1 - SHIFT_MEMORY) * shift
+    if step >= CONTROLLER_START:
+        move = min(max(WEIGHT_GAIN * state.shift_mean, -WEIGHT_CLIP), WEIGHT_CLIP)
+        state.weight = min(max(state.weight * math.exp(move), WEIGHT_RANGE[0]), WEIGHT_RANGE[1])
