@@ -30,7 +30,7 @@ def gradients(kernel: Kernel, terms: ScoreTerms, decoder_FD: Tensor, n_keep: int
     decoder_FD = decoder_FD.clone().requires_grad_()
     terms = replace(terms, bias_F=bias_F, **leaves)
     entries, _ = kernel.select_batch_topk(terms, n_keep)
-    value_E = kernel.entry_content(terms, entries) + bias_F[entries.feature_E]
+    value_E = kernel.entry_content(terms, entries) + kernel.at_feature(bias_F, entries)
     out_BD = kernel.decode(value_E, entries, decoder_FD, terms.n_tokens)
     (out_BD.sin().sum() + value_E.square().sum()).backward()
     leaves |= {"bias": bias_F, "decoder": decoder_FD}
@@ -59,9 +59,7 @@ def test_gradients_match_dense_float64(kind: str, dtype: torch.dtype) -> None:
 def test_row_gradient_has_its_radial_part() -> None:
     """Where rows count by direction only, the gradient is orthogonal to the row: breaking the pull term shows here."""
     terms = make_terms("cosine", seed=5)
-    grad_FD = gradients(CPU, terms, torch.randn(53, 19, generator=torch.Generator().manual_seed(6)), 200)[
-        "rows_FD"
-    ]
+    grad_FD = gradients(CPU, terms, torch.randn(53, 19, generator=torch.Generator().manual_seed(6)), 200)["rows_FD"]
     along_F = (grad_FD * terms.rows_FD).sum(-1) / terms.rows_FD.norm(dim=-1)
     assert float(along_F.abs().max()) < 1e-4 * float(grad_FD.norm(dim=-1).max())
 

@@ -74,9 +74,7 @@ def test_lr_scale_and_no_clip() -> None:
     before = parameters["W_enc"].detach().clone()
     set_gradients(parameters, 1, 100.0)
     norm = UnitRowAdam(parameters, lr=0.01, clip=None, eps=0.0).step(lr_scale=0.5)
-    assert norm == pytest.approx(
-        100 * float(torch.cat([g.reshape(-1) for g in draw(1).values()]).norm()), rel=1e-5
-    )
+    assert norm == pytest.approx(100 * float(torch.cat([g.reshape(-1) for g in draw(1).values()]).norm()), rel=1e-5)
     moved = parameters["W_enc"].detach() - before
     torch.testing.assert_close(moved, -0.005 * draw(1)["W_enc"].sign(), rtol=1e-3, atol=1e-6)
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from cosae.kernels import cpu, reference
+from cosae.kernels.memory import keep_memory
 from cosae.kernels.terms import Entries, ScoreTerms
 from cosae.types import CosaeError
 
-__all__ = ["KERNELS", "Entries", "Kernel", "ScoreTerms", "choose"]
+__all__ = ["KERNELS", "Entries", "Kernel", "ScoreTerms", "choose", "keep_memory"]
 
 KERNELS = ("auto", "reference", "cpu")
 
@@ -24,12 +25,11 @@ class Kernel(Protocol):
 
     NAME: str
 
-    def select_batch_topk(
-        self, terms: ScoreTerms, n_keep: int, hint: float | None = None
-    ) -> tuple[Entries, float]: ...
+    def select_batch_topk(self, terms: ScoreTerms, n_keep: int, hint: float | None = None) -> tuple[Entries, float]: ...
     def select_topk(self, terms: ScoreTerms, k: int, absolute: bool = False) -> Entries: ...
     def select_above(self, terms: ScoreTerms, threshold: Tensor) -> Entries: ...
     def entry_content(self, terms: ScoreTerms, entries: Entries) -> Tensor: ...
+    def at_feature(self, parameter_F: Tensor, entries: Entries) -> Tensor: ...
     def decode(self, value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int) -> Tensor: ...
 
 

@@ -26,9 +26,7 @@ def measure_rows(part, n_parts, grad_RD, weight_RD, unit, along_R, square_R):
             along = inner / max(length, np.float32(1e-16))
         square = 0.0
         for j in range(width):
-            gradient = (
-                np.float64(grad_RD[r, j] - along * weight_RD[r, j]) if unit else np.float64(grad_RD[r, j])
-            )
+            gradient = np.float64(grad_RD[r, j] - along * weight_RD[r, j]) if unit else np.float64(grad_RD[r, j])
             square += gradient * gradient
         along_R[r], square_R[r] = along, square
 

@@ -21,7 +21,7 @@ from cosae.kernels import sums
 from cosae.kernels.search import remembered_dots, select_above, select_batch_topk, select_topk
 from cosae.kernels.terms import R_MIN, ROW_MIN, Entries, ScoreTerms
 
-__all__ = ["NAME", "decode", "entry_content", "select_above", "select_batch_topk", "select_topk"]
+__all__ = ["NAME", "at_feature", "decode", "entry_content", "select_above", "select_batch_topk", "select_topk"]
 
 NAME = "cpu"
 
@@ -56,9 +56,7 @@ class _Content(torch.autograd.Function):
             return dot_E.clone()
         log_r_B = terms.log_r_B
         row_norm_F = terms.row_norm_F if terms.row_power == 0 else rows_FD.new_empty(0)
-        log_scale_E = _at_feature(exponent - 1.0, entries) * log_r_B[entries.token_E] + _at_feature(
-            log_gain, entries
-        )
+        log_scale_E = _at_feature(exponent - 1.0, entries) * log_r_B[entries.token_E] + _at_feature(log_gain, entries)
         scale_E = log_scale_E.exp()
         content_E = dot_E * scale_E
         if terms.row_power == 0:
@@ -95,9 +93,7 @@ class _Content(torch.autograd.Function):
             pull_B = torch.where(log_r_B > torch.tensor(R_MIN, dtype=log_r_B.dtype).log(), pull_B, 0.0)
             grad_z = _grad_z(ctx, dot_grad_E, rows_FD, z_BD, pull_B)
         if need_exponent:
-            grad_exponent = _summed_to(
-                exponent.shape, tangent_E * log_r_B[entries.token_E], entries, n_features
-            )
+            grad_exponent = _summed_to(exponent.shape, tangent_E * log_r_B[entries.token_E], entries, n_features)
         if need_gain:
             grad_gain = _summed_to(log_gain.shape, tangent_E, entries, n_features)
         return grad_z, grad_rows, grad_exponent, grad_gain, None, None
@@ -117,6 +113,20 @@ def _grad_z(ctx: Any, value_E: Tensor, rows_FD: Tensor, z_BD: Tensor, pull_B: Te
         return (total_D / n_tokens).expand(n_tokens, -1)
     grad_z = sums.token_sums(value_E, rows_FD, ctx.entries, n_tokens)
     return grad_z if pull_B is None else grad_z.addcmul_(pull_B[:, None], z_BD)
+
+
+class _AtFeature(torch.autograd.Function):
+    """parameter[feature] with a sum per feature behind it (autograd's own backward sorts all entries)."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter_F: Tensor, entries: Entries) -> Tensor:
+        ctx.entries, ctx.n_features = entries, parameter_F.shape[0]
+        return parameter_F[entries.feature_E]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return sums.entries_by_feature_sum(grads[0], ctx.entries, ctx.n_features), None
 
 
 class _Decode(torch.autograd.Function):
@@ -144,6 +154,12 @@ def entry_content(terms: ScoreTerms, entries: Entries) -> Tensor:
     """(E,) content of the chosen entries, differentiable in z, rows, exponent and log_gain."""
     apply: Callable[..., Tensor] = _Content.apply
     return apply(terms.z_BD, terms.rows_FD, terms.exponent, terms.log_gain, terms, entries)
+
+
+def at_feature(parameter_F: Tensor, entries: Entries) -> Tensor:
+    """(E,) parameter_F[feature] of each entry, differentiable."""
+    apply: Callable[..., Tensor] = _AtFeature.apply
+    return apply(parameter_F, entries)
 
 
 def decode(value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int) -> Tensor:

@@ -79,6 +79,11 @@ def entry_content(terms: ScoreTerms, entries: Entries) -> Tensor:
     return content(terms)[entries.token_E, entries.feature_E]
 
 
+def at_feature(parameter_F: Tensor, entries: Entries) -> Tensor:
+    """(E,) parameter_F[feature] of each entry, differentiable."""
+    return parameter_F[entries.feature_E]
+
+
 def decode(value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int) -> Tensor:
     """(B, D) Σ_i f_i d_i per token, differentiable in values and decoder rows."""
     dense = value_E.new_zeros(n_tokens, decoder_FD.shape[0])

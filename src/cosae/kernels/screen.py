@@ -49,9 +49,7 @@ def has_fast_bf16() -> bool:
     """Whether this processor multiplies bf16 natively (AVX512_BF16 or AMX) and torch's oneDNN product can use it."""
     if not torch.backends.mkldnn.is_available():
         return False
-    checks = (
-        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check is not None and bool(check()) for check in checks)
 
 
@@ -133,9 +131,7 @@ def prepare_tokens(terms: ScoreTerms, dtype: torch.dtype) -> Tokens:
     low_N, high_N = sorted_B[edge_N1[:-1]], sorted_B[edge_N1[1:] - 1]
     centre_N, half_N = (low_N + high_N) / 2, (high_N - low_N) / 2
     delta_B = (sorted_B - torch.repeat_interleave(centre_N, count_N)).float()
-    return Tokens(
-        unit_BD[position_B], position_B, edge_N1, centre_N, half_N, delta_B, margin_B[position_B], log_r_B
-    )
+    return Tokens(unit_BD[position_B], position_B, edge_N1, centre_N, half_N, delta_B, margin_B[position_B], log_r_B)
 
 
 def lines(

@@ -326,9 +326,7 @@ def select_above(terms: ScoreTerms, threshold: Tensor) -> Entries:
         return reference.select_above(terms, threshold)
     everything = terms.n_tokens * terms.n_features
     threshold_F = threshold.detach().float().expand(terms.n_features).contiguous()
-    answer = survivors(terms, threshold_F, max(4096, everything // 16)) or survivors(
-        terms, threshold_F, 2 * everything
-    )
+    answer = survivors(terms, threshold_F, max(4096, everything // 16)) or survivors(terms, threshold_F, 2 * everything)
     assert answer is not None
     return _entries(terms, answer[0], -math.inf, everything)
 

@@ -92,9 +92,7 @@ def feature_sums(
     return out_FD if pull_F is None else out_FD.addcmul_(pull_F[:, None], rows_FD)
 
 
-def feature_sums_and_dots(
-    value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor
-) -> tuple[Tensor, Tensor]:
+def feature_sums_and_dots(value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor) -> tuple[Tensor, Tensor]:
     """`feature_sums` and `entry_dots` of the same x: (F, D) and (E,)."""
     if not compiled(value_E, x_BD, rows_FD):
         return feature_sums(value_E, x_BD, entries, rows_FD), entry_dots(x_BD, rows_FD, entries)

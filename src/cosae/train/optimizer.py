@@ -131,15 +131,11 @@ class UnitRowAdam:
         known = ", ".join(self.parameters)
         for name in (*self.unit_rows, *self.lr_multipliers):
             if name not in self.parameters:
-                raise CosaeError(
-                    f"unit_rows and lr_multipliers must name parameters ({known}). Got {name!r} instead."
-                )
+                raise CosaeError(f"unit_rows and lr_multipliers must name parameters ({known}). Got {name!r} instead.")
         for name in self.unit_rows:
             if self.parameters[name].dim() != 2:
                 shape = tuple(self.parameters[name].shape)
-                raise CosaeError(
-                    f"unit_rows must be matrices, rows first. Got {name!r} of shape {shape} instead."
-                )
+                raise CosaeError(f"unit_rows must be matrices, rows first. Got {name!r} of shape {shape} instead.")
         if not (math.isfinite(self.lr) and self.lr >= 0):
             raise CosaeError(f"lr must be a number ≥ 0. Got {self.lr} instead.")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -204,9 +200,7 @@ class UnitRowAdam:
         own = self.state_dict()
         if set(own) != set(state):
             odd = sorted(set(own) ^ set(state))[0]
-            raise CosaeError(
-                f"the optimiser's state must hold exactly its own parameters. {odd!r} is in only one."
-            )
+            raise CosaeError(f"the optimiser's state must hold exactly its own parameters. {odd!r} is in only one.")
         for key, value in own.items():
             if state[key].shape != value.shape:
                 came = tuple(state[key].shape)

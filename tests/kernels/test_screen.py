@@ -1,0 +1,139 @@
+"""The screen's margin, attacked: inputs chosen so that rounding to bf16 hides an entry, if anything can."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from score_worlds import FAMILY, make_terms
+from torch import Tensor
+
+from cosae.kernels import ScoreTerms, native, reference, screen, search
+from cosae.kernels.terms import R_MIN, ROW_MIN
+
+U_BF16 = 2.0**-8
+
+
+def aligned(n: int, width: int, seed: int, wanted: float) -> Tensor:
+    """Rows whose every coordinate, after normalisation, sits next to a rounding boundary of bf16 on one side.
+
+    wanted +1: just below a midpoint (rounds down, loses the most); −1: just above one (rounds up).
+    """
+    draw = torch.Generator().manual_seed(seed)
+    exponent = torch.randint(-4, 0, (n, width), generator=draw).double()
+    mantissa = 1.0 + (torch.randint(0, 8, (n, width), generator=draw).double() + 0.5) * 2.0**-7
+    rows = mantissa * (1 - wanted * 2.0**-12) * 2.0**exponent
+    return (rows * torch.randint(0, 2, (n, width), generator=draw).mul(2).sub(1)).float()
+
+
+def bound(terms: ScoreTerms, threshold_F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(B, F) in token order: whether the screen keeps an entry, and whether its float64 score is above threshold."""
+    tokens = screen.prepare_tokens(terms, dtype)
+    unit_FD, norm_F, error_F = screen.unit_rows(terms.rows_FD, ROW_MIN, dtype)
+    base, slope = screen.lines(terms, tokens, slice(0, terms.n_features), threshold_F, norm_F, error_F)
+    product = (unit_FD @ tokens.unit_BD.T).float()
+    top = product + product.abs() * U_BF16 if dtype == torch.bfloat16 else product
+    which = torch.repeat_interleave(tokens.edge_N1.diff())
+    kept = ~(top <= base.T[:, which] + slope.T[:, which] * tokens.delta_B - tokens.margin_B)
+    in_order = torch.empty_like(kept)
+    in_order[:, tokens.position_B] = kept
+    exact = reference.scores(in_double(terms))
+    return in_order.T, exact > threshold_F.double()
+
+
+def in_double(terms: ScoreTerms) -> ScoreTerms:
+    bias_F = None if terms.bias_F is None else terms.bias_F.double()
+    wide = {name: getattr(terms, name).double() for name in ("z_BD", "rows_FD", "exponent", "log_gain")}
+    return replace(terms, bias_F=bias_F, **wide)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(FAMILY),
+    seed=st.integers(0, 10_000),
+    width=st.sampled_from([1, 2, 7, 64, 300]),
+    spread=st.sampled_from([0.0, 0.3, 3.0]),
+    bias=st.sampled_from([None, 0.1, 100.0]),
+    rank=st.floats(0.0, 1.0),
+    bf16=st.booleans(),
+)
+def test_nothing_above_the_threshold_is_lost(
+    kind: str, seed: int, width: int, spread: float, bias: float | None, rank: float, bf16: bool
+) -> None:
+    """Thresholds set just below some entry's score, positive or negative, on random inputs of any scale."""
+    terms = make_terms(kind, 23, width, 31, seed, bias, spread)
+    exact = reference.scores(in_double(terms)).reshape(-1).sort().values
+    cut = float(exact[int(rank * (len(exact) - 1))])
+    threshold_F = torch.full((31,), cut - 1e-6 * abs(cut))
+    kept, wanted = bound(terms, threshold_F, torch.bfloat16 if bf16 else torch.float32)
+    assert not bool((wanted & ~kept).any())
+
+
+@pytest.mark.parametrize("side", [1.0, -1.0])
+@pytest.mark.parametrize("width", [4, 64, 512])
+def test_rounding_boundaries_cannot_hide_an_entry(width: int, side: float) -> None:
+    """Both factors round the same way in every coordinate: the product's error is as large as it gets."""
+    z_BD, signs = aligned(16, width, 1, side), aligned(16, width, 2, side)
+    rows_FD = z_BD.sign() * signs.abs()
+    terms = replace(make_terms("inner_unit", 16, width, 16, bias=None), z_BD=z_BD, rows_FD=rows_FD)
+    for i in range(16):
+        exact = float(reference.scores(in_double(terms))[i, i])
+        kept, _ = bound(terms, torch.full((16,), exact * (1 - 1e-6)), torch.bfloat16)
+        assert bool(kept[i, i])
+
+
+def test_margin_is_needed_and_tight() -> None:
+    """Without the margin entries are lost (so the test above can fail); with it, it stays within 2 units of bf16."""
+    z_BD = aligned(16, 64, 1, 1.0)
+    rows_FD = z_BD.sign() * aligned(16, 64, 2, 1.0).abs()
+    unit_z, _, error_B = screen.unit_rows(z_BD, R_MIN, torch.bfloat16)
+    unit_w, _, error_F = screen.unit_rows(rows_FD, ROW_MIN, torch.bfloat16)
+    exact = (
+        torch.nn.functional.normalize(z_BD.double(), dim=-1) @ torch.nn.functional.normalize(rows_FD.double(), dim=-1).T
+    )
+    lost = exact - unit_z.double() @ unit_w.double().T
+    allowed = error_B[:, None] + 1.01 * error_F
+    assert bool((lost.abs() <= allowed + 1e-6).all())
+    assert float(lost.abs().max()) > 0.1 * float(allowed.max())
+    assert float(allowed.max()) < 2.1 * U_BF16
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
+def test_unit_rows_by_both_paths(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.AVAILABLE:
+        pytest.skip("numba is not installed")
+    x_RD = scale * torch.randn(9, 33, generator=torch.Generator().manual_seed(0))
+    x_RD[3] = 0.0
+    compiled = screen.unit_rows(x_RD, R_MIN, torch.bfloat16)
+    monkeypatch.setattr(native, "AVAILABLE", False)
+    plain = screen.unit_rows(x_RD, R_MIN, torch.bfloat16)
+    torch.testing.assert_close(compiled[0].float(), plain[0].float(), rtol=0.01, atol=0)
+    torch.testing.assert_close(compiled[1], plain[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(compiled[2], plain[2], rtol=1e-2, atol=1e-6)
+
+
+def test_search_passes_few_more_than_wanted() -> None:
+    """The point of the screen: with a carried hint at most 1.6 times the wanted entries are ever stored."""
+    terms = make_terms("cosine", 256, 128, 2048, seed=0, bias=None)
+    _, hint = search.select_batch_topk(terms, 8 * 256)
+    answer = search.survivors(terms, torch.full((2048,), search.HINT_SHARE * hint), 8 * 256 * 2)
+    assert answer is not None
+    assert 8 * 256 <= len(answer[0]) < 1.6 * 8 * 256
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"log_gain": torch.tensor(90.0)}, "scale"),
+        ({"log_gain": torch.tensor(math.nan)}, "scale"),
+        ({"z_BD": torch.zeros(0, 19), "live_B": torch.zeros(0, dtype=torch.bool)}, "nothing"),
+    ],
+)
+def test_what_is_not_served_is_said(change: dict[str, Tensor], reason: str) -> None:
+    message = screen.unserved(replace(make_terms("cosine"), **change))
+    assert message is not None
+    assert reason in message
