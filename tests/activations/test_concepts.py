@@ -97,6 +97,7 @@ CONTEXTUAL = [
     ("property_body", DEFINITIONS, "return limit"),
     ("private_function_body", DEFINITIONS, "return limit"),
     ("parameter_use", DEFINITIONS, "b c"),  # `a` belongs to outer, not to inner; self is left out
+    ("parameter_use", "def f(a):\n  def g(b=a, c=b): c\n", "a c"),  # defaults belong to the scope outside
     ("attribute", DEFINITIONS, "a Other a b c"),
     ("self_attribute", DEFINITIONS, "a b"),
     ("assigned_attribute", DEFINITIONS, "a"),
