@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 from score_worlds import FAMILY, make_terms
+from torch import Tensor
 
 from cosae.kernels import Kernel, ScoreTerms, choose, native
 

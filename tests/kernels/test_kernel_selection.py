@@ -8,7 +8,7 @@ import pytest
 import torch
 from score_worlds import FAMILY, make_terms
 
-from cosae.kernels import Entries, ScoreTerms, choose, native, reference, search
+from cosae.kernels import Entries, ScoreTerms, choose, native, reference, search, survivors
 
 CPU, REFERENCE = choose("cpu", "cpu"), choose("reference", "cpu")
 
@@ -21,7 +21,7 @@ CPU, REFERENCE = choose("cpu", "cpu"), choose("reference", "cpu")
 def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every path of the search, forced: bf16 is exact (if slow) on any processor."""
     loops, dtype = request.param
-    monkeypatch.setattr(search, "screen_dtype", lambda: dtype)
+    monkeypatch.setattr(survivors, "screen_dtype", lambda: dtype)
     monkeypatch.setattr(search, "DENSE_SHARE", 1)
     if loops == "plain":
         monkeypatch.setattr(native, "AVAILABLE", False)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cosae.kernels import sums
-from cosae.kernels.search import remembered_dots, select_above, select_batch_topk, select_topk
+from cosae.kernels.search import remembered_dots, select_above, select_batch_topk
 from cosae.kernels.terms import R_MIN, ROW_MIN, Entries, ScoreTerms
+from cosae.kernels.topk import select_topk
 
 __all__ = ["NAME", "at_feature", "decode", "entry_content", "select_above", "select_batch_topk", "select_topk"]
 
@@ -124,7 +125,7 @@ class _AtFeature(torch.autograd.Function):
         return parameter_F[entries.feature_E]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return sums.entries_by_feature_sum(grads[0], ctx.entries, ctx.n_features), None
 

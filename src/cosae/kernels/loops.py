@@ -182,8 +182,8 @@ find_fp32 = _make_find(_flag_fp32)
 
 @_loop
 def rescore(
-    part, n_parts, n_rows, first_feature, position_B, z_BD, rows_FD, live_B, threshold_F, mode, sigma_B, log_r_B,
-    exponent_F, log_gain_F, norm_F, unit_row, bias_F, out_token, out_dot, out_score, count_F, start, stop,
+    part, n_parts, n_rows, first_feature, position_B, z_BD, rows_FD, live_B, threshold_F, floor_B, mode, sigma_B,
+    log_r_B, exponent_F, log_gain_F, norm_F, unit_row, bias_F, out_token, out_dot, out_score, count_F, start, stop,
 ):  # fmt: skip
     """Exact scores of what `find` left in this part's share; those above their threshold stay, moved together."""
     read = start + (stop - start) // n_parts * part
@@ -206,7 +206,7 @@ def rescore(
             elif mode == 2:
                 score = score * np.exp(gain + power * log_r_B[token])
             score = score / norm + bias
-            if score > threshold and live_B[token]:
+            if score > threshold and score > floor_B[token] and live_B[token]:
                 out_token[place], out_dot[place], out_score[place] = token, dot, score
                 place += 1
         count_F[i] = place - before

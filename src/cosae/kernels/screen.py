@@ -41,13 +41,15 @@ from cosae.kernels.terms import R_MIN, ScoreTerms
 
 BIN = 0.25
 """Width in ln r of one bin of tokens where exponents differ between features."""
+FLOOR_BIN = 0.04
+"""Width in ln t of one bin of tokens where thresholds differ between tokens."""
 LOG_MAX = 80.0
 """Largest |logarithm of a scale| that fp32 holds with room for a product."""
 
 
 def has_fast_bf16() -> bool:
     """Whether this processor multiplies bf16 natively (AVX512_BF16 or AMX) and torch's oneDNN product can use it."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check is not None and bool(check()) for check in checks)
@@ -76,6 +78,7 @@ class Tokens:
     unit_BD (B, D) unit vectors in screen order, bf16 or fp32;  position_B (B,) int64 token of each screen column
     edge_N1 (N + 1,) int64 first column of each bin;  centre_N, half_N (N,) float64 its middle and half width in ln r
     delta_B, margin_B (B,) fp32 in screen order;  log_r_B (B,) fp32 in token order
+    floor_N (N,) float64 smallest threshold of each bin's tokens, where tokens have their own thresholds
     """
 
     unit_BD: Tensor
@@ -86,6 +89,7 @@ class Tokens:
     delta_B: Tensor
     margin_B: Tensor
     log_r_B: Tensor
+    floor_N: Tensor | None = None
 
 
 def unit_rows(x_RD: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,50 +109,70 @@ def unit_rows(x_RD: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, T
     return unit_RD, norm_R, torch.linalg.vector_norm(exact_RD.sub_(unit_RD), dim=-1)
 
 
-def prepare_tokens(terms: ScoreTerms, dtype: torch.dtype) -> Tokens:
-    """Normalise, sort into bins where needed, and bound the errors of one batch."""
+def prepare_tokens(terms: ScoreTerms, dtype: torch.dtype, floor_B: Tensor | None = None) -> Tokens:
+    """Normalise, sort into bins where needed, and bound the errors of one batch.
+
+    floor_B (B,): each token's own threshold; tokens are then binned by it too (FLOOR_BIN), and each bin is screened
+    at its smallest.
+    """
     n_tokens, width = terms.z_BD.shape
     unit_BD, norm_B, error_B = unit_rows(terms.z_BD, R_MIN, dtype)
     slack = 2.0 * (width + 32) * 2.0**-23 + 4e-5
     margin_B = error_B + slack
     log_r_B = norm_B.log()
     log_r64_B = log_r_B.double()
-    if terms.exponent.dim() == 0:
-        return Tokens(
-            unit_BD,
-            torch.arange(n_tokens),
-            torch.tensor([0, n_tokens]),
-            torch.zeros(1, dtype=torch.float64),
-            torch.zeros(1, dtype=torch.float64),
-            torch.exp(-terms.exponent.double() * log_r64_B).float(),
-            margin_B,
-            log_r_B,
-        )
-    sorted_B, position_B = log_r64_B.sort(stable=True)
-    bin_B = ((sorted_B - sorted_B[0]) / BIN).floor().long()
-    _, count_N = torch.unique_consecutive(bin_B, return_counts=True)
+    shared = terms.exponent.dim() == 0
+    if shared and floor_B is None:
+        delta_B = torch.exp(-terms.exponent.double() * log_r64_B).float()
+        none_N = torch.zeros(1, dtype=torch.float64)
+        edge_N1 = torch.tensor([0, n_tokens])
+        return Tokens(unit_BD, torch.arange(n_tokens), edge_N1, none_N, none_N, delta_B, margin_B, log_r_B)
+    bin_B = torch.zeros(n_tokens, dtype=torch.int64)
+    if not shared:
+        bin_B = ((log_r64_B - log_r64_B.min()) / BIN).floor().long()
+    if floor_B is not None:
+        level_B = (floor_B.double().clamp_min(torch.finfo(torch.float32).tiny).log() / FLOOR_BIN).floor().long()
+        bin_B = bin_B * 100_000 + level_B
+    sorted_B, position_B = bin_B.sort(stable=True)
+    _, count_N = torch.unique_consecutive(sorted_B, return_counts=True)
     edge_N1 = torch.cat([count_N.new_zeros(1), count_N.cumsum(0)])
-    low_N, high_N = sorted_B[edge_N1[:-1]], sorted_B[edge_N1[1:] - 1]
+    which_B = torch.repeat_interleave(count_N)
+    log_r64_B = log_r64_B[position_B]
+
+    def smallest(value_B: Tensor) -> Tensor:
+        return value_B.new_full((len(count_N),), torch.inf).scatter_reduce_(0, which_B, value_B, "amin")
+
+    low_N, high_N = smallest(log_r64_B), -smallest(-log_r64_B)
     centre_N, half_N = (low_N + high_N) / 2, (high_N - low_N) / 2
-    delta_B = (sorted_B - torch.repeat_interleave(centre_N, count_N)).float()
-    return Tokens(unit_BD[position_B], position_B, edge_N1, centre_N, half_N, delta_B, margin_B[position_B], log_r_B)
+    delta_B = torch.exp(-terms.exponent.double() * log_r64_B) if shared else log_r64_B - centre_N[which_B]
+    floor_N = None if floor_B is None else smallest(floor_B.double()[position_B])
+    return Tokens(
+        unit_BD[position_B], position_B, edge_N1, centre_N, half_N, delta_B.float(), margin_B[position_B], log_r_B,
+        floor_N,
+    )  # fmt: skip
 
 
 def lines(
     terms: ScoreTerms, tokens: Tokens, rows: slice, threshold_F: Tensor, norm_R: Tensor, error_R: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(N, R) base and slope: κ ≤ base + slope·δ_b − margin_b proves s ≤ t for the features of `rows`."""
+    """(N, R) base and slope: κ ≤ base + slope·δ_b − margin_b proves s ≤ t for the features of `rows`.
+
+    t is the larger of the feature's threshold and the bin's floor.
+    """
     bias_R = 0.0 if terms.bias_F is None else terms.bias_F[rows].double()
     log_R = _at(terms.log_gain, rows).double()
     if terms.row_power == 1:
         log_R = log_R + norm_R.double().log()
-    lift_R = threshold_F[rows].double() - bias_R
+    lift_NR = threshold_F[rows].double()[None]
+    if tokens.floor_N is not None:
+        lift_NR = torch.maximum(lift_NR, tokens.floor_N[:, None])
+    lift_NR = lift_NR - bias_R
     loss_R = 1.01 * error_R
     if terms.exponent.dim() == 0:
-        slope_NR = (lift_R * torch.exp(-log_R)).expand(1, len(norm_R)).float()
-        return (-loss_R)[None], slope_NR.contiguous()
+        slope_NR = (lift_NR * torch.exp(-log_R)).float()
+        return (-loss_R).expand_as(slope_NR).contiguous(), slope_NR.contiguous()
     exponent_R = _at(terms.exponent, rows).double()
-    y_NR = lift_R * torch.exp(-log_R - exponent_R * tokens.centre_N[:, None])
+    y_NR = lift_NR * torch.exp(-log_R - exponent_R * tokens.centre_N[:, None])
     reach_NR = exponent_R * tokens.half_N[:, None]
     below = y_NR < 0
     chord_NR = torch.where(tokens.half_N[:, None] > 0, reach_NR.sinh() / tokens.half_N[:, None], exponent_R)

@@ -50,12 +50,14 @@ class ScoreTerms:
     @property
     def log_r_B(self) -> Tensor:
         """(B,) ln r, r clamped at R_MIN."""
-        return torch.linalg.vector_norm(self.z_BD, dim=-1).clamp_min(R_MIN).log()
+        length_B: Tensor = torch.linalg.vector_norm(self.z_BD, dim=-1)
+        return length_B.clamp_min(R_MIN).log()
 
     @property
     def row_norm_F(self) -> Tensor:
         """(F,) |w_i|, clamped at ROW_MIN."""
-        return torch.linalg.vector_norm(self.rows_FD, dim=-1).clamp_min(ROW_MIN)
+        length_F: Tensor = torch.linalg.vector_norm(self.rows_FD, dim=-1)
+        return length_F.clamp_min(ROW_MIN)
 
     def scaled(self, dot_E: Tensor, token_E: Tensor, feature_E: Tensor) -> Tensor:
         """(E,) content exp(b) r^a |w|^u κ of entries whose plain products ⟨z, w⟩ are given; differentiable."""
