@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cosae.kernels import sums
-from cosae.kernels.search import remembered_dots, select_above, select_batch_topk
+from cosae.kernels.search import remembered, select_above, select_batch_topk
 from cosae.kernels.terms import R_MIN, ROW_MIN, Entries, ScoreTerms
 from cosae.kernels.topk import select_topk
 
@@ -47,16 +47,17 @@ class _Content(torch.autograd.Function):
         terms: ScoreTerms,
         entries: Entries,
     ) -> Tensor:
-        dot_E = remembered_dots(terms, entries)
-        if dot_E is None:
-            dot_E = sums.entry_dots(z_BD, rows_FD, entries)
+        known = remembered(terms, entries)
+        dot_E = sums.entry_dots(z_BD, rows_FD, entries) if known is None else known.dot_E
         ctx.entries, ctx.plain, ctx.row_power = entries, terms.plain, terms.row_power
         ctx.centre_only = terms.centre_only
         if terms.plain:
             ctx.save_for_backward(z_BD, rows_FD)
             return dot_E.clone()
-        log_r_B = terms.log_r_B
-        row_norm_F = terms.row_norm_F if terms.row_power == 0 else rows_FD.new_empty(0)
+        log_r_B = terms.log_r_B if known is None else known.log_r_B
+        row_norm_F = rows_FD.new_empty(0)
+        if terms.row_power == 0:
+            row_norm_F = terms.row_norm_F if known is None else known.norm_F
         log_scale_E = _at_feature(exponent - 1.0, entries) * log_r_B[entries.token_E] + _at_feature(log_gain, entries)
         scale_E = log_scale_E.exp()
         content_E = dot_E * scale_E

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
@@ -36,6 +37,16 @@ def say_once(reason: str) -> None:
     _log.info("kernels: the dense definition serves, because %s", reason)
 
 
+@dataclass(frozen=True)
+class Products:
+    """What selection leaves with its entries: ⟨z, w⟩ (E,), ln r (B,), |w| (F,), and of which z and w they are."""
+
+    identity: Any
+    dot_E: Tensor
+    log_r_B: Tensor
+    norm_F: Tensor
+
+
 def _entries(terms: ScoreTerms, found: Survivors, lowest: float, last_flat: int) -> Entries:
     """The survivors above `lowest`, or equal to it with flat index ≤ last_flat; what is known goes along."""
     size, n_features = len(found), terms.n_features
@@ -55,7 +66,7 @@ def _entries(terms: ScoreTerms, found: Survivors, lowest: float, last_flat: int)
         flat_E, order = flat_S[keep_S].sort()
         entries = Entries(flat_E // n_features, flat_E % n_features)
         dot_E = found.dot_S[keep_S][order]
-    entries.memo["dots"] = (_identity(terms), dot_E)
+    entries.memo["products"] = Products(_identity(terms), dot_E, found.log_r_B, found.norm_F)
     return entries
 
 
@@ -71,12 +82,12 @@ def _identity(terms: ScoreTerms) -> Any:
     return (z_BD.data_ptr(), z_BD._version, z_BD.shape, rows_FD.data_ptr(), rows_FD._version, rows_FD.shape)
 
 
-def remembered_dots(terms: ScoreTerms, entries: Entries) -> Tensor | None:
-    """(E,) products that selection computed for these very entries of these very terms, or None."""
-    identity, dot_E = entries.memo.get("dots", (None, None))
-    if identity is None or identity != _identity(terms):
+def remembered(terms: ScoreTerms, entries: Entries) -> Products | None:
+    """What selection computed for these very entries of these very terms, or None."""
+    products = entries.memo.get("products")
+    if products is None or products.identity is None or products.identity != _identity(terms):
         return None
-    return cast(Tensor, dot_E)
+    return cast(Products, products)
 
 
 def _sampled_threshold(terms: ScoreTerms, n_keep: int) -> float:

@@ -23,12 +23,17 @@ _scratch = threading.local()
 
 @dataclass(frozen=True)
 class Survivors:
-    """Entries above their threshold, feature by feature, with exact fp32 dots and scores; count_F (F,) int64."""
+    """Entries above their threshold, feature by feature, with exact fp32 dots and scores; count_F (F,) int64.
+
+    log_r_B (B,) and norm_F (F,) fp32 are ln r and |w_i|, clamped as in `ScoreTerms`.
+    """
 
     token_S: Tensor
     dot_S: Tensor
     score_S: Tensor
     count_F: Tensor
+    log_r_B: Tensor
+    norm_F: Tensor
 
     def __len__(self) -> int:
         return int(self.token_S.shape[0])
@@ -84,7 +89,9 @@ def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor
     norm_F = terms.rows_FD.new_empty(n_features)
     count_F = torch.zeros(n_features, dtype=torch.int64)
     room += 2 * n_tokens * torch.get_num_threads()  # a part of a chunk begins a row only with room for all of it
-    found = Survivors(torch.empty(room, dtype=torch.int64), torch.empty(room), torch.empty(room), count_F)
+    found = Survivors(
+        torch.empty(room, dtype=torch.int64), torch.empty(room), torch.empty(room), count_F, tokens.log_r_B, norm_F
+    )
     step = max(1, min(4096, CHUNK // n_tokens))
     place = 0
     for first in range(0, n_features, step):
@@ -99,7 +106,8 @@ def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor
         if written is None:
             return None
         place += written
-    return Survivors(found.token_S[:place], found.dot_S[:place], found.score_S[:place], count_F)
+    cut = {name: getattr(found, name)[:place] for name in ("token_S", "dot_S", "score_S")}
+    return replace(found, **cut)
 
 
 def _scan_compiled(
