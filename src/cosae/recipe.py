@@ -67,7 +67,7 @@ class EvaluationConfig:
 
     held_out_tokens: int = 131_072
     calibration_tokens: int = 65_536
-    """Training-split tokens on which inference thresholds are set to the wanted L0."""
+    """Held-out tokens, disjoint from the measured ones, on which inference thresholds are set to the wanted L0."""
     probing: bool = True
     """Sparse probing on the embedded corpus' concepts; only where the corpus is pylib."""
     probe_tokens: int = 131_072

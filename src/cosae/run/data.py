@@ -33,7 +33,10 @@ from cosae.activations.synthetic import SyntheticSource
 from cosae.recipe import DataConfig, Recipe
 from cosae.types import Activations, Codes, CosaeError, Sequences
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "held_out", "calibration"]
+"""`calibration` is a part of the held-out documents (or rows) that no number is measured on: other sequences of theirs."""
+POOL = 4
+"""Train samples are drawn from documents of this many times the tokens wanted: more documents, less of each."""
 STREAM_ABOVE_BYTES = 256 * 2**20
 """Corpus files larger than this are streamed instead of held."""
 
@@ -96,8 +99,9 @@ class WorldData:
         return self.source.feature_FD
 
     def sample(self, split: Split, n_tokens: int) -> Sample:
-        activations, truth = self.source.sample(n_tokens, split)
-        return Sample(nuisances.apply(activations, self._recipe.nuisance, 0, split), truth=truth)
+        side: Literal["train", "held_out"] = "train" if split == "train" else "held_out"
+        activations, truth = self.source.sample(n_tokens, side, index=int(split == "calibration"))
+        return Sample(nuisances.apply(activations, self._recipe.nuisance, 0, side), truth=truth)
 
 
 class ArrayData:
@@ -119,8 +123,11 @@ class ArrayData:
             )
 
     def sample(self, split: Split, n_tokens: int) -> Sample:
-        if split == "held_out":
-            activations = self.source.held_out()[:n_tokens]
+        if split != "train":
+            activations = self.source.held_out()
+            wanted = self._recipe.evaluation
+            rows = divide(len(activations), split, wanted.held_out_tokens, wanted.calibration_tokens, unit=1)
+            activations = activations[rows]
         else:
             parts, have = [], 0
             for chunk in itertools.islice(self.source.chunks(), self.source.chunks_per_epoch):
@@ -129,7 +136,7 @@ class ArrayData:
                 if have >= n_tokens:
                     break
             activations = Activations.cat(parts)[:n_tokens]
-        return Sample(nuisances.apply(activations, self._recipe.nuisance, 0, split))
+        return Sample(nuisances.apply(activations, self._recipe.nuisance, 0, _side(split)))
 
 
 class ModelData:
@@ -173,7 +180,7 @@ class ModelData:
     def sample(self, split: Split, n_tokens: int) -> Sample:
         """The sample with the run's nuisance on it."""
         raw = self._sample(split, n_tokens)
-        return replace(raw, activations=nuisances.apply(raw.activations, self._recipe.nuisance, 0, split))
+        return replace(raw, activations=nuisances.apply(raw.activations, self._recipe.nuisance, 0, _side(split)))
 
     def _sample(self, split: Split, n_tokens: int) -> Sample:
         if self._samples is None:
@@ -185,29 +192,41 @@ class ModelData:
     def _capture(self, split: Split, n_tokens: int) -> Sample:
         from cosae.activations.capture import capture
 
-        documents, tokenized = self._tokenized(split, n_tokens, salt=f"sample:{split}")
-        packed = self._pack(tokenized)
+        wanted = self._recipe.evaluation
+        context = self._recipe.data.context
+        if split == "train":
+            documents, tokenized = self._tokenized("train", POOL * n_tokens, salt="sample")
+            everything = self._pack(tokenized)
+            rows = divide(len(everything), "held_out", n_tokens, 1, unit=context)
+        else:
+            both = wanted.held_out_tokens + wanted.calibration_tokens
+            documents, tokenized = self._tokenized("held_out", both if streamed(self._recipe.data.corpus) else None)
+            everything = self._pack(tokenized)
+            rows = divide(len(everything), split, wanted.held_out_tokens, wanted.calibration_tokens, unit=context)
+        packed = everything[rows]
         dtype = torch.float32 if self._recipe.device == "cpu" else getattr(torch, self._recipe.training.store_dtype)
         found = capture(
             self.model, packed, self.site, batch_sequences=self._recipe.data.batch_sequences, store_dtype=dtype
         )
         activations = found[self.site.name]
-        if not self.has_concepts:
-            return Sample(activations, documents=packed.doc_names)
+        used = {int(doc) for doc in activations.doc_N.unique()}
+        names = tuple(name for i, name in enumerate(packed.doc_names) if i in used)
+        if not self.has_concepts or split == "calibration":
+            return Sample(activations, documents=names)
         from cosae.activations.concepts import has_labels, label_activations, label_document
 
         labels = [
-            label_document(document.text, one.offset_T2, one.name)
-            for document, one in zip(documents, tokenized, strict=True)
+            label_document(document.text, one.offset_T2, one.name) if i in used else None
+            for i, (document, one) in enumerate(zip(documents, tokenized, strict=True))
         ]
         return Sample(
             activations,
             labels_NC=label_activations(activations, labels),
             labelled_N=has_labels(activations, labels),
-            documents=packed.doc_names,
+            documents=names,
         )
 
-    def _documents(self, split: Split, salt: str) -> Iterable[Document]:
+    def _documents(self, split: Literal["train", "held_out"], salt: str) -> Iterable[Document]:
         data = self._recipe.data
         found = read_documents(data.corpus, split, held_out_frac=data.held_out_frac, seed=0, include_tests=False)
         if streamed(data.corpus):
@@ -219,7 +238,7 @@ class ModelData:
         return [listed[i] for i in order]
 
     def _tokenized(
-        self, split: Split, max_tokens: int | None, salt: str = "train"
+        self, split: Literal["train", "held_out"], max_tokens: int | None, salt: str = "train"
     ) -> tuple[list[Document], list[TokenizedDocument]]:
         """Documents and their tokens, at most max_tokens in all; documents that were passed over are left out."""
         read: list[Document] = []
@@ -264,6 +283,25 @@ class ModelData:
             special_ids=self.tokenizer.all_special_ids,
             rows_per_chunk=data.chunk_sequences,
         )
+
+
+def divide(n_rows: int, split: Split, held_out_tokens: int, calibration_tokens: int, unit: int) -> Tensor:
+    """Row numbers, ascending, of one of two disjoint draws from n_rows rows of `unit` tokens: a seeded permutation.
+
+    Where both do not fit they shrink in proportion; each gets at least one row where there are two.
+    """
+    wanted = [max(1, round(tokens / unit)) for tokens in (held_out_tokens, calibration_tokens)]
+    if sum(wanted) > n_rows:
+        first = min(max(1, round(n_rows * wanted[0] / sum(wanted))), max(n_rows - 1, 1))
+        wanted = [first, max(n_rows - first, 0)]
+    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(0))
+    # a single row serves both: better a threshold from the measured row than none
+    calibration = order[wanted[0] : sum(wanted)] if wanted[1] else order
+    return (calibration if split == "calibration" else order[: wanted[0]]).sort().values
+
+
+def _side(split: Split) -> Literal["train", "held_out"]:
+    return "train" if split == "train" else "held_out"
 
 
 def open_model(data: DataConfig, device: str) -> tuple[Any, Any]:

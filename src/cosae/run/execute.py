@@ -226,8 +226,11 @@ class _Run:
         return Finished(saes, evaluation, record, self.out, calibrations)
 
     def _calibrate(self, saes: Mapping[str, SAE]) -> dict[str, Calibration]:
-        """Thresholds on train-split tokens that the filter keeps, the same for every arm."""
-        sample = self.data.sample("train", self.recipe.evaluation.calibration_tokens).activations
+        """Thresholds on calibration tokens that the filter keeps, the same for every arm.
+
+        Held-out ones, disjoint from those that are measured: on tokens it was trained on an SAE fires differently.
+        """
+        sample = self.data.sample("calibration", self.recipe.evaluation.calibration_tokens).activations
         x_ND = sample.x_ND[self.stream.filter.keep(sample)].float().to(self.recipe.device)
         return {name: calibrate(sae, x_ND) for name, sae in saes.items()}
 
@@ -324,7 +327,7 @@ class _Run:
             "k": sae.k,
             "seed": state.arm.seed,
             "kernel": sae._kernel().NAME,
-            "stream_digest": self.stream.digest,
+            "stream_digest": state.digest.hex(),
             "tokens_per_second": done / state.seconds if state.seconds else None,
             "a_change": change,
             "a_moving": change is not None and abs(change) > MOVING,

@@ -54,8 +54,7 @@ def evaluate(
     held_out = data.sample("held_out", config.held_out_tokens)
     activations = held_out.activations
     sink_N = filters.sinks(activations, fitted.median_norm, fitted.policy.factor)
-    facts = norms.describe_norms(activations, ~fitted.keep(activations), config.seed)
-    facts["sinks"] = int(sink_N.sum())
+    facts = norms.describe_norms(activations, ~fitted.keep(activations), config.seed, sink_N=sink_N)
     baseline = "standard" if "standard" in saes else next(iter(saes))
     result: dict[str, Any] = {
         "tokens": len(activations),

@@ -47,12 +47,12 @@ class Arm:
     """Start of b: auto, sqrt_d, norm, or a number (cosae.sae.initialise)."""
     b_lr: float = 1.0
     """Learning rate of b, as a multiple of the run's."""
-    threshold_lr: float = 10.0
-    """Learning rate of JumpReLU's ln θ, as a multiple of the run's (paper §9 #9: at 1 it cannot follow)."""
+    threshold_lr: float = 1.0
+    """Learning rate of JumpReLU's ln θ, as a multiple of the run's; their common level is the controller's."""
     centre: str = "geometric_median"
     lr: float | None = None
     """Learning rate; None takes the run's."""
-    sparsity_weight: float = 0.03
+    sparsity_weight: float = 0.1
     """First λ of jumprelu and gated; the controller moves it."""
     input_noise: float = 1.0
     """Norm noise in training: each token is multiplied by U(1/input_noise, input_noise); 1 is none (paper §5.4)."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from cosae.activations.digest import chain
 from cosae.train.log import Logger
 from cosae.train.step import ArmState, NonFiniteError, OptimizerConfig, lr_scale, train_step
 from cosae.types import Activations, CosaeError
@@ -137,6 +138,7 @@ def _advance(
 ) -> dict[str, Any] | None:
     """One step of one arm, timed; None where it had to stop."""
     begun = time.perf_counter()
+    state.digest = chain(state.digest, batch)
     try:
         return train_step(state, batch.x_ND, step, scale, config.dead_after_tokens)
     except NonFiniteError as error:

@@ -75,6 +75,7 @@ class ArmState:
     hint    smallest kept score of the last batch, for a faster search
     weight  λ of the sparsity term;  shift_mean, typical_gate  what its controller remembers
     stopped why this arm stopped, None while it runs
+    digest  chained over the batches this arm was handed: equal digests mean the same batches in the same order
     """
 
     arm: Arm
@@ -88,6 +89,7 @@ class ArmState:
     typical_gate: float = 1.0
     seconds: float = 0.0
     stopped: str | None = None
+    digest: bytes = bytes(32)
 
     @classmethod
     def start(cls, arm: Arm, sae: SAE, variance: float, config: OptimizerConfig) -> ArmState:
@@ -129,6 +131,7 @@ class ArmState:
             "typical_gate": self.typical_gate,
             "seconds": self.seconds,
             "stopped": self.stopped,
+            "digest": self.digest.hex(),
         }
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -144,6 +147,7 @@ class ArmState:
         self.shift_mean = math.nan if numbers["shift_mean"] is None else numbers["shift_mean"]
         self.typical_gate = numbers["typical_gate"]
         self.stopped = numbers["stopped"]
+        self.digest = bytes.fromhex(numbers["digest"])
 
 
 def train_step(

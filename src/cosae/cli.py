@@ -1,0 +1,286 @@
+"""`cosae VERB`: each verb is one call into a room. A user's mistake is one sentence on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cosae.types import CosaeError
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train several SAEs in lockstep on one stream of activations, measure them, and write a report.
+
+    Example: cosae train --arms standard cosine,k=64 standard,frame=unit --steps 2000 --out runs/first
+    """
+
+    out: Path
+    """Folder for the run; must not hold one yet."""
+    preset: str = "embedded"
+    """Recipe to start from: embedded, demo, demo-injected or paper."""
+    recipe: Path | None = None
+    """A recipe file (.json, .yaml) to start from instead of a preset."""
+    arms: tuple[str, ...] = ()
+    """SAEs to train: NAME or NAME,field=value,…; names: standard, standard_unit_frame, standard_layer_norm, unit_rows,
+    cosine_fixed, cosine, cosine_per_feature, cosine_base_delta, cosine_grouped."""
+    model: str | None = None
+    """embedded, a folder with a Hugging Face causal language model, or a repository of the hub."""
+    site: str | None = None
+    """Where activations are read: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3 …"""
+    corpus: str | None = None
+    """pylib, a folder, a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG][:SPLIT]."""
+    activations: str | None = None
+    """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
+    world: str | None = None
+    """A synthetic world instead of a model, e.g. log_normal:sigma=0.5 or none:n_features=512,d_in=128."""
+    inject: str | None = None
+    """Norm nuisance put on the activations: log_normal:sigma=1.0 or sinks:frac=0.006,factor=160 (recorded)."""
+    filter: str | None = None
+    """Tokens left out of training: none, position_0 or norm (≥ 10 × the median of the first window)."""
+    d_sae: int | None = None
+    """Number of features of arms that name none; default 16 × d."""
+    k: int | None = None
+    """Mean active features per token of arms that name none."""
+    steps: int | None = None
+    batch: int | None = None
+    """Tokens per step."""
+    lr: float | None = None
+    seed: int | None = None
+    """Of the data order and of arms that name none."""
+    dtype: str | None = None
+    """Precision the model runs in: float32, bfloat16 or float16. SAEs are always trained in float32."""
+    device: str | None = None
+    kernel: str | None = None
+    """auto, or reference for the dense definition."""
+    set: tuple[str, ...] = ()
+    """Any other field of the recipe, by dotted path: training.log_every=50 evaluation.probing=false."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to the run's folder."""
+    wandb: str | None = None
+    """Also log to this W&B project."""
+    quiet: bool = False
+    """No progress display."""
+    show: bool = False
+    """Print the recipe that would run, as JSON, and stop."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Six arms on the embedded model, with its norms as they are and with injected ones; a table and a report.
+
+    A few minutes on two cores, no network.
+    """
+
+    out: Path = Path("runs/demo")
+    """Folder for the two runs and the report."""
+    steps: int | None = None
+    """Training steps of each arm, instead of the demo's own number."""
+    quiet: bool = False
+    """No progress display."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with an interrupted run from its last checkpoint."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one self-contained HTML page about one or several runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs."""
+    out: Path | None = None
+    """The page; default: report.html in the first run's folder."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what a saved SAE is: score, selector, width, training facts."""
+
+    sae: Annotated[Path, tyro.conf.Positional]
+    """Folder of a saved SAE."""
+
+
+VERBS: dict[str, type[Any]] = {"train": Train, "demo": Demo, "resume": Resume, "report": Report, "inspect": Inspect}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `cosae` command."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] in (["--version"], ["-V"], ["version"]):
+        from cosae import __version__
+
+        print(f"cosae {__version__}")
+        return
+    command = tyro.extras.subcommand_cli_from_dict(
+        VERBS,
+        args=given or ["--help"],
+        prog="cosae",
+        description="Train and judge sparse autoencoders with inner-product and cosine scores, side by side.",
+        use_underscores=False,
+    )
+    from cosae.train.loop import Interrupted
+
+    try:
+        sys.exit(_DO[type(command)](command))
+    except CosaeError as error:
+        print(f"cosae: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"cosae: stopped after step {stop.step}; saved. {_how_to_go_on(command)}", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print(f"\ncosae: interrupted. {_how_to_go_on(command)}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _how_to_go_on(command: Any) -> str:
+    """What a person can do after an interruption."""
+    from cosae.train.checkpoint import checkpoints
+
+    place = command.run if isinstance(command, Resume) else getattr(command, "out", None)
+    runs = [place, place / "natural", place / "injected"] if isinstance(place, Path) else []
+    unfinished = [run for run in runs if run.is_dir() and checkpoints(run) and not (run / "evaluation.json").exists()]
+    return f"Go on with: cosae resume {unfinished[0]}" if unfinished else "Nothing was saved yet: start again."
+
+
+def build_recipe(command: Train) -> Any:
+    """The recipe a `train` command line names. Raises CosaeError for what it does not allow."""
+    from cosae.activations.nuisance import Nuisance
+    from cosae.activations.synthetic import World
+    from cosae.recipe import Recipe, preset
+    from cosae.train.arm import parse_arm
+
+    recipe = Recipe.read(command.recipe) if command.recipe is not None else preset(command.preset)
+    if command.arms:
+        recipe = replace(recipe, arms=tuple(parse_arm(text) for text in command.arms))
+    named = {
+        "data.model": command.model,
+        "data.site": command.site,
+        "data.corpus": command.corpus,
+        "data.activations": command.activations,
+        "data.model_dtype": command.dtype,
+        "data.world": None if command.world is None else World.parse(command.world),
+        "nuisance": None if command.inject is None else Nuisance.parse(command.inject),
+        "filter.kind": command.filter,
+        "d_sae": command.d_sae,
+        "k": command.k,
+        "training.steps": command.steps,
+        "training.batch_tokens": command.batch,
+        "training.optimizer.lr": command.lr,
+        "training.seed": command.seed,
+        "device": command.device,
+        "kernel": command.kernel,
+    }
+    changes = {path: value for path, value in named.items() if value is not None}
+    for text in command.set:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise CosaeError(f"--set takes field=value, with a dotted path for the field. Got {text!r} instead.")
+        changes[path] = _literal(value)
+    return recipe.changed(changes)
+
+
+def _literal(text: str) -> Any:
+    """JSON where it is JSON (numbers, true, null, lists), else the text itself."""
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _train(command: Train) -> int:
+    recipe = build_recipe(command)
+    if command.show:
+        import json
+
+        from cosae.recipe import to_plain
+
+        print(json.dumps(to_plain(recipe), indent=2))
+        return 0
+    from cosae.run.execute import Logs, execute
+
+    logs = Logs(not command.quiet, command.tensorboard, command.wandb)
+    return _conclude([execute(recipe, command.out, logs=logs)], command.out)
+
+
+def _demo(command: Demo) -> int:
+    from cosae.run.demo import demo
+
+    return _conclude(demo(command.out, command.steps, not command.quiet), command.out)
+
+
+def _resume(command: Resume) -> int:
+    from cosae.run.execute import Logs, resume
+
+    return _conclude([resume(command.run, Logs(not command.quiet))], command.run)
+
+
+def _conclude(finished: Sequence[Any], out: Path) -> int:
+    """Table and remarks on standard output, the page beside the run; status 1 where an arm had to stop."""
+    from cosae.evaluate.report import summary_table, write_report
+    from cosae.run.execute import moving_remarks
+
+    folders = [run.out for run in finished]
+    page = write_report(folders, out / "report.html")
+    print(summary_table(folders))
+    stopped = []
+    for run in finished:
+        for remark in moving_remarks(run.run):
+            print(f"[{run.run['setting']}] {remark}")
+        stopped += [f"{name} stopped: {arm['stopped']}" for name, arm in run.run["arms"].items() if arm["stopped"]]
+    print(f"\nReport: {page}")
+    for line in stopped:
+        print(f"cosae: {line}", file=sys.stderr)
+    return 1 if stopped else 0
+
+
+def _report(command: Report) -> int:
+    from cosae.evaluate.report import summary_table, write_report
+
+    if not command.runs:
+        raise CosaeError("report needs the folder of at least one run: cosae report RUN…")
+    page = write_report(command.runs, command.out or command.runs[0] / "report.html")
+    print(summary_table(command.runs))
+    print(f"\nReport: {page}")
+    return 0
+
+
+def _inspect(command: Inspect) -> int:
+    import json
+
+    from cosae.sae.file import load
+
+    sae = load(command.sae)
+    shown = {
+        **sae.cfg.to_dict(),
+        "calibrated": sae.calibrated,
+        "a_mean": float(sae.scale_a.detach().mean()),
+        "facts": {k: v for k, v in sae.facts.items() if k != "recipe"},
+    }
+    print(json.dumps(shown, indent=2))
+    return 0
+
+
+_DO: dict[type[Any], Any] = {Train: _train, Demo: _demo, Resume: _resume, Report: _report, Inspect: _inspect}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The demo: the same arms on the embedded model's activations as they are, and with injected norms.
+
+One capture serves both runs; the two settings differ in nothing but each token's length.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cosae.recipe import Recipe, preset
+from cosae.run.data import ModelData, open_data
+from cosae.run.execute import RECIPE, Finished, Logs, execute
+from cosae.types import CosaeError
+
+
+def demo(out: Path, steps: int | None = None, progress: bool = True) -> list[Finished]:
+    """Run both settings into out/natural and out/injected. Raises CosaeError where `out` already holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        held = next((f" (go on with `cosae resume {p.parent}`)" for p in sorted(out.glob(f"*/{RECIPE}"))), "")
+        raise CosaeError(f"{out} already holds something{held}: choose another --out or remove it.")
+    natural, injected = (_shortened(preset(name), steps) for name in ("demo", "demo-injected"))
+    training = natural.training
+    keep = training.steps * training.batch_tokens + 2 * training.buffer_tokens + natural.filter.window_tokens
+    if progress:
+        print("reading the embedded corpus and model", file=sys.stderr, flush=True)
+    data = open_data(natural, keep_tokens=keep)
+    assert isinstance(data, ModelData)
+    finished = []
+    for recipe, folder in ((natural, "natural"), (injected, "injected")):
+        if progress:
+            print(f"{recipe.name}: {len(recipe.arms)} arms, {training.steps} steps", file=sys.stderr, flush=True)
+        finished.append(execute(recipe, out / folder, logs=Logs(progress), data=data.again(recipe)))
+    return finished
+
+
+def _shortened(recipe: Recipe, steps: int | None) -> Recipe:
+    return recipe if steps is None else recipe.changed({"training.steps": steps})
