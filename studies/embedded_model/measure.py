@@ -1,7 +1,13 @@
-"""a language model and token lists → bits per byte, baselines, norm facts. Plain numbers only."""
+"""a language model and token lists → bits per byte, baselines, norm facts. Plain numbers only.
+
+    python studies/embedded_model/measure.py
+
+measures the shipped model again, and how much of the held-out text stands verbatim in the training text.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -10,7 +16,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
-from cosae.activations.corpus import TokenizedDocument, sequences
+from cosae.activations import embedded, pylib
+from cosae.activations.corpus import TokenizedDocument, sequences, tokenize_documents
+from cosae.activations.pylib import Document
 
 
 @torch.inference_mode()
@@ -99,8 +107,7 @@ def norm_facts(
     def norms(packing: str) -> tuple[torch.Tensor, torch.Tensor]:
         rows = sequences(documents, context, packing, pad_id=pad_id)[:n_rows]
         parts = [
-            torch.stack([h.float().norm(dim=-1) for h in _block_outputs(model, ids)])
-            for ids in rows.ids_ST.split(16)
+            torch.stack([h.float().norm(dim=-1) for h in _block_outputs(model, ids)]) for ids in rows.ids_ST.split(16)
         ]
         return torch.cat(parts, dim=1), rows.mask_ST
 
@@ -137,3 +144,50 @@ def _block_outputs(model: PreTrainedModel, ids_ST: torch.Tensor) -> list[torch.T
         for hook in hooks:
             hook.remove()
     return taken
+
+
+def copied_bytes(train: Sequence[Document], held_out: Sequence[Document], run: int = 6) -> dict[str, int]:
+    """Per held-out file, the bytes of lines inside a run of `run` non-blank lines that training text has too."""
+
+    def lines(document: Document) -> list[str]:
+        return [line for line in document.text.split("\n") if line.strip()]
+
+    known: set[int] = set()
+    for document in train:
+        text = lines(document)
+        known.update(hash(tuple(text[i : i + run])) for i in range(len(text) - run + 1))
+    found = {}
+    for document in held_out:
+        text = lines(document)
+        copied: set[int] = set()
+        for i in range(len(text) - run + 1):
+            if hash(tuple(text[i : i + run])) in known:
+                copied.update(range(i, i + run))
+        found[document.name] = sum(len(text[i].encode()) + 1 for i in copied)
+    return found
+
+
+def main() -> None:
+    model, tokenizer = embedded.load()
+    context, pad_id = model.config.max_position_embeddings, tokenizer.pad_token_id
+    held_out = pylib.documents("held_out")
+    tokens = list(tokenize_documents(held_out, tokenizer, add_bos=True))
+    size = [len(d.text.encode()) for d in held_out]
+    copied = copied_bytes(pylib.documents("train", include_tests=True), held_out)
+    record: dict[str, object] = {"held_out_bytes": sum(size), "copied_bytes": sum(copied.values())}
+    originals = [i for i, d in enumerate(held_out) if copied[d.name] < 0.05 * size[i]]
+    for name, chosen in (("all", list(range(len(held_out)))), ("files with under 5 % copied", originals)):
+        some, n_bytes = [tokens[i] for i in chosen], sum(size[i] for i in chosen)
+        record[name] = {
+            "files": len(chosen),
+            "bytes": n_bytes,
+            "no_overlap": bits_per_byte(model, some, n_bytes, context, context, pad_id),
+            "stride_half": bits_per_byte(model, some, n_bytes, context, context // 2, pad_id),
+        }
+    record["most copied"] = sorted(copied.items(), key=lambda c: -c[1])[:8]
+    record["norms"] = norm_facts(model, tokens, context, pad_id)
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -145,16 +145,12 @@ def ship(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--out", type=Path, default=EMBEDDED, help="where the finished model goes")
     parser.add_argument("--work", type=Path, default=Path("runs/embedded_model"), help="checkpoints")
-    parser.add_argument(
-        "--early", type=float, default=5.0, help="minutes after which a first model is shipped"
-    )
+    parser.add_argument("--early", type=float, default=5.0, help="minutes after which a first model is shipped")
     parser.add_argument("--no-compile", action="store_true", help="where there is no C++ compiler")
     arguments = vars(parser.parse_args())
     out, work, early = arguments.pop("out"), arguments.pop("work"), arguments.pop("early")
@@ -214,9 +210,7 @@ def train(settings: Settings, out: Path, work: Path, early_minutes: float, compi
     def score(stride: int) -> float:
         model.eval()
         with torch.autocast("cpu", torch.bfloat16):
-            return bits_per_byte(
-                model, held_out_ids, n_bytes, settings.context, stride, tokenizer.pad_token_id
-            )
+            return bits_per_byte(model, held_out_ids, n_bytes, settings.context, stride, tokenizer.pad_token_id)
 
     def facts(finished: bool) -> dict[str, object]:
         return {
