@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosae.activations.nuisance import keyed_generator
 from cosae.sae.loss import LossConfig
 from cosae.sae.model import SAE
 from cosae.types import CosaeError
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,79}")
+NAME_LENGTH = 80
+NAME_PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._=+-]{{0,{NAME_LENGTH - 1}}}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class Arm:
                 )
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise CosaeError(f"lr must be a positive number. Got {self.lr!r} instead.")
+        if not (math.isfinite(self.sparsity_weight) and self.sparsity_weight >= 0):
+            raise CosaeError(f"sparsity_weight must be a number of at least 0. Got {self.sparsity_weight!r} instead.")
+        if self.seed is not None:
+            check_seed(self.seed)
         if not (math.isfinite(self.input_noise) and self.input_noise >= 1.0):
             raise CosaeError(f"input_noise must be at least 1 (none). Got {self.input_noise!r} instead.")
 
@@ -118,6 +124,12 @@ class Arm:
         return {**a, "score.log_gain": self.b_lr, "selector.log_threshold_F": self.threshold_lr}
 
 
+def check_seed(seed: int) -> None:
+    """Raises CosaeError for a seed that some generator would not take."""
+    if not 0 <= seed < 2**63:
+        raise CosaeError(f"seed must be a whole number from 0 to 2**63 - 1. Got {seed!r} instead.")
+
+
 def _number_or_name(text: str) -> float | str:
     try:
         return float(text)
@@ -150,18 +162,24 @@ def parse_arm(text: str) -> Arm:
         raise CosaeError(f"an arm must start with one of {', '.join(ARMS)}. Got {base!r} instead.")
     arm, loss = ARMS[base], LossConfig()
     changes: dict[str, Any] = {}
+    given: set[str] = set()
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals:
             raise CosaeError(
                 f"what follows an arm's name must read field=value. Got {part!r} in {text!r} instead."
             )
+        if key in given:
+            raise CosaeError(f"{key} was given twice in {text!r}: give it once.")
+        given.add(key)
         if key.startswith("loss."):
             loss = replace(loss, **{key[5:]: _typed(LossConfig, key[5:], value)})
         else:
             changes[key] = _typed(Arm, key, value)
     if parts and "name" not in changes:
-        changes["name"] = "-".join([base, *(p.replace(",", "+") for p in parts)])
+        changes["name"] = "-".join([base, *parts])
+        if len(changes["name"]) > NAME_LENGTH:
+            raise CosaeError(f"an arm with this many changes needs a name of its own: add name=… to {text!r}.")
     return replace(arm, loss=loss, **changes)
 
 
@@ -203,6 +221,6 @@ def input_noise(x_BD: Tensor, amount: float, seed: int, step: int) -> Tensor:
     """x with each row times U(1/amount, amount), a function of (seed, step) alone (paper §5.4: amount 2)."""
     if amount == 1.0:
         return x_BD
-    generator = torch.Generator().manual_seed((seed << 32) + step)
+    generator = keyed_generator(seed, "input noise", step)
     factor_B = torch.rand(len(x_BD), generator=generator) * (amount - 1 / amount) + 1 / amount
     return x_BD * factor_B.to(x_BD)[:, None]

@@ -1,0 +1,155 @@
+"""Arms: names, fields and texts that make one; what is refused; norm noise."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from cosae.sae.loss import LossConfig
+from cosae.train.arm import ARMS, Arm, check_arms, input_noise, parse_arm
+from cosae.types import CosaeError
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_named_arm_parses_to_itself_and_builds(name: str) -> None:
+    arm = parse_arm(name)
+    assert arm is ARMS[name] or arm == ARMS[name]
+    assert arm.name == name
+    whole = arm.with_defaults(d_sae=24, k=3, seed=5, lr=0.01, kernel="reference")
+    sae = whole.build(8, torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))
+    assert (sae.d_sae, sae.k, sae.cfg.score, sae.cfg.frame, sae.kernel) == (24, 3, arm.score, arm.frame, "reference")
+
+
+def test_fields_are_read_as_their_types() -> None:
+    arm = parse_arm("cosine, k=64,seed=1,prefixes=8+32,norm_restoring=TRUE,a_init=1,b_init=-0.5,loss.reweight=2,lr=1e-3,name=many")
+    assert (arm.score, arm.k, arm.seed, arm.prefixes, arm.norm_restoring) == ("cosine", 64, 1, (8, 32), True)
+    assert (arm.a_init, arm.b_init, arm.lr) == (1.0, "-0.5", 1e-3)
+    assert arm.loss == LossConfig(reweight=2.0)
+
+
+def test_changes_show_in_the_name_unless_it_is_given() -> None:
+    assert parse_arm("cosine,k=64,loss.reweight=1").name == "cosine-k=64-loss.reweight=1"
+    assert parse_arm("cosine,k=64,name=mine").name == "mine"
+    names = {parse_arm(text).name for text in ("cosine", "cosine,k=4", "cosine,k=8", "cosine,k=4,seed=1")}
+    assert len(names) == 4
+
+
+def test_open_fields_come_from_the_run_and_set_ones_stay() -> None:
+    run = {"d_sae": 100, "k": 7, "seed": 3, "lr": 0.5, "kernel": "reference"}
+    filled = Arm().with_defaults(**run)
+    assert (filled.d_sae, filled.k, filled.seed, filled.lr, filled.kernel) == (100, 7, 3, 0.5, "reference")
+    kept = Arm(d_sae=10, k=1, seed=0, lr=0.1).with_defaults(**run)
+    assert (kept.d_sae, kept.k, kept.seed, kept.lr) == (10, 1, 0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "an arm must start with one of standard"),
+        ("euclid", "Got 'euclid' instead"),
+        ("Cosine", "an arm must start with"),
+        ("cosine,k", "must read field=value"),
+        ("cosine,", "must read field=value"),
+        ("cosine,k=", "k must be a number"),
+        ("cosine,k=four", "k must be a number. Got 'four'"),
+        ("cosine,k=2.5", "k must be a number"),
+        ("cosine,a_init=x", "a_init must be a number"),
+        ("cosine,prefixes=4+x", "prefixes must be a number"),
+        ("cosine,norm_restoring=1", "must be true or false"),
+        ("cosine,width=4", "an arm has no field 'width'"),
+        ("cosine,loss=4", "an arm has no field 'loss'"),
+        ("cosine,loss.weight=4", "has no field 'weight'"),
+        ("cosine,loss.space=sideways", "loss space must be one of"),
+        ("cosine,a_lr=-1", "a_lr must be a multiple"),
+        ("cosine,threshold_lr=nan", "threshold_lr must be a multiple"),
+        ("cosine,lr=0", "lr must be a positive number"),
+        ("cosine,lr=inf", "lr must be a positive number"),
+        ("cosine,input_noise=0.5", "input_noise must be at least 1"),
+        ("cosine,k=1,k=2", "k was given twice"),
+        ("cosine," + ",".join(["seed=1", "d_sae=1024", "norm_restoring=true", "input_noise=2", "a_init=0.5", "b_lr=2.0", "a_lr=1"]), "add name="),
+        ("standard,sparsity_weight=-1", "sparsity_weight must be"),
+        ("standard,sparsity_weight=nan", "sparsity_weight must be"),
+        ("standard,seed=-1", "seed must be"),
+        ("standard,seed=99999999999999999999", "seed must be"),
+    ],
+)
+def test_a_bad_text_is_one_sentence(text: str, says: str) -> None:
+    with pytest.raises(CosaeError, match=".") as caught:
+        parse_arm(text)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["<b>bold</b>", "../up", "a/b", "a b", "", ".hidden", "-flag", "naïve", "a\n", "x" * 81, 'q"uote', "a,b", "$(id)"]
+)
+def test_a_name_that_could_harm_a_page_or_a_path_is_refused(name: str) -> None:
+    with pytest.raises(CosaeError, match="an arm's name must be letters"):
+        Arm(name=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"score": "dot"}, "score must be one of"),
+        ({"selector": "softmax"}, "selector must be one of"),
+        ({"frame": "cube"}, "frame must be one of"),
+        ({"k": 25}, "k must be at most d_sae"),
+        ({"k": 0}, "k must be a whole number of at least 1"),
+        ({"b_init": "guess"}, "b_init must be a number, or one of"),
+        ({"a_init": float("nan")}, "a_init must be a finite number"),
+        ({"centre": "median"}, "centre must be one of"),
+        ({"kernel": "magic"}, "kernel"),
+        ({"prefixes": (8, 4)}, "prefixes must be ascending"),
+    ],
+)
+def test_what_no_sae_can_be_is_refused_on_building(change: dict[str, object], says: str) -> None:
+    settings = {"d_sae": 24, "k": 3, "seed": 0, **change}
+    with pytest.raises(CosaeError, match=says):
+        Arm(**settings).build(8, torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))  # type: ignore[arg-type]
+
+
+def test_arms_must_be_some_and_differ() -> None:
+    with pytest.raises(CosaeError, match="at least one arm"):
+        check_arms(())
+    with pytest.raises(CosaeError, match=r"different names. cosine came more than once"):
+        check_arms((ARMS["cosine"], ARMS["standard"], ARMS["cosine"]))
+    check_arms((ARMS["cosine"], parse_arm("cosine,seed=1")))
+
+
+def test_learning_rate_multiples_name_real_parameters() -> None:
+    """A multiple for a name that no SAE has would be silently dropped."""
+    names: set[str] = set()
+    for score in ("cosine", "cosine_base_delta"):
+        for selector in ("batch_topk", "jumprelu"):
+            sae = Arm(score=score, selector=selector, d_sae=16, k=2, seed=0).build(4, None)
+            names |= dict(sae.named_parameters()).keys()
+    multiples = Arm(a_lr=2.0, b_lr=3.0, threshold_lr=4.0).lr_multipliers()
+    assert set(multiples) <= names
+    assert sorted(multiples.values()) == [2.0, 2.0, 2.0, 3.0, 4.0]
+
+
+def test_input_noise_scales_rows_within_its_range_and_repeats() -> None:
+    x_BD = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0))
+    noisy = input_noise(x_BD, 2.0, seed=3, step=7)
+    factor_BD = noisy / x_BD
+    factor_B = factor_BD.mean(-1)
+    torch.testing.assert_close(factor_BD, factor_B[:, None].expand_as(factor_BD))
+    assert 0.5 <= float(factor_B.min()) < 0.51
+    assert 1.99 < float(factor_B.max()) <= 2.0001
+    assert float(factor_B.mean()) == pytest.approx(1.25, abs=0.02)  # U(½, 2), not log-uniform
+    assert torch.equal(noisy, input_noise(x_BD, 2.0, seed=3, step=7))
+    assert not torch.equal(noisy, input_noise(x_BD, 2.0, seed=3, step=8))
+    assert not torch.equal(noisy, input_noise(x_BD, 2.0, seed=4, step=7))
+    assert input_noise(x_BD, 1.0, seed=3, step=7) is x_BD
+
+
+def test_the_text_form_reaches_every_field() -> None:
+    kinds = {"int": "1", "float": "1.5", "bool": "true", "str": "raw", "tuple": "4"}
+    for f in fields(Arm):
+        if f.name in ("name", "loss"):
+            continue
+        kind = next(kind for kind in kinds if str(f.type).startswith(kind))
+        assert getattr(parse_arm(f"cosine,{f.name}={kinds[kind]}"), f.name) is not None
