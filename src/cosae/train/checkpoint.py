@@ -1,7 +1,8 @@
 """Checkpoints: a folder that is whole or absent, holding all that a run needs to go on to the bit.
 
     checkpoints/step_000000500/
-        checkpoint.json        step, numbers of every arm, stream cursor, digests of the files beside it
+        checkpoint.json        step, numbers of every arm, stream cursor, digests of the files beside it, and
+                               its own
         stream.safetensors     shuffle buffer and generator
         arm.NAME.safetensors   parameters, optimiser moments, feature ages
 
@@ -48,7 +49,8 @@ def write_checkpoint(
             save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, file)
             digests[file.name] = _digest(file)
         record = {"version": VERSION, "step": step, "files": digests, **facts}
-        (staged / FACTS).write_text(json.dumps(record), encoding="utf-8")
+        text = json.dumps({"sha256": _record_digest(record), "record": record})
+        (staged / FACTS).write_text(text, encoding="utf-8")
         for file in staged.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -78,7 +80,9 @@ def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     for place in reversed(checkpoints(run)):
         try:
             return (*_read(place), remarks)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except CosaeError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             remarks.append(f"{place} is damaged ({error}); going on from the checkpoint before it.")
     if remarks:
         raise CosaeError(
@@ -88,7 +92,10 @@ def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
 
 
 def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
+    whole = json.loads((place / FACTS).read_text(encoding="utf-8"))
+    facts: dict[str, Any] = whole["record"]
+    if _record_digest(facts) != whole["sha256"]:
+        raise ValueError(f"{FACTS} differs from what was written")
     if facts["version"] > VERSION:
         raise CosaeError(f"{place} was written by a later cosae (version {facts['version']}): upgrade cosae.")
     parts = {}
@@ -97,6 +104,10 @@ def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             raise ValueError(f"{name} differs from what was written")
         parts[name.removesuffix(".safetensors")] = load_file(place / name)
     return parts, facts
+
+
+def _record_digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from cosae.activations.digest import chain
+from cosae.train.arm import check_seed
 from cosae.train.log import Logger
 from cosae.train.step import ArmState, NonFiniteError, OptimizerConfig, lr_scale, train_step
 from cosae.types import Activations, CosaeError
@@ -51,6 +52,7 @@ class TrainingConfig:
         for name in ("steps", "batch_tokens", "dead_after_tokens", "log_every"):
             if getattr(self, name) < 1:
                 raise CosaeError(f"{name} must be at least 1. Got {getattr(self, name)!r} instead.")
+        check_seed(self.seed)
         if self.checkpoint_every < 0:
             raise CosaeError(f"checkpoint_every must be at least 0. Got {self.checkpoint_every!r} instead.")
         if self.store_dtype not in ("float32", "bfloat16"):
@@ -95,7 +97,7 @@ def train(
         for step in range(start, config.steps):
             batch = stream.next_batch()
             scale = lr_scale(step, config.steps, config.optimizer)
-            logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps or step == start
+            logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps or step == 0
             numbers = {}
             for state in states:
                 if state.stopped is None:
