@@ -178,7 +178,7 @@ def train_step(
     if not bool(torch.isfinite(total)):
         raise NonFiniteError(f"the loss became {float(total)} at step {step}")
     state.optimizer.zero_grad()
-    total.backward()
+    torch.autograd.backward(total)
     try:
         grad_norm = state.optimizer.step(scale)
     except FloatingPointError:
@@ -195,7 +195,7 @@ def train_step(
         "grad_norm": grad_norm,
         "l0": l0,
         "dead_frac": dead_F.float().mean() if has_dead else 0.0,
-        "fve": _batch_fve(output),
+        "fve": _batch_fve(output, x_BD),
     }
 
 
@@ -207,14 +207,12 @@ def _fired(sae: SAE, output: TrainOutput) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
-def _batch_fve(output: TrainOutput) -> Tensor:
+def _batch_fve(output: TrainOutput, x_BD: Tensor) -> Tensor:
     """1 − |x − x̂|² / |x − batch mean|² in raw units, masked rows left out: a training-time glance, not the metric."""
     live_B1 = output.framed.live_B[:, None]
-    taken = output.framed.taken
-    raw_BD = (output.framed.z_BD * taken.scale_B[:, None] + taken.shift_B[:, None]) * live_B1
     error = losses.squared_error(output, output.rebuilt[-1], "raw")[output.framed.live_B].sum()
-    mean_D = raw_BD.sum(0) / live_B1.sum().clamp_min(1)
-    spread = ((raw_BD - mean_D) * live_B1).square().sum()
+    mean_D = x_BD.sum(0) / live_B1.sum().clamp_min(1)
+    spread = ((x_BD - mean_D) * live_B1).square().sum()
     return 1 - error / spread.clamp_min(losses.DENOMINATOR_MIN)
 
 
