@@ -28,8 +28,9 @@ class JsonLines:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = []
+        self._path = path
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     whole = json.loads(line)["step"] <= resume_step
                 except (ValueError, KeyError, TypeError):
@@ -40,8 +41,11 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CosaeError(f"{self._path} cannot be written ({error}): make room and resume the run.") from None
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,202 @@
+"""Loggers: lines that are JSON whatever the numbers, kept to the step resumed from; scalars; what a person sees."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosae.train.log import JsonLines, Progress, TensorBoard, WandB, describe, finite, scalars
+from cosae.types import CosaeError
+
+
+def record(step: int, **numbers: Any) -> dict[str, Any]:
+    arm = {"loss": 0.5, "fve": 0.25, "l0": 4.0, "dead_frac": 0.125, "a": None, "a_quantiles": None, **numbers}
+    return {"step": step, "tokens": step * 8, "seconds": step / 10, "arms": {"standard": arm}}
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_one_flushed_line_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonLines(path)
+    for step in (1, 10):
+        logger.log(record(step))
+        assert lines_of(path)[-1] == record(step)  # on disk before it is closed
+    logger.close()
+    assert lines_of(path) == [record(1), record(10)]
+
+
+def test_what_json_has_not_becomes_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonLines(path)
+    logger.log(record(1, loss=math.nan, grad_norm=math.inf, a_quantiles=[0.1, -math.inf]))
+    logger.close()
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    parsed = json.loads(path.read_text(), parse_constant=refuse)["arms"]["standard"]
+    assert (parsed["loss"], parsed["grad_norm"], parsed["a_quantiles"]) == (None, None, [0.1, None])
+
+
+def test_finite_leaves_everything_else() -> None:
+    plain = {"a": [1, 2.5, "x", None, True], "b": {"c": (1.0, math.nan)}}
+    assert finite(plain) == {"a": [1, 2.5, "x", None, True], "b": {"c": [1.0, None]}}
+
+
+def test_resuming_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps(record(step)) + "\n" for step in (1, 10, 20, 30))
+    path.write_text(text + '{"step": 31, "arms": {"stan', encoding="utf-8")
+    logger = JsonLines(path, resume_step=20)
+    logger.log(record(30, loss=9.0))
+    logger.close()
+    assert [line["step"] for line in lines_of(path)] == [1, 10, 20, 30]
+    assert lines_of(path)[-1]["arms"]["standard"]["loss"] == 9.0
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 1', b"\xff\xfe\x00", b"null\n", b"[]\n", b"\x00" * 50, b'{"step": "x"}\n', b"\n\n"])
+def test_any_torn_end_is_survived(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(json.dumps(record(1)).encode() + b"\n" + torn)
+    logger = JsonLines(path, resume_step=5)
+    logger.log(record(6))
+    logger.close()
+    assert [line["step"] for line in lines_of(path)] == [1, 6]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = JsonLines(tmp_path / "metrics.jsonl")
+
+    class Full:
+        def write(self, text: str) -> None:
+            raise OSError(28, "No space left on device")
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    logger.close()
+    monkeypatch.setattr(logger, "_file", Full())
+    with pytest.raises(CosaeError, match=r"metrics.jsonl cannot be written.*No space left"):
+        logger.log(record(1))
+
+
+def test_scalars_are_the_plain_numbers() -> None:
+    found = scalars(record(3, a_quantiles=[0.1, 0.2], flag=True, b=1))
+    assert ("standard", "loss", 0.5) in found
+    assert ("standard", "b", 1.0) in found
+    assert {metric for _, metric, _ in found} == {"loss", "fve", "l0", "dead_frac", "b"}
+
+
+def test_tensorboard_gets_every_scalar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert Path(folder) == tmp_path / "tensorboard"
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            seen.append((tag, value, step))
+
+        def close(self) -> None:
+            seen.append(("closed", 0.0, 0))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    logger = TensorBoard(tmp_path)
+    logger.log(record(3))
+    logger.close()
+    assert ("standard/loss", 0.5, 3) in seen
+    assert seen[-1][0] == "closed"
+    assert len(seen) == 5
+
+
+def test_absent_services_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(CosaeError, match=r"pip install 'cosae\[tensorboard\]'"):
+        TensorBoard(tmp_path)
+    with pytest.raises(CosaeError, match=r"pip install 'cosae\[wandb\]'"):
+        WandB(tmp_path, "p", {})
+
+
+def test_wandb_gets_scalars_and_recipe_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Run:
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            seen.append((numbers, step))
+
+        def finish(self) -> None:
+            seen.append("finished")
+
+    module = types.ModuleType("wandb")
+    module.init = lambda **named: (seen.append(named), Run())[1]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    logger = WandB(tmp_path, "project", {"k": 4})
+    logger.log(record(3))
+    logger.close()
+    assert seen[0] == {"project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"k": 4}}
+    assert seen[1] == ({f"standard/{m}": v for _, m, v in scalars(record(3))}, 3)
+    assert seen[2] == "finished"
+
+    def refuse(**named: Any) -> Run:
+        raise RuntimeError("no network")
+
+    module.init = refuse  # type: ignore[attr-defined]
+    with pytest.raises(CosaeError, match=r"W&B could not start \(no network\)"):
+        WandB(tmp_path, "project", {})
+
+
+def test_description_of_an_arm() -> None:
+    assert describe(record(1)["arms"]["standard"]) == "loss 0.5000  FVE 0.250  L0   4.0  dead 12.5 %"
+    assert describe(record(1, a=-0.25)["arms"]["standard"]).endswith("a -0.250")
+
+
+def test_progress_writes_plain_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(100, 8, ["standard", "x"], shown=True)
+    progress.step()
+    progress.log(record(1))
+    progress.log(record(2))  # within 15 s of the last line
+    progress.log(record(200))
+    progress.say("hello")
+    progress.close()
+    shown = capsys.readouterr().err
+    assert shown.count("step ") == 2
+    assert "step 1/100" in shown
+    assert "80 tokens/s  about 10 s left" in shown
+    assert "  standard  loss 0.5000" in shown
+    assert "hello" in shown
+    assert "\r" not in shown
+
+
+def test_progress_says_nothing_when_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(100, 8, ["standard"], shown=False)
+    progress.step()
+    progress.log(record(1))
+    progress.say("hello")
+    progress.close()
+    captured = capsys.readouterr()
+    assert captured.err == captured.out == ""
+
+
+def test_progress_on_a_terminal_shows_each_arm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = Progress(10, 8, ["standard", "gone"], start=3, shown=True)
+    progress.step()
+    progress.log(record(4, a=0.5))
+    progress.close()
+    shown = capsys.readouterr().err
+    assert "standard  loss 0.5000" in shown
+    assert "a +0.500" in shown
+    assert "gone: stopped" in shown
