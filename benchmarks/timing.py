@@ -40,7 +40,7 @@ def describe_machine() -> str:
     from cosae.kernels import native
     from cosae.kernels.survivors import screen_dtype
 
-    loops = "compiled loops" if native.AVAILABLE else "plain PyTorch loops"
+    loops = "compiled loops" if native.serves() else "plain PyTorch loops"
     dtype = str(screen_dtype()).removeprefix("torch.")
     return (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "

@@ -6,13 +6,12 @@ Every parameter is a matrix of rows here; each row is handled by one part, so re
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-_SUMS = {"reassoc", "contract"}
+from cosae.kernels.loops import compile_loop
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_SUMS, boundscheck=False)
+@compile_loop
 def measure_rows(part, n_parts, grad_RD, weight_RD, unit, along_R, square_R):
     """along = ⟨g, d⟩/⟨d, d⟩ where rows are unit (else 0); square = |g − along·d|², summed in float64."""
     n_rows, width = grad_RD.shape
@@ -31,7 +30,7 @@ def measure_rows(part, n_parts, grad_RD, weight_RD, unit, along_R, square_R):
         along_R[r], square_R[r] = along, square
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_SUMS, boundscheck=False)
+@compile_loop
 def step_rows(
     part, n_parts, grad_RD, weight_RD, mean_RD, square_RD, along_R, unit, clip, beta1, beta2, rate, root_bias2, eps
 ):  # fmt: skip

@@ -14,9 +14,14 @@ import numpy as np
 _SUMS = {"reassoc", "contract"}
 
 
-def _loop(function):
+def compile_loop(function):
+    """function compiled: releases the interpreter lock, kept in numba's cache where a place for it can be written."""
     # error_model: Python's check for division by zero would keep loops from being vectorised
-    return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_SUMS, boundscheck=False)(function)
+    options = {"nogil": True, "error_model": "numpy", "fastmath": _SUMS, "boundscheck": False}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        return numba.njit(**options)(function)
 
 
 def _inlined(function):
@@ -87,7 +92,7 @@ def _feature_range(part, n_parts, offset_F1):
     return bounds[0], bounds[1]
 
 
-@_loop
+@compile_loop
 def unit_rows_bf16(part, n_parts, x_RD, norm_floor, unit_RD, norm_R, error_R):
     """unit = bf16 bits of x / max(|x|, floor); norm that divisor; error |unit − x / norm|."""
     first, last = _range(part, n_parts, x_RD.shape[0])
@@ -134,7 +139,7 @@ def _flag_fp32(screen_FB, row, first, last, base, slope, delta_B, margin_B, bits
 
 
 def _make_find(flag_columns):
-    @_loop
+    @compile_loop
     def find(
         part, n_parts, screen_FB, first_feature, edge_N1, base_NF, slope_NF, delta_B, margin_B,
         out_token, count_F, start, stop,
@@ -180,7 +185,7 @@ find_bf16 = _make_find(_flag_bf16)
 find_fp32 = _make_find(_flag_fp32)
 
 
-@_loop
+@compile_loop
 def rescore(
     part, n_parts, n_rows, first_feature, position_B, z_BD, rows_FD, live_B, threshold_F, floor_B, mode, sigma_B,
     log_r_B, exponent_F, log_gain_F, norm_F, unit_row, bias_F, out_token, out_dot, out_score, count_F, start, stop,
@@ -213,7 +218,7 @@ def rescore(
     return place - begin
 
 
-@_loop
+@compile_loop
 def keep_and_sort(token_S, dot_S, score_S, count_F, lowest, last_flat, n_tokens, token_E, feature_E, dot_E,
                   order_E, offset_F1):  # fmt: skip
     """Of feature-major survivors keep those above `lowest`, or equal to it with flat index ≤ last_flat; token-major.
@@ -249,7 +254,7 @@ def keep_and_sort(token_S, dot_S, score_S, count_F, lowest, last_flat, n_tokens,
     return kept
 
 
-@_loop
+@compile_loop
 def group_by_feature(feature_E, offset_F1, order_E):
     """Counting sort of token-major entries by feature; stable."""
     n_features = offset_F1.shape[0] - 1
@@ -265,7 +270,7 @@ def group_by_feature(feature_E, offset_F1, order_E):
         place_F[i] += 1
 
 
-@_loop
+@compile_loop
 def entry_dots(part, n_parts, x_BD, rows_FD, token_E, order_E, offset_F1, dot_E):
     """dot_e = ⟨x_token, rows_feature⟩."""
     first, last = _feature_range(part, n_parts, offset_F1)
@@ -275,7 +280,7 @@ def entry_dots(part, n_parts, x_BD, rows_FD, token_E, order_E, offset_F1, dot_E)
             dot_E[e] = _dot(rows_FD, i, x_BD, token_E[e])
 
 
-@_loop
+@compile_loop
 def token_sums(part, n_parts, value_E, rows_FD, feature_E, offset_B1, entry_E, out_BD):
     """out_b = Σ over its entries of value · rows_feature; entry_E = 0, 1, 2 …"""
     first, last = _range(part, n_parts, out_BD.shape[0])
@@ -284,7 +289,7 @@ def token_sums(part, n_parts, value_E, rows_FD, feature_E, offset_B1, entry_E, o
         _add_rows(out_BD, b, value_E, rows_FD, feature_E, entry_E, offset_B1[b], offset_B1[b + 1])
 
 
-@_loop
+@compile_loop
 def feature_sums(part, n_parts, value_E, x_BD, token_E, order_E, offset_F1, pull_F, rows_FD, out_FD):
     """out_i = Σ over its entries of value · x_token, plus pull_i · rows_i."""
     first, last = _feature_range(part, n_parts, offset_F1)
@@ -295,7 +300,7 @@ def feature_sums(part, n_parts, value_E, x_BD, token_E, order_E, offset_F1, pull
         _add_rows(out_FD, i, value_E, x_BD, token_E, order_E, offset_F1[i], offset_F1[i + 1])
 
 
-@_loop
+@compile_loop
 def feature_sums_and_dots(part, n_parts, value_E, x_BD, token_E, order_E, offset_F1, rows_FD, out_FD, dot_E):
     """feature_sums and entry_dots in one read of x."""
     first, last = _feature_range(part, n_parts, offset_F1)

@@ -12,6 +12,7 @@ spins against torch's), and its work-queue layer aborts the process when two thr
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+
+_log = logging.getLogger(__name__)
 
 AVAILABLE = importlib.util.find_spec("numba") is not None and os.environ.get("COSAE_NATIVE", "1") != "0"
 """True where numba is installed; the environment variable COSAE_NATIVE=0 turns the compiled loops off."""
@@ -47,16 +50,30 @@ def run_parts(loop: Callable[..., Any], n_parts: int, *arguments: Any) -> list[A
 
 
 @lru_cache(maxsize=1)
+def _import_loops() -> tuple[Any, Any] | None:
+    """Both modules of compiled loops (compiled or read from numba's cache on first call), or None, said once."""
+    try:
+        from cosae.kernels import adam_loops, loops
+    except Exception as fault:  # numba refuses some versions of numpy, and breaks in ways of its own
+        _log.warning("kernels: plain PyTorch serves, because numba cannot be used (%s)", fault)
+        return None
+    return loops, adam_loops
+
+
+def serves() -> bool:
+    """Whether compiled loops are to be had here."""
+    return AVAILABLE and _import_loops() is not None
+
+
 def loops() -> Any:
-    """The module of compiled loops, imported (and compiled or read from numba's cache) on first use."""
-    from cosae.kernels import loops as module
+    """The compiled loops over entries; only where `serves`."""
+    modules = _import_loops()
+    assert modules is not None
+    return modules[0]
 
-    return module
 
-
-@lru_cache(maxsize=1)
 def adam_loops() -> Any:
-    """The optimiser's compiled loops."""
-    from cosae.kernels import adam_loops as module
-
-    return module
+    """The compiled loops of the optimiser; only where `serves`."""
+    modules = _import_loops()
+    assert modules is not None
+    return modules[1]

@@ -50,7 +50,7 @@ class Products:
 def _entries(terms: ScoreTerms, found: Survivors, lowest: float, last_flat: int) -> Entries:
     """The survivors above `lowest`, or equal to it with flat index ≤ last_flat; what is known goes along."""
     size, n_features = len(found), terms.n_features
-    if native.AVAILABLE:
+    if native.serves():
         token_E, feature_E, order_E = (torch.empty(size, dtype=torch.int64) for _ in range(3))
         dot_E, offset_F1 = torch.empty(size), torch.empty(n_features + 1, dtype=torch.int64)
         arrays = [t.numpy() for t in (found.token_S, found.dot_S, found.score_S, found.count_F)]

@@ -21,7 +21,7 @@ GATHER = 1 << 21
 
 def compiled(*tensors: Tensor) -> bool:
     """Whether the compiled loops serve these tensors."""
-    return native.AVAILABLE and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    return native.serves() and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
 
 
 def token_offsets(entries: Entries, n_tokens: int) -> Tensor:
@@ -36,7 +36,7 @@ def by_feature(entries: Entries, n_features: int) -> tuple[Tensor, Tensor]:
     """Entry positions feature by feature (E,), and where each feature's begin (F + 1,); both int64, made once."""
     if "by_feature" not in entries.memo or len(entries.memo["by_feature"][1]) != n_features + 1:
         feature_E = entries.feature_E
-        if native.AVAILABLE and feature_E.device.type == "cpu":
+        if native.serves() and feature_E.device.type == "cpu":
             order_E, offset_F1 = torch.empty_like(feature_E), feature_E.new_empty(n_features + 1)
             native.loops().group_by_feature(feature_E.numpy(), offset_F1.numpy(), order_E.numpy())
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -148,12 +149,17 @@ def _scan_plain(
 ) -> int | None:  # fmt: skip
     """One chunk in PyTorch."""
     base_NR, slope_NR = line
-    top_RB = product_RB.float()
+    edges = tokens.edge_N1.tolist()
+    bound_RB = torch.empty(product_RB.shape)
+    for n, (first, last) in enumerate(pairwise(edges)):
+        column_R3 = torch.stack([base_NR[n], slope_NR[n], torch.full_like(base_NR[n], -1.0)], dim=1)
+        ones_B = torch.ones(last - first)
+        row_3B = torch.stack([ones_B, tokens.delta_B[first:last], tokens.margin_B[first:last]])
+        torch.mm(column_R3, row_3B, out=bound_RB[:, first:last])
     if product_RB.dtype == torch.bfloat16:
-        top_RB = top_RB + top_RB.abs() * 2.0**-8
-    bin_B = torch.repeat_interleave(tokens.edge_N1.diff())
-    bound_RB = torch.addcmul(base_NR.T[:, bin_B], slope_NR.T[:, bin_B], tokens.delta_B) - tokens.margin_B
-    row_S, column_S = (~(top_RB <= bound_RB)).nonzero(as_tuple=True)
+        # κ̃ + u|κ̃| > t implies κ̃ > t − 1.01 u|t|, which spares a copy of κ̃
+        bound_RB.sub_(bound_RB.abs(), alpha=1.01 * 2.0**-8)
+    row_S, column_S = (product_RB <= bound_RB).logical_not_().nonzero(as_tuple=True)
     token_S, feature_S = tokens.position_B[column_S], row_S + rows.start
     dot_S = torch.empty(len(token_S))
     step = max(1, GATHER // terms.z_BD.shape[1])

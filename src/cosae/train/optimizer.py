@@ -86,7 +86,7 @@ class _Compiled:
 def _served(grad: Tensor, weight: Tensor) -> bool:
     """Whether the compiled loops serve this parameter."""
     return (
-        native.AVAILABLE
+        native.serves()
         and weight.dim() == 2
         and weight.is_contiguous()
         and grad.is_contiguous()
