@@ -176,7 +176,7 @@ def train_step(
     )
     total = torch.stack(list(terms.values())).sum()
     if not bool(torch.isfinite(total)):
-        raise NonFiniteError(f"the loss became {float(total)} at step {step}")
+        raise NonFiniteError(f"the loss became {float(total.detach())} at step {step}")
     state.optimizer.zero_grad()
     torch.autograd.backward(total)
     try:
