@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from cosae.kernels import describe
+
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """cpu: seconds of processor time of all threads; on a machine shared with others the steadier of the two."""
 
@@ -36,13 +38,6 @@ def median_ratio(seconds: list[float], base: list[float]) -> float:
 
 
 def describe_machine() -> str:
-    """One line: processor, threads, torch, what the kernels found."""
-    from cosae.kernels import native
-    from cosae.kernels.survivors import screen_dtype
-
-    loops = "compiled loops" if native.serves() else "plain PyTorch loops"
-    dtype = str(screen_dtype()).removeprefix("torch.")
-    return (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {dtype} screen, {loops}"
-    )
+    """One line: processor, threads, torch, and the path the kernels take."""
+    processor = platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {describe()}"

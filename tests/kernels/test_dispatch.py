@@ -1,0 +1,52 @@
+"""Which path serves, and what happens where the compiled loops cannot."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+from score_worlds import make_terms
+
+from cosae.kernels import choose, cpu, describe, keep_memory, native, reference, search
+from cosae.types import CosaeError
+
+
+def test_names() -> None:
+    assert choose("reference", "cpu") is reference
+    assert choose("auto", "cpu") is cpu
+    assert choose("cpu", "cpu") is cpu
+    with pytest.raises(CosaeError, match="kernel must be one of auto, reference, cpu"):
+        choose("cuda", "cpu")
+
+
+def test_record_says_which_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe("reference") == "reference: dense PyTorch"
+    monkeypatch.setattr(native, "AVAILABLE", False)
+    assert describe().endswith("plain PyTorch loops")
+
+
+def test_a_numba_that_cannot_be_imported_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a clash of numba with numpy looks like: the modules of loops do not import."""
+    monkeypatch.setitem(sys.modules, "cosae.kernels.loops", None)
+    monkeypatch.delattr("cosae.kernels.loops", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert native._import_loops.__wrapped__() is None
+    assert "plain PyTorch serves" in caplog.text
+
+
+def test_where_the_screen_cannot_serve_the_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    search.say_once.cache_clear()
+    terms = make_terms("cosine", dtype=torch.float64)
+    with caplog.at_level(logging.INFO):
+        cpu.select_batch_topk(terms, 20)
+        cpu.select_batch_topk(terms, 20)
+    assert caplog.text.count("float32") == 1
+
+
+def test_keep_memory_is_only_for_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_memory() is False
