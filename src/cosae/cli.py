@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,7 +114,7 @@ class Inspect:
     """Folder of a saved SAE."""
 
 
-VERBS: dict[str, type[Any]] = {"train": Train, "demo": Demo, "resume": Resume, "report": Report, "inspect": Inspect}
+VERBS: dict[str, Callable[..., Any]] = {"train": Train, "demo": Demo, "resume": Resume, "report": Report, "inspect": Inspect}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

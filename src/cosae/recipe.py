@@ -130,7 +130,7 @@ class Recipe:
 
         Raises CosaeError for a field that does not exist or a value of the wrong kind.
         """
-        recipe = self
+        recipe: Recipe = self
         for path, value in {**(changes or {}), **more}.items():
             recipe = _change(recipe, path.split("."), value, path)
         return recipe
@@ -166,7 +166,8 @@ class Recipe:
             plain = _parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
         except ValueError as error:
             raise CosaeError(f"the recipe {path} is not well-formed: {error}.") from None
-        return from_plain(cls, plain, str(path))
+        recipe: Recipe = from_plain(cls, plain, str(path))
+        return recipe
 
 
 def _parse_yaml(text: str) -> Any:

@@ -41,7 +41,8 @@ def load_model(
     except ImportError:
         raise CosaeError("Reading a language model needs transformers: pip install 'cosae[lm]'.") from None
 
-    transformers.utils.logging.disable_progress_bar()  # a bar of its own for each load would tear ours
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()  # a bar of its own for each load would tear ours
     name = _place(name_or_path)
     where = {"revision": revision} if revision is not None else {}
     read_config = transformers.AutoConfig.from_pretrained

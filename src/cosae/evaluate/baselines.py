@@ -63,7 +63,7 @@ def logistic(train: Activations, label_NC: Labels, held_out: Activations, **opti
     return scores
 
 
-def fit_logistic(x_ND: Tensor, label_NC: Tensor, l2: float = 1.0, max_iterations: int = 40) -> tuple[Tensor, Tensor]:
+def fit_logistic(x_ND: Tensor, label_NC: Tensor, l2: float = 1.0, max_iterations: int = 20) -> tuple[Tensor, Tensor]:
     """C logistic regressions at once: weights (D, C) and biases (C,), fp32.
 
     x_ND      (N, D) fp32, of mean 0 over the tokens

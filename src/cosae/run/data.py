@@ -20,7 +20,6 @@ from torch import Tensor
 from cosae.activations import nuisance as nuisances
 from cosae.activations.arrays import ArraySource
 from cosae.activations.corpus import (
-    Document,
     TokenizedDocument,
     iterate_sequences,
     read_documents,
@@ -28,6 +27,7 @@ from cosae.activations.corpus import (
     tokenize_documents,
 )
 from cosae.activations.memory import CachedSource, TensorSource
+from cosae.activations.pylib import Document
 from cosae.activations.stream import Source
 from cosae.activations.synthetic import SyntheticSource
 from cosae.recipe import DataConfig, Recipe
@@ -60,9 +60,10 @@ class Sample:
 class Data(Protocol):
     """What a run needs of its data."""
 
-    source: Source
     has_concepts: bool
 
+    @property
+    def source(self) -> Source: ...
     def sample(self, split: Split, n_tokens: int) -> Sample: ...
 
 
@@ -209,7 +210,7 @@ class ModelData:
             self.model, packed, self.site, batch_sequences=self._recipe.data.batch_sequences, store_dtype=dtype
         )
         activations = found[self.site.name]
-        used = {int(doc) for doc in activations.doc_N.unique()}
+        used = {int(doc) for doc in torch.unique(activations.doc_N)}
         names = tuple(name for i, name in enumerate(packed.doc_names) if i in used)
         if not self.has_concepts or split == "calibration":
             return Sample(activations, documents=names)

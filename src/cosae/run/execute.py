@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,15 +20,15 @@ import torch
 from torch import Tensor
 
 from cosae.activations.stream import ActivationStream
-from cosae.recipe import Recipe, to_plain
+from cosae.recipe import Recipe, from_plain, to_plain
 from cosae.run import facts
 from cosae.run.data import Data, ModelData, open_data
 from cosae.run.measure import evaluate
 from cosae.sae import frame as frames
-from cosae.sae.calibrate import Calibration, calibrate
+from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
-from cosae.sae.model import SAE
-from cosae.train.checkpoint import read_latest, write_checkpoint
+from cosae.sae.model import SAE, Calibration
+from cosae.train.checkpoint import checkpoints, read_latest, write_checkpoint
 from cosae.train.log import JsonLines, Logger, Progress, TensorBoard, WandB, finite
 from cosae.train.loop import MOVING, Interrupted, exponent_moving, train
 from cosae.train.step import ArmState
@@ -81,18 +82,27 @@ def execute(
     return run.go(measured)
 
 
-def resume(out: Path, logs: Logs | None = None) -> Finished:
+def resume(out: Path, logs: Logs | None = None, tensor: Tensor | None = None) -> Finished:
     """Go on with the run in `out` from its last whole checkpoint, to the same end as without the interruption.
 
-    Raises CosaeError where there is no run, nothing to go on from, or the run is finished.
+    tensor: the activations (N, D) of a run that was started on a tensor in memory; None for all others.
+    Raises CosaeError where there is no run, nothing to go on from, the run is finished, or its recipe or data are no
+    longer those it was started with.
     """
     if not (out / RECIPE).is_file():
         raise CosaeError(f"{out} holds no run to go on with (it has no {RECIPE}); give the folder of a run.")
     record = read_json(out / RUN) if (out / RUN).exists() else {}
     if record.get("status") == "finished":
         raise CosaeError(f"the run in {out} is finished; see `cosae report {out}`, or start another run elsewhere.")
+    if tensor is None and (record.get("source") or {}).get("source") == "tensor":
+        raise CosaeError(
+            f"the run in {out} was started on a tensor in memory: go on from Python, with "
+            "cosae.run.execute.resume(out, tensor=…)."
+        )
     recipe = Recipe.read(out / RECIPE)
-    run = _Run(recipe, open_data(recipe), out, logs or Logs())
+    if not checkpoints(out):
+        read_latest(out)  # says so, before a model is loaded
+    run = _Run(recipe, open_data(recipe, tensor), out, logs or Logs())
     run.restore()
     return run.go(True)
 
@@ -168,6 +178,12 @@ class _Run:
         parts, numbers, remarks = read_latest(self.out)
         for remark in remarks:
             self._say(remark)
+        changed = [path for path in from_plain(Recipe, numbers["recipe"], "checkpoint").diff(self.recipe) if _decides(path)]
+        if changed:
+            raise CosaeError(
+                f"the recipe in {self.out / RECIPE} is not the one this run was started with: it differs in "
+                f"{', '.join(changed)}. Put it back, or start another run."
+            )
         self.stream.restore({**parts["stream"], **numbers["stream"]})
         for state in self.states:
             state.restore(parts[f"arm.{state.arm.name}"], numbers["arms"][state.arm.name])
@@ -241,7 +257,8 @@ class _Run:
         plain = {key: value for key, value in whole.items() if not isinstance(value, Tensor)}
         parts = {"stream": tensors} | {f"arm.{s.arm.name}": s.tensors() for s in self.states}
         numbers = {s.arm.name: s.numbers() for s in self.states}
-        write_checkpoint(self.out, step, parts, {"seconds": seconds, "stream": plain, "arms": numbers})
+        facts_of_it = {"seconds": seconds, "recipe": to_plain(self.recipe), "stream": plain, "arms": numbers}
+        write_checkpoint(self.out, step, parts, facts_of_it)
 
     def _loggers(self, progress: Progress) -> list[Logger]:
         loggers: list[Logger] = [progress]
@@ -256,7 +273,7 @@ class _Run:
 
     def _say(self, text: str) -> None:
         if self.logs.progress:
-            Progress(0, 1, [], shown=True).say(text)
+            print(text, file=sys.stderr, flush=True)  # before the bars are drawn, or after they are closed
 
     def _sae_facts(self, name: str, calibration: Calibration) -> dict[str, Any]:
         site = getattr(self.data, "site", None)
@@ -354,6 +371,11 @@ def _variance(sae: SAE, sample_ND: Tensor) -> float:
     framed = frames.take(sae.cfg.frame, sample_ND.to(sae.centre_D), sae.centre_D.detach())
     z_ND = framed.z_BD[framed.live_B].double()
     return float((z_ND - z_ND.mean(0)).square().sum(-1).mean())
+
+
+def _decides(path: str) -> bool:
+    """Whether a field of the recipe has a say in what the weights become."""
+    return path not in ("name", "training.log_every", "training.checkpoint_every") and not path.startswith("evaluation.")
 
 
 def _check_device(device: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from cosae.activations import filter as filters
 from cosae.activations.filter import Filter
 from cosae.evaluate import norms, probing, reconstruction
+from cosae.evaluate.rebuilt import rebuild_with_sinks
 from cosae.evaluate.recovery import recovery
 from cosae.recipe import Recipe
 from cosae.run.data import Data, Sample, WorldData
@@ -27,7 +28,7 @@ ENCODE_TOKENS = 8192
 
 def encode_all(sae: SAE, activations: Activations) -> Codes:
     """Codes of N activations, encoded in batches. CPU tensors."""
-    parts = [sae.encode(rows.float()) for rows in activations.x_ND.split(ENCODE_TOKENS)]
+    parts = [sae.encode(rows.float()) for rows in torch.split(activations.x_ND, ENCODE_TOKENS)]
     counts = torch.cat([codes.count_B for codes in parts]).cpu()
     offset = torch.zeros(len(counts) + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=offset[1:])
@@ -69,7 +70,7 @@ def evaluate(
     sums: dict[str, dict[str, reconstruction.DocumentSums]] = {"in": {}, "out": {}}
     for name, sae in saes.items():
         say(f"measuring reconstruction of {name}")
-        rebuilt = reconstruction.rebuild_with_sinks(sae, activations, sink_N)
+        rebuilt = rebuild_with_sinks(sae, activations, sink_N)
         result["reconstruction"][name] = reconstruction.measure_with_and_without_sinks(
             sae, activations, sink_N, median_norm=fitted.median_norm, rebuilt=rebuilt
         )

@@ -1,8 +1,8 @@
 """Give an SAE its inference threshold: measured on data at the wanted L0, not hoped for.
 
 For selectors whose inference rule is "m > t" (batch_topk, jumprelu, gated), t lies midway between the
-(k·N)-th and the next largest statistic m of N calibration tokens: exactly k·N entries lie above it. It depends on no batch size and on no running average
-(house.md, traps). A gated entry whose magnitude is 0 is no firing, so for it the count is checked and mended.
+(k·N)-th and the next largest statistic m of N calibration tokens: exactly k·N entries lie above it. It depends on no
+batch size and on no running average. A gated entry whose magnitude is 0 is no firing and is not counted.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from cosae.kernels import reference
+from cosae.kernels import ScoreTerms, reference
 from cosae.sae.model import SAE, Calibration
-from cosae.sae.selector import CALIBRATED_SELECTORS
+from cosae.sae.selector import CALIBRATED_SELECTORS, divided
 from cosae.types import CosaeError
 
 CHUNK_ENTRIES = 16_000_000
@@ -25,11 +25,15 @@ CHUNK_ENTRIES = 16_000_000
 def calibrate(sae: SAE, x_ND: Tensor, target_l0: float | None = None) -> Calibration:
     """Set the inference threshold in place so that the mean L0 on x (N, d_in) is target_l0 (default k).
 
-    topk and abs_topk have none and are only measured. Raises CosaeError for an empty x.
+    topk and abs_topk have none and are only measured. Raises CosaeError for an x without a live row or that `encode`
+    would refuse, and for a target outside (0, d_sae]; the SAE is then as it was.
     """
-    if len(x_ND) == 0:
-        raise CosaeError("calibration needs at least one activation. Got none: pass a larger sample.")
+    x_ND = sae._checked(x_ND)
+    if not bool((x_ND != 0).any()):
+        raise CosaeError("calibration needs at least one activation that is not 0. Got none: pass a larger sample.")
     target = float(sae.k if target_l0 is None else target_l0)
+    if not 0 < target <= sae.d_sae:
+        raise CosaeError(f"target_l0 must lie above 0 and at most d_sae = {sae.d_sae}. Got {target_l0!r} instead.")
     margin = 0.0
     if sae.cfg.selector in CALIBRATED_SELECTORS:
         if sae.cfg.selector == "batch_topk":
@@ -43,40 +47,61 @@ def calibrate(sae: SAE, x_ND: Tensor, target_l0: float | None = None) -> Calibra
 def measure_l0(sae: SAE, x_ND: Tensor) -> float:
     """Mean number of active features per live token of x (N, d_in) at the inference rule."""
     fired = live = 0
-    for rows in x_ND.split(4096):
+    for rows in torch.split(x_ND, 4096):
         fired += int(sae.encode(rows).feature_E.shape[0])
         live += int((rows != 0).any(-1).sum())
     return fired / max(live, 1)
 
 
 def _order_statistic(sae: SAE, x_ND: Tensor, target: float) -> float:
-    """The statistic above which round(target · N) of the firing entries lie; 0 where fewer fire at all."""
-    step = max(64, CHUNK_ENTRIES // sae.d_sae)
+    """The statistic above which round(target · N) of the firing entries lie; below all of them where fewer fire."""
     per_token = 2.0 * target
-    lowest = -math.inf if sae.cfg.selector == "gated" else 0.0
     while True:
         kept: list[Tensor] = []
         floors: list[float] = []
-        live = 0
-        for rows in x_ND.split(step):
+        live, hint = 0, None
+        for rows in torch.split(x_ND, max(64, CHUNK_ENTRIES // sae.d_sae)):
             framed = sae._framed(rows)
             terms = sae.score.terms(framed)
-            m = sae.selector.margin(reference.scores(terms)[framed.live_B]).reshape(-1)
+            n = math.ceil(per_token * len(rows))
+            m, hint = _largest_gated(sae, terms, n) if sae.cfg.selector == "gated" else _largest(sae, terms, n, hint)
             live += int(framed.live_B.sum())
-            m = m[_can_fire(sae, terms, framed.live_B)] if sae.cfg.selector == "gated" else m[m > 0]
-            n = min(len(m), max(1, math.ceil(per_token * len(rows))))
-            top = m.topk(n).values
-            kept.append(top)
-            floors.append(float(top[-1]) if 0 < n < len(m) else lowest)
+            kept.append(m)
+            floors.append(float(m.min()) if len(m) == n else -math.inf)
         merged = torch.cat(kept)
         n_keep = round(target * live)
-        if len(merged) <= n_keep:
-            t = min(lowest, float(merged.min()) - 1.0) if sae.cfg.selector == "gated" and len(merged) else 0.0
-        else:
-            t = _between(merged, n_keep)
+        t = _below_all(sae, merged) if len(merged) <= n_keep else _between(merged, n_keep)
         if t >= max(floors) or per_token >= sae.d_sae:
             return t
         per_token *= 2.0  # one chunk holds more of the largest entries than were kept of it
+
+
+def _largest(sae: SAE, terms: ScoreTerms, n: int, hint: float | None) -> tuple[Tensor, float | None]:
+    """The n largest positive statistics of a chunk, by the kernel's own search."""
+    kernel = sae._kernel()
+    gain_F = sae.selector.margin_gain_F.to(terms.z_BD.dtype)
+    ranked = terms.detached() if bool((gain_F == 1).all()) else divided(terms.detached(), gain_F)
+    entries, hint = kernel.select_batch_topk(ranked, n, hint)
+    m = kernel.entry_content(ranked, entries)
+    return m if ranked.bias_F is None else m + ranked.bias_F[entries.feature_E], hint
+
+
+def _largest_gated(sae: SAE, terms: ScoreTerms, n: int) -> tuple[Tensor, None]:
+    """The n largest gate scores π, of any sign, among entries whose magnitude is positive: only those can fire."""
+    score_BF = reference.scores(terms)[terms.live_B]
+    magnitude_BF = sae.selector.r_mag_F.exp() * reference.content(terms)[terms.live_B] + sae.selector.b_mag_F
+    m = (score_BF / sae.selector.margin_gain_F)[magnitude_BF > 0]
+    return m.topk(min(n, len(m))).values, None
+
+
+def _below_all(sae: SAE, merged: Tensor) -> float:
+    """A finite threshold that lets every firing entry pass; JumpReLU's scales θ, so it must also be above 0."""
+    if sae.cfg.selector == "batch_topk":
+        return 0.0
+    if len(merged) == 0:
+        return 1.0 if sae.cfg.selector == "jumprelu" else 0.0
+    least = float(merged.min())
+    return 0.5 * least if sae.cfg.selector == "jumprelu" else least - 1.0
 
 
 def _between(merged: Tensor, n_keep: int) -> float:
@@ -88,8 +113,3 @@ def _between(merged: Tensor, n_keep: int) -> float:
     middle = 0.5 * (above + below)
     return middle if below < middle < above else below
 
-
-def _can_fire(sae: SAE, terms: reference.ScoreTerms, live_B: Tensor) -> Tensor:
-    """Gated: (live · F,) True where the magnitude is positive, so that an open gate is a firing."""
-    magnitude_BF = sae.selector.r_mag_F.exp() * reference.content(terms)[live_B] + sae.selector.b_mag_F
-    return (magnitude_BF > 0).reshape(-1)

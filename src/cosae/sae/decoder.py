@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         """One (B, D) reconstruction of z for each prefix; differentiable in values and rows."""
         rows_FD = at_least_fp32(self.rows_FD)
         if self.norm_restoring:
-            norm_F = torch.linalg.vector_norm(rows_FD, dim=-1).clamp_min(LENGTH_MIN)
+            norm_F: Tensor = torch.linalg.vector_norm(rows_FD, dim=-1).clamp_min(LENGTH_MIN)
             value_E = value_E / norm_F[entries.feature_E]
         sums: list[Tensor] = []
         low = 0
@@ -54,5 +54,5 @@ class Decoder(nn.Module):
     @staticmethod
     def _restore(u_BD: Tensor, r_B: Tensor) -> Tensor:
         """u · r / |u|; a token without codes rebuilds to 0 and passes no gradient through the division."""
-        length_B = torch.linalg.vector_norm(u_BD, dim=-1).clamp_min(LENGTH_MIN)
+        length_B: Tensor = torch.linalg.vector_norm(u_BD, dim=-1).clamp_min(LENGTH_MIN)
         return u_BD * (r_B / length_B)[:, None]

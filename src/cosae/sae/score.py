@@ -59,6 +59,8 @@ class Score(nn.Module):
     exponent_delta_F (F,); log_gain () | (F,) | (G,). Everything fp32. Fixed ones are buffers.
     """
 
+    group_F: Tensor
+
     def __init__(self, name: str, d_in: int, d_sae: int, n_groups: int = 1, bias: bool = True) -> None:
         super().__init__()
         self.name = name

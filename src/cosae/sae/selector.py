@@ -17,7 +17,7 @@ they mean the same at any scale of the scores, in φ = ln θ:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,16 @@ class Selection:
         return Selection(entries, self.score_E[on], self.value_E[on], self.count_B, self.hint)
 
 
+def divided(terms: ScoreTerms, gain_F: Tensor) -> ScoreTerms:
+    """Terms whose scores are s / gain, gain (F,) > 0."""
+    return replace(
+        terms,
+        rows_FD=terms.rows_FD / gain_F[:, None] if terms.plain else terms.rows_FD,
+        bias_F=None if terms.bias_F is None else terms.bias_F / gain_F,
+        log_gain=terms.log_gain if terms.plain else terms.log_gain - gain_F.log(),
+    )
+
+
 class _JumpValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, score_E: Tensor, log_theta_E: Tensor, bandwidth: float) -> Tensor:
@@ -83,6 +93,11 @@ class _JumpCount(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (window_E,) = ctx.saved_tensors
         return None, -grads[0] * window_E / ctx.bandwidth, None
+
+
+def _jump(function: Any, score_E: Tensor, log_theta_E: Tensor, bandwidth: float) -> Tensor:
+    out: Tensor = function.apply(score_E, log_theta_E, bandwidth)
+    return out
 
 
 class Selector(nn.Module):
@@ -121,17 +136,7 @@ class Selector(nn.Module):
         terms = terms.detached()
         if bool((self.rank_gain_F == 1).all()):
             return terms
-        gain_F = self.rank_gain_F.to(terms.z_BD.dtype)
-        return ScoreTerms(
-            terms.z_BD,
-            terms.rows_FD / gain_F[:, None] if terms.plain else terms.rows_FD,
-            None if terms.bias_F is None else terms.bias_F / gain_F,
-            terms.exponent,
-            terms.log_gain if terms.plain else terms.log_gain - gain_F.log(),
-            terms.row_power,
-            terms.live_B,
-            terms.plain,
-        )
+        return divided(terms, self.rank_gain_F.to(terms.z_BD.dtype))
 
     def train_select(self, terms: ScoreTerms, kernel: Kernel, hint: float | None = None) -> Selection:
         """The training rule; differentiable. `hint` is what the last batch's Selection carried."""
@@ -140,8 +145,8 @@ class Selector(nn.Module):
             entries = kernel.select_above(terms.detached(), theta_F * (1 - 0.5 * self.bandwidth))
             score_E = self._scores(terms, kernel, entries)[0]
             log_theta_E = self.log_threshold_F.to(score_E.dtype)[entries.feature_E]
-            value_E: Tensor = _JumpValue.apply(score_E, log_theta_E, self.bandwidth)  # type: ignore[assignment]
-            on_E: Tensor = _JumpCount.apply(score_E.detach(), log_theta_E, self.bandwidth)  # type: ignore[assignment]
+            value_E = _jump(_JumpValue, score_E, log_theta_E, self.bandwidth)
+            on_E = _jump(_JumpCount, score_E.detach(), log_theta_E, self.bandwidth)
             count_B = on_E.new_zeros(terms.n_tokens).index_add(0, entries.token_E, on_E)
             return Selection(entries, score_E, value_E, count_B)
         if self.name == "gated":
@@ -183,27 +188,27 @@ class Selector(nn.Module):
         b_mag_E = self.b_mag_F.to(content_E.dtype)[entries.feature_E]
         return Selection(entries, score_E, (r_mag_E.exp() * content_E + b_mag_E).relu(), hint=hint)
 
-    def margin(self, score_BF: Tensor) -> Tensor:
-        """(B, F) the statistic m of which "m > t" is the inference rule, for finding t: calibration only."""
-        if self.name == "jumprelu":
-            return score_BF / self.log_threshold_F.to(score_BF.dtype).exp()
-        return score_BF
+    @property
+    def margin_gain_F(self) -> Tensor:
+        """(F,) g, of which "s / g > t" is the inference rule: calibration finds t, `set_margin` sets it."""
+        return self.log_threshold_F.detach().exp() if self.name == "jumprelu" else self.rank_gain_F
 
     @torch.no_grad()
     def set_margin(self, t: float) -> None:
         """Make "m > t" the inference rule."""
         if self.name == "jumprelu":
             self.log_threshold_F.add_(torch.tensor(t).log())
+        elif bool((self.rank_gain_F == 1).all()):
+            self.threshold = self.threshold.new_tensor(t)
         else:
-            self.threshold = torch.full_like(self.threshold, t)
+            self.threshold = t * self.rank_gain_F
 
     @torch.no_grad()
     def scale_scores_(self, factor_F: Tensor) -> None:
         """Keep choosing the same entries after every score was multiplied by factor (F,) > 0: a fold."""
         if self.name == "jumprelu":
             self.log_threshold_F.add_(factor_F.log())
-        elif self.name == "gated":
-            self.threshold = torch.nan_to_num(self.threshold, nan=0.0) * factor_F
-        else:
-            self.threshold = self.threshold * factor_F
-            self.rank_gain_F = self.rank_gain_F * factor_F
+            return
+        threshold = torch.nan_to_num(self.threshold, nan=0.0) if self.name == "gated" else self.threshold
+        self.threshold = threshold * factor_F
+        self.rank_gain_F = self.rank_gain_F * factor_F

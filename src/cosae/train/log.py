@@ -72,14 +72,14 @@ class TensorBoard:
             raise CosaeError(
                 "TensorBoard is not installed: pip install 'cosae[tensorboard]', or leave it out."
             ) from None
-        self._writer = SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(run / "tensorboard"))
 
     def log(self, record: dict[str, Any]) -> None:
         for name, metric, value in scalars(record):
-            self._writer.add_scalar(f"{name}/{metric}", value, record["step"])  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(f"{name}/{metric}", value, record["step"])
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WandB:
