@@ -1,0 +1,273 @@
+"""Exact resume: whatever ended a run, what it becomes after `resume` is the uninterrupted run to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import QUIET, assert_same_run, metrics, recipe
+
+from cosae.recipe import Recipe
+from cosae.run import execute as module
+from cosae.run.execute import execute, resume
+from cosae.train import checkpoint, log, loop
+from cosae.train.loop import Interrupted
+from cosae.types import CosaeError
+
+CHILD = """
+import sys
+from pathlib import Path
+from cosae.recipe import Recipe
+from cosae.run.execute import Logs, execute
+from cosae.train.log import JsonLines
+from cosae.train.loop import Interrupted
+
+plain = JsonLines.log
+def loud(self, record):
+    plain(self, record)
+    print(record["step"], flush=True)
+JsonLines.log = loud
+try:
+    execute(Recipe.read(sys.argv[1]), Path(sys.argv[2]), logs=Logs(progress=False))
+except Interrupted as stop:
+    print("interrupted", stop.step, flush=True)
+    sys.exit(130)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    execute(recipe(), out, logs=QUIET)
+    return out
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signal.SIGINT) -> None:
+    """Send this process a signal once `step` steps are done, as Ctrl-C would."""
+    real, count = log.Progress.step, itertools.count(1)
+
+    def stepped(self: log.Progress) -> None:
+        real(self)
+        if next(count) == step:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(log.Progress, "step", stepped)
+
+
+@pytest.mark.parametrize(("step", "signum"), [(17, signal.SIGINT), (20, signal.SIGTERM), (1, signal.SIGINT), (40, signal.SIGINT)])
+def test_interrupted_and_resumed(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, signum: int
+) -> None:
+    out = tmp_path / "run"
+    interrupt_after(monkeypatch, step, signum)
+    with pytest.raises(Interrupted) as caught:
+        execute(recipe(), out, logs=QUIET)
+    monkeypatch.undo()
+    assert caught.value.step == step
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+    finished = resume(out, QUIET)
+    assert_same_run(whole, out)
+    assert set(finished.saes) == {"standard", "cosine", "delta", "gated"}
+
+
+def test_interrupted_again_and_again(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    interrupt_after(monkeypatch, 6)
+    with pytest.raises(Interrupted):
+        execute(recipe(), out, logs=QUIET)
+    for more in (1, 13):
+        interrupt_after(monkeypatch, more)
+        with pytest.raises(Interrupted):
+            resume(out, QUIET)
+    monkeypatch.undo()
+    resume(out, QUIET)
+    assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_ended_from_outside_goes_on_to_the_same_end(whole: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """Ctrl-C saves where it is; kill -9 goes back to the last checkpoint."""
+    out, file = tmp_path / "run", tmp_path / "recipe.json"
+    recipe().write(file)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(file), str(out)], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        if int(line) >= 15:
+            time.sleep(0.02)  # anywhere in the steps after it
+            child.send_signal(how)
+            break
+    rest = child.stdout.read()
+    child.wait(30)
+    child.stdout.close()
+    if how == signal.SIGKILL:
+        assert child.returncode == -signal.SIGKILL
+    elif "interrupted" in rest:
+        assert child.returncode == 130
+        assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+    if not (out / "evaluation.json").exists():
+        resume(out, QUIET)
+    assert_same_run(whole, out)
+
+
+def crashed(out: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A run that died after `step` steps without a word: checkpoints every 10 steps remain."""
+    real = loop.train_step
+
+    def dying(state: Any, x: Any, at: int, *rest: Any) -> Any:
+        if at == step:
+            raise MemoryError
+        return real(state, x, at, *rest)
+
+    monkeypatch.setattr(loop, "train_step", dying)
+    with pytest.raises(MemoryError):
+        execute(recipe(), out, logs=QUIET)
+    monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def died_at_33(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("died") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        crashed(out, patch, 33)
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["step_000000020", "step_000000030"]
+    return out
+
+
+def test_steps_after_the_checkpoint_are_done_again(whole: Path, died_at_33: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(died_at_33, tmp_path / "run")
+    assert max(line["step"] for line in metrics(out)) == 33
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 34, "tok')  # torn by the crash
+    resume(out, QUIET)
+    assert_same_run(whole, out)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    whole: Path, died_at_33: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(died_at_33, tmp_path / "run")
+    newest = checkpoint.checkpoints(out)[-1] / "arm.cosine.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-9])
+    (out / "checkpoints" / ".step_000000040.partial").mkdir()
+    resume(out, module.Logs(progress=True))
+    shown = capsys.readouterr().err
+    assert "step_000000030 is damaged" in shown
+    assert "going on from the checkpoint before it" in shown
+    assert_same_run(whole, out)
+
+
+def test_a_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    real, count = checkpoint.save_file, itertools.count()
+
+    def save_file(tensors: Any, file: Path) -> None:
+        if next(count) >= 7:  # in the second checkpoint
+            raise OSError(28, "No space left on device")
+        real(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(CosaeError, match="the checkpoint at step 20 could not be written"):
+        execute(recipe(), out, logs=QUIET)
+    monkeypatch.undo()
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    resume(out, QUIET)
+    assert_same_run(whole, out)
+
+
+def test_a_run_that_died_while_measuring_measures_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def dying(*args: Any, **named: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(module, "evaluate", dying)
+    with pytest.raises(MemoryError):
+        execute(recipe(), out, logs=QUIET)
+    monkeypatch.undo()
+    resume(out, QUIET)
+    assert_same_run(whole, out)
+
+
+# --------------------------------------------------------------------------------- what cannot go on
+
+
+def refused(out: Path, says: str, **options: Any) -> None:
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} if out.is_dir() else {}
+    with pytest.raises(CosaeError, match=says) as caught:
+        resume(out, QUIET, **options)
+    assert "\n" not in str(caught.value)
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_no_run_and_no_checkpoint_are_one_sentence_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(tmp_path / "nowhere", "holds no run to go on with")
+    refused(tmp_path, "holds no run to go on with")
+    out = tmp_path / "run"
+    crashed(out, monkeypatch, 3)
+    refused(out, "has no checkpoint to go on from")
+
+
+def test_a_finished_run_is_left_alone(whole: Path) -> None:
+    refused(whole, "is finished")
+
+
+def test_a_damaged_record_is_one_sentence(died_at_33: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(died_at_33, tmp_path / "run")
+    (out / "run.json").write_text("{")
+    refused(out, "is not readable JSON")
+    (out / "run.json").write_text("[]")
+    refused(out, "does not hold a mapping")
+    (out / "run.json").unlink()
+    (out / "recipe.json").write_text("{")
+    refused(out, "is not well-formed")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training.seed": 1},
+        {"training.batch_tokens": 32},
+        {"data.world.sigma": 0.25},
+        {"filter.factor": 5.0},
+        {"nuisance.kind": "log_normal"},
+        {"d_sae": 64, "arms": tuple({"name": arm.name, "d_sae": 64} for arm in recipe().arms)},
+        {"arms": ({"name": "another"},)},
+        {"arms": tuple({"name": arm.name, "score": "cosine"} for arm in recipe().arms)},
+    ],
+    ids=str,
+)
+def test_a_recipe_changed_under_the_run_is_refused(died_at_33: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    out = shutil.copytree(died_at_33, tmp_path / "run")
+    Recipe.read(out / "recipe.json").changed(change).write(out / "recipe.json")
+    refused(out, "recipe")
+
+
+def test_a_run_on_a_tensor_needs_the_tensor_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_ND = torch.randn(900, 16, generator=torch.Generator().manual_seed(0))
+    small = recipe(**{"data.world": None, "training.steps": 12})
+    execute(small, tmp_path / "whole", logs=QUIET, tensor=x_ND)
+    interrupt_after(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        execute(small, tmp_path / "run", logs=QUIET, tensor=x_ND)
+    monkeypatch.undo()
+    refused(tmp_path / "run", "a tensor in memory")
+    refused(tmp_path / "run", "sha256", tensor=x_ND + 1)
+    resume(tmp_path / "run", QUIET, tensor=x_ND)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
