@@ -90,3 +90,15 @@ def test_remembered_products_are_dropped_when_rows_change() -> None:
     found, wanted = CPU.entry_content(terms, entries), REFERENCE.entry_content(terms, entries)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     assert float(found.max()) < 0
+
+
+def test_remembered_products_are_dropped_for_another_batch() -> None:
+    """A new batch may be given the memory of the old one; entries kept from the old must be computed anew."""
+    rows_FD = make_terms("cosine", seed=9).rows_FD
+    kept = []
+    for seed in range(30):
+        terms = replace(make_terms("cosine", seed=seed), rows_FD=rows_FD)
+        for entries in kept:
+            found, wanted = CPU.entry_content(terms, entries), REFERENCE.entry_content(terms, entries)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        kept.append(CPU.select_batch_topk(terms, 60)[0])

@@ -58,13 +58,17 @@ class _Content(torch.autograd.Function):
         row_norm_F = rows_FD.new_empty(0)
         if terms.row_power == 0:
             row_norm_F = terms.row_norm_F if known is None else known.norm_F
-        log_scale_E = _at_feature(exponent - 1.0, entries) * log_r_B[entries.token_E] + _at_feature(log_gain, entries)
-        scale_E = log_scale_E.exp()
+        if exponent.dim() == 0 and log_gain.dim() == 0:
+            scale_E = (log_gain + (exponent - 1.0) * log_r_B).exp()[entries.token_E]
+        else:
+            power_E = _at_feature(exponent - 1.0, entries) * log_r_B[entries.token_E]
+            scale_E = (power_E + _at_feature(log_gain, entries)).exp()
         content_E = dot_E * scale_E
         if terms.row_power == 0:
             norm_E = row_norm_F[entries.feature_E]
             content_E = content_E / norm_E
-            scale_E = scale_E / norm_E
+            if any(ctx.needs_input_grad):
+                scale_E = scale_E / norm_E
         ctx.save_for_backward(z_BD, rows_FD, exponent, log_gain, log_r_B, row_norm_F, scale_E, content_E)
         return content_E
 

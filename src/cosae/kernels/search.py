@@ -39,9 +39,13 @@ def say_once(reason: str) -> None:
 
 @dataclass(frozen=True)
 class Products:
-    """What selection leaves with its entries: ⟨z, w⟩ (E,), ln r (B,), |w| (F,), and of which z and w they are."""
+    """What selection leaves with its entries: ⟨z, w⟩ (E,), ln r (B,), |w| (F,), and of which z and w they are.
+
+    held keeps z and w alive, so that no other tensor can come to lie at their addresses and be taken for them.
+    """
 
     identity: Any
+    held: tuple[Tensor, Tensor]
     dot_E: Tensor
     log_r_B: Tensor
     norm_F: Tensor
@@ -66,7 +70,9 @@ def _entries(terms: ScoreTerms, found: Survivors, lowest: float, last_flat: int)
         flat_E, order = flat_S[keep_S].sort()
         entries = Entries(flat_E // n_features, flat_E % n_features)
         dot_E = found.dot_S[keep_S][order]
-    entries.memo["products"] = Products(_identity(terms), dot_E, found.log_r_B, found.norm_F)
+    entries.memo["products"] = Products(
+        _identity(terms), (terms.z_BD, terms.rows_FD), dot_E, found.log_r_B, found.norm_F
+    )
     return entries
 
 
