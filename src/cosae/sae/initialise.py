@@ -56,17 +56,15 @@ def _centre(sae: SAE, sample_ND: Tensor, centre: str) -> Tensor:
 
 
 def _log_gain(sae: SAE, b_init: str | float, z_ND: Tensor | None) -> float:
-    if isinstance(b_init, (int, float)) and not isinstance(b_init, bool):
+    if isinstance(b_init, (int, float)) and not isinstance(b_init, bool) and math.isfinite(b_init):
         return float(b_init)
     if b_init not in ("auto", "sqrt_d", "norm"):
-        raise CosaeError(f"b_init must be a number, or one of auto, sqrt_d, norm. Got {b_init!r} instead.")
+        raise CosaeError(f"b_init must be a finite number, or one of auto, sqrt_d, norm. Got {b_init!r} instead.")
     sqrt_d = sqrt_d_gain(sae.d_in)
     if b_init == "sqrt_d" or (z_ND is None and b_init == "auto"):
         return sqrt_d
     if z_ND is None:
-        raise CosaeError(
-            "b_init='norm' needs a sample of activations to fit to: pass sample=, or use sqrt_d."
-        )
+        raise CosaeError("b_init='norm' needs a sample of activations to fit to: pass sample=, or use sqrt_d.")
     fitted = math.log(max(float(torch.linalg.vector_norm(z_ND, dim=-1).mean()), frames.SCALE_MIN))
     if b_init == "auto" and abs(fitted - sqrt_d) <= math.log(2.0):
         return sqrt_d
@@ -105,6 +103,10 @@ def initialise(
     if sample is not None:
         if sample.ndim != 2 or sample.shape[1] != sae.d_in or len(sample) == 0:
             raise CosaeError(f"sample must have shape (n, {sae.d_in}). Got {tuple(sample.shape)} instead.")
+        sae._checked(sample)
+        sample = sample[(sample != 0).any(-1)]
+        if len(sample) == 0:
+            raise CosaeError("sample must have at least one row that is not all zero (masked). Got none.")
         sample_ND = sample[:SAMPLE_ROWS].to(sae.centre_D)
         sae.centre_D.copy_(_centre(sae, sample_ND, centre))
         framed = frames.take(sae.cfg.frame, sample_ND, sae.centre_D)
@@ -120,9 +122,7 @@ def _open_gates(sae: SAE, sample: Tensor | None) -> None:
     if sample is None:
         # no data: scores of random rows on inputs of length √d have standard deviation about 1
         spread = (
-            1.0
-            if sae.cfg.score in ("inner", "inner_unit")
-            else float(sae.scale_b.exp().mean()) / math.sqrt(sae.d_in)
+            1.0 if sae.cfg.score in ("inner", "inner_unit") else float(sae.scale_b.exp().mean()) / math.sqrt(sae.d_in)
         )
         cut = NormalDist(0.0, spread).inv_cdf(min(max(1.0 - share, 0.5), 1 - 1e-9)) if share < 1 else 0.0
     else:

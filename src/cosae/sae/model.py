@@ -21,6 +21,9 @@ from cosae.sae.score import SCORES, Score
 from cosae.sae.selector import SELECTORS, Selection, Selector
 from cosae.types import Codes, CosaeError, Framed, Taken
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What activations may come in. Eight-bit floats have no arithmetic of their own."""
+
 
 @dataclass(frozen=True)
 class SAEConfig:
@@ -279,6 +282,11 @@ class SAE(nn.Module):
                 "a norm-restoring decoder needs the length it restores, which these codes do not carry: decode "
                 "codes that `encode` returned, or pass taken=codes.taken."
             )
+        if taken is not None and len(taken.r_B) != codes.n_tokens:
+            raise CosaeError(
+                f"taken must be of the tokens that are decoded: it is of {len(taken.r_B)} tokens, the codes are of "
+                f"{codes.n_tokens} tokens; slice both alike (taken[rows])."
+            )
         entries = Entries(codes.token_E, codes.feature_E)
         kernel = self._kernel()
         value_E = codes.value_E.to(frames.at_least_fp32(self.centre_D).dtype)
@@ -291,19 +299,18 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def _checked(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1 or x.shape[-1] != self.d_in:
+        if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.ndim < 1 or x.shape[-1] != self.d_in:
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise CosaeError(f"x must be a float tensor of shape (..., {self.d_in}). Got {got} instead.")
+            raise CosaeError(
+                f"x must be a float16, bfloat16, float32 or float64 tensor of shape (..., {self.d_in}). "
+                f"Got {got} instead."
+            )
         flat = x.reshape(-1, self.d_in)
         if not bool(torch.isfinite(flat.sum())):
             bad = (~torch.isfinite(flat)).nonzero()
             if len(bad):
                 row, column = (int(i) for i in bad[0])
-                at = (
-                    [int(i) for i in torch.unravel_index(torch.tensor(row), x.shape[:-1])]
-                    if x.ndim > 1
-                    else []
-                )
+                at = [int(i) for i in torch.unravel_index(torch.tensor(row), x.shape[:-1])] if x.ndim > 1 else []
                 raise CosaeError(
                     f"x must be finite. Got {float(flat[row, column])} at position {[*at, column]} "
                     f"({len(bad)} non-finite values in all): drop or mend those rows."
