@@ -65,6 +65,11 @@ def to_disk(sae: SAE) -> dict[str, Tensor]:
 @torch.no_grad()
 def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
     """The inverse of `to_disk`. Raises CosaeError naming `source` on missing, unknown or ill-shaped tensors."""
+    decoder = state.get("W_dec")
+    if decoder is not None and tuple(decoder.shape) != (cfg.d_sae, cfg.d_in):  # before memory is taken for the SAE
+        raise CosaeError(
+            f"{source}: W_dec must have shape {(cfg.d_sae, cfg.d_in)}. Got {tuple(decoder.shape)} instead."
+        )
     sae = SAE(cfg)
     wanted = _shapes(sae)
     missing = sorted(name for name, (_, needed) in wanted.items() if needed and name not in state)
@@ -79,9 +84,7 @@ def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
             allowed = " or ".join(str(s) for s in wanted[name][0])
             raise CosaeError(f"{source}: {name} must have shape {allowed}. Got {tuple(value.shape)} instead.")
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-            raise CosaeError(
-                f"{source}: {name} holds values that are not finite numbers; the file is damaged."
-            )
+            raise CosaeError(f"{source}: {name} holds values that are not finite numbers; the file is damaged.")
     dtype = state["W_dec"].dtype
     sae.to(dtype)
     score, selector = sae.score, sae.selector
@@ -164,25 +167,36 @@ def save(sae: SAE, path: str | Path, probes: Tensor | None = None) -> Path:
     where none are given. Raises CosaeError where `path` holds something that is not an SAE, or cannot be written.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / CONFIG).exists())):
+    if not _replaceable(path):
         raise CosaeError(f"{path} holds something that is not a cosae SAE; choose another path or remove it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise CosaeError(
-            f"{path} cannot be written ({error.strerror}); choose a folder you can write to."
-        ) from None
+        raise CosaeError(f"{path} cannot be written ({error.strerror}); choose a folder you can write to.") from None
     try:
         _write(sae, staged, probes)
         _swap(staged, path)
-    except OSError as error:
-        raise CosaeError(
-            f"{path} could not be written ({error.strerror}); what was there before is kept."
-        ) from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CosaeError(f"{path} could not be written ({reason}); what was there before is kept.") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return path
+
+
+def _replaceable(path: Path) -> bool:
+    """True where nothing is lost but an SAE of ours: other libraries' folders have a cfg.json too."""
+    if not path.exists():
+        return True
+    if not path.is_dir():
+        return False
+    if {file.name for file in path.iterdir()} - {CONFIG, WEIGHTS, SELF_CHECK}:
+        return False
+    try:
+        return not any(path.iterdir()) or bool(read_config(path))
+    except CosaeError:
+        return False
 
 
 def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
@@ -199,7 +213,10 @@ def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
         "facts": sae.facts,
         "sha256": {name: _digest(folder / name) for name in (WEIGHTS, SELF_CHECK)},
     }
-    text = json.dumps(config, indent=2, allow_nan=False, default=_jsonable)
+    try:
+        text = json.dumps(config, indent=2, allow_nan=False, default=_jsonable)
+    except (TypeError, ValueError) as error:
+        raise CosaeError(f"sae.facts must be plain finite numbers, texts, lists and mappings: {error}.") from None
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     for file in folder.iterdir():
         with file.open("rb") as handle:
@@ -209,9 +226,7 @@ def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
 def _jsonable(value: object) -> object:
     if isinstance(value, Tensor):
         return value.tolist()
-    raise TypeError(
-        f"facts must be plain numbers, texts, lists and mappings. Got {type(value).__name__} instead."
-    )
+    raise TypeError(f"got {type(value).__name__}")
 
 
 def _swap(staged: Path, path: Path) -> None:
@@ -293,22 +308,18 @@ def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "au
 def read_config(path: Path) -> dict[str, Any]:
     """cfg.json of an SAE directory, checked for format and version. Raises CosaeError."""
     if not path.exists():
-        raise CosaeError(
-            f"{path} does not exist: give the folder of a saved SAE (the one that holds {CONFIG})."
-        )
+        raise CosaeError(f"{path} does not exist: give the folder of a saved SAE (the one that holds {CONFIG}).")
     if not path.is_dir() or not (path / CONFIG).is_file():
         raise CosaeError(f"{path} is not a saved SAE: a cosae SAE is a folder with {CONFIG} and {WEIGHTS}.")
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         raise CosaeError(f"{path / CONFIG} is not readable JSON: the file is damaged.") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CosaeError(f"{path} was not written by cosae (its {CONFIG} has no format {FORMAT!r}).")
     version = config.get("version")
     if not isinstance(version, int) or version > VERSION:
-        raise CosaeError(
-            f"{path} has format version {version}; this cosae reads up to {VERSION}: upgrade cosae."
-        )
+        raise CosaeError(f"{path} has format version {version}; this cosae reads up to {VERSION}: upgrade cosae.")
     if not isinstance(config.get("sae"), dict) or not isinstance(config.get("sha256"), dict):
         raise CosaeError(f"{path / CONFIG} lacks its sections 'sae' and 'sha256': the file is damaged.")
     return config
@@ -318,7 +329,11 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CosaeError(f"{file} is not a whole safetensors file ({error}): copy it again.") from None
+        raise CosaeError(f"{file} is not a whole safetensors file ({_one_line(error)}): copy it again.") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).split("\n")[0]
 
 
 @torch.no_grad()
@@ -326,15 +341,16 @@ def _check_probe(sae: SAE, probe: dict[str, Tensor], path: Path) -> None:
     """Stored probes must give their stored values again (0.1 % of the largest), with nearly the same entries."""
     try:
         entries = Entries(probe["token"], probe["feature"])
-        framed = sae._framed(probe["x"])
+        _check_entries(entries, probe["value"], len(probe["x"]), sae.d_sae)
+        framed = sae._framed(sae._checked(probe["x"]))
         terms = sae.score.terms(framed)
         got = sae.selector._evaluate(terms, sae._kernel(), entries).value_E
         want = probe["value"]
         dense = sae.encode(probe["x"]).to_dense()
         stored = torch.zeros_like(dense).index_put((entries.token_E, entries.feature_E), want)
-    except (KeyError, IndexError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError, CosaeError) as error:
         raise CosaeError(
-            f"{path / SELF_CHECK} does not fit the SAE ({error}): the folder mixes two SAEs."
+            f"{path / SELF_CHECK} does not fit the SAE ({_one_line(error)}): the folder mixes two SAEs."
         ) from None
     largest = float(want.abs().max()) if len(want) else 1.0
     off = float((got - want).abs().max()) if len(want) else 0.0
@@ -344,3 +360,12 @@ def _check_probe(sae: SAE, probe: dict[str, Tensor], path: Path) -> None:
             f"{path}: the stored probe activations no longer give their stored codes (off by {off:.3g}, {flipped} "
             "entries differ): the weights or this version's formula changed."
         )
+
+
+def _check_entries(entries: Entries, value_E: Tensor, n_tokens: int, n_features: int) -> None:
+    """Compiled loops read where indices point: they must lie inside. Raises IndexError."""
+    for name, index_E, high in (("token", entries.token_E, n_tokens), ("feature", entries.feature_E, n_features)):
+        if index_E.dtype != torch.int64 or index_E.shape != value_E.shape or index_E.dim() != 1:
+            raise IndexError(f"{name} indices of the wrong type or number")
+        if len(index_E) and not 0 <= int(index_E.min()) <= int(index_E.max()) < high:
+            raise IndexError(f"{name} indices outside 0 to {high - 1}")
