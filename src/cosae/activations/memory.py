@@ -26,17 +26,20 @@ class TensorSource:
     def __init__(
         self, x_ND: Tensor, *, chunk_tokens: int = 65536, seed: int = 0, held_out_frac: float = 0.1
     ) -> None:
-        if not isinstance(x_ND, Tensor) or x_ND.ndim != 2 or not x_ND.is_floating_point() or len(x_ND) < 2:
+        rows = isinstance(x_ND, Tensor) and x_ND.ndim == 2 and x_ND.is_floating_point()
+        if not rows or x_ND.shape[0] < 2 or x_ND.shape[1] < 1:
             got = f"{x_ND.dtype} {tuple(x_ND.shape)}" if isinstance(x_ND, Tensor) else type(x_ND).__name__
             raise CosaeError(f"activations must be a float tensor of shape (N, d) with N of at least 2. Got {got} instead.")
-        bad = (~torch.isfinite(x_ND)).nonzero()
+        if not 0 < held_out_frac < 1:
+            raise CosaeError(f"held_out_frac must lie between 0 and 1, neither of them. Got {held_out_frac} instead.")
+        self._x_ND = x_ND.detach().cpu().float()
+        bad = (~torch.isfinite(self._x_ND)).nonzero()
         if len(bad):
             row, column = (int(i) for i in bad[0])
             raise CosaeError(
-                f"activations must be finite. Got {float(x_ND[row, column])} at row {row}, column {column}: "
-                "drop or mend those rows."
+                f"activations must be finite in float32. Got {float(self._x_ND[row, column])} at row {row}, "
+                f"column {column}: drop or mend those rows."
             )
-        self._x_ND = x_ND.detach().cpu().float()
         self.d_in = int(x_ND.shape[1])
         self.chunk_tokens = chunk_tokens
         self.seed = seed
