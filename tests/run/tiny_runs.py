@@ -32,7 +32,7 @@ def recipe(**changes: Any) -> Recipe:
         "training.batch_tokens": 64,
         "training.buffer_tokens": 512,
         "training.dead_after_tokens": 500,
-        "training.log_every": 3,
+        "training.log_every": 2,
         "training.checkpoint_every": 10,
         "training.optimizer.warmup_steps": 5,
         "training.optimizer.lr": 5e-3,

@@ -126,11 +126,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _check_free(out: Path) -> None:
-    if out.exists() and not out.is_dir():
+    try:
+        there = out.exists()
+    except OSError as error:
+        raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
+    if there and not out.is_dir():
         raise CosaeError(f"{out} is a file; give a folder for the run.")
     if (out / RECIPE).exists() or (out / RUN).exists():
         raise CosaeError(f"{out} already holds a run: go on with `cosae resume {out}`, or choose another --out.")
-    if out.exists() and any(out.iterdir()):
+    if there and any(out.iterdir()):
         raise CosaeError(f"{out} is not empty and holds no run: choose another --out.")
 
 
@@ -178,7 +182,8 @@ class _Run:
         parts, numbers, remarks = read_latest(self.out)
         for remark in remarks:
             self._say(remark)
-        changed = [path for path in from_plain(Recipe, numbers["recipe"], "checkpoint").diff(self.recipe) if _decides(path)]
+        begun_with: Recipe = from_plain(Recipe, numbers["recipe"], "checkpoint")
+        changed = [path for path in begun_with.diff(self.recipe) if _decides(path)]
         if changed:
             raise CosaeError(
                 f"the recipe in {self.out / RECIPE} is not the one this run was started with: it differs in "
@@ -375,14 +380,17 @@ def _variance(sae: SAE, sample_ND: Tensor) -> float:
 
 def _decides(path: str) -> bool:
     """Whether a field of the recipe has a say in what the weights become."""
-    return path not in ("name", "training.log_every", "training.checkpoint_every") and not path.startswith("evaluation.")
+    free = ("name", "training.log_every", "training.checkpoint_every")
+    return path not in free and not path.startswith("evaluation.")
 
 
 def _check_device(device: str) -> None:
     try:
         wanted = torch.device(device)
     except RuntimeError:
-        raise CosaeError(f"device must be cpu, cuda or cuda:N. Got {device!r} instead.") from None
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise CosaeError(f"device must be cpu, cuda or cuda:N. Got {device!r} instead.")
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise CosaeError("device cuda was asked for, but this torch sees no CUDA device: use --device cpu.")
 
