@@ -6,6 +6,7 @@ What a run does follows from its recipe, the code's commit and the data alone; e
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -177,10 +178,15 @@ def _parse_yaml(text: str) -> Any:
         raise CosaeError(
             "reading YAML needs pyyaml: pip install pyyaml, or write the recipe as JSON."
         ) from None
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """YAML 1.1 reads 1e-3 as text, for want of a dot; a recipe means the number."""
+
+    numbers = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", numbers, list("-+.0123456789"))
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def to_plain(value: Any) -> Any:
@@ -214,6 +220,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(o for o in options if o is not type(None)), value, where)
     if origin is typing.Literal:
+        if value not in (choices := typing.get_args(hint)):
+            raise CosaeError(f"{where} must be one of {', '.join(map(str, choices))}. Got {value!r} instead.")
         return value
     if is_dataclass(hint):
         if isinstance(value, hint if isinstance(hint, type) else ()):
