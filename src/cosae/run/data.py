@@ -74,6 +74,8 @@ def open_data(recipe: Recipe, tensor: Tensor | None = None, keep_tokens: int = 0
     """
     data = recipe.data
     if tensor is not None:
+        if data.activations is not None or data.world is not None:
+            raise CosaeError("a run on a tensor takes no file of activations and no synthetic world: drop one.")
         return ArrayData(recipe, tensor)
     if data.activations is not None and data.world is not None:
         raise CosaeError("a run takes activations from a file or from a synthetic world, not from both: drop one.")
@@ -114,6 +116,11 @@ class ArrayData:
         data = recipe.data
         self._recipe = recipe
         seed, held_out_frac = recipe.training.seed, data.held_out_frac
+        if not 0 < held_out_frac < 1:
+            raise CosaeError(
+                "held_out_frac must lie between 0 and 1, neither of them: thresholds are calibrated on rows kept out of "
+                f"training. Got {held_out_frac} instead."
+            )
         self.source: ArraySource | TensorSource
         if tensor is not None:
             self.source = TensorSource(tensor, seed=seed, held_out_frac=held_out_frac)

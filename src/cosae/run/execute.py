@@ -166,6 +166,8 @@ class _Run:
             store_dtype=getattr(torch, training.store_dtype),
         )
         sample_ND = self.stream.sample_ND
+        if not self.stream.norm_facts.total_variance > 0:
+            raise CosaeError("activations must differ from one another: their variance in the first window is 0.")
         self.states = []
         for arm in recipe.arms:
             sae = arm.build(data.source.d_in, sample_ND, recipe.device)

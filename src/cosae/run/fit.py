@@ -44,7 +44,10 @@ def fit(
     tensor = data if isinstance(data, Tensor) else None
     recipe = _recipe(data)
     if arms is not None:
-        chosen = [arms] if isinstance(arms, str | Arm) else arms
+        several = isinstance(arms, Iterable) and not isinstance(arms, str)
+        chosen: list[Any] = list(arms) if several else [arms]
+        if not all(isinstance(arm, str | Arm) for arm in chosen):
+            raise CosaeError(f"arms must be names or Arm objects. Got {arms!r} instead.")
         recipe = replace(recipe, arms=tuple(arm if isinstance(arm, Arm) else parse_arm(arm) for arm in chosen))
     recipe = recipe.changed({_SHORT.get(key, key.replace("__", ".")): value for key, value in changes.items()})
     if tensor is not None:
@@ -91,4 +94,9 @@ def _fitted_to(recipe: Recipe, tensor: Tensor, changes: dict[str, Any]) -> Recip
     buffer = recipe.training.buffer_tokens
     if "training__buffer_tokens" not in changes:
         buffer = min(buffer, max(2 * batch, n))
-    return recipe.changed({"training.batch_tokens": batch, "training.buffer_tokens": buffer})
+    window = recipe.filter.window_tokens
+    if "filter__window_tokens" not in changes:
+        window = min(window, n)
+    return recipe.changed(
+        {"training.batch_tokens": batch, "training.buffer_tokens": buffer, "filter.window_tokens": window}
+    )
