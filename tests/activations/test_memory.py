@@ -29,9 +29,7 @@ def test_each_epoch_hands_out_every_train_row_once_in_an_order_of_its_own() -> N
     assert held_out == sorted(held_out)
     assert len(held_out) == 10
     assert source.chunks_per_epoch == 3
-    epochs = [
-        [row for chunk in islice(source.chunks(start), 3) for row in rows_of(chunk)] for start in (0, 3)
-    ]
+    epochs = [[row for chunk in islice(source.chunks(start), 3) for row in rows_of(chunk)] for start in (0, 3)]
     for epoch in epochs:
         assert sorted(epoch + held_out) == list(range(100))
     assert epochs[0] != epochs[1]

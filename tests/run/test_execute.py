@@ -115,7 +115,9 @@ def test_logging_leaves_the_run_bit_identical(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     out = None if how == "memory" else tmp_path / "run"
     small = recipe(**{"training.log_every": 40}) if how == "log_every" else recipe()
-    again = execute(small, out, logs=Logs(progress=how == "progress", tensorboard=how == "tensorboard"), measured=how != "memory")
+    again = execute(
+        small, out, logs=Logs(progress=how == "progress", tensorboard=how == "tensorboard"), measured=how != "memory"
+    )
     if out is not None and how != "log_every":
         assert_same_run(ran.out, out)
     for name, sae in ran.saes.items():
@@ -197,7 +199,9 @@ def test_an_empty_folder_will_do(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_run_is_refused_before_the_folder_is_made(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+def test_what_cannot_run_is_refused_before_the_folder_is_made(
+    tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
     with pytest.raises(CosaeError, match=says) as caught:
         execute(recipe(**change), tmp_path / "run", logs=QUIET)
     assert "\n" not in str(caught.value)

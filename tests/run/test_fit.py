@@ -136,7 +136,9 @@ X = x_of()
         (Path("nowhere"), None, {}, "nowhere"),
     ],
 )
-def test_what_it_refuses_in_one_sentence(data: Any, arms: Any, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_what_it_refuses_in_one_sentence(
+    data: Any, arms: Any, changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     with pytest.raises(CosaeError, match=says) as caught:
         cosae.fit(data, arms, out=tmp_path / "run", **changes)
     assert "\n" not in str(caught.value)
@@ -145,7 +147,9 @@ def test_what_it_refuses_in_one_sentence(data: Any, arms: Any, changes: dict[str
 
 def test_its_example_runs() -> None:
     """The lines of the docstring, on smaller numbers."""
-    lines = [line.strip()[4:] for line in (inspect.getdoc(cosae.fit) or "").splitlines() if line.strip().startswith(">>>")]
+    lines = [
+        line.strip()[4:] for line in (inspect.getdoc(cosae.fit) or "").splitlines() if line.strip().startswith(">>>")
+    ]
     assert len(lines) == 2
     space: dict[str, Any] = {"cosae": cosae, "x": x_of()}
     exec("\n".join(lines).replace("1024", "64").replace("k=16", "k=4").replace("500", "3"), space)

@@ -65,7 +65,9 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = si
     monkeypatch.setattr(log.Progress, "step", stepped)
 
 
-@pytest.mark.parametrize(("step", "signum"), [(17, signal.SIGINT), (20, signal.SIGTERM), (1, signal.SIGINT), (40, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("step", "signum"), [(17, signal.SIGINT), (20, signal.SIGTERM), (1, signal.SIGINT), (40, signal.SIGINT)]
+)
 def test_interrupted_and_resumed(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, signum: int
 ) -> None:
@@ -101,7 +103,10 @@ def test_a_process_ended_from_outside_goes_on_to_the_same_end(whole: Path, tmp_p
     out, file = tmp_path / "run", tmp_path / "recipe.json"
     recipe().write(file)
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(file), str(out)], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", CHILD, str(file), str(out)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert child.stdout is not None
     for line in child.stdout:

@@ -23,7 +23,9 @@ def test_every_named_arm_parses_to_itself_and_builds(name: str) -> None:
 
 
 def test_fields_are_read_as_their_types() -> None:
-    arm = parse_arm("cosine, k=64,seed=1,prefixes=8+32,norm_restoring=TRUE,a_init=1,b_init=-0.5,loss.reweight=2,lr=1e-3,name=many")
+    arm = parse_arm(
+        "cosine, k=64,seed=1,prefixes=8+32,norm_restoring=TRUE,a_init=1,b_init=-0.5,loss.reweight=2,lr=1e-3,name=a"
+    )
     assert (arm.score, arm.k, arm.seed, arm.prefixes, arm.norm_restoring) == ("cosine", 64, 1, (8, 32), True)
     assert (arm.a_init, arm.b_init, arm.lr) == (1.0, "-0.5", 1e-3)
     assert arm.loss == LossConfig(reweight=2.0)
@@ -68,7 +70,13 @@ def test_open_fields_come_from_the_run_and_set_ones_stay() -> None:
         ("cosine,lr=inf", "lr must be a positive number"),
         ("cosine,input_noise=0.5", "input_noise must be at least 1"),
         ("cosine,k=1,k=2", "k was given twice"),
-        ("cosine," + ",".join(["seed=1", "d_sae=1024", "norm_restoring=true", "input_noise=2", "a_init=0.5", "b_lr=2.0", "a_lr=1"]), "add name="),
+        (
+            "cosine,"
+            + ",".join(
+                ["seed=1", "d_sae=1024", "norm_restoring=true", "input_noise=2", "a_init=0.5", "b_lr=2.0", "a_lr=1"]
+            ),
+            "add name=",
+        ),
         ("standard,sparsity_weight=-1", "sparsity_weight must be"),
         ("standard,sparsity_weight=nan", "sparsity_weight must be"),
         ("standard,seed=-1", "seed must be"),
@@ -76,14 +84,15 @@ def test_open_fields_come_from_the_run_and_set_ones_stay() -> None:
     ],
 )
 def test_a_bad_text_is_one_sentence(text: str, says: str) -> None:
-    with pytest.raises(CosaeError, match=".") as caught:
+    with pytest.raises(CosaeError) as caught:
         parse_arm(text)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "name", ["<b>bold</b>", "../up", "a/b", "a b", "", ".hidden", "-flag", "naïve", "a\n", "x" * 81, 'q"uote', "a,b", "$(id)"]
+    "name",
+    ["<b>bold</b>", "../up", "a/b", "a b", "", ".hidden", "-flag", "naïve", "a\n", "x" * 81, 'q"uote', "a,b", "$(id)"],
 )
 def test_a_name_that_could_harm_a_page_or_a_path_is_refused(name: str) -> None:
     with pytest.raises(CosaeError, match="an arm's name must be letters"):

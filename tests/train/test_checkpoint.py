@@ -19,7 +19,11 @@ from cosae.types import CosaeError
 def written(run: Path, step: int) -> Path:
     parts = {
         "stream": {"buffer": torch.full((20, 3), float(step)), "generator": torch.arange(40, dtype=torch.uint8)},
-        "arm.a<b": {"w": torch.arange(8.0).reshape(2, 4).T, "age": torch.tensor([2**40, 0]), "nan": torch.tensor(torch.nan)},
+        "arm.a<b": {
+            "w": torch.arange(8.0).reshape(2, 4).T,
+            "age": torch.tensor([2**40, 0]),
+            "nan": torch.tensor(torch.nan),
+        },
     }
     return write_checkpoint(run, step, parts, {"seconds": 0.1 + step, "arms": {"a<b": {"hint": None, "weight": 1 / 3}}})
 
@@ -124,7 +128,7 @@ def test_every_single_bit_of_the_record_is_guarded(tmp_path: Path) -> None:
 def test_where_none_is_whole_one_sentence_says_so(tmp_path: Path) -> None:
     for step in (10, 20):
         truncate(written(tmp_path, step) / "stream.safetensors")
-    with pytest.raises(CosaeError, match="no checkpoint in .* is whole") as caught:
+    with pytest.raises(CosaeError, match=r"no checkpoint in .* is whole") as caught:
         read_latest(tmp_path)
     assert "Start the run again" in str(caught.value)
 
@@ -168,7 +172,9 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.M
         real(tensors, file)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    with pytest.raises(CosaeError, match=r"the checkpoint at step 20 could not be written.*No space left.*still stands"):
+    with pytest.raises(
+        CosaeError, match=r"the checkpoint at step 20 could not be written.*No space left.*still stands"
+    ):
         written(tmp_path, 20)
     assert {p: p.read_bytes() for p in (tmp_path / FOLDER).rglob("*") if p.is_file()} == before
     assert read_latest(tmp_path)[1]["step"] == 10

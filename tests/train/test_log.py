@@ -63,7 +63,9 @@ def test_resuming_drops_later_and_torn_lines(tmp_path: Path) -> None:
     assert lines_of(path)[-1]["arms"]["standard"]["loss"] == 9.0
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 1', b"\xff\xfe\x00", b"null\n", b"[]\n", b"\x00" * 50, b'{"step": "x"}\n', b"\n\n"])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 1', b"\xff\xfe\x00", b"null\n", b"[]\n", b"\x00" * 50, b'{"step": "x"}\n', b"\n\n"]
+)
 def test_any_torn_end_is_survived(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(json.dumps(record(1)).encode() + b"\n" + torn)
@@ -190,7 +192,9 @@ def test_progress_says_nothing_when_told_so(capsys: pytest.CaptureFixture[str]) 
     assert captured.err == captured.out == ""
 
 
-def test_progress_on_a_terminal_shows_each_arm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_on_a_terminal_shows_each_arm(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress = Progress(10, 8, ["standard", "gone"], start=3, shown=True)
     progress.step()

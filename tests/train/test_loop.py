@@ -135,7 +135,18 @@ def test_records_hold_what_is_documented() -> None:
         assert set(record) == {"step", "tokens", "seconds", "arms"}
         assert list(record["arms"]) == [arm.name for arm in SIX]
         for name, numbers in record["arms"].items():
-            assert {"loss", "loss_reconstruction", "grad_norm", "l0", "dead_frac", "fve", "lr", "a", "a_quantiles", "b"} <= set(numbers)
+            assert {
+                "loss",
+                "loss_reconstruction",
+                "grad_norm",
+                "l0",
+                "dead_frac",
+                "fve",
+                "lr",
+                "a",
+                "a_quantiles",
+                "b",
+            } <= set(numbers)
             assert ("sparsity_weight" in numbers) == (name in ("jump", "gated"))
             assert (numbers["a"] is None) == (name in ("standard", "standard_layer_norm", "gated"))
             assert (numbers["a_quantiles"] is None) == (name not in ("cosine_base_delta", "signed"))
@@ -253,7 +264,13 @@ def test_a_signal_ends_the_step_saves_and_goes_on_to_the_same_end(signum: int) -
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     count = itertools.count(1)
     with pytest.raises(Interrupted, match="interrupted after step 7") as caught:
-        train(states, stream, CONFIG, save=save, on_step=lambda: os.kill(os.getpid(), signum) if next(count) == 7 else None)
+        train(
+            states,
+            stream,
+            CONFIG,
+            save=save,
+            on_step=lambda: os.kill(os.getpid(), signum) if next(count) == 7 else None,
+        )
     assert caught.value.step == box["step"] == 7
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 

@@ -40,7 +40,9 @@ def test_schedule_in_closed_form() -> None:
     config = OptimizerConfig(warmup_steps=10, decay_frac=0.2)
     assert [lr_scale(step, 100, config) for step in range(10)] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert {lr_scale(step, 100, config) for step in range(10, 80)} == {1.0}
-    assert [lr_scale(step, 100, config) for step in range(80, 100)] == pytest.approx([(100 - s) / 20 for s in range(80, 100)])
+    assert [lr_scale(step, 100, config) for step in range(80, 100)] == pytest.approx(
+        [(100 - s) / 20 for s in range(80, 100)]
+    )
     assert lr_scale(100, 100, config) == 0.0
 
 
@@ -122,7 +124,9 @@ def test_order_of_a_step(arm: Arm) -> None:
                     assert float(shift_F.max() - shift_F.min()) < 1e-4
                     parameters[name].copy_(mine[name])
         for name, parameter in mine.items():
-            torch.testing.assert_close(parameter, parameters[name], rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                parameter, parameters[name], rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
         weight = state.weight
 
 
@@ -183,7 +187,7 @@ def test_a_non_finite_loss_changes_nothing() -> None:
     numbers = {**state.numbers()}
     x_BD = drawn(1)
     x_BD[3] = 1e30  # its square is beyond fp32
-    with pytest.raises(NonFiniteError, match="the loss became .* at step 17"):
+    with pytest.raises(NonFiniteError, match=r"the loss became .* at step 17"):
         train_step(state, x_BD, 17, 1.0, NEVER)
     assert state.numbers() == numbers
     for name, value in state.tensors().items():
