@@ -26,7 +26,7 @@ from cosae.types import CosaeError
 sys.path.insert(0, str(Path(__file__).parents[1] / "activations"))
 from tiny_models import make_model
 
-WORDS = ["def", "return", "import", "class", "self", "the", "of", "in", "for", "if", "not", "is", "x", "y", "z", "(", ")", ":", "=", ".", ",", "+", "0", "1", '"', "'"]
+WORDS = ("def return import class self the of in for if not is x y z ( ) : = . , + 0 1 \" '").split()  # noqa: SIM905
 
 
 def save_tokenizer(folder: Path) -> None:

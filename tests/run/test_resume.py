@@ -153,7 +153,7 @@ def died_at_33(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_steps_after_the_checkpoint_are_done_again(whole: Path, died_at_33: Path, tmp_path: Path) -> None:
     out = shutil.copytree(died_at_33, tmp_path / "run")
-    assert max(line["step"] for line in metrics(out)) == 33
+    assert max(line["step"] for line in metrics(out)) == 32
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 34, "tok')  # torn by the crash
     resume(out, QUIET)

@@ -107,7 +107,7 @@ def test_a_name_that_could_harm_a_page_or_a_path_is_refused(name: str) -> None:
         ({"frame": "cube"}, "frame must be one of"),
         ({"k": 25}, "k must be at most d_sae"),
         ({"k": 0}, "k must be a whole number of at least 1"),
-        ({"b_init": "guess"}, "b_init must be a number, or one of"),
+        ({"b_init": "guess"}, "b_init must be a finite number, or one of"),
         ({"a_init": float("nan")}, "a_init must be a finite number"),
         ({"centre": "median"}, "centre must be one of"),
         ({"kernel": "magic"}, "kernel"),

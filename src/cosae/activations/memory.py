@@ -29,7 +29,9 @@ class TensorSource:
         rows = isinstance(x_ND, Tensor) and x_ND.ndim == 2 and x_ND.is_floating_point()
         if not rows or x_ND.shape[0] < 2 or x_ND.shape[1] < 1:
             got = f"{x_ND.dtype} {tuple(x_ND.shape)}" if isinstance(x_ND, Tensor) else type(x_ND).__name__
-            raise CosaeError(f"activations must be a float tensor of shape (N, d) with N of at least 2. Got {got} instead.")
+            raise CosaeError(
+                f"activations must be a float tensor of shape (N, d) with N of at least 2. Got {got} instead."
+            )
         if not 0 < held_out_frac < 1:
             raise CosaeError(f"held_out_frac must lie between 0 and 1, neither of them. Got {held_out_frac} instead.")
         self._x_ND = x_ND.detach().cpu().float()

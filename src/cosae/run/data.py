@@ -170,7 +170,8 @@ class ModelData:
             training = recipe.training
             wanted = training.steps * training.batch_tokens + training.buffer_tokens + recipe.filter.window_tokens
             packed = self._pack(self._tokenized("train", wanted)[1])
-            if not any(len(document.text) >= max(data.min_chars, 1) for document in self._documents("held_out", "train")):
+            other_side = self._documents("held_out", "train")
+            if not any(len(document.text) >= max(data.min_chars, 1) for document in other_side):
                 raise CosaeError(
                     f"the corpus {data.corpus} leaves no document for the held-out side, on which thresholds are "
                     f"calibrated (held_out_frac {data.held_out_frac}): give more documents or raise data.held_out_frac."

@@ -145,7 +145,8 @@ def _advance(
         return train_step(state, batch.x_ND, step, scale, config.dead_after_tokens)
     except NonFiniteError as error:
         documents = sorted({int(d) for d in batch.doc_N.tolist()})[:3]
-        state.stopped = f"{error} (batch {step} of the stream, documents {documents}…); its weights are those before that step"
+        where = f"batch {step} of the stream, documents {documents}…"
+        state.stopped = f"{error} ({where}); its weights are those before that step"
         if say is not None:
             say(f"{state.arm.name} stopped: {state.stopped}")
         return None
