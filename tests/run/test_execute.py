@@ -177,6 +177,21 @@ def test_other_places_that_will_not_do(tmp_path: Path) -> None:
     assert everything(tmp_path) == before
 
 
+def test_a_disk_that_fills_is_one_sentence_about_what_came_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.write_text
+
+    def write_text(self: Path, *args: Any, **named: Any) -> int:
+        if (tmp_path / "run" / "checkpoints").exists():
+            raise OSError(28, "No space left on device")
+        return real(self, *args, **named)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(CosaeError, match="the checkpoint at step 10 could not be written"):
+        execute(recipe(), tmp_path / "run", logs=QUIET)
+
+
 def test_an_empty_folder_will_do(tmp_path: Path) -> None:
     small = replace(recipe(**{"training.steps": 1}), arms=(ARMS[0],))
     assert execute(small, tmp_path, logs=QUIET, measured=False).out == tmp_path

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosae import kernels
 from cosae.activations.stream import ActivationStream
 from cosae.recipe import Recipe, from_plain, to_plain
 from cosae.run import facts
@@ -119,10 +120,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write atomically; NaN and infinity become null."""
+    """Write atomically; NaN and infinity become null. Raises CosaeError where the disk refuses."""
     staged = path.with_name(f".{path.name}.partial")
-    staged.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        staged.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        raise CosaeError(f"{path} cannot be written ({error}): make room and resume the run.") from None
 
 
 def _check_free(out: Path) -> None:
@@ -222,7 +226,8 @@ class _Run:
                 say=progress.say,
             )
         except (Interrupted, CosaeError) as stop:
-            self._write_run("interrupted" if isinstance(stop, Interrupted) else "failed")
+            with suppress(CosaeError):  # a full disk: what stopped the run is what is said
+                self._write_run("interrupted" if isinstance(stop, Interrupted) else "failed")
             raise
         finally:
             for logger in loggers:
@@ -350,7 +355,7 @@ class _Run:
             "d_sae": sae.d_sae,
             "k": sae.k,
             "seed": state.arm.seed,
-            "kernel": sae._kernel().NAME,
+            "kernel": kernels.describe(sae.kernel),
             "stream_digest": state.digest.hex(),
             "tokens_per_second": done / state.seconds if state.seconds else None,
             "a_change": change,
