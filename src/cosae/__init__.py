@@ -9,6 +9,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+if "torch" not in sys.modules:
+    # OpenMP threads that spin while they wait slow every step tenfold as soon as another program wants the cores;
+    # read once, when torch loads. Set OMP_WAIT_POLICY yourself to decide otherwise.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# ruff: noqa: E402
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 

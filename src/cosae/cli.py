@@ -132,8 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Train and judge sparse autoencoders with inner-product and cosine scores, side by side.",
         use_underscores=False,
     )
+    from cosae.kernels import keep_memory
     from cosae.train.loop import Interrupted
 
+    keep_memory()
     try:
         sys.exit(_DO[type(command)](command))
     except CosaeError as error:

@@ -355,7 +355,7 @@ def _check_probe(sae: SAE, probe: dict[str, Tensor], path: Path) -> None:
     largest = float(want.abs().max()) if len(want) else 1.0
     off = float((got - want).abs().max()) if len(want) else 0.0
     flipped = int(((dense != 0) != (stored != 0)).sum())
-    if off > 1e-3 * largest or flipped > max(2, len(want) // 20):
+    if not off <= 1e-3 * largest or flipped > max(2, len(want) // 20):  # NaN is off, too
         raise CosaeError(
             f"{path}: the stored probe activations no longer give their stored codes (off by {off:.3g}, {flipped} "
             "entries differ): the weights or this version's formula changed."

@@ -329,7 +329,7 @@ class SAE(nn.Module):
         """
         kernel = self._kernel()
         framed = self._framed(x_BD)
-        terms = self.score.terms(framed)
+        terms = self.score.terms(framed, centre_only=self.cfg.frame != "unit" and not x_BD.requires_grad)
         selection = self.selector.train_select(terms, kernel, hint)
         entries = selection.entries
         n_tokens = terms.n_tokens

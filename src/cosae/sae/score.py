@@ -108,8 +108,11 @@ class Score(nn.Module):
         """True where every factor around the product is exactly 1: the standard inner product."""
         return self.family.row_power == 1
 
-    def terms(self, framed: Framed) -> ScoreTerms:
-        """What the kernels compute scores from; differentiable in everything."""
+    def terms(self, framed: Framed, centre_only: bool = False) -> ScoreTerms:
+        """What the kernels compute scores from; differentiable in everything.
+
+        centre_only: parameters reach z as one vector taken from every row and x needs no gradient (ScoreTerms).
+        """
         return ScoreTerms(
             z_BD=framed.z_BD,
             rows_FD=at_least_fp32(self.rows_FD),
@@ -119,6 +122,7 @@ class Score(nn.Module):
             row_power=self.family.row_power,
             live_B=framed.live_B,
             plain=self.is_plain,
+            centre_only=centre_only,
         )
 
     @torch.no_grad()

@@ -144,7 +144,7 @@ class Selector(nn.Module):
             theta_F = self.log_threshold_F.detach().to(terms.z_BD.dtype).exp()
             entries = kernel.select_above(terms.detached(), theta_F * (1 - 0.5 * self.bandwidth))
             score_E = self._scores(terms, kernel, entries)[0]
-            log_theta_E = self.log_threshold_F.to(score_E.dtype)[entries.feature_E]
+            log_theta_E = kernel.at_feature(self.log_threshold_F.to(score_E.dtype), entries)
             value_E = _jump(_JumpValue, score_E, log_theta_E, self.bandwidth)
             on_E = _jump(_JumpCount, score_E.detach(), log_theta_E, self.bandwidth)
             count_B = on_E.new_zeros(terms.n_tokens).index_add(0, entries.token_E, on_E)
@@ -176,7 +176,7 @@ class Selector(nn.Module):
         content_E = kernel.entry_content(terms, entries)
         if terms.bias_F is None:
             return content_E, content_E
-        return content_E + terms.bias_F[entries.feature_E], content_E
+        return content_E + kernel.at_feature(terms.bias_F, entries), content_E
 
     def _evaluate(
         self, terms: ScoreTerms, kernel: Kernel, entries: Entries, hint: float | None = None
@@ -184,8 +184,8 @@ class Selector(nn.Module):
         score_E, content_E = self._scores(terms, kernel, entries)
         if self.name != "gated":
             return Selection(entries, score_E, score_E, hint=hint)
-        r_mag_E = self.r_mag_F.to(content_E.dtype)[entries.feature_E]
-        b_mag_E = self.b_mag_F.to(content_E.dtype)[entries.feature_E]
+        r_mag_E = kernel.at_feature(self.r_mag_F.to(content_E.dtype), entries)
+        b_mag_E = kernel.at_feature(self.b_mag_F.to(content_E.dtype), entries)
         return Selection(entries, score_E, (r_mag_E.exp() * content_E + b_mag_E).relu(), hint=hint)
 
     @property
