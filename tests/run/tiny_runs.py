@@ -51,7 +51,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint and of the saved SAEs, by file and name."""
-    files = [*sorted((run / "checkpoints").iterdir())[-1].glob("*.safetensors"), *run.glob("arms/*/*.safetensors")]
+    files = [*sorted((run / "checkpoints").iterdir())[-1].glob("*.safetensors"), *run.glob("arms/[!.]*/*.safetensors")]
     return {f"{f.parent.name}/{f.name}:{name}": t for f in files for name, t in load_file(f).items()}
 
 
