@@ -12,6 +12,7 @@ Weights q = |x − c|^−p, detached, divided by their batch mean (paper §5.1).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +47,13 @@ class LossConfig:
             raise CosaeError(f"loss space must be one of {', '.join(SPACES)}. Got {self.space!r} instead.")
         if self.normalise not in ("variance", "none"):
             raise CosaeError(f"loss normalise must be variance or none. Got {self.normalise!r} instead.")
-        if self.aux_coefficient < 0 or (self.aux_k is not None and self.aux_k < 1):
+        if not (math.isfinite(self.reweight) and self.reweight >= 0):
+            raise CosaeError(f"reweight must be a finite power of at least 0. Got {self.reweight!r} instead.")
+        weighs = math.isfinite(self.aux_coefficient) and self.aux_coefficient >= 0
+        if not weighs or (self.aux_k is not None and self.aux_k < 1):
             raise CosaeError(
-                "aux_coefficient must be at least 0 and aux_k at least 1; to turn aux off, set the first to 0."
+                "aux_coefficient must be a finite number of at least 0 and aux_k at least 1; to turn aux off, set the "
+                "first to 0."
             )
 
 
@@ -80,19 +85,21 @@ def reconstruction(output: TrainOutput, config: LossConfig, variance: float) -> 
 def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig) -> Tensor:
     """() share of the residual's variance that the dead features fail to explain (paper §3, aux-k).
 
-    Per token the aux_k largest pre-ReLU scores among dead features rebuild the detached residual. Pre-ReLU, since a
-    score below 0 would pass no gradient and the feature would stay dead (paper §9 #13). Costs a product with the
-    dead rows only. dead_F (F,) bool with at least one True.
+    Per token the dead features of the aux_k largest pre-ReLU scores rebuild the detached residual with ReLU(s). The
+    gradient goes past the ReLU, since a score below 0 would pass none and the feature would stay dead (paper §9 #13);
+    the value does not, since dead features would then learn to subtract. Only the dead features' rows, biases and
+    decoder rows learn: a centre or a shared exponent that follows the dead costs the living their reconstruction.
+    Costs a product with the dead rows only. dead_F (F,) bool with at least one True.
     """
     dead = dead_F.nonzero()[:, 0]
     terms = output.terms
-    per_feature = terms.exponent.ndim == 1
+    exponent, log_gain = terms.exponent.detach(), terms.log_gain.detach()
     dead_terms = ScoreTerms(
-        terms.z_BD,
+        terms.z_BD.detach(),
         terms.rows_FD[dead],
         None if terms.bias_F is None else terms.bias_F[dead],
-        terms.exponent[dead] if per_feature else terms.exponent,
-        terms.log_gain[dead] if terms.log_gain.ndim == 1 else terms.log_gain,
+        exponent[dead] if exponent.ndim == 1 else exponent,
+        log_gain[dead] if log_gain.ndim == 1 else log_gain,
         terms.row_power,
         terms.live_B,
         terms.plain,
@@ -100,10 +107,7 @@ def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig) -> 
     score_BF = reference.content(dead_terms)
     if dead_terms.bias_F is not None:
         score_BF = score_BF + dead_terms.bias_F
-    k = config.aux_k if config.aux_k is not None else max(1, sae.d_in // 2)
-    if k < len(dead):
-        kept = score_BF.topk(k, dim=-1).indices
-        score_BF = score_BF * torch.zeros_like(score_BF).scatter_(1, kept, 1.0)
+    score_BF = _relu_straight_through(score_BF, config.aux_k if config.aux_k is not None else max(1, sae.d_in // 2))
     rebuilt_BD = score_BF @ at_least_fp32(sae.decoder.rows_FD)[dead]
     live_B1 = terms.live_B[:, None]
     residual_BD = (output.framed.z_BD - output.rebuilt[-1]).detach() * live_B1
@@ -111,6 +115,14 @@ def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig) -> 
     spread = ((residual_BD - mean_D) * live_B1).square().sum().clamp_min(DENOMINATOR_MIN)
     missed = ((residual_BD - rebuilt_BD) * live_B1).square().sum()
     return missed / spread
+
+
+def _relu_straight_through(score_BF: Tensor, k: int) -> Tensor:
+    """ReLU of each row's k largest, 0 elsewhere; the gradient of all k is 1, below 0 as well."""
+    if k < score_BF.shape[1]:
+        kept = score_BF.topk(k, dim=-1).indices
+        score_BF = score_BF * torch.zeros_like(score_BF).scatter_(1, kept, 1.0)
+    return score_BF + (score_BF.relu() - score_BF).detach()
 
 
 def sparsity(sae: SAE, output: TrainOutput) -> Tensor:
