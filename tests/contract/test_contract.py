@@ -172,7 +172,11 @@ def test_gradients_against_dense_float64(combination: Combination) -> None:
             assert float(truth.grad.norm()) > 0, name
             assert found.grad is not None, name
             assert found.grad.dtype == torch.float32
-            error = float((found.grad.double() - truth.grad).norm() / truth.grad.norm())
+            size = truth.grad.norm()
+            if combination.norm_restoring and truth.ndim == 0:
+                # a restored length forgets the codes' common scale: a shared a or b is left with a sum that cancels
+                size = size.clamp_min(0.02 * float(slow.score.rows_FD.grad.norm()))
+            error = float((found.grad.double() - truth.grad).norm() / size)
             assert error < 1e-4, f"{name}: {error:.2e}"
 
 
