@@ -1,7 +1,4 @@
-"""Stop a run, go on from its checkpoint, and end at the very weights of a run that was never stopped.
-
-    python examples/continue_from_checkpoint.py
-"""
+"""Stop a run, go on from its checkpoint, and end at the very weights of a run that was never stopped."""
 
 import os
 import signal
@@ -19,7 +16,7 @@ from cosae.train.loop import Interrupted
 
 out = Path(tempfile.mkdtemp()) / "run"
 small = {"filter.window_tokens": 8192, "training.batch_tokens": 256, "training.buffer_tokens": 8192, "k": 4,
-         "training.steps": 400, "training.checkpoint_every": 40, "d_sae": 128}  # fmt: skip
+         "training.steps": 240, "training.checkpoint_every": 40, "d_sae": 128}  # fmt: skip
 recipe = Recipe(name="small").changed({"data.world": World(d_in=32, n_features=64, l0=4), **small})
 
 

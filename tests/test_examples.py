@@ -1,0 +1,70 @@
+"""The examples run as they stand, and the pages' Python blocks do what the pages say: neither can rot."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text(encoding="utf-8"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SMALL = {
+    "fit_tensor": (["--steps", "20"], r"cosine +\d\.\d{3}.*\n.*FVE of cosine − standard: [+-]\d\.\d{3} \["),
+    "own_activations": (["--steps", "20"], r"cosine-selector=topk +FVE -?\d\.\d{3}  L0  6\.00"),
+    "known_truth": (["--steps", "20"], r"norm log_normal\n[\s\S]*cosine_per_feature +\d\.\d{3}"),
+    "hugging_face_model": (["--steps", "10"], r"mlp_out\.4: \(20000, 192\)[\s\S]*' sorted'"),
+    "continue_from_checkpoint": ([], r"stopped after step \d+"),
+}
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def run_example(name: str, arguments: list[str], tmp_path: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.stem for path in EXAMPLES} == set(SMALL)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_stays_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 40
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_example_runs_and_prints_what_it_promises(name: str, tmp_path: Path) -> None:
+    arguments, promised = SMALL[name]
+    printed = run_example(name, arguments, tmp_path)
+    assert re.search(promised, printed), printed
+    if name == "continue_from_checkpoint":
+        ends = dict(line.split(" batches ") for line in printed.splitlines() if " batches " in line)
+        assert ends["continued "] == ends["whole     "]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_python_blocks_of_a_page_run_in_order(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One namespace a page; a failure names the page's own line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    torch.manual_seed(0)
+    text = page.read_text(encoding="utf-8")
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        above = text[: block.start(1)].count("\n")
+        exec(compile("\n" * above + block[1], str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
