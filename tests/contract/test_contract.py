@@ -392,6 +392,18 @@ def test_the_threshold_itself_is_not_above_it(combination: Combination) -> None:
     assert bool((sae.encode(x_BD[:1]).feature_E == feature).any())
 
 
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("score", SCORES)
+def test_every_kernel_is_strict(kernel: str, score: str) -> None:
+    """Each path by its own values: set to a value that it gave, the threshold drops that entry and no smaller one."""
+    sae = make_sae(Combination("raw", score, "batch_topk", "plain"), kernel=kernel)
+    x_BD = make_x()
+    value_E = sae.encode(x_BD).value_E.detach()
+    for value in value_E.sort().values[[0, 10, 50]]:
+        sae.selector.threshold.copy_(value)
+        assert torch.equal(sae.encode(x_BD).value_E.detach(), value_E[value_E > value])
+
+
 def content_of(sae: SAE, x_BD: Tensor) -> Tensor:
     """Scores less the bias, read from outside: two SAEs that differ in the bias alone."""
     with torch.no_grad():
