@@ -68,3 +68,15 @@ def test_the_python_blocks_of_a_page_run_in_order(page: Path, monkeypatch: pytes
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     targets = LINK.findall(page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_the_rows_of_a_table_have_one_number_of_cells(page: Path) -> None:
+    """An unescaped | (a norm, say) would split its cell and shift the row."""
+    tables = re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8") + "\n", re.MULTILINE)
+    for rows in map(str.splitlines, tables):
+        assert [row for row in rows if cells(row) != cells(rows[0])] == []
+
+
+def cells(row: str) -> int:
+    return len(re.findall(r"(?<!\\)\|", row))
