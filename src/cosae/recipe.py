@@ -288,7 +288,7 @@ def _demo() -> Recipe:
         arms=tuple(ARMS[name] for name in DEMO_ARMS),
         training=TrainingConfig(
             steps=800,
-            optimizer=OptimizerConfig(lr=1e-3, warmup_steps=50),
+            optimizer=OptimizerConfig(lr=4e-3, warmup_steps=50),
             dead_after_tokens=150_000,
             checkpoint_every=400,
         ),
@@ -297,8 +297,8 @@ def _demo() -> Recipe:
 
 
 def _demo_injected() -> Recipe:
-    """The demo's arms once more, each token's norm multiplied by an independent log-normal factor (σ = 1)."""
-    return replace(_demo(), name="demo-injected", nuisance=Nuisance(kind="log_normal", sigma=1.0, seed=0))
+    """The demo's arms once more, each token's norm multiplied by an independent log-normal factor (σ = 0.5)."""
+    return replace(_demo(), name="demo-injected", nuisance=Nuisance(kind="log_normal", sigma=0.5, seed=0))
 
 
 def _paper() -> Recipe:
@@ -326,7 +326,7 @@ def _paper() -> Recipe:
             min_chars=51,
             batch_sequences=4,
             chunk_sequences=64,
-            held_out_frac=0.01,
+            held_out_frac=0.05,
         ),
         filter=FilterPolicy(kind="norm", factor=10.0),
         d_sae=65_536,
@@ -343,7 +343,7 @@ def _paper() -> Recipe:
             log_every=50,
             checkpoint_every=5000,
         ),
-        evaluation=EvaluationConfig(held_out_tokens=2_000_000, probing=False),
+        evaluation=EvaluationConfig(held_out_tokens=400_000, calibration_tokens=100_000, probing=False),
         device="cuda",
     )
 

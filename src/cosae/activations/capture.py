@@ -191,6 +191,7 @@ class ModelSource:
         _check_request(model, sequences, batch_sequences, store_dtype)
         # A row of nothing but padding would make an empty chunk.
         self.sequences = sequences[sequences.mask_ST.any(dim=1)]
+        self.sequences_sha256 = digest_sequences(self.sequences)
         self.chunk_sequences = chunk_sequences
         self.seed = seed
         self._options: dict[str, Any] = {
@@ -220,7 +221,7 @@ class ModelSource:
             "context": int(self.sequences.mask_ST.shape[1]),
             "n_sequences": len(self.sequences),
             "n_tokens": int(self.sequences.mask_ST.sum()),
-            "sequences_sha256": digest_sequences(self.sequences),
+            "sequences_sha256": self.sequences_sha256,
             "chunk_sequences": self.chunk_sequences,
             "seed": self.seed,
         }

@@ -47,6 +47,7 @@ class TensorSource:
         self.seed = seed
         order = torch.randperm(len(x_ND), generator=seeded("split", seed))
         n_held_out = min(max(1, round(held_out_frac * len(x_ND))), len(x_ND) - 1)
+        self.sha256 = hashlib.sha256(self._x_ND.contiguous().numpy().tobytes()).hexdigest()
         self._held_out_rows = order[:n_held_out].sort().values
         self._train_rows = order[n_held_out:].sort().values
 
@@ -68,10 +69,9 @@ class TensorSource:
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a record, with the SHA-256 of the rows."""
-        digest = hashlib.sha256(self._x_ND.contiguous().numpy().tobytes()).hexdigest()
         return {
             "source": "tensor",
-            "sha256": digest,
+            "sha256": self.sha256,
             "n_rows": len(self._x_ND),
             "d_in": self.d_in,
             "n_tokens": len(self._train_rows),

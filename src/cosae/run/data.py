@@ -30,11 +30,13 @@ from cosae.activations.memory import CachedSource, TensorSource
 from cosae.activations.pylib import Document
 from cosae.activations.stream import Source
 from cosae.activations.synthetic import SyntheticSource
-from cosae.recipe import DataConfig, Recipe
+from cosae.recipe import DataConfig, EvaluationConfig, Recipe
 from cosae.types import Activations, Codes, CosaeError, Sequences
 
+Side = Literal["train", "held_out"]
 Split = Literal["train", "held_out", "calibration"]
-"""`calibration` is a part of the held-out documents (or rows) that no number is measured on: other sequences of theirs."""
+"""`calibration` is a part of the held-out side that no number is measured on: other tokens of the same documents, so that
+thresholds meet the same kinds of text that they are judged on."""
 POOL = 4
 """Train samples are drawn from documents of this many times the tokens wanted: more documents, less of each."""
 STREAM_ABOVE_BYTES = 256 * 2**20
@@ -102,7 +104,7 @@ class WorldData:
         return self.source.feature_FD
 
     def sample(self, split: Split, n_tokens: int) -> Sample:
-        side: Literal["train", "held_out"] = "train" if split == "train" else "held_out"
+        side = _side(split)
         activations, truth = self.source.sample(n_tokens, side, index=int(split == "calibration"))
         return Sample(nuisances.apply(activations, self._recipe.nuisance, 0, side), truth=truth)
 
@@ -133,9 +135,7 @@ class ArrayData:
     def sample(self, split: Split, n_tokens: int) -> Sample:
         if split != "train":
             activations = self.source.held_out()
-            wanted = self._recipe.evaluation
-            rows = divide(len(activations), split, wanted.held_out_tokens, wanted.calibration_tokens, unit=1)
-            activations = activations[rows]
+            activations = activations[divide(len(activations), split, self._recipe.evaluation)]
         else:
             parts, have = [], 0
             for chunk in itertools.islice(self.source.chunks(), self.source.chunks_per_epoch):
@@ -154,7 +154,7 @@ class ModelData:
         from cosae.activations.capture import ModelSource, StreamedModelSource, resolve_site
 
         self._recipe = recipe
-        self._samples: dict[tuple[Split, int], Sample] | None = {} if keep_tokens else None
+        self._samples: dict[tuple[str, int], Sample] = {}
         data = recipe.data
         self.has_concepts = data.corpus == "pylib"
         self.model, self.tokenizer = open_model(data, recipe.device)
@@ -193,31 +193,36 @@ class ModelData:
 
     def sample(self, split: Split, n_tokens: int) -> Sample:
         """The sample with the run's nuisance on it."""
-        raw = self._sample(split, n_tokens)
-        return replace(raw, activations=nuisances.apply(raw.activations, self._recipe.nuisance, 0, _side(split)))
+        side, wanted = _side(split), self._recipe.evaluation
+        if side == "held_out":
+            n_tokens = wanted.held_out_tokens + wanted.calibration_tokens
+        if (side, n_tokens) not in self._samples:
+            self._samples[side, n_tokens] = self._capture(side, n_tokens)
+        whole = self._samples[side, n_tokens]
+        activations = nuisances.apply(whole.activations, self._recipe.nuisance, 0, side)
+        if side == "train":
+            return replace(whole, activations=activations)
+        rows = divide(len(activations), split, wanted)
+        labels_NC, labelled_N = whole.labels_NC, whole.labelled_N
+        return Sample(
+            activations[rows],
+            None if labels_NC is None else labels_NC[rows.numpy()],
+            None if labelled_N is None else labelled_N[rows.numpy()],
+            documents=whole.documents,
+        )
 
-    def _sample(self, split: Split, n_tokens: int) -> Sample:
-        if self._samples is None:
-            return self._capture(split, n_tokens)
-        if (split, n_tokens) not in self._samples:
-            self._samples[split, n_tokens] = self._capture(split, n_tokens)
-        return self._samples[split, n_tokens]
-
-    def _capture(self, split: Split, n_tokens: int) -> Sample:
+    def _capture(self, side: Side, n_tokens: int) -> Sample:
+        """About n_tokens of one side: whole sequences drawn from many documents, with their labels."""
         from cosae.activations.capture import capture
 
-        wanted = self._recipe.evaluation
-        context = self._recipe.data.context
-        if split == "train":
+        if side == "train":
             documents, tokenized = self._tokenized("train", POOL * n_tokens, salt="sample")
-            everything = self._pack(tokenized)
-            rows = divide(len(everything), "held_out", n_tokens, 1, unit=context)
         else:
-            both = wanted.held_out_tokens + wanted.calibration_tokens
-            documents, tokenized = self._tokenized("held_out", both if streamed(self._recipe.data.corpus) else None)
-            everything = self._pack(tokenized)
-            rows = divide(len(everything), split, wanted.held_out_tokens, wanted.calibration_tokens, unit=context)
-        packed = everything[rows]
+            documents, tokenized = self._tokenized("held_out", n_tokens if streamed(self._recipe.data.corpus) else None)
+        everything = self._pack(tokenized)
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+        filled = everything.mask_ST.sum(1)[order].cumsum(0)
+        packed = everything[order[: int((filled < n_tokens).sum()) + 1].sort().values]
         dtype = torch.float32 if self._recipe.device == "cpu" else getattr(torch, self._recipe.training.store_dtype)
         found = capture(
             self.model, packed, self.site, batch_sequences=self._recipe.data.batch_sequences, store_dtype=dtype
@@ -225,7 +230,7 @@ class ModelData:
         activations = found[self.site.name]
         used = {int(doc) for doc in torch.unique(activations.doc_N)}
         names = tuple(name for i, name in enumerate(packed.doc_names) if i in used)
-        if not self.has_concepts or split == "calibration":
+        if not self.has_concepts:
             return Sample(activations, documents=names)
         from cosae.activations.concepts import has_labels, label_activations, label_document
 
@@ -240,7 +245,7 @@ class ModelData:
             documents=names,
         )
 
-    def _documents(self, split: Literal["train", "held_out"], salt: str) -> Iterable[Document]:
+    def _documents(self, split: Side, salt: str) -> Iterable[Document]:
         data = self._recipe.data
         found = read_documents(data.corpus, split, held_out_frac=data.held_out_frac, seed=0, include_tests=False)
         if streamed(data.corpus):
@@ -252,7 +257,7 @@ class ModelData:
         return [listed[i] for i in order]
 
     def _tokenized(
-        self, split: Literal["train", "held_out"], max_tokens: int | None, salt: str = "train"
+        self, split: Side, max_tokens: int | None, salt: str = "train"
     ) -> tuple[list[Document], list[TokenizedDocument]]:
         """Documents and their tokens, at most max_tokens in all; documents that were passed over are left out."""
         read: list[Document] = []
@@ -299,22 +304,21 @@ class ModelData:
         )
 
 
-def divide(n_rows: int, split: Split, held_out_tokens: int, calibration_tokens: int, unit: int) -> Tensor:
-    """Row numbers, ascending, of one of two disjoint draws from n_rows rows of `unit` tokens: a seeded permutation.
+def divide(n_tokens: int, split: Split, wanted: EvaluationConfig) -> Tensor:
+    """Token numbers, ascending, of one of two disjoint draws from n_tokens held-out tokens: a seeded permutation.
 
-    Where both do not fit they shrink in proportion; each gets at least one row where there are two.
+    Where both do not fit they shrink in proportion; a single token serves both.
     """
-    wanted = [max(1, round(tokens / unit)) for tokens in (held_out_tokens, calibration_tokens)]
-    if sum(wanted) > n_rows:
-        first = min(max(1, round(n_rows * wanted[0] / sum(wanted))), max(n_rows - 1, 1))
-        wanted = [first, max(n_rows - first, 0)]
-    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(0))
-    # a single row serves both: better a threshold from the measured row than none
-    calibration = order[wanted[0] : sum(wanted)] if wanted[1] else order
-    return (calibration if split == "calibration" else order[: wanted[0]]).sort().values
+    first, second = wanted.held_out_tokens, wanted.calibration_tokens
+    if first + second > n_tokens:
+        first = min(max(1, round(n_tokens * first / (first + second))), max(n_tokens - 1, 1))
+        second = n_tokens - first
+    order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(0))
+    chosen = order[:first] if split != "calibration" or second == 0 else order[first : first + second]
+    return chosen.sort().values
 
 
-def _side(split: Split) -> Literal["train", "held_out"]:
+def _side(split: Split) -> Side:
     return "train" if split == "train" else "held_out"
 
 

@@ -256,7 +256,7 @@ class _Run:
     def _calibrate(self, saes: Mapping[str, SAE]) -> dict[str, Calibration]:
         """Thresholds on calibration tokens that the filter keeps, the same for every arm.
 
-        Held-out ones, disjoint from those that are measured: on tokens it was trained on an SAE fires differently.
+        Held-out ones, other than those that are measured: on tokens it was trained on an SAE fires differently.
         """
         sample = self.data.sample("calibration", self.recipe.evaluation.calibration_tokens).activations
         x_ND = sample.x_ND[self.stream.filter.keep(sample)].float().to(self.recipe.device)
