@@ -1,6 +1,6 @@
 """Train a standard and a cosine-scored SAE on one tensor, on the same batches, and compare them.
 
-    python examples/fit_tensor.py [--steps 300]
+python examples/fit_tensor.py [--steps 300]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Capture two sites of any causal language model, train on one of them, and see what fires on a sentence.
 
-    python examples/hugging_face_model.py [--model FOLDER_OR_HUB_NAME] [--block 4] [--steps 150]
+python examples/hugging_face_model.py [--model FOLDER_OR_HUB_NAME] [--block 4] [--steps 150]
 """
 
 import argparse

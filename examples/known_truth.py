@@ -1,6 +1,6 @@
 """A world whose true features are known: which score finds and detects them when length is a nuisance?
 
-    python examples/known_truth.py [--steps 300] [--sigma 0.7]
+python examples/known_truth.py [--steps 300] [--sigma 0.7]
 """
 
 import argparse

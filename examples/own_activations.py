@@ -1,6 +1,6 @@
 """Vectors of your own (vision, audio, embeddings): write a file, train on it, load the SAE, encode.
 
-    python examples/own_activations.py [--steps 200] [--folder FOLDER]
+python examples/own_activations.py [--steps 200] [--folder FOLDER]
 """
 
 import argparse

@@ -211,7 +211,7 @@ def test_the_paper_preset_is_the_papers() -> None:
 
 
 def test_demo_settings_differ_in_the_nuisance_alone() -> None:
-    assert set(preset("demo").diff(preset("demo-injected"))) == {"name", "nuisance.kind"}
+    assert set(preset("demo").diff(preset("demo-injected"))) == {"name", "nuisance.kind", "nuisance.sigma"}
     assert {arm.name for arm in preset("demo").arms} >= {"standard", "standard_unit_frame", "unit_rows", "cosine"}
 
 

@@ -1,10 +1,10 @@
 """cosae: train and judge sparse autoencoders with inner-product and cosine scores, side by side.
 
-    import cosae
-    sae = cosae.SAE.build(d_in=768, d_sae=12288, score="cosine", selector="batch_topk", k=64, seed=0)
-    codes = sae.encode(x)              # sparse
-    x_hat = sae.decode(codes)
-    run = cosae.fit(x, ["standard", "cosine"], d_sae=4096, k=32)
+import cosae
+sae = cosae.SAE.build(d_in=768, d_sae=12288, score="cosine", selector="batch_topk", k=64, seed=0)
+codes = sae.encode(x)              # sparse
+x_hat = sae.decode(codes)
+run = cosae.fit(x, ["standard", "cosine"], d_sae=4096, k=32)
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ if "torch" not in sys.modules:
     # read once, when torch loads. Set OMP_WAIT_POLICY yourself to decide otherwise.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# ruff: noqa: E402
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 

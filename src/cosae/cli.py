@@ -1,4 +1,4 @@
-"""`cosae VERB`: each verb is one call into a room. A user's mistake is one sentence on standard error and exit status 2."""
+"""`cosae VERB`: each verb is one call into a room. A user's mistake is one sentence on stderr and exit status 2."""
 
 from __future__ import annotations
 
@@ -114,7 +114,13 @@ class Inspect:
     """Folder of a saved SAE."""
 
 
-VERBS: dict[str, Callable[..., Any]] = {"train": Train, "demo": Demo, "resume": Resume, "report": Report, "inspect": Inspect}
+VERBS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "demo": Demo,
+    "resume": Resume,
+    "report": Report,
+    "inspect": Inspect,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -160,9 +160,7 @@ class Recipe:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise CosaeError(
-                f"the recipe {path} cannot be read ({error}); give a .json or .yaml file."
-            ) from None
+            raise CosaeError(f"the recipe {path} cannot be read ({error}); give a .json or .yaml file.") from None
         try:
             plain = _parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
         except ValueError as error:
@@ -175,9 +173,8 @@ def _parse_yaml(text: str) -> Any:
     try:
         import yaml
     except ImportError:
-        raise CosaeError(
-            "reading YAML needs pyyaml: pip install pyyaml, or write the recipe as JSON."
-        ) from None
+        raise CosaeError("reading YAML needs pyyaml: pip install pyyaml, or write the recipe as JSON.") from None
+
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """YAML 1.1 reads 1e-3 as text, for want of a dot; a recipe means the number."""
 
@@ -206,9 +203,7 @@ def from_plain(kind: Any, plain: Any, where: str) -> Any:
     known = {f.name for f in fields(kind)}
     unknown = sorted(set(plain) - known)
     if unknown:
-        raise CosaeError(
-            f"{where} has no field {', '.join(map(repr, unknown))}. It has {', '.join(sorted(known))}."
-        )
+        raise CosaeError(f"{where} has no field {', '.join(map(repr, unknown))}. It has {', '.join(sorted(known))}.")
     return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in plain.items()})
 
 
@@ -240,9 +235,7 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(hint, type) and (
-        not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)
-    ):
+    if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
         raise CosaeError(f"{where} must be of type {hint.__name__}. Got {value!r} instead.")
     return value
 
@@ -266,9 +259,7 @@ def _leaves(plain: Any, path: str = "") -> dict[str, Any]:
         items = {str(i): v for i, v in enumerate(plain)}.items()
     else:
         return {path: plain}
-    return {
-        k: v for key, item in items for k, v in _leaves(item, f"{path}.{key}" if path else str(key)).items()
-    }
+    return {k: v for key, item in items for k, v in _leaves(item, f"{path}.{key}" if path else str(key)).items()}
 
 
 DEMO_ARMS = (
@@ -309,8 +300,7 @@ def _paper() -> Recipe:
     """
     paper_loss = LossConfig(normalise="none")
     arms = tuple(
-        replace(ARMS[name], b_init="sqrt_d", loss=paper_loss)
-        for name in ("standard", "cosine", "cosine_per_feature")
+        replace(ARMS[name], b_init="sqrt_d", loss=paper_loss) for name in ("standard", "cosine", "cosine_per_feature")
     )
     return Recipe(
         name="paper",

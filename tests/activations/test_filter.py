@@ -9,9 +9,7 @@ from cosae.activations.filter import Filter, FilterPolicy, fit, norm_facts, sink
 from cosae.types import Activations, CosaeError
 
 
-def made(
-    norms: list[float], positions: list[int] | None = None, special: list[bool] | None = None
-) -> Activations:
+def made(norms: list[float], positions: list[int] | None = None, special: list[bool] | None = None) -> Activations:
     """Activations (n, 0) with the given norms along one axis."""
     x_ND = torch.tensor(norms)[:, None] * torch.tensor([[1.0, 0.0]])
     activations = Activations.bare(x_ND)
@@ -46,9 +44,7 @@ def test_position_0_and_special() -> None:
 
 
 def test_sinks_are_the_union_of_the_three_rules() -> None:
-    activations = made(
-        [1, 1, 1, 50, 9.9], positions=[0, 1, 2, 3, 4], special=[False, True, False, False, False]
-    )
+    activations = made([1, 1, 1, 50, 9.9], positions=[0, 1, 2, 3, 4], special=[False, True, False, False, False])
     assert sinks(activations, median_norm=1.0).tolist() == [True, True, False, True, False]
     assert sinks(made([1, 10, 9.9]), median_norm=1.0).tolist() == [False, True, False]
 
@@ -62,9 +58,7 @@ def test_filter_survives_its_record() -> None:
 
 def test_norm_facts_match_the_closed_form() -> None:
     generator = torch.Generator().manual_seed(0)
-    x_ND = torch.randn(20_000, 3, generator=generator) + torch.tensor(
-        [100.0, 0, 0]
-    )  # a mean that eats fp32 digits
+    x_ND = torch.randn(20_000, 3, generator=generator) + torch.tensor([100.0, 0, 0])  # a mean that eats fp32 digits
     x_ND[::100] *= 50
     window = Activations.bare(x_ND)
     fitted = fit(FilterPolicy("norm"), window.norm_N)
@@ -72,9 +66,7 @@ def test_norm_facts_match_the_closed_form() -> None:
     kept = x_ND[torch.arange(20_000) % 100 != 0].double()
     assert facts.filtered_frac == pytest.approx(0.01, abs=1e-12)
     assert facts.total_variance == pytest.approx(float(kept.var(0, unbiased=False).sum()), rel=1e-12)
-    assert (
-        facts.median_norm == fitted.median_norm == pytest.approx(float(window.norm_N.double().quantile(0.5)))
-    )
+    assert facts.median_norm == fitted.median_norm == pytest.approx(float(window.norm_N.double().quantile(0.5)))
     assert facts.max_over_median == pytest.approx(float(window.norm_N.max()) / facts.median_norm)
     marks = torch.tensor([0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1], dtype=torch.float64)
     assert facts.quantiles == pytest.approx(window.norm_N.double().quantile(marks).tolist(), rel=1e-12)

@@ -56,9 +56,7 @@ def test_massive_sinks_share_one_direction_and_size(clean: Activations) -> None:
     other = apply(clean, nuisance, chunk_index=5, split="held_out")
     other_sink_N = (other.x_ND != clean.x_ND).any(-1)
     assert not torch.equal(sink_N, other_sink_N)
-    torch.testing.assert_close(
-        other.x_ND[other_sink_N][0], first
-    )  # the direction is the world's, not the chunk's
+    torch.testing.assert_close(other.x_ND[other_sink_N][0], first)  # the direction is the world's, not the chunk's
 
 
 def test_sinks_at_a_position(clean: Activations) -> None:
@@ -88,9 +86,7 @@ def test_half_precision_comes_back_as_float32(clean: Activations) -> None:
 
 
 def test_key_parts_do_not_run_together() -> None:
-    draws = [
-        torch.rand(1, generator=keyed_generator(*key)) for key in ((1, "a", 12), (1, "a1", 2), (11, "a", 2))
-    ]
+    draws = [torch.rand(1, generator=keyed_generator(*key)) for key in ((1, "a", 12), (1, "a1", 2), (11, "a", 2))]
     assert len({float(draw) for draw in draws}) == 3
 
 

@@ -121,9 +121,7 @@ def test_spreading_lowers_the_overlap_of_features() -> None:
 
 def test_worlds_round_trip() -> None:
     world = World.parse("log_normal+sinks:sigma=1.0,n_features=1024,norm_median=3,frequencies=power")
-    assert world == World(
-        norm="log_normal+sinks", sigma=1.0, n_features=1024, norm_median=3.0, frequencies="power"
-    )
+    assert world == World(norm="log_normal+sinks", sigma=1.0, n_features=1024, norm_median=3.0, frequencies="power")
     assert World.from_dict(world.to_dict()) == world
     assert World.parse("none") == World()
 

@@ -102,8 +102,7 @@ class Filter:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise CosaeError(
-                "a filter record must hold policy, median_norm and seen_tokens as cosae writes them: "
-                f"{error}."
+                f"a filter record must hold policy, median_norm and seen_tokens as cosae writes them: {error}."
             ) from error
 
 

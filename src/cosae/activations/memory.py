@@ -23,9 +23,7 @@ class TensorSource:
     neighbours are alike. Raises CosaeError for anything but a finite float (N, D) tensor with N ≥ 2.
     """
 
-    def __init__(
-        self, x_ND: Tensor, *, chunk_tokens: int = 65536, seed: int = 0, held_out_frac: float = 0.1
-    ) -> None:
+    def __init__(self, x_ND: Tensor, *, chunk_tokens: int = 65536, seed: int = 0, held_out_frac: float = 0.1) -> None:
         rows = isinstance(x_ND, Tensor) and x_ND.ndim == 2 and x_ND.is_floating_point()
         if not rows or x_ND.shape[0] < 2 or x_ND.shape[1] < 1:
             got = f"{x_ND.dtype} {tuple(x_ND.shape)}" if isinstance(x_ND, Tensor) else type(x_ND).__name__

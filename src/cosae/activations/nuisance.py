@@ -156,9 +156,7 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # 63 bits: seeds are signed
 
 
-def parse_settings(
-    text: str, what: str, allowed: Mapping[str, tuple[str, ...]]
-) -> tuple[str, dict[str, str]]:
+def parse_settings(text: str, what: str, allowed: Mapping[str, tuple[str, ...]]) -> tuple[str, dict[str, str]]:
     """`kind:name=value,name=value` → kind and settings. Raises CosaeError, naming `what`, for other text."""
     kind, _, rest = text.strip().partition(":")
     if kind not in allowed:
@@ -167,9 +165,7 @@ def parse_settings(
     for part in filter(None, rest.split(",")):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value:
-            raise CosaeError(
-                f"{what} settings are written name=value, with commas between. Got {part!r} instead."
-            )
+            raise CosaeError(f"{what} settings are written name=value, with commas between. Got {part!r} instead.")
         if name not in allowed[kind]:
             takes = ", ".join(allowed[kind]) or "no settings"
             raise CosaeError(f"{what} {kind} takes {takes}. Got {name!r} instead.")
@@ -182,9 +178,7 @@ def parse_settings(
 def cast_settings(cls: type, settings: Mapping[str, str], what: str) -> dict[str, Any]:
     """Strings to the types of the dataclass' defaults. Raises CosaeError for a value of another type."""
     cast: dict[str, Any] = {}
-    kinds = {
-        f.name: int if "int" in str(f.type) else float if "float" in str(f.type) else str for f in fields(cls)
-    }
+    kinds = {f.name: int if "int" in str(f.type) else float if "float" in str(f.type) else str for f in fields(cls)}
     for name, value in settings.items():
         try:
             cast[name] = kinds[name](value)

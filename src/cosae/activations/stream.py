@@ -99,9 +99,7 @@ class ActivationStream:
                 f"Got {buffer_tokens} instead."
             )
         if store_dtype not in (torch.float32, torch.bfloat16):
-            raise CosaeError(
-                f"store_dtype must be torch.float32 or torch.bfloat16. Got {store_dtype} instead."
-            )
+            raise CosaeError(f"store_dtype must be torch.float32 or torch.bfloat16. Got {store_dtype} instead.")
         self.source = source
         self.d_in = source.d_in
         self.batch_tokens = batch_tokens
@@ -288,9 +286,7 @@ def _allocate(n: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Ac
 
 def _gather(activations: Activations, rows: Tensor) -> Activations:
     """index_select costs a third of plain indexing."""
-    return Activations(
-        **{f.name: getattr(activations, f.name).index_select(0, rows) for f in fields(activations)}
-    )
+    return Activations(**{f.name: getattr(activations, f.name).index_select(0, rows) for f in fields(activations)})
 
 
 def _check_finite(chunk: Activations, index: int) -> None:

@@ -87,22 +87,16 @@ class World:
         for name in ("sink_factor", "length"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 shown = "norm_median" if name == "length" else name
-                raise CosaeError(
-                    f"world {shown} must be a finite number above 0. Got {getattr(self, name)} instead."
-                )
+                raise CosaeError(f"world {shown} must be a finite number above 0. Got {getattr(self, name)} instead.")
         if not 0 < self.l0 < self.n_features * MAX_RATE:
             raise CosaeError(
-                f"world l0 must lie above 0 and below half of n_features ({self.n_features}). Got "
-                f"{self.l0} instead."
+                f"world l0 must lie above 0 and below half of n_features ({self.n_features}). Got {self.l0} instead."
             )
         if self.correlation and self.hierarchy:
-            raise CosaeError(
-                "a world is either correlated or hierarchical; set correlation or hierarchy to 0."
-            )
+            raise CosaeError("a world is either correlated or hierarchical; set correlation or hierarchy to 0.")
         if self.l0 > MAX_RATE * (self.n_parents + CHILD_SHARE * (self.n_features - self.n_parents)):
             raise CosaeError(
-                f"world l0 {self.l0} is too much for {self.n_parents} parent features; raise n_features or "
-                "lower l0."
+                f"world l0 {self.l0} is too much for {self.n_parents} parent features; raise n_features or lower l0."
             )
 
     @property
@@ -148,9 +142,7 @@ class World:
         """The world that `to_dict` wrote. Raises CosaeError if the record is not one."""
         unknown = set(record) - {f.name for f in fields(cls)}
         if unknown:
-            raise CosaeError(
-                f"a world record has no {', '.join(sorted(unknown))}; was it written by another version?"
-            )
+            raise CosaeError(f"a world record has no {', '.join(sorted(unknown))}; was it written by another version?")
         return cls(**record)
 
 

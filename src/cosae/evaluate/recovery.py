@@ -76,10 +76,7 @@ def recovery(decoder_FD: Tensor, codes: Codes, feature_GD: Tensor, truth: Codes)
         "recall": recall,
         "f1": f1,
         "auroc": mean_over_seen(auroc_P, 0.5),
-        **{
-            f"{name}_argmax": float(v.mean())
-            for name, v in zip(("precision", "recall", "f1"), argmax, strict=True)
-        },
+        **{f"{name}_argmax": float(v.mean()) for name, v in zip(("precision", "recall", "f1"), argmax, strict=True)},
         "l0": codes.l0,
         "true_l0": truth.l0,
         "dead_frac": float((counts.latent_F == 0).mean()),
@@ -95,8 +92,7 @@ def _check(decoder_FD: Tensor, codes: Codes, feature_GD: Tensor, truth: Codes) -
     ):
         if rows.ndim != 2 or rows.shape[0] != made.d_sae:
             raise CosaeError(
-                f"{what} rows must be as many as {other} has features ({made.d_sae}). Got "
-                f"{tuple(rows.shape)} instead."
+                f"{what} rows must be as many as {other} has features ({made.d_sae}). Got {tuple(rows.shape)} instead."
             )
     if decoder_FD.shape[1] != feature_GD.shape[1]:
         raise CosaeError(

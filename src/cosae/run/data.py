@@ -35,8 +35,8 @@ from cosae.types import Activations, Codes, CosaeError, Sequences
 
 Side = Literal["train", "held_out"]
 Split = Literal["train", "held_out", "calibration"]
-"""`calibration` is a part of the held-out side that no number is measured on: other tokens of the same documents, so that
-thresholds meet the same kinds of text that they are judged on."""
+"""`calibration` is a part of the held-out side that no number is measured on: other tokens of the same documents, so
+that thresholds meet the same kinds of text that they are judged on."""
 POOL = 4
 """Train samples are drawn from documents of this many times the tokens wanted: more documents, less of each."""
 STREAM_ABOVE_BYTES = 256 * 2**20
@@ -120,17 +120,15 @@ class ArrayData:
         seed, held_out_frac = recipe.training.seed, data.held_out_frac
         if not 0 < held_out_frac < 1:
             raise CosaeError(
-                "held_out_frac must lie between 0 and 1, neither of them: thresholds are calibrated on rows kept out of "
-                f"training. Got {held_out_frac} instead."
+                "held_out_frac must lie between 0 and 1, neither of them: thresholds are calibrated on rows kept out "
+                f"of training. Got {held_out_frac} instead."
             )
         self.source: ArraySource | TensorSource
         if tensor is not None:
             self.source = TensorSource(tensor, seed=seed, held_out_frac=held_out_frac)
         else:
             assert data.activations is not None
-            self.source = ArraySource(
-                data.activations, data.activations_key, seed=seed, held_out_frac=held_out_frac
-            )
+            self.source = ArraySource(data.activations, data.activations_key, seed=seed, held_out_frac=held_out_frac)
 
     def sample(self, split: Split, n_tokens: int) -> Sample:
         if split != "train":

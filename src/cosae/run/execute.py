@@ -412,8 +412,8 @@ def describe_setting(recipe: Recipe) -> str:
 def moving_remarks(run: Mapping[str, Any]) -> list[str]:
     """One sentence for each arm whose exponent was still moving when the learning rate began to fall."""
     return [
-        f"{name}: a was still moving when the learning rate began to fall ({arm['a_change']:+.3f} over the last tenth of "
-        "the steps at full rate): its value is where the run stopped, not where a wants to be."
+        f"{name}: a was still moving when the learning rate began to fall ({arm['a_change']:+.3f} over the last tenth "
+        "of the steps at full rate): its value is where the run stopped, not where a wants to be."
         for name, arm in run["arms"].items()
         if arm["a_moving"]
     ]

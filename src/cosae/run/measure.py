@@ -49,7 +49,7 @@ def evaluate(
     fitted: Filter,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """evaluation.json of trained, calibrated SAEs that saw the same stream; see `cosae.evaluate.report` for its shape."""
+    """evaluation.json of trained, calibrated SAEs that saw the same stream (shape: cosae.evaluate.report)."""
     config = recipe.evaluation
     say("capturing held-out activations")
     held_out = data.sample("held_out", config.held_out_tokens)

@@ -112,4 +112,3 @@ def _between(merged: Tensor, n_keep: int) -> float:
     above = float(merged.kthvalue(len(merged) - n_keep + 1).values)
     middle = 0.5 * (above + below)
     return middle if below < middle < above else below
-

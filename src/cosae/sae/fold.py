@@ -25,9 +25,7 @@ def fold_decoder_norm(sae: SAE) -> SAE:
     norm_F = torch.linalg.vector_norm(folded.decoder.rows_FD, dim=-1)
     if not bool((norm_F > 0).all()):
         feature = int((norm_F == 0).nonzero()[0])
-        raise CosaeError(
-            f"decoder rows must not be zero to fold their norms. Row {feature} is: drop that feature."
-        )
+        raise CosaeError(f"decoder rows must not be zero to fold their norms. Row {feature} is: drop that feature.")
     folded.decoder.rows_FD.div_(norm_F[:, None])
     if sae.cfg.norm_restoring:
         return folded

@@ -75,9 +75,7 @@ def squared_error(output: TrainOutput, rebuilt_BD: Tensor, space: str) -> Tensor
 def reconstruction(output: TrainOutput, config: LossConfig, variance: float) -> Tensor:
     """() mean over live tokens and prefixes of the weighted squared error over `variance`."""
     weight_B = token_weights(output, config.reweight)
-    per_prefix = [
-        (weight_B * squared_error(output, rebuilt, config.space)).sum() for rebuilt in output.rebuilt
-    ]
+    per_prefix = [(weight_B * squared_error(output, rebuilt, config.space)).sum() for rebuilt in output.rebuilt]
     n_live = output.framed.live_B.sum().clamp_min(1)
     return torch.stack(per_prefix).mean() / n_live / variance
 

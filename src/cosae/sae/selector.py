@@ -178,9 +178,7 @@ class Selector(nn.Module):
             return content_E, content_E
         return content_E + kernel.at_feature(terms.bias_F, entries), content_E
 
-    def _evaluate(
-        self, terms: ScoreTerms, kernel: Kernel, entries: Entries, hint: float | None = None
-    ) -> Selection:
+    def _evaluate(self, terms: ScoreTerms, kernel: Kernel, entries: Entries, hint: float | None = None) -> Selection:
         score_E, content_E = self._scores(terms, kernel, entries)
         if self.name != "gated":
             return Selection(entries, score_E, score_E, hint=hint)

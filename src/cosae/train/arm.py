@@ -69,9 +69,7 @@ class Arm:
         for name in ("a_lr", "b_lr", "threshold_lr"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise CosaeError(
-                    f"{name} must be a multiple of the learning rate, at least 0. Got {value!r} instead."
-                )
+                raise CosaeError(f"{name} must be a multiple of the learning rate, at least 0. Got {value!r} instead.")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise CosaeError(f"lr must be a positive number. Got {self.lr!r} instead.")
         if not (math.isfinite(self.sparsity_weight) and self.sparsity_weight >= 0):
@@ -166,9 +164,7 @@ def parse_arm(text: str) -> Arm:
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals:
-            raise CosaeError(
-                f"what follows an arm's name must read field=value. Got {part!r} in {text!r} instead."
-            )
+            raise CosaeError(f"what follows an arm's name must read field=value. Got {part!r} in {text!r} instead.")
         if key in given:
             raise CosaeError(f"{key} was given twice in {text!r}: give it once.")
         given.add(key)
@@ -212,9 +208,7 @@ def check_arms(arms: Sequence[Arm]) -> None:
     names = [arm.name for arm in arms]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise CosaeError(
-            f"arms must have different names. {', '.join(twice)} came more than once: add name=…."
-        )
+        raise CosaeError(f"arms must have different names. {', '.join(twice)} came more than once: add name=….")
 
 
 def input_noise(x_BD: Tensor, amount: float, seed: int, step: int) -> Tensor:

@@ -30,9 +30,7 @@ VERSION = 1
 KEEP = 2
 
 
-def write_checkpoint(
-    run: Path, step: int, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]
-) -> Path:
+def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> Path:
     """Write `parts` (file stem → tensors) and `facts` (JSON) as the checkpoint after `step` steps; prune old ones.
 
     Raises CosaeError where the disk refuses; the checkpoints before it are untouched then.
@@ -85,9 +83,7 @@ def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             remarks.append(f"{place} is damaged ({error}); going on from the checkpoint before it.")
     if remarks:
-        raise CosaeError(
-            f"no checkpoint in {run / FOLDER} is whole: {' '.join(remarks)} Start the run again."
-        )
+        raise CosaeError(f"no checkpoint in {run / FOLDER} is whole: {' '.join(remarks)} Start the run again.")
     raise CosaeError(f"{run} has no checkpoint to go on from (none under {FOLDER}/). Start the run again.")
 
 

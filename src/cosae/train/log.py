@@ -117,9 +117,7 @@ def scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
 class Progress:
     """One bar for the run and one line per arm on a terminal; a plain line now and then elsewhere."""
 
-    def __init__(
-        self, steps: int, batch_tokens: int, arms: list[str], start: int = 0, shown: bool = True
-    ) -> None:
+    def __init__(self, steps: int, batch_tokens: int, arms: list[str], start: int = 0, shown: bool = True) -> None:
         self._tokens = batch_tokens
         self._terminal = shown and sys.stderr.isatty()
         self._shown = shown
@@ -135,8 +133,7 @@ class Progress:
         self._lines: dict[str, Any] = {}
         if self._terminal:
             self._lines = {
-                name: tqdm(total=0, bar_format="{desc}", position=i + 1, leave=True)
-                for i, name in enumerate(arms)
+                name: tqdm(total=0, bar_format="{desc}", position=i + 1, leave=True) for i, name in enumerate(arms)
             }
         self._next_line = 0.0
 

@@ -105,9 +105,7 @@ def train(
                     if logged and measured is not None:
                         numbers[state.arm.name] = _record(state, measured, scale, step, config)
             if all(state.stopped for state in states):
-                raise CosaeError(
-                    "every arm stopped: " + "; ".join(f"{s.arm.name}: {s.stopped}" for s in states)
-                )
+                raise CosaeError("every arm stopped: " + "; ".join(f"{s.arm.name}: {s.stopped}" for s in states))
             done = step + 1
             if on_step is not None:
                 on_step()

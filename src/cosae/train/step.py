@@ -110,11 +110,7 @@ class ArmState:
     @property
     def exponent(self) -> float | None:
         """Mean exponent a where it is learned, else None."""
-        return (
-            None
-            if self.sae.score.family.exponent_owner == "fixed"
-            else float(self.sae.scale_a.detach().mean())
-        )
+        return None if self.sae.score.family.exponent_owner == "fixed" else float(self.sae.scale_a.detach().mean())
 
     def tensors(self) -> dict[str, Tensor]:
         """State for a checkpoint, tensors by name (no copies)."""
@@ -138,9 +134,7 @@ class ArmState:
         """Put back what `tensors` and `numbers` gave, to the bit."""
         sae = {k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")}
         self.sae.load_state_dict(sae)
-        optimizer = {
-            k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")
-        }
+        optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
         self.optimizer.load_state_dict(optimizer)
         self.age_F = tensors["age_F"].to(self.age_F.device)
         self.weight, self.hint, self.seconds = numbers["weight"], numbers["hint"], numbers["seconds"]
