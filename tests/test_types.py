@@ -85,3 +85,13 @@ def test_the_users_mistake_is_a_value_error() -> None:
     assert issubclass(CosaeError, ValueError)
     with pytest.raises(AttributeError):
         Codes.from_dense(torch.zeros(1, 2)).d_sae = 3  # type: ignore[misc]
+
+
+def test_codes_are_cut_by_token() -> None:
+    dense = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 0.0], [3.0, 0.0, 4.0], [0.0, 5.0, 0.0]])
+    codes = Codes.from_dense(dense)
+    assert torch.equal(codes[1:3].to_dense(), dense[1:3])
+    assert torch.equal(codes[:].to_dense(), dense)
+    assert codes[4:].n_tokens == 0
+    with pytest.raises(CosaeError, match="plain slice"):
+        codes[::2]

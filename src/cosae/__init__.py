@@ -26,6 +26,7 @@ from cosae.types import Activations, Codes, CosaeError
 
 if TYPE_CHECKING:
     from cosae.recipe import Recipe
+    from cosae.run.execute import resume
     from cosae.run.fit import fit
     from cosae.train.arm import Arm
 
@@ -34,9 +35,9 @@ try:
 except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["SAE", "Activations", "Arm", "Codes", "CosaeError", "Recipe", "SAEConfig", "fit", "load", "save"]
+__all__ = ["SAE", "Activations", "Arm", "Codes", "CosaeError", "Recipe", "SAEConfig", "fit", "load", "resume", "save"]
 
-_LATER = {"Recipe": "cosae.recipe", "fit": "cosae.run.fit", "Arm": "cosae.train.arm"}
+_LATER = {"Recipe": "cosae.recipe", "fit": "cosae.run.fit", "resume": "cosae.run.execute", "Arm": "cosae.train.arm"}
 
 
 def __getattr__(name: str) -> Any:

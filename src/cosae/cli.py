@@ -164,8 +164,14 @@ def _how_to_go_on(command: Any) -> str:
 
     place = command.run if isinstance(command, Resume) else getattr(command, "out", None)
     runs = [place, place / "natural", place / "injected"] if isinstance(place, Path) else []
-    unfinished = [run for run in runs if run.is_dir() and checkpoints(run) and not (run / "evaluation.json").exists()]
+    unfinished = [run for run in runs if run.is_dir() and checkpoints(run) and not _finished(run)]
     return f"Go on with: cosae resume {unfinished[0]}" if unfinished else "Nothing was saved yet: start again."
+
+
+def _finished(run: Path) -> bool:
+    from cosae.run.execute import RUN, read_json
+
+    return (run / RUN).exists() and read_json(run / RUN).get("status") == "finished"
 
 
 def build_recipe(command: Train) -> Any:

@@ -183,6 +183,19 @@ class Codes:
         flat = self.token_E * self.d_sae + self.feature_E
         return dense.index_put((flat,), self.value_E).reshape(*self.shape, self.d_sae)
 
+    def __getitem__(self, rows: slice) -> Codes:
+        """Codes of a stretch of tokens (of the flattened leading shape), with what the frame took out of them."""
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            raise CosaeError(f"codes are cut by a plain slice of tokens, codes[3:4] for one. Got {rows!r} instead.")
+        start, stop, _ = rows.indices(self.n_tokens)
+        stop = max(start, stop)
+        offset = self.offset_B1[start : stop + 1]
+        inside = slice(int(offset[0]), int(offset[-1]))
+        taken = None if self.taken is None else self.taken[start:stop]
+        return Codes(
+            offset - offset[0], self.feature_E[inside], self.value_E[inside], self.d_sae, (stop - start,), taken
+        )
+
     def with_values(self, value_E: Tensor) -> Codes:
         """The same entries with other values."""
         return replace(self, value_E=value_E)

@@ -236,7 +236,8 @@ def exponent_table(record: RunRecord, looks: Looks) -> Markup | None:
             mean = number(found.get("mean"))
             mean = number(found.get("value")) if mean is None else mean
             quantiles = ", ".join(fixed(q, 3) for q in finite(found.get("quantiles")))
-            moving = {True: "still moving", False: "settled"}.get(bool(record.arms[arm].get("a_moving")), "–")
+            state = record.arms[arm].get("a_moving")
+            moving = "–" if state is None else "still moving" if state else "settled"
             kind = str(found.get("kind", "")).replace("_", " ")
             if kind == "fixed":
                 moving = "–"

@@ -150,6 +150,19 @@ def _make_folder(out: Path, recipe: Recipe) -> None:
         raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
 
 
+class _Records:
+    """The log of a run that writes no files."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.lines.append(record)
+
+    def close(self) -> None:
+        pass
+
+
 class _Run:
     """What one execution holds while it goes: data, stream, arms, and where it writes."""
 
@@ -179,6 +192,7 @@ class _Run:
             if arm.loss.normalise == "variance" and arm.loss.space == "raw":
                 variance = self.stream.norm_facts.total_variance
             self.states.append(ArmState.start(arm, sae, variance, training.optimizer))
+        self._records = _Records()
         self.start, self.seconds = 0, 0.0
         self.began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
@@ -275,7 +289,7 @@ class _Run:
     def _loggers(self, progress: Progress) -> list[Logger]:
         loggers: list[Logger] = [progress]
         if self.out is None:
-            return loggers
+            return [*loggers, self._records]
         loggers.append(JsonLines(self.out / METRICS, self.start))
         if self.logs.tensorboard:
             loggers.append(TensorBoard(self.out))
@@ -359,19 +373,19 @@ class _Run:
             "stream_digest": state.digest.hex(),
             "tokens_per_second": done / state.seconds if state.seconds else None,
             "a_change": change,
-            "a_moving": change is not None and abs(change) > MOVING,
+            "a_moving": None if change is None else abs(change) > MOVING,
             "stopped": state.stopped,
             "l0_target": sae.k,
             "l0_calibrated": calibrations[name].l0 if calibrations else None,
         }
 
     def _moving(self) -> dict[str, float | None]:
-        """Change of each arm's mean a late at full rate, read back from metrics.jsonl."""
-        if self.out is None or not (self.out / METRICS).exists():
-            return {}
+        """Change of each arm's mean a late at full rate, read back from what was logged; None where unknown."""
+        records = self._records.lines
+        if self.out is not None and (self.out / METRICS).exists():
+            records = [json.loads(line) for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines()]
         paths: dict[str, list[tuple[int, float]]] = {}
-        for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in records:
             for name, numbers in record["arms"].items():
                 if numbers.get("a") is not None:
                     paths.setdefault(name, []).append((record["step"], numbers["a"]))

@@ -151,7 +151,7 @@ def random_twin(sae: SAE, recipe: Recipe, activations: Activations, fitted: Filt
 def describe_exponent(sae: SAE) -> dict[str, Any]:
     """The exponent a: its value, or for one per feature its histogram."""
     a = sae.scale_a.detach().float().cpu()
-    owner = sae.score.family.exponent_owner
+    owner = "fixed" if sae.cfg.frame == "unit" else sae.score.family.exponent_owner  # there r = 1: a has no effect
     facts: dict[str, Any] = {"mean": float(a.mean()), "b_mean": float(sae.scale_b.detach().mean())}
     if owner == "fixed" or a.ndim == 0:
         return {**facts, "kind": "fixed" if owner == "fixed" else "scalar", "value": float(a.mean())}

@@ -109,8 +109,9 @@ class ArmState:
 
     @property
     def exponent(self) -> float | None:
-        """Mean exponent a where it is learned, else None."""
-        return None if self.sae.score.family.exponent_owner == "fixed" else float(self.sae.scale_a.detach().mean())
+        """Mean exponent a where it is learned and has an effect (in the unit frame r = 1: none), else None."""
+        idle = self.sae.score.family.exponent_owner == "fixed" or self.sae.cfg.frame == "unit"
+        return None if idle else float(self.sae.scale_a.detach().mean())
 
     def tensors(self) -> dict[str, Tensor]:
         """State for a checkpoint, tensors by name (no copies)."""
