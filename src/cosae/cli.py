@@ -208,7 +208,11 @@ def build_recipe(command: Train) -> Any:
         if not equals:
             raise CosaeError(f"--set takes field=value, with a dotted path for the field. Got {text!r} instead.")
         changes[path] = _literal(value)
-    return recipe.changed(changes)
+    recipe = recipe.changed(changes)
+    if recipe.name == "embedded":  # the preset's name, which says nothing true of other data
+        other = Path(recipe.data.activations).stem if recipe.data.activations else Path(recipe.data.model).name
+        recipe = replace(recipe, name="world" if recipe.data.world is not None else other or "run")
+    return recipe
 
 
 def _literal(text: str) -> Any:

@@ -193,6 +193,9 @@ def _typed(owner: type[Any], key: str, value: str) -> Any:
         if kind.startswith("float"):
             return float(value)
     except ValueError:
+        what = "whole numbers joined by +" if kind.startswith("tuple") else "a whole number"
+        if not kind.startswith("float"):
+            raise CosaeError(f"{key} must be {what}. Got {value!r} instead.") from None
         raise CosaeError(f"{key} must be a number. Got {value!r} instead.") from None
     if kind == "bool":
         if value.lower() not in ("true", "false"):
