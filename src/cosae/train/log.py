@@ -127,7 +127,7 @@ class Progress:
             initial=start,
             unit="step",
             disable=not self._terminal,
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {postfix}]",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             position=0,
         )
         self._lines: dict[str, Any] = {}
