@@ -169,7 +169,7 @@ def _how_to_go_on(command: Any) -> str:
 
 
 def _finished(run: Path) -> bool:
-    from cosae.run.execute import RUN, read_json
+    from cosae.run.folder import RUN, read_json
 
     return (run / RUN).exists() and read_json(run / RUN).get("status") == "finished"
 

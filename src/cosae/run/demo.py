@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cosae.recipe import Recipe, preset
 from cosae.run.data import ModelData, open_data
-from cosae.run.execute import RECIPE, Finished, Logs, execute
+from cosae.run.execute import Finished, Logs, execute
+from cosae.run.folder import RECIPE
 from cosae.types import CosaeError
 
 

@@ -24,19 +24,28 @@ from cosae.activations.stream import ActivationStream
 from cosae.recipe import Recipe, from_plain, to_plain
 from cosae.run import facts
 from cosae.run.data import Data, ModelData, open_data
+from cosae.run.folder import (
+    ARMS,
+    EVALUATION,
+    FORMAT,
+    METRICS,
+    RECIPE,
+    RUN,
+    check_free,
+    make_folder,
+    read_json,
+    write_json,
+)
 from cosae.run.measure import evaluate
 from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
 from cosae.train.checkpoint import checkpoints, read_latest, write_checkpoint
-from cosae.train.log import JsonLines, Logger, Progress, TensorBoard, WandB, finite
+from cosae.train.log import JsonLines, Logger, Progress, TensorBoard, WandB
 from cosae.train.loop import MOVING, Interrupted, exponent_moving, train
 from cosae.train.step import ArmState
 from cosae.types import CosaeError
-
-RUN, RECIPE, METRICS, EVALUATION, ARMS = "run.json", "recipe.json", "metrics.jsonl", "evaluation.json", "arms"
-FORMAT = "cosae-run"
 
 
 @dataclass(frozen=True)
@@ -75,21 +84,22 @@ def execute(
     checkpoint was written.
     """
     if out is not None:
-        _check_free(out)
+        check_free(out)
     data = open_data(recipe, tensor) if data is None else data
     run = _Run(recipe, data, out, logs or Logs())
     if out is not None:
-        _make_folder(out, run.recipe)
+        make_folder(out, run.recipe)
     return run.go(measured)
 
 
-def resume(out: Path, logs: Logs | None = None, tensor: Tensor | None = None) -> Finished:
+def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = None) -> Finished:
     """Go on with the run in `out` from its last whole checkpoint, to the same end as without the interruption.
 
     tensor: the activations (N, D) of a run that was started on a tensor in memory; None for all others.
     Raises CosaeError where there is no run, nothing to go on from, the run is finished, or its recipe or data are no
     longer those it was started with.
     """
+    out = Path(out)
     if not (out / RECIPE).is_file():
         raise CosaeError(f"{out} holds no run to go on with (it has no {RECIPE}); give the folder of a run.")
     record = read_json(out / RUN) if (out / RUN).exists() else {}
@@ -97,8 +107,7 @@ def resume(out: Path, logs: Logs | None = None, tensor: Tensor | None = None) ->
         raise CosaeError(f"the run in {out} is finished; see `cosae report {out}`, or start another run elsewhere.")
     if tensor is None and (record.get("source") or {}).get("source") == "tensor":
         raise CosaeError(
-            f"the run in {out} was started on a tensor in memory: go on from Python, with "
-            "cosae.run.execute.resume(out, tensor=…)."
+            f"the run in {out} was started on a tensor in memory: go on from Python, with cosae.resume(out, tensor=…)."
         )
     recipe = Recipe.read(out / RECIPE)
     if not checkpoints(out):
@@ -106,48 +115,6 @@ def resume(out: Path, logs: Logs | None = None, tensor: Tensor | None = None) ->
     run = _Run(recipe, open_data(recipe, tensor), out, logs or Logs())
     run.restore()
     return run.go(True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping. Raises CosaeError where it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CosaeError(f"{path} is not readable JSON: the run's folder is damaged.") from None
-    if not isinstance(value, dict):
-        raise CosaeError(f"{path} does not hold a mapping: the run's folder is damaged.")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically; NaN and infinity become null. Raises CosaeError where the disk refuses."""
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        staged.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        staged.replace(path)
-    except OSError as error:
-        raise CosaeError(f"{path} cannot be written ({error}): make room and resume the run.") from None
-
-
-def _check_free(out: Path) -> None:
-    try:
-        there = out.exists()
-    except OSError as error:
-        raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
-    if there and not out.is_dir():
-        raise CosaeError(f"{out} is a file; give a folder for the run.")
-    if (out / RECIPE).exists() or (out / RUN).exists():
-        raise CosaeError(f"{out} already holds a run: go on with `cosae resume {out}`, or choose another --out.")
-    if there and any(out.iterdir()):
-        raise CosaeError(f"{out} is not empty and holds no run: choose another --out.")
-
-
-def _make_folder(out: Path, recipe: Recipe) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        recipe.write(out / RECIPE)
-    except OSError as error:
-        raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
 
 
 class _Records:
