@@ -127,3 +127,15 @@ def test_the_exponent_starts_where_it_is_told() -> None:
         assert bool((SAE.build(8, 16, score, k=3, a_init=0.6).scale_a == 0.6).all())
     assert float(SAE.build(8, 16, "cosine_fixed", k=3, a_init=0.6).scale_a) == 0.0
     assert float(SAE.build(8, 16, "inner", k=3, a_init=0.6).scale_a) == 1.0
+
+
+def test_a_start_at_1_is_the_unit_row_inner_product() -> None:
+    """auto: b = (1 − a) · …, so that scores start at their natural size whatever a starts from."""
+    x = torch.randn(64, 16) * 9
+    one = SAE.build(d_in=16, d_sae=32, score="cosine", k=4, a_init=1.0, sample=x)
+    unit = SAE.build(d_in=16, d_sae=32, score="inner_unit", k=4, sample=x)
+    assert torch.allclose(one.scores(x), unit.scores(x), atol=1e-4)
+    half = SAE.build(d_in=16, d_sae=32, score="cosine", k=4, a_init=0.5)
+    assert float(half.scale_b) == pytest.approx(0.25 * math.log(16))
+    asked = SAE.build(d_in=16, d_sae=32, score="cosine", k=4, a_init=1.0, b_init="sqrt_d")
+    assert float(asked.scale_b) == pytest.approx(0.5 * math.log(16))

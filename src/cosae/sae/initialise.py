@@ -2,8 +2,9 @@
 
 decoder rows  Kaiming uniform, then unit length; encoder rows a copy of them; β = 0
 centre c      geometric median of a sample (Weiszfeld), its mean, or 0
-a             a_init;  b: ½ ln d ("sqrt_d"), ln mean|z| ("norm"), or by "auto" the second where mean|z| and √d
-              are more than a factor 2 apart
+a             a_init
+b             ½ ln d ("sqrt_d"), ln mean|z| ("norm"), or by "auto" (1 − a) times the second where mean|z| and √d are
+              more than a factor 2 apart, else (1 − a) times the first: at a = 1 the score has its size by itself
 θ, gate bias  the quantile of *all* scores of the sample at which k of d_sae pass (paper §9 #9: the quantile of
               the positive ones alone starts at half the wanted L0)
 """
@@ -61,14 +62,16 @@ def _log_gain(sae: SAE, b_init: str | float, z_ND: Tensor | None) -> float:
     if b_init not in ("auto", "sqrt_d", "norm"):
         raise CosaeError(f"b_init must be a finite number, or one of auto, sqrt_d, norm. Got {b_init!r} instead.")
     sqrt_d = sqrt_d_gain(sae.d_in)
+    # r^a κ at a start of 1 has the inner product's size by itself: what auto adds shrinks with 1 − a
+    left = 1.0 - float(sae.scale_a.mean()) if b_init == "auto" else 1.0
     if b_init == "sqrt_d" or (z_ND is None and b_init == "auto"):
-        return sqrt_d
+        return left * sqrt_d
     if z_ND is None:
         raise CosaeError("b_init='norm' needs a sample of activations to fit to: pass sample=, or use sqrt_d.")
     fitted = math.log(max(float(torch.linalg.vector_norm(z_ND, dim=-1).mean()), frames.SCALE_MIN))
     if b_init == "auto" and abs(fitted - sqrt_d) <= math.log(2.0):
-        return sqrt_d
-    return fitted
+        return left * sqrt_d
+    return left * fitted
 
 
 @torch.no_grad()
