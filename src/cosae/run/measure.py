@@ -15,30 +15,14 @@ import torch
 from cosae.activations import filter as filters
 from cosae.activations.filter import Filter
 from cosae.evaluate import norms, probing, reconstruction
+from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.rebuilt import rebuild_with_sinks
 from cosae.evaluate.recovery import recovery
 from cosae.recipe import Recipe
 from cosae.run.data import Data, Sample, WorldData
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
-from cosae.types import Activations, Codes
-
-ENCODE_TOKENS = 8192
-
-
-def encode_all(sae: SAE, activations: Activations) -> Codes:
-    """Codes of N activations, encoded in batches. CPU tensors."""
-    parts = [sae.encode(rows.float()) for rows in torch.split(activations.x_ND, ENCODE_TOKENS)]
-    counts = torch.cat([codes.count_B for codes in parts]).cpu()
-    offset = torch.zeros(len(counts) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=offset[1:])
-    return Codes(
-        offset,
-        torch.cat([codes.feature_E for codes in parts]).cpu(),
-        torch.cat([codes.value_E for codes in parts]).detach().cpu(),
-        sae.d_sae,
-        (len(activations),),
-    )
+from cosae.types import Activations
 
 
 @torch.no_grad()
