@@ -1,0 +1,146 @@
+"""The geometry of an SAE's features: how alike, how many dimensions, does the encoder look where the decoder points.
+
+In: a cosae SAE (or decoder rows). Out: plain numbers. All rows are normalised first; nothing else is assumed of them.
+
+    max cosine of i       max_{j ≠ i} cos(d_i, d_j)
+    near duplicates       pairs i < j with cos(d_i, d_j) ≥ 0.9
+    effective dimension   of the rows' second moment M = Σ d_i d_iᵀ / F (trace 1), from all D eigenvalues λ:
+                          participation ratio 1 / Σ λ²,  entropy dimension exp(−Σ λ ln λ)
+                          (the paper's rank-512 SVD caps it: paper §9 B14)
+    alignment of i        cos(w_i, d_i)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosae.sae.model import SAE
+from cosae.types import CosaeError
+
+DUPLICATE_COSINE = 0.9
+LISTED_PAIRS = 100
+LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+CHUNK_ELEMENTS = 1 << 25
+"""Cosines held at once: 128 MB in fp32."""
+
+
+@torch.no_grad()
+def geometry(sae: SAE, *, alive_F: Tensor | None = None, duplicate_cosine: float = DUPLICATE_COSINE) -> dict[str, Any]:
+    """Geometry of all features, or of those where alive_F (F,) bool is True, as plain numbers.
+
+    Keys: `features`, `decoder` and `encoder` (see `describe_rows`), `alignment`: mean and quantiles of cos(w_i, d_i).
+    Raises CosaeError for a mask of another length or without features.
+    """
+    keep_F = torch.ones(sae.d_sae, dtype=torch.bool) if alive_F is None else alive_F.cpu()
+    if tuple(keep_F.shape) != (sae.d_sae,) or not bool(keep_F.any()):
+        raise CosaeError(f"geometry needs a mask with one entry for each of {sae.d_sae} features, at least one True.")
+    decoder_FD, encoder_FD = sae.W_dec.detach()[keep_F], sae.W_enc.detach().T[keep_F]
+    aligned_F = (unit_rows(encoder_FD) * unit_rows(decoder_FD)).sum(-1)
+    return {
+        "features": int(keep_F.sum()),
+        "decoder": describe_rows(decoder_FD, duplicate_cosine),
+        "encoder": describe_rows(encoder_FD, duplicate_cosine),
+        "alignment": {"mean": float(aligned_F.mean()), "levels": list(LEVELS), "quantiles": _quantiles(aligned_F)},
+    }
+
+
+@torch.no_grad()
+def describe_rows(rows_FD: Tensor, duplicate_cosine: float = DUPLICATE_COSINE) -> dict[str, Any]:
+    """Geometry of rows (F, D): `mean_max_cosine` and its quantiles, near duplicates, effective dimension.
+
+    near_duplicates: {"cosine", "pairs" (how many), "features" (in at least one pair), "frac", "closest": up to 100 of
+    [i, j, cosine], closest first; i and j count within the rows given}. Zero rows have cosine 0 with everything and are
+    left out of the effective dimension. A single row has no max cosine (None).
+    """
+    if not 0 < duplicate_cosine <= 1:
+        raise CosaeError(
+            f"the cosine of near duplicates must lie above 0 and at most 1. Got {duplicate_cosine} instead."
+        )
+    unit_FD = unit_rows(rows_FD)
+    found = _neighbours(unit_FD, duplicate_cosine)
+    return {
+        "mean_max_cosine": float(found.closest_F.mean()) if len(rows_FD) > 1 else None,
+        "max_cosine_levels": list(LEVELS),
+        "max_cosine_quantiles": _quantiles(found.closest_F) if len(rows_FD) > 1 else None,
+        "near_duplicates": {
+            "cosine": duplicate_cosine,
+            "pairs": found.n_pairs,
+            "features": int(found.paired_F.sum()),
+            "frac": float(found.paired_F.double().mean()),
+            "closest": [list(pair) for pair in found.pairs],
+        },
+        **effective_dimension(rows_FD),
+    }
+
+
+def effective_dimension(rows_FD: Tensor) -> dict[str, float | None]:
+    """Participation ratio and entropy dimension of the normalised rows' second moment, from its full spectrum.
+
+    Equal to n for n orthogonal directions used alike, and to 1 where all rows are parallel. None without non-zero rows.
+    """
+    unit_FD = unit_rows(rows_FD.double())
+    unit_FD = unit_FD[(unit_FD != 0).any(-1)]
+    if not len(unit_FD):
+        return {"participation_ratio": None, "entropy_dimension": None}
+    moment_DD = unit_FD.T @ unit_FD / len(unit_FD)
+    spectrum_D = torch.linalg.eigvalsh(moment_DD).clamp_min(0)
+    spectrum_D = spectrum_D / spectrum_D.sum()
+    entropy = -float(torch.special.xlogy(spectrum_D, spectrum_D).sum())
+    return {
+        "participation_ratio": 1 / float(spectrum_D.square().sum()),
+        "entropy_dimension": float(torch.tensor(entropy, dtype=torch.float64).exp()),
+    }
+
+
+def unit_rows(rows_FD: Tensor) -> Tensor:
+    """Rows of length 1, at least fp32; zero rows stay zero."""
+    wide_FD = rows_FD if rows_FD.dtype == torch.float64 else rows_FD.float()
+    length_F1 = wide_FD.norm(dim=-1, keepdim=True)
+    return torch.where(length_F1 > 0, wide_FD / length_F1.clamp_min(torch.finfo(wide_FD.dtype).tiny), 0.0)
+
+
+@dataclass
+class _Neighbours:
+    """closest_F: largest cosine with another row; paired_F: in a near duplicate; pairs: the closest (i, j, cosine)."""
+
+    closest_F: Tensor
+    paired_F: Tensor
+    n_pairs: int
+    pairs: list[tuple[int, int, float]]
+
+
+def _neighbours(unit_FD: Tensor, duplicate_cosine: float) -> _Neighbours:
+    """All pairs, chunk by chunk; only the closest are kept one by one, since F parallel rows make F²/2 of them."""
+    n = len(unit_FD)
+    found = _Neighbours(torch.zeros(n), torch.zeros(n, dtype=torch.bool), 0, [])
+    step = max(1, CHUNK_ELEMENTS // max(n, 1))
+    for start in range(0, n, step):
+        cosine_CF = unit_FD[start : start + step] @ unit_FD.T
+        own = torch.arange(len(cosine_CF))
+        cosine_CF[own, start + own] = -torch.inf
+        found.closest_F[start : start + step] = cosine_CF.max(-1).values.cpu()
+        near_CF = cosine_CF >= duplicate_cosine
+        found.paired_F[start : start + step] = near_CF.any(-1).cpu()
+        near_CF &= torch.arange(n)[None, :] > (start + own)[:, None]
+        row_P, column_P = near_CF.nonzero(as_tuple=True)
+        found.n_pairs += len(row_P)
+        value_P, order_P = cosine_CF[row_P, column_P].sort(descending=True, stable=True)
+        first = order_P[:LISTED_PAIRS]
+        listed = zip(
+            (row_P[first] + start).tolist(), column_P[first].tolist(), value_P[: len(first)].tolist(), strict=True
+        )
+        found.pairs = sorted([*found.pairs, *listed], key=lambda pair: (-pair[2], pair[0], pair[1]))[:LISTED_PAIRS]
+    found.closest_F.clamp_(max=1.0)
+    return found
+
+
+def _quantiles(value_F: Tensor) -> list[float]:
+    sorted_F = value_F.double().sort().values
+    place_Q = torch.tensor(LEVELS, dtype=torch.float64) * (len(sorted_F) - 1)
+    low_Q, high_Q = place_Q.floor().long(), place_Q.ceil().long()
+    picked: list[float] = torch.lerp(sorted_F[low_Q], sorted_F[high_Q], place_Q - place_Q.floor()).tolist()
+    return picked
