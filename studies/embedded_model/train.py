@@ -1,6 +1,7 @@
 """Trains the embedded model: Python's standard library → tokenizer, Qwen3, provenance.
 
     python studies/embedded_model/train.py --minutes 45
+    python studies/embedded_model/train.py --architecture gpt2 --out studies/layer_norm_twin/model     (its twin)
 
 The learning rate warms up and then falls linearly to zero over the run, where "over the run" is the larger of
 tokens seen / --tokens and time passed / --minutes: a slow machine ends on time with fewer tokens, a fast one
@@ -25,7 +26,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from measure import baselines, bits_per_byte, norm_facts
 from tokenizer import train_tokenizer
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from cosae.activations import pylib
 from cosae.activations.corpus import TokenizedDocument, tokenize_documents
@@ -35,6 +43,7 @@ EMBEDDED = Path(__file__).parents[2] / "src" / "cosae" / "embedded"
 
 @dataclass(frozen=True)
 class Settings:
+    architecture: str = "qwen3"  # or gpt2: LayerNorm, learned positions, GELU, as many heads for keys as for queries
     minutes: float = 45.0
     tokens: int = 40_000_000
     seed: int = 0
@@ -55,10 +64,25 @@ class Settings:
     clip: float = 1.0
 
 
-def initialise(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def initialise(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Normal(0, 0.02); projections back into the residual stream a factor sqrt(2 L) smaller."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(settings.seed)
+    if settings.architecture == "gpt2":
+        model: PreTrainedModel = GPT2LMHeadModel(gpt2_config(settings, len(tokenizer), special))
+    elif settings.architecture == "qwen3":
+        model = Qwen3ForCausalLM(qwen3_config(settings, len(tokenizer), special))
+    else:
+        raise SystemExit(f"--architecture must be qwen3 or gpt2. Got {settings.architecture!r} instead.")
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # GPT-2's own start does this to its c_proj
+            parameter.data /= math.sqrt(2 * settings.n_layers)
+    return model
+
+
+def qwen3_config(settings: Settings, n_vocab: int, special: dict[str, int]) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=n_vocab,
         hidden_size=settings.d_model,
         intermediate_size=settings.d_mlp,
         num_hidden_layers=settings.n_layers,
@@ -67,16 +91,24 @@ def initialise(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen3F
         head_dim=settings.head_dim,
         max_position_embeddings=settings.context,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
     )
-    torch.manual_seed(settings.seed)
-    model = Qwen3ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.data /= math.sqrt(2 * settings.n_layers)
-    return model
+
+
+def gpt2_config(settings: Settings, n_vocab: int, special: dict[str, int]) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=n_vocab,
+        n_positions=settings.context,
+        n_embd=settings.d_model,
+        n_layer=settings.n_layers,
+        n_head=settings.n_heads,
+        n_inner=4 * settings.d_model,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=True,
+        **special,
+    )
 
 
 class Rows:
@@ -112,7 +144,7 @@ def learning_rate(settings: Settings, step: int, progress: float) -> float:
     return settings.lr * min((step + 1) / settings.warmup_steps, 1.0) * max(1.0 - progress, 0.0)
 
 
-def make_optimizer(model: Qwen3ForCausalLM, settings: Settings) -> torch.optim.AdamW:
+def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     return torch.optim.AdamW(
@@ -124,12 +156,12 @@ def make_optimizer(model: Qwen3ForCausalLM, settings: Settings) -> torch.optim.A
 
 
 def ship(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, provenance: dict[str, object], folder: Path
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, provenance: dict[str, object], folder: Path
 ) -> None:
     """The model in bf16, its tokenizer and its provenance; each file replaced in one move."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         draft = Path(temporary)
-        half = Qwen3ForCausalLM(model.config)
+        half = type(model)(model.config)
         half.load_state_dict(model.state_dict())
         half.to(torch.bfloat16).save_pretrained(draft)
         tokenizer.save_pretrained(draft)

@@ -1,0 +1,181 @@
+"""Named sets of runs that the claims share: a recipe and at least three seeds each, kept in a folder by recipe digest.
+
+    python -m studies.runsets natural injected ...      (no name: all of them)
+
+A seed sets the order of the data and every arm's initial weights; arms of one run see the same batches. A set that was
+interrupted goes on where it stopped; one whose recipe changed is made anew beside the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cosae.activations.filter import FilterPolicy
+from cosae.activations.nuisance import Nuisance
+from cosae.activations.synthetic import World
+from cosae.recipe import DataConfig, EvaluationConfig, Recipe, to_plain
+from cosae.run.execute import Logs, execute, resume
+from cosae.run.folder import RUN, read_json
+from cosae.train.arm import Arm, parse_arm
+from cosae.train.checkpoint import checkpoints
+from cosae.train.loop import TrainingConfig
+from cosae.train.step import OptimizerConfig
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / "runs" / "studies"
+TWIN = ROOT / "studies" / "layer_norm_twin" / "model"
+SEEDS = (0, 1, 2)
+STEPS = 1000
+
+STANDARD = ("standard", "standard_unit_frame", "standard_layer_norm", "unit_rows")
+COSINES = (
+    "cosine_fixed",
+    "cosine",
+    "cosine,name=cosine_from_1,a_init=1",
+    "cosine,name=cosine_fast,a_lr=10,b_lr=10",
+    "cosine,name=cosine_fast_from_1,a_init=1,a_lr=10,b_lr=10",
+    "cosine_per_feature",
+    "cosine_base_delta",
+)
+MAIN = ("standard", "standard_unit_frame", "cosine", "cosine,name=cosine_fast,a_lr=10,b_lr=10", "cosine_per_feature")
+SELECTORS = ("batch_topk", "topk", "abs_topk", "jumprelu", "gated")
+
+
+def base(name: str, *arms: str, steps: int = STEPS) -> Recipe:
+    """The studies' common recipe: the embedded model's last block, 3072 features, k 32, 1000 steps of 1024 tokens."""
+    return Recipe(
+        name=name,
+        arms=tuple(parse_arm(text) for text in arms),
+        training=TrainingConfig(
+            steps=steps,
+            optimizer=OptimizerConfig(lr=4e-3, warmup_steps=50),
+            dead_after_tokens=150_000,
+            checkpoint_every=500,
+        ),
+        evaluation=EvaluationConfig(held_out_tokens=65_536, calibration_tokens=65_536, probe_tokens=65_536),
+    )
+
+
+def _natural() -> Recipe:
+    noisy = ("standard,name=standard_noise,input_noise=2", "cosine,name=cosine_noise,input_noise=2")
+    return base("natural", *STANDARD, *COSINES, *noisy)
+
+
+def _injected() -> Recipe:
+    arms = [text for text in (*STANDARD, *COSINES) if not text.startswith("standard_layer_norm")]
+    return base("injected", *arms).changed({"nuisance": Nuisance(kind="log_normal", sigma=0.5)})
+
+
+def _sinks() -> Recipe:
+    """Massive sinks at position 0, filtered in training: the paper's situation (paper §9 A1)."""
+    sinks = Nuisance(kind="sinks", position=0, factor=120.0, direction="massive")
+    return base("sinks", *MAIN).changed({"nuisance": sinks, "filter": FilterPolicy(kind="norm")})
+
+
+def _reweighted(name: str, nuisance: Nuisance | None = None) -> Recipe:
+    """1/r and 1/r² for both scores (paper §5.3; its own cosine arm never trained: §9 B6)."""
+    arms = [
+        f"{score},name={score}{label},loss.reweight={power}"
+        for score in ("standard", "cosine")
+        for power, label in ((0, ""), (1, "_over_r"), (2, "_over_r2"))
+    ]
+    recipe = base(name, *arms, "standard_unit_frame")
+    return recipe if nuisance is None else recipe.changed({"nuisance": nuisance})
+
+
+def _selectors() -> Recipe:
+    arms = [
+        f"{score},name={score}_{selector},selector={selector}"
+        for selector in SELECTORS
+        for score in ("standard", "cosine")
+    ]
+    return base("selectors", *arms)
+
+
+def _shape(name: str, d_sae: int, k: int) -> Recipe:
+    return base(name, "standard", "standard_unit_frame", "cosine").changed({"d_sae": d_sae, "k": k})
+
+
+def _twin() -> Recipe:
+    arms = (*MAIN, "standard_layer_norm", "cosine,name=cosine_from_1,a_init=1")
+    return base("twin", *arms).changed({"data.model": str(TWIN), "data.site": "resid_post.5", "data.add_bos": True})
+
+
+def _world(norm: str, **settings: float) -> Recipe:
+    """512 true features in 128 dimensions, 8 active; the norm law is what differs."""
+    world = World(d_in=128, n_features=512, l0=8, norm=norm, **settings)  # type: ignore[arg-type]
+    recipe = base(f"world_{norm}", *STANDARD[:2], *COSINES, steps=1500)
+    return recipe.changed({"data": DataConfig(world=world), "d_sae": 512, "k": 8, "training.optimizer.lr": 2e-3})
+
+
+RUNSETS: dict[str, Callable[[], Recipe]] = {
+    "natural": _natural,
+    "injected": _injected,
+    "sinks": _sinks,
+    "reweighted": lambda: _reweighted("reweighted"),
+    "reweighted_injected": lambda: _reweighted("reweighted_injected", Nuisance(kind="log_normal", sigma=0.5)),
+    "selectors": _selectors,
+    "k_8": lambda: _shape("k_8", 3072, 8),
+    "k_64": lambda: _shape("k_64", 3072, 64),
+    "width_768": lambda: _shape("width_768", 768, 32),
+    "width_6144": lambda: _shape("width_6144", 6144, 32),
+    "world_none": lambda: _world("none"),
+    "world_log_normal": lambda: _world("log_normal", sigma=0.5),
+    "world_log_normal_1": lambda: _world("log_normal", sigma=1.0).changed({"name": "world_log_normal_1"}),
+    "world_sinks": lambda: _world("sinks"),
+    "world_content": lambda: _world("content", sigma=0.5),
+    "twin": _twin,
+}
+"""Every set of runs by name."""
+
+
+def recipe_of(name: str, seed: int) -> Recipe:
+    """The recipe of one run of a set."""
+    return RUNSETS[name]().changed({"training.seed": seed})
+
+
+def folder_of(name: str, seed: int) -> Path:
+    """Where that run is kept: its digest is in the name, so that no result outlives its recipe."""
+    text = json.dumps(to_plain(recipe_of(name, seed)), sort_keys=True).replace(str(ROOT), "")
+    return CACHE / name / f"seed_{seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run's folder holds a whole run."""
+    return (folder / RUN).is_file() and read_json(folder / RUN).get("status") == "finished"
+
+
+def ensure(name: str, seeds: tuple[int, ...] = SEEDS, progress: bool = True) -> list[Path]:
+    """The folders of a set, one per seed, trained where they are not there yet."""
+    folders = []
+    for seed in seeds:
+        folder = folder_of(name, seed)
+        folders.append(folder)
+        if finished(folder):
+            continue
+        print(f"{name}, seed {seed} → {folder}", file=sys.stderr, flush=True)
+        if folder.exists() and checkpoints(folder):
+            resume(folder, Logs(progress))
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        execute(recipe_of(name, seed), folder, logs=Logs(progress))
+    return folders
+
+
+def arm_names(name: str) -> list[str]:
+    """The arms of a set, in order."""
+    arms: tuple[Arm, ...] = RUNSETS[name]().arms
+    return [arm.name for arm in arms]
+
+
+if __name__ == "__main__":
+    asked = sys.argv[1:] or list(RUNSETS)
+    if unknown := [name for name in asked if name not in RUNSETS]:
+        sys.exit(f"studies: a set of runs must be one of {', '.join(RUNSETS)}. Got {', '.join(unknown)} instead.")
+    for asked_name in asked:
+        ensure(asked_name, progress=sys.stderr.isatty())
