@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import cosae
 from cosae.evaluate.reconstruction import (
     measure,
     measure_with_and_without_sinks,
@@ -12,6 +13,7 @@ from cosae.evaluate.reconstruction import (
     per_document,
     rebuild_with_sinks,
 )
+from cosae.sae.calibrate import calibrate
 from cosae.types import Activations, Codes, CosaeError
 
 D = 6
@@ -79,13 +81,55 @@ def test_a_constant_offset_costs_the_global_fve_but_not_the_batch_one():
 
 def test_numbers_do_not_depend_on_the_batch_size():
     activations, sink_N = some_activations()
-    batch_dependent = {"fve_per_batch", "fve_per_batch_tokens"}
     for keep_N in (None, ~sink_N):
         whole, pieces = (measure(Planted(), activations, keep_N, batch_tokens=b) for b in (4096, 7))
-        for name in whole.keys() - batch_dependent - {"by_norm_quartile"}:
-            assert pieces[name] == pytest.approx(whole[name], rel=1e-9), name
-        for a, b in zip(whole["by_norm_quartile"], pieces["by_norm_quartile"], strict=True):
-            assert b == pytest.approx(a, rel=1e-9)
+        same_but_for_batches(whole, pieces, 1e-9)
+
+
+def same_but_for_batches(whole, pieces, tolerance):
+    """Every number but those that are of batches by definition."""
+    whole, pieces = (dict(found) for found in (whole, pieces))
+    quartiles = zip(whole.pop("by_norm_quartile"), pieces.pop("by_norm_quartile"), strict=True)
+    for one, other in ((whole, pieces), *quartiles):
+        for name in one.keys() - {"fve_per_batch", "fve_per_batch_tokens", "l0_histogram", "dead_by_tokens"}:
+            assert other[name] == pytest.approx(one[name], rel=tolerance), name
+        assert other["l0_histogram"] == one["l0_histogram"]
+    assert pieces["dead_by_tokens"] == whole["dead_by_tokens"]
+
+
+@pytest.mark.parametrize("selector", ["batch_topk", "topk", "jumprelu", "gated"])
+def test_a_trained_kind_of_sae_gives_the_same_numbers_at_any_batch_size_and_keeps_its_bytes(selector):
+    activations, sink_N = some_activations()
+    sae = cosae.SAE.build(D, 24, score="cosine", selector=selector, k=3, seed=0, sample=activations.x_ND)
+    calibrate(sae, activations.x_ND[~sink_N])
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    whole, *others = (measure(sae, activations, ~sink_N, batch_tokens=b) for b in (4096, 1, 33))
+    for other in others:
+        same_but_for_batches(whole, other, 1e-6)
+    after = sae.state_dict()
+    assert before.keys() == after.keys()
+    assert all(after[k].numpy().tobytes() == v.numpy().tobytes() for k, v in before.items())
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.5, 0.75), (1.25, 0.9375), (2.0, 0.0), (-1.0, -3.0)])
+def test_a_known_fve_comes_back_to_nine_digits(gain, expected):
+    """Tokens in opposite pairs have mean 0, so a gain g leaves exactly 1 - (1 - g)² explained."""
+    half_ND = torch.randint(-999, 1000, (300, D), generator=torch.Generator().manual_seed(1)).float()  # fp32 is exact
+    activations = Activations.bare(torch.cat([half_ND, -half_ND]))
+    numbers = measure(Planted(gain), activations, batch_tokens=101)
+    assert numbers["fve"] == pytest.approx(expected, abs=1e-9)
+    assert [q["fve_global"] for q in numbers["by_norm_quartile"]] == pytest.approx([expected] * 4, abs=1e-9)
+
+
+def test_a_far_mean_does_not_cost_digits():
+    half_ND = torch.randint(-8, 8, (300, D), generator=torch.Generator().manual_seed(1)).float()
+    activations = Activations.bare(torch.cat([half_ND, -half_ND]) + 4096.0)
+
+    class Shrinks(Planted):
+        def decode(self, codes):
+            return (codes.to_dense()[:, :D] - 4096.0) * 0.5 + 4096.0
+
+    assert measure(Shrinks(), activations)["fve"] == pytest.approx(0.75, abs=1e-9)
 
 
 def test_sinks_in_and_out_come_from_one_pass_and_equal_two():
@@ -113,6 +157,92 @@ def test_quartiles_hold_a_quarter_each_and_find_the_planted_failure():
     about_all = 1 - (2 * x_ND.double()).square().sum() / (x_ND.double() - mean_D).square().sum()
     assert quartiles[3]["fve_global"] == pytest.approx(float(about_all), rel=1e-6)
     assert quartiles[0]["norm_high"] == quartiles[1]["norm_low"]
+
+
+class Counted(Planted):
+    """Rebuilds x; token t fires the features counts_NF says, whatever it is. Tokens are told by their first entry."""
+
+    def __init__(self, fired_NF):
+        super().__init__(1.0)
+        self.fired_NF, self.d_sae = fired_NF.float(), fired_NF.shape[1]
+
+    def encode(self, x_BD):
+        self.x_BD = x_BD
+        return Codes.from_dense(self.fired_NF[x_BD[:, 0].long() - 1])
+
+    def decode(self, codes):
+        return self.x_BD
+
+
+def counted(fired_NF):
+    x_ND = torch.zeros(len(fired_NF), 2)
+    x_ND[:, 0] = torch.arange(1, len(fired_NF) + 1)
+    return Counted(fired_NF), Activations.bare(x_ND)
+
+
+def test_l0_has_a_distribution_over_all_tokens_and_in_every_quartile():
+    fired_NF = torch.arange(1, 9)[None, :] <= (torch.arange(100) // 25)[:, None] * 2  # quartile q fires 2q features
+    numbers = measure(*counted(fired_NF), batch_tokens=13)
+    assert numbers["l0"] == 3.0
+    assert numbers["l0_histogram"] == {"edges": list(range(8)), "counts": [25, 0, 25, 0, 25, 0, 25]}
+    assert numbers["l0_quantiles"] == [0, 0, 1.5, 3, 4.5, 6, 6]
+    assert [q["l0"] for q in numbers["by_norm_quartile"]] == [0, 2, 4, 6]
+    assert [q["l0_quantiles"][0] for q in numbers["by_norm_quartile"]] == [0, 2, 4, 6]
+    assert [sum(q["l0_histogram"]["counts"]) for q in numbers["by_norm_quartile"]] == [25] * 4
+    assert [q["dead_frac"] for q in numbers["by_norm_quartile"]] == [1, 6 / 8, 4 / 8, 2 / 8]
+    assert numbers["dead_frac"] == 2 / 8
+
+
+def test_a_long_tailed_l0_keeps_every_token_in_its_histogram():
+    fired_NF = torch.arange(3000)[None, :] < torch.tensor([0, 1, 2, 80, 80, 3000])[:, None]
+    histogram = measure(*counted(fired_NF))["l0_histogram"]
+    edges, counts = histogram["edges"], histogram["counts"]
+    assert (sum(counts), len(edges)) == (6, len(counts) + 1)
+    assert edges == sorted(set(edges))
+    assert len(edges) <= 130
+    assert [counts[0], counts[1], counts[2], counts[-1]] == [1, 1, 1, 1]
+    assert (edges[0], edges[-1]) == (0, 3001)
+
+
+def test_dead_and_rare_are_over_the_stated_tokens():
+    n = 20_000
+    fired_NF = torch.zeros(n, 5, dtype=torch.bool)
+    fired_NF[:, 0] = True
+    fired_NF[5000, 1] = True  # once in 20 000: rare
+    fired_NF[[0, 19_999], 2] = True  # twice: exactly 1 in 10 000 is not rare
+    fired_NF[1999, 3] = True  # rare, and known by token 2000
+    numbers = measure(*counted(fired_NF), batch_tokens=999)
+    assert (numbers["tokens"], numbers["dead_frac"], numbers["rare_frac"]) == (n, 1 / 5, 3 / 5)
+    assert numbers["rare_firings"] == pytest.approx(2.0)
+    assert numbers["dead_by_tokens"] == [
+        [1000, 3 / 5],
+        [2000, 2 / 5],
+        [4000, 2 / 5],
+        [8000, 1 / 5],
+        [16000, 1 / 5],
+        [n, 1 / 5],
+    ]
+    assert [q["rare_frac"] for q in numbers["by_norm_quartile"]] == [2 / 5, 3 / 5, 4 / 5, 3 / 5]
+
+
+def test_the_batch_variant_by_quartile_is_about_the_quartiles_own_mean_in_the_batch():
+    activations, sink_N = some_activations(n=400)
+    numbers = measure(Planted(0.5, offset=3.0), activations, ~sink_N, batch_tokens=400)
+    assert [q["fve_per_batch"] for q in numbers["by_norm_quartile"]] == pytest.approx([0.75] * 4, abs=1e-6)
+    assert all(q["fve"] < 0.7 for q in numbers["by_norm_quartile"])
+
+
+def test_padding_enters_nothing():
+    activations, sink_N = some_activations()
+    padded = Activations.cat([activations, Activations.bare(torch.zeros(50, D))])
+    more_N = torch.cat([sink_N, torch.zeros(50, dtype=torch.bool)])
+    plain = measure_with_and_without_sinks(Planted(), activations, sink_N)
+    found = measure_with_and_without_sinks(Planted(), padded, more_N)
+    assert (found["n_sinks"], found["sink_frac"]) == (4, 4 / 500)
+    for which in ("sinks_in", "sinks_out"):
+        assert found[which] == plain[which]
+    with pytest.raises(CosaeError, match="at least one token"):
+        measure(Planted(), padded[500:])
 
 
 def test_what_has_no_meaning_is_none_and_json_holds_it():

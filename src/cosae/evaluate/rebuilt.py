@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,9 +38,11 @@ class Rebuilt:
 
     error_N (N,) float64   |x - x̂|²          cosine_N (N,) float64   cos(x, x̂), 0 where either is 0
     norm_N  (N,) float64   |x̂|                l0_N     (N,) int64     codes != 0, signed ones included
-    keep    name -> (N,) bool, which tokens are in the set
-    fired   name -> (F,) int64, on how many tokens of the set each feature fired
+    keep    name -> (N,) bool, which tokens are in the set; never padding (all-zero rows)
+    fired   name -> (4, F) int64, on how many tokens of each norm quartile of the set a feature fired
+    first   name -> (F,) int64, tokens of the set before the first on which a feature fired; the set's size if none
     within  name -> residual and total sum of squares about each batch's own mean
+    within_quartile  name -> the same for each norm quartile, about its own mean in the batch
     """
 
     error_N: Tensor
@@ -48,8 +51,51 @@ class Rebuilt:
     l0_N: Tensor
     keep: Mapping[str, Tensor]
     fired: Mapping[str, Tensor]
+    first: Mapping[str, Tensor]
     within: Mapping[str, tuple[float, float]]
+    within_quartile: Mapping[str, list[tuple[float, float]]]
     batch_tokens: int
+
+
+@dataclass
+class _Set:
+    """One set of tokens while the batches pass: its members, their norm quartiles, and its sums so far."""
+
+    keep_N: Tensor
+    quartile_N: Tensor
+    place_N: Tensor
+    fired_4F: Tensor
+    first_F: Tensor
+    within_5: list[tuple[float, float]]
+
+    @classmethod
+    def of(cls, keep_N: Tensor, norm_N: Tensor, d_sae: int) -> _Set:
+        return cls(
+            keep_N=keep_N,
+            quartile_N=norm_quartiles(norm_N, keep_N)[0],
+            place_N=torch.cumsum(keep_N.long(), 0) - 1,
+            fired_4F=torch.zeros(4, d_sae, dtype=torch.int64),
+            first_F=torch.full((d_sae,), int(keep_N.sum()), dtype=torch.int64),
+            within_5=[(0.0, 0.0)] * 5,
+        )
+
+    def add(self, rows: slice, token_E: Tensor, feature_E: Tensor, x_BD: Tensor, residual_BD: Tensor) -> None:
+        """Batch `rows`, with entries (token within the batch, feature)."""
+        quartile_B = self.quartile_N[rows]
+        in_E = quartile_B[token_E] >= 0
+        token_E, feature_E = token_E[in_E], feature_E[in_E]
+        n_features = len(self.first_F)
+        flat = torch.bincount(quartile_B[token_E] * n_features + feature_E, minlength=4 * n_features)
+        self.fired_4F += flat.view(4, n_features)
+        self.first_F.scatter_reduce_(0, feature_E, self.place_N[rows][token_E], "amin")
+        chosen = [quartile_B >= 0, *(quartile_B == q for q in range(4))]
+        for i, in_B in enumerate(chosen):
+            residual, total = self.within_5[i]
+            in_B = in_B.to(x_BD.device)
+            self.within_5[i] = (
+                residual + _about_own_mean(residual_BD[in_B]),
+                total + _about_own_mean(x_BD[in_B]),
+            )
 
 
 @torch.no_grad()
@@ -60,9 +106,9 @@ def rebuild(
     n = len(activations)
     error_N, cosine_N, norm_N = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
     l0_N = torch.zeros(n, dtype=torch.int64)
-    keep = {name: _checked(kept_N, n) for name, kept_N in keep.items()}
-    fired = {name: torch.zeros(sae.d_sae, dtype=torch.int64) for name in keep}
-    within = dict.fromkeys(keep, (0.0, 0.0))
+    live_N = (activations.x_ND != 0).any(-1).cpu()
+    length_N = activations.norm_N.cpu().double()
+    sets = {name: _Set.of(_checked(kept_N, n) & live_N, length_N, sae.d_sae) for name, kept_N in keep.items()}
     for rows in row_slices(n, batch_tokens):
         codes = sae.encode(activations.x_ND[rows].float())
         x_BD = activations.x_ND[rows].double()
@@ -75,22 +121,35 @@ def rebuild(
         alive_E = (codes.value_E != 0).cpu()
         token_E, feature_E = codes.token_E.cpu()[alive_E], codes.feature_E.cpu()[alive_E]
         l0_N[rows] = torch.bincount(token_E, minlength=len(x_BD))
-        for name, kept_N in keep.items():
-            kept_B = kept_N[rows]
-            fired[name] += torch.bincount(feature_E[kept_B[token_E]], minlength=sae.d_sae)
-            residual, total = within[name]
-            on_device_B = kept_B.to(x_BD.device)
-            within[name] = (
-                residual + _about_own_mean(residual_BD[on_device_B]),
-                total + _about_own_mean(x_BD[on_device_B]),
-            )
-    return Rebuilt(error_N, cosine_N, norm_N, l0_N, keep, fired, within, batch_tokens)
+        for one in sets.values():
+            one.add(rows, token_E, feature_E, x_BD, residual_BD)
+    return Rebuilt(
+        error_N,
+        cosine_N,
+        norm_N,
+        l0_N,
+        keep={name: one.keep_N for name, one in sets.items()},
+        fired={name: one.fired_4F for name, one in sets.items()},
+        first={name: one.first_F for name, one in sets.items()},
+        within={name: one.within_5[0] for name, one in sets.items()},
+        within_quartile={name: one.within_5[1:] for name, one in sets.items()},
+        batch_tokens=batch_tokens,
+    )
 
 
 def rebuild_with_sinks(sae: Autoencoder, activations: Activations, sink_N: Tensor, batch_tokens: int = 4096) -> Rebuilt:
-    """`rebuild` with the sets "in" (all tokens) and "out" (those where sink_N is False)."""
+    """`rebuild` with the sets "in" (all tokens but padding) and "out" (those of them where sink_N is False)."""
     sink_N = _checked(sink_N, len(activations))
     return rebuild(sae, activations, {"in": torch.ones_like(sink_N), "out": ~sink_N}, batch_tokens)
+
+
+def norm_quartiles(norm_N: Tensor, kept_N: Tensor) -> tuple[Tensor, list[float]]:
+    """(N,) norm quartile 0..3, -1 where not kept; and the five cuts. Equal norms stay in one quartile."""
+    if not bool(kept_N.any()):
+        return torch.full_like(kept_N, -1, dtype=torch.int64), [0.0] * 5
+    cuts = np.quantile(norm_N[kept_N].numpy(), [0, 0.25, 0.5, 0.75, 1]).tolist()
+    quartile_N = torch.bucketize(norm_N, torch.tensor(cuts[1:4], dtype=torch.float64))
+    return torch.where(kept_N, quartile_N, -1), cuts
 
 
 def spread(activations: Activations, kept_N: Tensor) -> Tensor:

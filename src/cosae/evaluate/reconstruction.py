@@ -8,11 +8,14 @@ In: an SAE (`encode`, `decode`, `d_sae`) and Activations. Out: plain numbers (pa
     median_token_fve  median over tokens of 1 - |x - x̂|² / |x - mean x|²: a few huge tokens cannot carry it
     cosine            mean of cos(x, x̂), uncentred
     norm_ratio        mean |x̂| / mean |x|
+    l0                codes ≠ 0 per token: mean, quantiles and a histogram over tokens
+    dead, rare        share of features that never fired, and that fired on fewer than 1 in 10 000, of THESE tokens:
+                      the more tokens, the fewer dead, which `dead_by_tokens` shows
 
 One pass encodes and decodes; what it leaves per token is summed in float64 afterwards, so that nothing but
 `fve_per_batch` depends on the batch size. The mean and the quartile cuts come from the tokens measured, so a
-few sinks left in move the mean that every other token is held against. A number that has no meaning (a
-variance of 0, an empty quartile) is None.
+few sinks left in move the mean that every other token is held against. All-zero rows are padding and enter nothing.
+A number that has no meaning (a variance of 0, an empty quartile) is None.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from cosae.evaluate.intervals import (
 from cosae.evaluate.rebuilt import (
     Autoencoder,
     Rebuilt,
+    norm_quartiles,
     rebuild,
     rebuild_with_sinks,
     spread,
@@ -43,6 +47,12 @@ from cosae.types import Activations, CosaeError
 
 RARE_RATE = 1e-4
 """A feature that fires on a smaller share of the tokens than this is counted as rare, dead ones included."""
+
+L0_LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+UNIT_BINS = 128
+"""Largest L0 up to which its histogram has a bin for every count; beyond, bins widen in proportion to the count."""
+FIRST_TOKENS = 1000
+"""The dead share is also given over the first 1000, 2000, 4000 ... tokens."""
 
 _BLOCKS = 256
 _MEDIAN_RESAMPLES = 500  # each costs a pass over all tokens
@@ -74,6 +84,12 @@ def measure(
 ) -> dict[str, Any]:
     """Reconstruction of the tokens where keep_N (N,) bool is True (all of them by default), as plain numbers.
 
+    `tokens` is what every share is over. l0_quantiles at l0_levels; l0_histogram: counts[i] tokens have
+    edges[i] ≤ L0 < edges[i + 1]. rare: fired on fewer than `rare_firings` = rare_below · tokens of them, dead ones
+    included. dead_by_tokens: rows [n, share of features that did not fire on the first n], in the order given.
+    by_norm_quartile: each of these numbers over each quartile of |x|; `fve` is about the quartile's own mean,
+    `fve_global` and `median_token_fve` about the set's.
+
     median_norm is what the quartiles' ends are divided by (`norm_high_over_median`); the measured tokens' own
     median by default. Raises CosaeError when there are no tokens.
     """
@@ -95,13 +111,13 @@ def measure_with_and_without_sinks(
     Pass the `rebuilt` of `rebuild_with_sinks` when the sums by document are wanted as well.
     """
     rebuilt = rebuild_with_sinks(sae, activations, sink_N, batch_tokens) if rebuilt is None else rebuilt
-    sink_N = ~rebuilt.keep["out"]
-    n_sinks = int(sink_N.sum())
+    sink_N = rebuilt.keep["in"] & ~rebuilt.keep["out"]
+    n_sinks, n = int(sink_N.sum()), int(rebuilt.keep["in"].sum())
     return {
         "sinks_in": summarise(rebuilt, activations, "in", median_norm),
         "sinks_out": summarise(rebuilt, activations, "out", median_norm),
         "n_sinks": n_sinks,
-        "sink_frac": n_sinks / len(activations),
+        "sink_frac": n_sinks / n,
         "on_sinks": _averages(rebuilt, activations.norm_N.cpu().double(), sink_N) if n_sinks else None,
     }
 
@@ -116,25 +132,19 @@ def summarise(
         raise CosaeError("reconstruction needs at least one token to measure; got none instead: check the filter")
     norm_N = activations.norm_N.cpu().double()
     total_N = spread(activations, kept_N)
-    quartile_N, cuts = _quartiles(norm_N, kept_N)
-    residual, total = rebuilt.within[name]
-    rate_F = rebuilt.fired[name].double() / n
+    quartile_N, cuts = norm_quartiles(norm_N, kept_N)
     middle = float(np.median(norm_N[kept_N].numpy())) if median_norm is None else median_norm
-    levels = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]
     return {
-        "tokens": n,
         "fve": _one_minus(float(rebuilt.error_N[kept_N].sum()), float(total_N[kept_N].sum())),
-        "fve_per_batch": _one_minus(residual, total),
-        "fve_per_batch_tokens": rebuilt.batch_tokens,
         "median_token_fve": _median_token_fve(rebuilt.error_N[kept_N], total_N[kept_N]),
-        **_averages(rebuilt, norm_N, kept_N),
-        "l0_quantiles": np.quantile(rebuilt.l0_N[kept_N].numpy(), levels).tolist(),
-        "dead_frac": float((rate_F == 0).double().mean()),
-        "rare_frac": float((rate_F < RARE_RATE).double().mean()),
+        **_numbers(rebuilt, norm_N, kept_N, rebuilt.within[name], rebuilt.fired[name].sum(0)),
+        "fve_per_batch_tokens": rebuilt.batch_tokens,
+        "l0_levels": list(L0_LEVELS),
         "rare_below": RARE_RATE,
+        "dead_by_tokens": _dead_by_tokens(rebuilt.first[name], n),
         "median_norm": middle,
         "by_norm_quartile": [
-            _quartile(rebuilt, activations, quartile_N == q, total_N, norm_N, (cuts[q], cuts[q + 1]), middle)
+            _quartile(rebuilt, activations, name, q, quartile_N == q, total_N, norm_N, (cuts[q], cuts[q + 1]), middle)
             for q in range(4)
         ],
     }
@@ -203,16 +213,11 @@ def paired_fve_differences(
     return rows
 
 
-def _quartiles(norm_N: Tensor, kept_N: Tensor) -> tuple[Tensor, list[float]]:
-    """(N,) norm quartile 0..3, -1 where not kept; and the five cuts. Equal norms stay in one quartile."""
-    cuts = np.quantile(norm_N[kept_N].numpy(), [0, 0.25, 0.5, 0.75, 1]).tolist()
-    quartile_N = torch.bucketize(norm_N, torch.tensor(cuts[1:4], dtype=torch.float64))
-    return torch.where(kept_N, quartile_N, -1), cuts
-
-
 def _quartile(
     rebuilt: Rebuilt,
     activations: Activations,
+    name: str,
+    q: int,
     in_N: Tensor,
     total_N: Tensor,
     norm_N: Tensor,
@@ -220,33 +225,60 @@ def _quartile(
     median_norm: float,
 ) -> dict[str, Any]:
     """One norm quartile. `fve` is about its own mean, `fve_global` and the median token's about the set's."""
-    place = {
+    numbers = _numbers(rebuilt, norm_N, in_N, rebuilt.within_quartile[name][q], rebuilt.fired[name][q])
+    error = float(rebuilt.error_N[in_N].sum())
+    return {
         "norm_low": ends[0],
         "norm_high": ends[1],
         "norm_high_over_median": ends[1] / median_norm if median_norm else None,
-        "tokens": int(in_N.sum()),
-    }
-    if not place["tokens"]:
-        empty = ("fve", "fve_global", "median_token_fve", "cosine", "norm_ratio", "l0")
-        return {**place, **dict.fromkeys(empty)}
-    error = float(rebuilt.error_N[in_N].sum())
-    own = float(spread(activations, in_N)[in_N].sum())
-    return {
-        **place,
-        "fve": _one_minus(error, own),
+        "fve": _one_minus(error, float(spread(activations, in_N)[in_N].sum())),
         "fve_global": _one_minus(error, float(total_N[in_N].sum())),
         "median_token_fve": _median_token_fve(rebuilt.error_N[in_N], total_N[in_N]),
+        **numbers,
+    }
+
+
+def _numbers(
+    rebuilt: Rebuilt, norm_N: Tensor, in_N: Tensor, within: tuple[float, float], fired_F: Tensor
+) -> dict[str, Any]:
+    """What is counted alike for a whole set and for a quartile of it; None where it has no token."""
+    n = int(in_N.sum())
+    some = n > 0
+    return {
+        "tokens": n,
+        "fve_per_batch": _one_minus(*within),
         **_averages(rebuilt, norm_N, in_N),
+        "l0_quantiles": np.quantile(rebuilt.l0_N[in_N].numpy(), L0_LEVELS).tolist() if some else None,
+        "l0_histogram": _l0_histogram(rebuilt.l0_N[in_N].numpy()) if some else None,
+        "dead_frac": float((fired_F == 0).double().mean()) if some else None,
+        "rare_frac": float((fired_F < RARE_RATE * n).double().mean()) if some else None,
+        "rare_firings": RARE_RATE * n,
     }
 
 
 def _averages(rebuilt: Rebuilt, norm_N: Tensor, in_N: Tensor) -> dict[str, Any]:
+    if not bool(in_N.any()):
+        return {"cosine": None, "norm_ratio": None, "l0": None}
     mean_norm = float(norm_N[in_N].mean())
     return {
         "cosine": float(rebuilt.cosine_N[in_N].mean()),
         "norm_ratio": float(rebuilt.norm_N[in_N].mean()) / mean_norm if mean_norm > 0 else None,
         "l0": float(rebuilt.l0_N[in_N].double().mean()),
     }
+
+
+def _l0_histogram(l0_n: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, list[int]]:
+    largest = int(l0_n.max())
+    edges = np.arange(largest + 2)
+    if largest > UNIT_BINS:
+        edges = np.unique(np.concatenate([[0], np.geomspace(1, largest + 1, UNIT_BINS).round().astype(np.int64)]))
+    counts = np.bincount(np.searchsorted(edges, l0_n, side="right") - 1, minlength=len(edges) - 1)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def _dead_by_tokens(first_F: Tensor, n: int) -> list[list[float]]:
+    sizes = [FIRST_TOKENS << i for i in range(64) if FIRST_TOKENS << i < n]
+    return [[size, float((first_F >= size).double().mean())] for size in [*sizes, n]]
 
 
 def _median_token_fve(error_N: Tensor, total_N: Tensor) -> float | None:
