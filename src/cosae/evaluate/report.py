@@ -43,7 +43,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
         place = "run" if len(records) > 1 else "only"
         body.append(tag("section", *run_section(record, looks), id=f"run{at}", class_=place))
     body.append(reading())
-    return _write(Path(out), _page(", ".join(r.name for r in records), body))
+    return write_page(Path(out), ", ".join(r.name for r in records), body)
 
 
 def summary_table(run_dirs: Sequence[Path | str]) -> str:
@@ -64,6 +64,11 @@ def _looks(records: Iterable[RunRecord]) -> Looks:
     """One look per arm name, over all runs."""
     names = dict.fromkeys(arm for record in records for arm in record.arms)
     return {name: style_of(i) for i, name in enumerate(names)}
+
+
+def write_page(out: Path, title: str, body: Sequence[object]) -> Path:
+    """One self-contained page in the report's style, written in one step; returns its path. Raises CosaeError."""
+    return _write(out, _page(title, body))
 
 
 def _page(title: str, body: Sequence[object]) -> str:
