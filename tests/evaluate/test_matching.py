@@ -1,15 +1,21 @@
-"""Matching: a known permutation is recovered, correlations are exact, and shares are read against a yardstick."""
+"""Matching: a known permutation is recovered, correlations are exact, shares are read against a yardstick."""
 
 from __future__ import annotations
 
+import copy
+import resource
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from cosae.evaluate.matching import Pairs, against_yardstick, discovery_separability, match
-from cosae.types import Codes, CosaeError
+import cosae
+from cosae.evaluate import matching as module
+from cosae.evaluate import similarity
+from cosae.evaluate.matching import against_yardstick, match, match_saes
+from cosae.sae.calibrate import calibrate
+from cosae.types import Activations, Codes, CosaeError
 
 
 def sparse_codes(n: int = 400, f: int = 12, seed: int = 0, rate: float = 0.2) -> torch.Tensor:
@@ -106,33 +112,163 @@ def test_a_share_is_read_against_same_score_pairs() -> None:
     found = against_yardstick(partly, [whole, whole])
     assert found["ratio"] == pytest.approx(0.5)
     assert 0.4 < found["low"] < 0.5 < found["high"] < 0.6
+    assert found["difference"] == pytest.approx(-0.5)
+    assert found["paired"]
     same = against_yardstick(partly, [partly])
-    assert same["ratio"] == 1.0
-    assert same["low"] < 1.0 < same["high"]
+    # the same features are drawn for both, so nothing is left to chance
+    assert (same["ratio"], same["low"], same["high"], same["difference_high"]) == (1.0, 1.0, 1.0, 0.0)
     with pytest.raises(CosaeError, match="at least one same-score pair"):
         against_yardstick(partly, [])
+    with pytest.raises(CosaeError, match="in the same way"):
+        against_yardstick(
+            partly, [match(Codes.from_dense(dense), Codes.from_dense(dense), decoder, decoder, method="mutual")]
+        )
 
 
-def test_discovery_and_separability_have_their_closed_forms() -> None:
-    """B's gain of 0.2 comes wholly from a feature A has not; then wholly from a matched one."""
-    concepts = 30
-    a = np.full((3, concepts), 0.6)
-    b = np.full((3, concepts), 0.6)
-    b[2] = 0.8
-    pairs = Pairs(np.array([0, 1]), np.array([0, 1]), np.ones(2), np.ones(2))
-    new = discovery_separability(a, a, b, b, pairs)
-    assert new["gap_full"]["mean"] == pytest.approx(0.2)
-    assert (new["gap_matched"]["mean"], new["discovery_frac"]) == (0.0, 1.0)
-    shared = Pairs(np.array([0, 2]), np.array([0, 2]), np.ones(2), np.ones(2))
-    sharper = discovery_separability(a, a, b, b, shared)
-    assert sharper["separability_frac"] == pytest.approx(1.0)
-    equal = discovery_separability(a, a, a, a, shared)
-    assert (equal["separability_frac"], equal["discovery_frac"]) == (None, None)
+def test_a_yardstick_of_other_features_is_resampled_on_its_own() -> None:
+    """Half of 200 features shared, against a pair of other SAEs that shares 3/4: resamples are drawn apart."""
+    dense, decoder = sparse_codes(f=200), rows(200)
+    half, quarter = dense.clone(), dense.clone()
+    half[:, :100] = sparse_codes(f=100, seed=8)
+    quarter[:, :50] = sparse_codes(f=50, seed=9)
+    fewer = dense.clone()
+    fewer[10:, 199] = 0
+    fewer[:, 199].clamp_(max=0)
+    partly = match(Codes.from_dense(dense), Codes.from_dense(half), decoder, decoder)
+    yardstick = match(Codes.from_dense(fewer), Codes.from_dense(quarter), decoder, decoder)
+    found = against_yardstick(partly, [yardstick])
+    assert not found["paired"]
+    assert found["yardstick_frac"] == pytest.approx(149 / 199)
+    # two independent binomials: the standard deviation of the difference is known
+    sd = (0.25 / 200 + 149 / 199 * 50 / 199 / 199) ** 0.5
+    assert found["difference_high"] - found["difference_low"] == pytest.approx(2 * 1.96 * sd, rel=0.1)
 
 
-def test_features_are_chosen_in_training_and_scored_held_out() -> None:
-    train, held = np.array([[0.9, 0.5], [0.8, 0.6]]), np.array([[0.5, 0.9], [0.95, 0.7]])
-    other = np.full((2, 2), 0.5)
-    pairs = Pairs(np.array([0]), np.array([0]), np.ones(1), np.ones(1))
-    found = discovery_separability(other, other, train, held, pairs)
-    assert found["gap_full"]["mean"] == pytest.approx((0.0 + 0.2) / 2)
+@pytest.mark.parametrize("method", ["hungarian", "mutual"])
+def test_pairs_can_be_made_by_the_decoder_alone(method: str) -> None:
+    """Codes say nothing (independent), decoder rows are a permutation: found, but not shared."""
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(4))
+    codes_a, codes_b = Codes.from_dense(sparse_codes()), Codes.from_dense(sparse_codes(seed=7))
+    found = match(codes_a, codes_b, rows(), 7 * rows()[order], by="cosine", method=method)
+    assert order[found.pairs.b].tolist() == list(range(12))
+    assert found.pairs.cosine == pytest.approx(np.ones(12), rel=1e-6)
+    assert (found.numbers()["by"], found.numbers()["shared_frac"]) == ("cosine", 0.0)
+    with pytest.raises(CosaeError, match="correlation or cosine"):
+        match(codes_a, codes_b, rows(), rows(), by="both")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by", ["correlation", "cosine"])
+def test_chunks_change_nothing(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = sparse_codes(f=30, seed=1), sparse_codes(f=40, seed=1, rate=0.3)
+    codes = Codes.from_dense(a), Codes.from_dense(b), rows(30), rows(40, seed=3)
+    whole = match(*codes, by=by, method="mutual")
+    monkeypatch.setattr(similarity, "CHUNK_ELEMENTS", 1)
+    pieces = match(*codes, by=by, method="mutual")
+    assert whole.pairs.a.tolist() == pieces.pairs.a.tolist()
+    assert whole.pairs.b.tolist() == pieces.pairs.b.tolist()
+    assert pieces.numbers() == whole.numbers()
+    cosine = torch.nn.functional.cosine_similarity(rows(30)[:, None], rows(40, seed=3)[None], dim=-1).double().numpy()
+    value = cosine if by == "cosine" else np.corrcoef(a.double().numpy().T, b.double().numpy().T)[:30, 30:]
+    mutual = [(i, int(value[i].argmax())) for i in range(30) if value[:, value[i].argmax()].argmax() == i]
+    assert list(zip(whole.pairs.a.tolist(), whole.pairs.b.tolist(), strict=True)) == mutual
+
+
+def test_a_code_that_is_the_same_everywhere_has_no_correlation() -> None:
+    dense = sparse_codes()
+    dense[:, 3] = 0.1
+    found = match(Codes.from_dense(dense), Codes.from_dense(dense), rows(), rows())
+    assert 3 not in found.alive_a
+    assert np.isfinite(found.pairs.correlation).all()
+
+
+def test_a_small_change_on_a_large_code_is_still_correlated() -> None:
+    """Codes far from 0 on every token: means are taken out without losing the digits that differ."""
+    generator = torch.Generator().manual_seed(0)
+    wave = torch.rand(500, generator=generator)
+    dense = torch.stack([1000 + wave, 1000 + torch.rand(500, generator=generator)], 1)
+    found = match(Codes.from_dense(dense), Codes.from_dense(dense.flip(1)), torch.eye(2), torch.eye(2).flip(0))
+    assert found.pairs.b.tolist() == [1, 0]
+    assert found.pairs.correlation == pytest.approx([1.0, 1.0], abs=1e-6)
+
+
+def saes_and_activations() -> tuple[cosae.SAE, cosae.SAE, torch.Tensor, Activations]:
+    """An SAE, the same with its features in another order, the order, and activations with two sinks."""
+    x_ND = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
+    sae = cosae.SAE.build(8, 24, score="cosine_per_feature", k=4, seed=1, sample=x_ND)
+    calibrate(sae, x_ND)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(2))
+    other = copy.deepcopy(sae)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name != "centre_D":
+                parameter.copy_(parameter[order])
+    x_ND = torch.cat([x_ND, 1000 * torch.ones(2, 8), torch.zeros(5, 8)])
+    return sae, other, order, Activations.bare(x_ND)
+
+
+def test_an_sae_and_its_reordered_twin_are_the_same_and_neither_changes() -> None:
+    sae, other, order, activations = saes_and_activations()
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    sink_N = activations.norm_N > 100
+    found = match_saes(sae, other, activations, sink_N, min_firings=3)
+    assert found.tokens == 600  # neither the sinks nor the padding
+    assert len(found.pairs) > 10
+    assert order[found.pairs.b].tolist() == found.pairs.a.tolist()
+    assert found.numbers()["shared_frac"] == 1.0
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+    with_sinks = match_saes(sae, other, activations, min_firings=3)
+    assert with_sinks.tokens == 602
+
+
+def test_sinks_left_in_make_strangers_correlate() -> None:
+    """Two unrelated sets of features that all fire hard on one sink of 300 tokens: the paper's rule matches them."""
+    a, b = sparse_codes(300, rate=0.1), sparse_codes(300, seed=8, rate=0.1)
+    sinks_a, sinks_b = a.clone(), b.clone()
+    sinks_a[0], sinks_b[0] = 500.0, 500.0
+    decoder = torch.ones(12, 4)
+    clean = match(Codes.from_dense(a), Codes.from_dense(b), decoder, decoder).numbers()
+    fooled = match(Codes.from_dense(sinks_a), Codes.from_dense(sinks_b), decoder, decoder).numbers()
+    assert (clean["paper_frac_a"], fooled["paper_frac_a"]) == (0.0, 1.0)
+    assert fooled["paper_partners_b"] <= 12
+
+
+def test_what_saes_cannot_be_matched_on_is_refused() -> None:
+    sae, other, _, activations = saes_and_activations()
+    with pytest.raises(CosaeError, match="each of 607 activations"):
+        match_saes(sae, other, activations, torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(CosaeError, match="at least one token"):
+        match_saes(sae, other, activations, torch.ones(607, dtype=torch.bool))
+    fresh = cosae.SAE.build(8, 24, selector="batch_topk", k=4, seed=1)
+    with pytest.raises(CosaeError, match="inference threshold"):
+        match_saes(sae, fresh, activations)
+
+
+def test_too_many_features_for_the_assignment_are_refused_and_mutual_takes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes = Codes.from_dense(sparse_codes())
+    monkeypatch.setattr(module, "HUNGARIAN_MAX", 11)
+    with pytest.raises(CosaeError, match="method='mutual'"):
+        match(codes, codes, rows(), rows())
+    assert len(match(codes, codes, rows(), rows(), method="mutual").pairs) == 12
+
+
+@pytest.mark.slow
+def test_sixteen_thousand_features_a_side_stay_within_memory() -> None:
+    """16 384 × 16 384: a permutation is found; the whole matrix would take 2 GB, a chunk takes 32 MB."""
+    n, f, k = 4000, 16_384, 32
+    generator = torch.Generator().manual_seed(0)
+    feature_NK = torch.rand(n, f, generator=generator).topk(k, dim=1).indices.sort(dim=1).values
+    offset = torch.arange(n + 1) * k
+    value_E = torch.rand(n * k, generator=generator)
+    codes = Codes(offset, feature_NK.flatten(), value_E, f, (n,))
+    order = torch.randperm(f, generator=generator)
+    place_F = order.argsort()
+    moved_NK, within = place_F[feature_NK].sort(dim=1)
+    other = Codes(offset, moved_NK.flatten(), value_E.view(n, k).gather(1, within).flatten(), f, (n,))
+    decoder = torch.randn(f, 16, generator=generator)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = match(codes, other, decoder, decoder[order], method="mutual", min_firings=3)
+    assert order[found.pairs.b].tolist() == found.pairs.a.tolist()
+    assert len(found.pairs) == len(found.alive_a) > 10_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kilobytes

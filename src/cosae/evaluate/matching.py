@@ -1,32 +1,36 @@
-"""Which features do two SAEs share, and does a probing gap come from new features or from sharper ones?
+"""Which features do two SAEs share, and is that fewer than two seeds of one SAE share?
 
 In: codes of two SAEs on the same tokens (those a filter keeps: on sinks thousands of features co-fire and every
 correlation is theirs, paper §9 A3) and their decoder rows. Out: one-to-one pairs and plain numbers.
 
-    ρ_ij   Pearson correlation of codes over tokens, exact from sparse products in float64
+    ρ_ij   Pearson correlation of codes over tokens, exact, float64 (cosae.evaluate.similarity)
     cos_ij ⟨d_i, d'_j⟩ / |d_i||d'_j|
-    pairs  Hungarian: Σ ρ over pairs is largest; or mutual: i and j are each other's best by ρ
+    pairs  by ρ or by cos; Hungarian: their sum over pairs is largest; or mutual: i and j are each other's best
     shared a pair with ρ ≥ 0.7 and cos > 0.7 (the paper's thresholds, §6)
-    paper  for each feature of A its best of B, many to one: the share of A's features with such a best. Not symmetric
+    paper  for each feature of A its best of B by ρ, many to one: the share of A's features with such a best that is
+           also shared. Not symmetric
 
-A share means nothing alone: two seeds of one score share only part of their features: `against_yardstick`.
+A share means nothing alone: two seeds of one score share only part of their features. `against_yardstick` divides by
+theirs. What the pairs say about a probing gap: cosae.evaluate.discovery.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cosae.evaluate.geometry import unit_rows
-from cosae.evaluate.intervals import RESAMPLES, mean_interval, percentile_interval, resample_counts
-from cosae.types import Codes, CosaeError
+from cosae.evaluate.encoding import encode_all
+from cosae.evaluate.intervals import RESAMPLES, percentile_interval
+from cosae.evaluate.rebuilt import Autoencoder
+from cosae.evaluate.similarity import SIMILARITIES, Side, Similarity, best_partners, side_of, similarities_of
+from cosae.types import Activations, Codes, CosaeError
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -36,8 +40,14 @@ MIN_CORRELATION = 0.7
 MIN_COSINE = 0.7
 MIN_FIRINGS = 10
 HUNGARIAN_MAX = 8192
-"""Alive features above which the assignment is refused: it costs F³ time and a dense F × F matrix."""
-CHUNK = 2048
+"""Alive features above which the assignment is refused: it costs F³ time and a dense F × F matrix (512 MB)."""
+
+
+class Decoding(Autoencoder, Protocol):
+    """What is asked of an SAE here: codes, and decoder rows (F, D)."""
+
+    @property
+    def W_dec(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,10 @@ class Pairs:
 class Matching:
     """Everything `match` found. alive_a, alive_b: ids of features that fire on at least `min_firings` tokens."""
 
+    by: Similarity
     method: Method
+    tokens: int
+    min_firings: int
     pairs: Pairs
     alive_a: Indices
     alive_b: Indices
@@ -75,13 +88,23 @@ class Matching:
     """Features of A that the paper's one-directional rule calls matched."""
     paper_b: Indices
     """Features of B by the same rule in the other direction."""
+    paper_partners_b: int
+    """How many different features of B were the best of paper_a: fewer, as many may share one."""
+    paper_partners_a: int
 
     def numbers(self) -> dict[str, Any]:
-        """Plain numbers: shares of alive features, with the means over shared pairs."""
+        """Plain numbers: shares of alive features, and means over all pairs.
+
+        shared_frac is over the smaller side, paper_frac_a and _b over alive features of A and B by the paper's rule,
+        paper_partners_b and _a: how many different features those were given as their best.
+        """
         shared = self.pairs.shared()
         smaller = max(min(len(self.alive_a), len(self.alive_b)), 1)
         return {
+            "by": self.by,
             "method": self.method,
+            "tokens": self.tokens,
+            "min_firings": self.min_firings,
             "alive_a": len(self.alive_a),
             "alive_b": len(self.alive_b),
             "pairs": len(self.pairs),
@@ -91,9 +114,48 @@ class Matching:
             "mean_cosine": float(self.pairs.cosine.mean()) if len(self.pairs) else None,
             "paper_frac_a": len(self.paper_a) / max(len(self.alive_a), 1),
             "paper_frac_b": len(self.paper_b) / max(len(self.alive_b), 1),
+            "paper_partners_b": self.paper_partners_b,
+            "paper_partners_a": self.paper_partners_a,
             "min_correlation": MIN_CORRELATION,
             "min_cosine": MIN_COSINE,
         }
+
+
+@torch.no_grad()
+def match_saes(
+    sae_a: Decoding,
+    sae_b: Decoding,
+    activations: Activations,
+    sink_N: Tensor | None = None,
+    *,
+    by: Similarity = "correlation",
+    method: Method = "hungarian",
+    min_firings: int = MIN_FIRINGS,
+) -> Matching:
+    """`match` of two SAEs of one site, on the tokens that are neither padding nor, with sink_N (N,) bool, sinks.
+
+    Changes neither SAE. Raises CosaeError for a mask of another length, no token left, an SAE whose codes depend on
+    the batch (batch_topk without a threshold), and where `match` does.
+    """
+    n = len(activations)
+    if sink_N is not None and (sink_N.dtype != torch.bool or tuple(sink_N.shape) != (n,)):
+        raise CosaeError(
+            f"sinks must be a boolean tensor with one entry for each of {n} activations. "
+            f"Got {sink_N.dtype} of shape {tuple(sink_N.shape)} instead."
+        )
+    if not all(getattr(sae, "calibrated", True) for sae in (sae_a, sae_b)):
+        raise CosaeError(
+            "matching reads each token on its own, and one of the SAEs is a batch_topk without an inference threshold: "
+            "calibrate it first (cosae.sae.calibrate.calibrate)."
+        )
+    keep_N = (activations.x_ND != 0).any(-1)
+    if sink_N is not None:
+        keep_N &= ~sink_N.to(keep_N.device)
+    if not bool(keep_N.any()):
+        raise CosaeError("matching needs at least one token that is neither padding nor a sink; got none.")
+    kept = activations[keep_N]
+    codes_a, codes_b = encode_all(sae_a, kept), encode_all(sae_b, kept)
+    return match(codes_a, codes_b, sae_a.W_dec, sae_b.W_dec, by=by, method=method, min_firings=min_firings)
 
 
 def match(
@@ -102,6 +164,7 @@ def match(
     decoder_a_FD: Tensor,
     decoder_b_FD: Tensor,
     *,
+    by: Similarity = "correlation",
     method: Method = "hungarian",
     min_firings: int = MIN_FIRINGS,
 ) -> Matching:
@@ -109,194 +172,120 @@ def match(
 
     codes_a, codes_b          of the same N tokens, those a filter keeps
     decoder_a_FD, decoder_b_FD  (F, D) rows of any length, in one space
-    method   "hungarian" up to 8192 alive features; "mutual" for any number, chunk by chunk
-    Features that fire on fewer than `min_firings` tokens are left out. Raises CosaeError for different tokens or
-    widths, an unknown method, or too many features for the assignment.
+    by       what pairs are made by: "correlation" of codes or "cosine" of decoder rows
+    method   "hungarian" up to 8192 alive features; "mutual" for any number, in memory bounded by chunks
+    Features that fire on fewer than `min_firings` tokens, or alike on all of them, are left out. Raises CosaeError for
+    different tokens or widths, an unknown similarity or method, or too many features for the assignment.
     """
-    if codes_a.n_tokens != codes_b.n_tokens:
+    _check(codes_a, codes_b, decoder_a_FD, decoder_b_FD, by, method)
+    a, b = side_of(codes_a, decoder_a_FD, min_firings), side_of(codes_b, decoder_b_FD, min_firings)
+    if method == "hungarian" and max(len(a.id_A), len(b.id_A)) > HUNGARIAN_MAX:
         raise CosaeError(
-            f"features are matched on the same tokens. Got codes of {codes_a.n_tokens} and {codes_b.n_tokens} tokens."
+            f"an assignment of {len(a.id_A)} × {len(b.id_A)} features would take hours: use method='mutual', "
+            f"or raise min_firings (at most {HUNGARIAN_MAX})."
         )
-    if decoder_a_FD.shape[1] != decoder_b_FD.shape[1] or (len(decoder_a_FD), len(decoder_b_FD)) != (
-        codes_a.d_sae,
-        codes_b.d_sae,
-    ):
+    best = best_partners(a, b, by, whole=method == "hungarian")
+    row_P, column_P = best.mutual() if best.whole is None else linear_sum_assignment(best.whole, maximize=True)
+    pairs = _pairs(a, b, row_P, column_P)
+    closest = best if by == "correlation" else best_partners(a, b, "correlation")
+    towards_b = _pairs(a, b, np.arange(len(closest.there_A)), closest.there_A).shared()
+    towards_a = _pairs(a, b, closest.back_B, np.arange(len(closest.back_B))).shared()
+    return Matching(
+        by=by,
+        method=method,
+        tokens=codes_a.n_tokens,
+        min_firings=min_firings,
+        pairs=pairs,
+        alive_a=a.id_A,
+        alive_b=b.id_A,
+        paper_a=towards_b.a,
+        paper_b=towards_a.b,
+        paper_partners_b=len(np.unique(towards_b.b)),
+        paper_partners_a=len(np.unique(towards_a.a)),
+    )
+
+
+def _check(a: Codes, b: Codes, decoder_a_FD: Tensor, decoder_b_FD: Tensor, by: str, method: str) -> None:
+    if a.n_tokens != b.n_tokens or a.n_tokens == 0:
+        raise CosaeError(
+            "features are matched on the same tokens, at least one. "
+            f"Got codes of {a.n_tokens} and {b.n_tokens} tokens instead."
+        )
+    shapes = tuple(decoder_a_FD.shape), tuple(decoder_b_FD.shape)
+    if decoder_a_FD.shape[1] != decoder_b_FD.shape[1] or (shapes[0][0], shapes[1][0]) != (a.d_sae, b.d_sae):
         raise CosaeError(
             "decoder rows must have one row per feature and one width in both SAEs. Got shapes "
-            f"{tuple(decoder_a_FD.shape)} and {tuple(decoder_b_FD.shape)}, for {codes_a.d_sae} and {codes_b.d_sae}."
+            f"{shapes[0]} and {shapes[1]} for {a.d_sae} and {b.d_sae} features instead."
         )
     if method not in ("hungarian", "mutual"):
         raise CosaeError(f"method must be hungarian or mutual. Got {method!r} instead.")
-    a, b = _Columns.of(codes_a, decoder_a_FD, min_firings), _Columns.of(codes_b, decoder_b_FD, min_firings)
-    if method == "hungarian" and max(len(a.ids), len(b.ids)) > HUNGARIAN_MAX:
-        raise CosaeError(
-            f"an assignment of {len(a.ids)} × {len(b.ids)} features would take hours: use method='mutual', "
-            f"or raise min_firings (at most {HUNGARIAN_MAX})."
-        )
-    best_a, best_b = _best(a, b), _best(b, a)
-    if method == "mutual":
-        back_A = best_b.index[best_a.index] if len(b.ids) else np.full(len(a.ids), -1)
-        row_P = np.flatnonzero(back_A == np.arange(len(a.ids)))
-        column_P = best_a.index[row_P]
-    else:
-        row_P, column_P = linear_sum_assignment(_correlations(a, b, np.arange(len(a.ids))), maximize=True)
-    pairs = Pairs(a.ids[row_P], b.ids[column_P], *_of_pairs(a, b, row_P, column_P))
-    return Matching(method, pairs, a.ids, b.ids, a.ids[best_a.passes], b.ids[best_b.passes])
+    if by not in SIMILARITIES:
+        raise CosaeError(f"by must be correlation or cosine. Got {by!r} instead.")
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Alive features: ids, codes as sparse columns (N, A), their means and standard deviations, unit decoder rows."""
-
-    ids: Indices
-    value_NA: sparse.csc_matrix
-    mean_A: Array
-    deviation_A: Array
-    unit_AD: Array
-
-    @classmethod
-    def of(cls, codes: Codes, decoder_FD: Tensor, min_firings: int) -> _Columns:
-        value_E = codes.value_E.detach().cpu().double().numpy()
-        matrix = sparse.csr_matrix(
-            (value_E, codes.feature_E.cpu().numpy(), codes.offset_B1.cpu().numpy()), shape=(codes.n_tokens, codes.d_sae)
-        ).tocsc()
-        matrix.eliminate_zeros()
-        mean_F = np.asarray(matrix.mean(axis=0)).ravel()
-        square_F = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel()
-        deviation_F = np.sqrt(np.maximum(square_F - mean_F**2, 0.0))
-        alive = np.flatnonzero((np.diff(matrix.indptr) >= min_firings) & (deviation_F > 0))
-        unit_FD = unit_rows(decoder_FD.detach().cpu().double()).numpy()
-        return cls(alive, matrix[:, alive], mean_F[alive], deviation_F[alive], unit_FD[alive])
-
-
-@dataclass(frozen=True)
-class _Best:
-    """For each feature of one SAE its best of the other by ρ; passes: where that best is also shared."""
-
-    index: Indices
-    passes: NDArray[np.bool_]
-
-
-def _correlations(a: _Columns, b: _Columns, rows: Indices) -> Array:
-    """(len(rows), B) Pearson correlations of those features of A with all of B."""
-    n = a.value_NA.shape[0]
-    product = (a.value_NA[:, rows].T @ b.value_NA).toarray() / n
-    covariance = product - np.outer(a.mean_A[rows], b.mean_A)
-    correlation: Array = covariance / np.outer(a.deviation_A[rows], b.deviation_A)
-    return correlation
-
-
-def _best(a: _Columns, b: _Columns) -> _Best:
-    index = np.zeros(len(a.ids), dtype=np.int64)
-    passes = np.zeros(len(a.ids), dtype=bool)
-    if len(b.ids):
-        for start in range(0, len(a.ids), CHUNK):
-            rows = np.arange(start, min(start + CHUNK, len(a.ids)))
-            correlation = _correlations(a, b, rows)
-            index[rows] = correlation.argmax(axis=1)
-            cosine = (a.unit_AD[rows] * b.unit_AD[index[rows]]).sum(axis=1)
-            passes[rows] = (correlation.max(axis=1) >= MIN_CORRELATION) & (cosine > MIN_COSINE)
-    return _Best(index, passes)
-
-
-def _of_pairs(a: _Columns, b: _Columns, row_P: Indices, column_P: Indices) -> tuple[Array, Array]:
-    """ρ and decoder cosine of the named pairs."""
-    n = a.value_NA.shape[0]
-    product_P = np.asarray(a.value_NA[:, row_P].multiply(b.value_NA[:, column_P]).sum(axis=0)).ravel() / n
-    covariance_P = product_P - a.mean_A[row_P] * b.mean_A[column_P]
-    correlation_P = covariance_P / (a.deviation_A[row_P] * b.deviation_A[column_P])
-    return correlation_P, (a.unit_AD[row_P] * b.unit_AD[column_P]).sum(axis=1)
+def _pairs(a: Side, b: Side, row_P: Indices, column_P: Indices) -> Pairs:
+    return Pairs(a.id_A[row_P], b.id_A[column_P], *similarities_of(a, b, row_P, column_P))
 
 
 def against_yardstick(
     found: Matching, yardsticks: Sequence[Matching], seed: int = 0, n_resamples: int = RESAMPLES
 ) -> dict[str, Any]:
-    """The shared fraction beside that of same-score pairs of other seeds: what two runs of one thing already differ by.
+    """What share of A's alive features B has too, beside what a run of A's own score with another seed has of them.
 
-    yardsticks: matchings of SAEs of one score and different seeds, their A's features as many as one likes.
-    Returns shared_frac, yardstick_frac (mean over the yardsticks), their ratio, and its 95 % bootstrap interval over
-    features. A ratio of 1: the two scores differ no more than two seeds. Raises CosaeError without yardsticks.
+    found: A with B. yardsticks: matchings of same-score SAEs of other seeds; best A with A', A first in each.
+    Returns shared_frac, yardstick_frac (mean over yardsticks); `difference` = shared − yardstick with difference_low,
+    _high; `ratio` = shared / yardstick with low, high (None where the yardstick shares next to nothing): 95 %
+    bootstrap over A's features. `paired`: every yardstick is of the same A on as many tokens, so that resamples draw
+    the same features for both. A ratio of 1: the two scores differ no more than two seeds do.
+    Raises CosaeError without yardsticks, for pairs made in different ways, and where nothing is alive.
     """
     if not yardsticks:
         raise CosaeError("a matching is read against at least one same-score pair of other seeds; got none.")
-    hits = _hits(found)
-    floors = [_hits(one) for one in yardsticks]
-    floor = float(np.mean([one.mean() for one in floors]))
-    resampled = _resampled_means(hits, seed, n_resamples)
-    below = np.mean([_resampled_means(one, seed + 1 + i, n_resamples) for i, one in enumerate(floors)], axis=0)
-    ratios = resampled / np.maximum(below, 1e-12)
-    low, high = percentile_interval(ratios)
-    known = floor > 0
+    ways = [(one.by, one.method, one.min_firings) for one in (found, *yardsticks)]
+    if len(set(ways)) > 1:
+        raise CosaeError(f"a matching and its yardsticks must be made in the same way. Got {ways} instead.")
+    hits = [_hits(one) for one in (found, *yardsticks)]
+    if not all(len(one) for one in hits):
+        raise CosaeError("the yardstick needs features that fire in every SAE; got one with none on these tokens.")
+    paired = all(one.tokens == found.tokens and np.array_equal(one.alive_a, found.alive_a) for one in yardsticks)
+    share_R, floor_R = _resampled(hits, paired, seed, n_resamples)
+    share, floor = float(hits[0].mean()), float(np.mean([one.mean() for one in hits[1:]]))
+    known = floor > 0 and bool((floor_R > 0).all())
+    low, high = percentile_interval(share_R / floor_R) if known else (None, None)
+    difference_low, difference_high = percentile_interval(share_R - floor_R)
     return {
-        "shared_frac": float(hits.mean()),
+        "features": len(hits[0]),
+        "paired": paired,
+        "shared_frac": share,
         "yardstick_frac": floor,
-        "ratio": float(hits.mean()) / floor if known else None,
-        "low": low if known else None,
-        "high": high if known else None,
+        "difference": share - floor,
+        "difference_low": difference_low,
+        "difference_high": difference_high,
+        "ratio": share / floor if floor > 0 else None,
+        "low": low,
+        "high": high,
+        "seed": seed,
+        "resamples": n_resamples,
     }
 
 
-def _hits(found: Matching) -> Array:
-    """1 for each alive feature of the smaller side that is in a shared pair, else 0."""
-    smaller = min(len(found.alive_a), len(found.alive_b))
-    hits = np.zeros(max(smaller, 1))
-    hits[: len(found.pairs.shared())] = 1.0
-    return hits
+def _hits(found: Matching) -> NDArray[np.bool_]:
+    """(A,) bool: alive features of A that are in a shared pair."""
+    return np.isin(found.alive_a, found.pairs.shared().a)
 
 
-def _resampled_means(value_U: Array, seed: int, n_resamples: int) -> Array:
-    """(R,) means of resamples of 0/1 values: a binomial draw each, as drawing units one by one would be."""
-    drawn: Array = np.random.default_rng(seed).binomial(len(value_U), value_U.mean(), n_resamples) / len(value_U)
-    return drawn
+def _resampled(hits: list[NDArray[np.bool_]], paired: bool, seed: int, n_resamples: int) -> tuple[Array, Array]:
+    """(R,) resampled share of the first, and mean share of the others.
 
-
-def discovery_separability(
-    train_a_FC: Array,
-    held_a_FC: Array,
-    train_b_FC: Array,
-    held_b_FC: Array,
-    matched: Pairs,
-    seed: int = 0,
-    n_resamples: int = RESAMPLES,
-) -> dict[str, Any]:
-    """Is a probing gap of B over A one of discovery (features A has not) or separability (the same features, sharper)?
-
-    train_*_FC, held_*_FC  (F, C) a quality (AUROC) of every feature for every concept, on the tokens the feature is
-                           chosen on and on those it is scored on
-    matched                shared pairs: the features allowed in the second comparison (paper §6, decomposition)
-
-    gap_full: mean over concepts of B's chosen feature minus A's, all features; gap_matched: among matched ones only.
-    separability_frac = gap_matched / gap_full and discovery_frac = 1 − that, None where gap_full's interval holds 0: a
-    share of nothing is no number (the paper's 87 % has no interval). Intervals: bootstrap over concepts, paired.
+    Drawing features with replacement draws from the few kinds of feature there are (hit here, missed there): one
+    multinomial draw, however many features.
     """
-    if not len(matched):
-        raise CosaeError("discovery and separability need at least one matched pair of features; got none.")
-    full_C = _chosen(train_b_FC, held_b_FC) - _chosen(train_a_FC, held_a_FC)
-    matched_C = _chosen(train_b_FC, held_b_FC, matched.b) - _chosen(train_a_FC, held_a_FC, matched.a)
-    full, inside = mean_interval(full_C, seed, n_resamples), mean_interval(matched_C, seed, n_resamples)
-    counts = resample_counts(len(full_C), seed, n_resamples)
-    certain = full["low"] > 0 or full["high"] < 0
-    low, high = (
-        percentile_interval((counts @ matched_C) / np.where(counts @ full_C == 0, np.nan, counts @ full_C))
-        if certain
-        else (None, None)
-    )
-    share = inside["mean"] / full["mean"] if certain else None
-    return {
-        "concepts": len(full_C),
-        "matched": len(matched),
-        "gap_full": full,
-        "gap_matched": inside,
-        "separability_frac": share,
-        "separability_low": low,
-        "separability_high": high,
-        "discovery_frac": None if share is None else 1 - share,
-    }
-
-
-def _chosen(train_FC: Array, held_FC: Array, allowed: Indices | None = None) -> Array:
-    """(C,) held-out quality of the feature that is best in training, among those allowed."""
-    ids = np.arange(len(train_FC)) if allowed is None else allowed
-    best_C = ids[train_FC[ids].argmax(axis=0)]
-    picked: Array = held_FC[best_C, np.arange(held_FC.shape[1])]
-    return picked
+    rng = np.random.default_rng(seed)
+    groups = [np.stack(hits)] if paired else [one[None] for one in hits]
+    means = []
+    for hit_MA in groups:
+        kinds_MK, count_K = np.unique(hit_MA, axis=1, return_counts=True)
+        n = hit_MA.shape[1]
+        means.append(rng.multinomial(n, count_K / n, size=n_resamples) @ kinds_MK.T.astype(np.float64) / n)
+    mean_RM: Array = np.concatenate(means, axis=1)
+    return mean_RM[:, 0], mean_RM[:, 1:].mean(1)
