@@ -31,6 +31,8 @@ CACHE = ROOT / "runs" / "studies"
 TWIN = ROOT / "studies" / "layer_norm_twin" / "model"
 SEEDS = (0, 1, 2)
 STEPS = 1000
+FEWER_STEPS = 600
+"""Of the sets that ask one more question each: contestants are compared within a set, never across."""
 
 STANDARD = ("standard", "standard_unit_frame", "standard_layer_norm", "unit_rows")
 COSINES = (
@@ -61,6 +63,12 @@ def base(name: str, *arms: str, steps: int = STEPS) -> Recipe:
     )
 
 
+def smaller(name: str, *arms: str) -> Recipe:
+    """The common recipe with fewer steps and held-out tokens, for the sets that vary one thing more."""
+    evaluation = EvaluationConfig(held_out_tokens=32_768, calibration_tokens=32_768, probe_tokens=49_152)
+    return base(name, *arms, steps=FEWER_STEPS).changed({"evaluation": evaluation})
+
+
 def _natural() -> Recipe:
     noisy = ("standard,name=standard_noise,input_noise=2", "cosine,name=cosine_noise,input_noise=2")
     return base("natural", *STANDARD, *COSINES, *noisy)
@@ -74,7 +82,7 @@ def _injected() -> Recipe:
 def _sinks() -> Recipe:
     """Massive sinks at position 0, filtered in training: the paper's situation (paper §9 A1)."""
     sinks = Nuisance(kind="sinks", position=0, factor=120.0, direction="massive")
-    return base("sinks", *MAIN).changed({"nuisance": sinks, "filter": FilterPolicy(kind="norm")})
+    return smaller("sinks", *MAIN).changed({"nuisance": sinks, "filter": FilterPolicy(kind="norm")})
 
 
 def _reweighted(name: str, nuisance: Nuisance | None = None) -> Recipe:
@@ -84,7 +92,7 @@ def _reweighted(name: str, nuisance: Nuisance | None = None) -> Recipe:
         for score in ("standard", "cosine")
         for power, label in ((0, ""), (1, "_over_r"), (2, "_over_r2"))
     ]
-    recipe = base(name, *arms, "standard_unit_frame")
+    recipe = smaller(name, *arms, "standard_unit_frame")
     return recipe if nuisance is None else recipe.changed({"nuisance": nuisance})
 
 
@@ -94,11 +102,11 @@ def _selectors() -> Recipe:
         for selector in SELECTORS
         for score in ("standard", "cosine")
     ]
-    return base("selectors", *arms)
+    return smaller("selectors", *arms)
 
 
 def _shape(name: str, d_sae: int, k: int) -> Recipe:
-    return base(name, "standard", "standard_unit_frame", "cosine").changed({"d_sae": d_sae, "k": k})
+    return smaller(name, "standard", "standard_unit_frame", "cosine").changed({"d_sae": d_sae, "k": k})
 
 
 def _twin() -> Recipe:
@@ -109,7 +117,7 @@ def _twin() -> Recipe:
 def _world(norm: str, **settings: float) -> Recipe:
     """512 true features in 128 dimensions, 8 active; the norm law is what differs."""
     world = World(d_in=128, n_features=512, l0=8, norm=norm, **settings)  # type: ignore[arg-type]
-    recipe = base(f"world_{norm}", *STANDARD[:2], *COSINES, steps=1500)
+    recipe = base(f"world_{norm}", *STANDARD[:2], *COSINES)
     return recipe.changed({"data": DataConfig(world=world), "d_sae": 512, "k": 8, "training.optimizer.lr": 2e-3})
 
 
