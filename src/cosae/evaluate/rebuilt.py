@@ -13,12 +13,16 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cosae.types import Activations, Codes, CosaeError
 
 CHUNK_TOKENS = 4096
 """Rows turned into float64 at once outside the encoder: a bound on memory, of no influence on the numbers."""
+
+BLOCKS = 256
+"""Blocks of consecutive rows that stand in for documents where there are none."""
 
 
 class Autoencoder(Protocol):
@@ -164,6 +168,15 @@ def spread(activations: Activations, kept_N: Tensor) -> Tensor:
     for rows in row_slices(len(activations), CHUNK_TOKENS):
         total_N[rows] = (x_ND[rows].double() - mean_D).square().sum(-1).cpu()
     return total_N
+
+
+def resampling_units(doc_n: Tensor) -> tuple[NDArray[np.int64], str]:
+    """(n,) unit of each token, from 0, and what units are: documents, or blocks of rows where there are not two."""
+    names, unit_n = np.unique(doc_n.cpu().numpy(), return_inverse=True)
+    if len(names) >= 2:
+        return unit_n.astype(np.int64), "documents"
+    block = max(-(-len(doc_n) // BLOCKS), 1)
+    return np.arange(len(doc_n)) // block, f"blocks of {block} rows"
 
 
 def _about_own_mean(v_BD: Tensor) -> float:

@@ -41,6 +41,7 @@ from cosae.evaluate.rebuilt import (
     norm_quartiles,
     rebuild,
     rebuild_with_sinks,
+    resampling_units,
     spread,
 )
 from cosae.types import Activations, CosaeError
@@ -54,7 +55,6 @@ UNIT_BINS = 128
 FIRST_TOKENS = 1000
 """The dead share is also given over the first 1000, 2000, 4000 ... tokens."""
 
-_BLOCKS = 256
 _MEDIAN_RESAMPLES = 500  # each costs a pass over all tokens
 
 
@@ -155,11 +155,7 @@ def per_document(rebuilt: Rebuilt, activations: Activations, name: str) -> Docum
     kept_N = rebuilt.keep[name]
     total_N = spread(activations, kept_N)[kept_N].numpy()
     error_N = rebuilt.error_N[kept_N].numpy()
-    names, unit_N = np.unique(activations.doc_N.cpu()[kept_N].numpy(), return_inverse=True)
-    unit = "documents"
-    if len(names) < 2:
-        block = max(-(-len(error_N) // _BLOCKS), 1)
-        unit_N, unit = np.arange(len(error_N)) // block, f"blocks of {block} rows"
+    unit_N, unit = resampling_units(activations.doc_N[kept_N.to(activations.doc_N.device)])
     varies_N = total_N > 0
     return DocumentSums(
         residual_U=np.bincount(unit_N, weights=error_N).astype(np.float64),
