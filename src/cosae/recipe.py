@@ -84,6 +84,9 @@ class EvaluationConfig:
                 raise CosaeError(f"{name} must be at least 1. Got {getattr(self, name)!r} instead.")
 
 
+INJECT_INTO = ("both", "training", "evaluation")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One run: data, filter, nuisance, arms, training, evaluation."""
@@ -92,6 +95,9 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     filter: FilterPolicy = field(default_factory=FilterPolicy)
     nuisance: Nuisance = field(default_factory=Nuisance)
+    inject_into: str = "both"
+    """Which tokens get the nuisance: both (training and evaluation), training, or evaluation (a shift at deployment:
+    thresholds are calibrated and probes chosen without it)."""
     d_sae: int | None = None
     """Width of arms that name none; None is 16 × d_in."""
     k: int = 32
@@ -109,8 +115,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_arms(self.arms)
+        if self.inject_into not in INJECT_INTO:
+            raise CosaeError(f"inject_into must be one of {', '.join(INJECT_INTO)}. Got {self.inject_into!r} instead.")
         if self.d_sae is not None and self.d_sae < 1:
             raise CosaeError(f"d_sae must be at least 1. Got {self.d_sae} instead.")
+
+    @property
+    def training_nuisance(self) -> Nuisance:
+        """The nuisance on the stream that SAEs are trained on."""
+        return self.nuisance if self.inject_into in ("both", "training") else Nuisance()
+
+    def sample_nuisance(self, split: str) -> Nuisance:
+        """The nuisance on a sample that something is measured on: "train", "calibration" or "held_out"."""
+        deployed = self.inject_into == "evaluation" and split == "held_out"
+        return self.nuisance if self.inject_into == "both" or deployed else Nuisance()
 
     def resolved(self, d_in: int) -> Recipe:
         """The recipe with every open field of its arms filled in, given the width of the activations."""

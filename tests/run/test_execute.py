@@ -14,11 +14,12 @@ import torch
 from tiny_runs import ARMS, QUIET, assert_same_run, metrics, recipe
 
 import cosae
+from cosae.activations.nuisance import Nuisance
 from cosae.activations.synthetic import World
 from cosae.recipe import Recipe
 from cosae.run import measure
 from cosae.run.data import open_data
-from cosae.run.execute import Logs, execute, moving_remarks
+from cosae.run.execute import Finished, Logs, describe_setting, execute, moving_remarks
 from cosae.train.arm import Arm
 from cosae.types import CosaeError
 
@@ -304,3 +305,36 @@ def test_cosine_detects_better_where_norms_are_a_nuisance() -> None:
     ran = execute(replace(big, arms=ARMS[:2]), None, logs=QUIET)
     f1 = {name: result["f1"] for name, result in ran.evaluation["recovery"].items()}
     assert f1["cosine"] >= f1["standard"], f1
+
+
+@pytest.mark.parametrize("where", ["both", "training", "evaluation"])
+def test_a_nuisance_goes_where_it_is_asked_to(where: str) -> None:
+    """Training, calibration and held-out tokens carry it or not; an unknown place is refused."""
+    shift = Nuisance(kind="sinks", frac=1.0, factor=3.0)  # every token three times as long
+    plain, asked = recipe(), recipe(nuisance=shift, inject_into=where)
+    data, shifted = open_data(plain), open_data(asked)
+    for split in ("train", "calibration", "held_out"):
+        ratio = float(shifted.sample(split, 100).activations.norm_N[0] / data.sample(split, 100).activations.norm_N[0])
+        expected = 3.0 if where == "both" or (where == "evaluation" and split == "held_out") else 1.0
+        assert ratio == pytest.approx(expected, rel=1e-5), split
+    assert asked.training_nuisance.kind == ("none" if where == "evaluation" else "sinks")
+    with pytest.raises(CosaeError, match="inject_into must be one of"):
+        recipe(inject_into="elsewhere")
+
+
+def test_a_shift_at_deployment_only_is_met_by_thresholds_set_without_it() -> None:
+    shift = Nuisance(kind="sinks", frac=1.0, factor=3.0)
+    calm = execute(recipe(), None, logs=QUIET)
+    shifted = execute(recipe(nuisance=shift, inject_into="evaluation"), None, logs=QUIET)
+    for name, sae in calm.saes.items():
+        other = shifted.saes[name]
+        assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), other.parameters(), strict=True)), name
+
+    def l0(done: Finished, arm: str) -> float:
+        return done.evaluation["reconstruction"][arm]["sinks_in"]["l0"]
+
+    assert l0(shifted, "standard") > 1.5 * l0(calm, "standard")
+    # the unit frame sees a threefold x only through the centre, which stays where it was
+    assert l0(shifted, "gated") == pytest.approx(l0(calm, "gated"), rel=0.15)
+    on_a_model = recipe(nuisance=shift, inject_into="training").changed({"data.world": None})
+    assert describe_setting(on_a_model).endswith("in training only")

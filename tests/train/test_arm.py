@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 
+from cosae.sae.calibrate import calibrate
+from cosae.sae.file import save
 from cosae.sae.loss import LossConfig
 from cosae.train.arm import ARMS, Arm, check_arms, input_noise, parse_arm
 from cosae.types import CosaeError
@@ -162,3 +165,25 @@ def test_the_text_form_reaches_every_field() -> None:
             continue
         kind = next(kind for kind in kinds if str(f.type).startswith(kind))
         assert getattr(parse_arm(f"cosine,{f.name}={kinds[kind]}"), f.name) is not None
+
+
+def test_an_arm_goes_on_from_a_saved_sae_under_another_score(tmp_path: Path) -> None:
+    """The recipe's way to continued training after a score swap (paper §5.2)."""
+    x_ND = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    first = Arm("standard").with_defaults(d_sae=20, k=3, seed=0, lr=1e-3, kernel="auto").build(8, x_ND)
+    calibrate(first, x_ND)
+    save(first, tmp_path / "saved")
+    start = f"start={tmp_path / 'saved'}"
+    same = parse_arm(f"standard,name=on,{start}").with_defaults(d_sae=20, k=3, seed=5, lr=1e-3, kernel="auto")
+    assert torch.equal(same.build(8, x_ND).W_enc, first.W_enc)
+    swapped = parse_arm(f"cosine,name=swapped,{start}").with_defaults(d_sae=20, k=3, seed=5, lr=1e-3, kernel="auto")
+    built = swapped.build(8, x_ND)
+    assert built.cfg.score == "cosine"
+    assert torch.equal(built.W_dec, first.W_dec)
+    assert built.facts["swapped_from"] == "inner"
+    wider = parse_arm(f"standard,name=wide,{start}").with_defaults(d_sae=24, k=3, seed=0, lr=1e-3, kernel="auto")
+    with pytest.raises(CosaeError, match="asks for d_sae 24"):
+        wider.build(8, x_ND)
+    missing = parse_arm("standard,name=gone,start=nowhere").with_defaults(d_sae=20, k=3, seed=0, lr=1e-3, kernel="auto")
+    with pytest.raises(CosaeError, match="nowhere"):
+        missing.build(8, x_ND)

@@ -106,7 +106,7 @@ class WorldData:
     def sample(self, split: Split, n_tokens: int) -> Sample:
         side = _side(split)
         activations, truth = self.source.sample(n_tokens, side, index=int(split == "calibration"))
-        return Sample(nuisances.apply(activations, self._recipe.nuisance, 0, side), truth=truth)
+        return Sample(nuisances.apply(activations, self._recipe.sample_nuisance(split), 0, side), truth=truth)
 
 
 class ArrayData:
@@ -142,7 +142,7 @@ class ArrayData:
                 if have >= n_tokens:
                     break
             activations = Activations.cat(parts)[:n_tokens]
-        return Sample(nuisances.apply(activations, self._recipe.nuisance, 0, _side(split)))
+        return Sample(nuisances.apply(activations, self._recipe.sample_nuisance(split), 0, _side(split)))
 
 
 class ModelData:
@@ -197,7 +197,7 @@ class ModelData:
         if (side, n_tokens) not in self._samples:
             self._samples[side, n_tokens] = self._capture(side, n_tokens)
         whole = self._samples[side, n_tokens]
-        activations = nuisances.apply(whole.activations, self._recipe.nuisance, 0, side)
+        activations = nuisances.apply(whole.activations, self._recipe.sample_nuisance(split), 0, side)
         if side == "train":
             return replace(whole, activations=activations)
         rows = divide(len(activations), split, wanted)

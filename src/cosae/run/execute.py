@@ -145,7 +145,7 @@ class _Run:
             buffer_tokens=training.buffer_tokens,
             seed=training.seed,
             filter=recipe.filter,
-            nuisance=recipe.nuisance,
+            nuisance=recipe.training_nuisance,
             device=recipe.device,
             store_dtype=getattr(torch, training.store_dtype),
         )
@@ -282,6 +282,7 @@ class _Run:
             "seed": next(arm.seed for arm in self.recipe.arms if arm.name == name),
             "filter": self.stream.filter.to_dict(),
             "nuisance": self.recipe.nuisance.to_dict(),
+            "inject_into": self.recipe.inject_into,
             "norm_facts": asdict(self.stream.norm_facts),
             "l0_target": calibration.target,
             "l0_calibrated": calibration.l0,
@@ -387,7 +388,10 @@ def describe_setting(recipe: Recipe) -> str:
     """What was done to the norms, in words."""
     if recipe.data.world is not None:
         return f"synthetic world, norm {recipe.data.world.norm}"
-    return "natural" if recipe.nuisance.kind == "none" else f"injected {recipe.nuisance}"
+    if recipe.nuisance.kind == "none":
+        return "natural"
+    where = {"both": "", "training": " in training only", "evaluation": " in evaluation only"}[recipe.inject_into]
+    return f"injected {recipe.nuisance}{where}"
 
 
 def moving_remarks(run: Mapping[str, Any]) -> list[str]:

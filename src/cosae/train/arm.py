@@ -6,14 +6,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosae.activations.nuisance import keyed_generator
+from cosae.sae.file import load
 from cosae.sae.loss import LossConfig
 from cosae.sae.model import SAE
+from cosae.sae.swap import swap_score
 from cosae.types import CosaeError
 
 NAME_LENGTH = 80
@@ -56,6 +59,8 @@ class Arm:
     """Learning rate; None takes the run's."""
     sparsity_weight: float = 0.1
     """First λ of jumprelu and gated; the controller moves it."""
+    start: str | None = None
+    """Folder of a saved SAE to go on from, its score swapped to this arm's (cosae.sae.swap); None starts fresh."""
     input_noise: float = 1.0
     """Norm noise in training: each token is multiplied by U(1/input_noise, input_noise); 1 is none (paper §5.4)."""
     kernel: str = "auto"
@@ -91,10 +96,15 @@ class Arm:
         )
 
     def build(self, d_in: int, sample_ND: Tensor | None, device: str = "cpu") -> SAE:
-        """The fresh SAE of this arm, initialised on a sample (n, d_in). Raises CosaeError on a bad value."""
+        """The SAE this arm begins with: fresh, initialised on a sample (n, d_in), or a saved one.
+
+        Raises CosaeError on a bad value, or a saved SAE that is not of this arm's make.
+        """
         assert self.d_sae is not None
         assert self.k is not None
         assert self.seed is not None
+        if self.start is not None:
+            return self._continued(Path(self.start), d_in, sample_ND).to(device)
         return SAE.build(
             d_in=d_in,
             d_sae=self.d_sae,
@@ -115,6 +125,22 @@ class Arm:
             kernel=self.kernel,
             device=device,
         )
+
+    def _continued(self, folder: Path, d_in: int, sample_ND: Tensor | None) -> SAE:
+        """The saved SAE under this arm's score; all else must be as this arm asks."""
+        saved = load(folder, kernel=self.kernel)
+        asked = {"d_in": d_in, "d_sae": self.d_sae, "k": self.k, "selector": self.selector, "frame": self.frame}
+        asked |= {"norm_restoring": self.norm_restoring, "bias": self.bias}
+        for name, value in asked.items():
+            if getattr(saved.cfg, name) != value:
+                raise CosaeError(
+                    f"the arm {self.name} asks for {name} {value}, and the SAE in {folder} that it starts from has "
+                    f"{getattr(saved.cfg, name)}: make them agree."
+                )
+        saved.facts = {}
+        if saved.cfg.score != self.score:
+            saved = swap_score(saved, self.score, sample=sample_ND, refit=sample_ND is not None, a_init=self.a_init)
+        return saved
 
     def lr_multipliers(self) -> dict[str, float]:
         """Learning-rate multiple by parameter name."""
