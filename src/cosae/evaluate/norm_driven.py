@@ -218,13 +218,7 @@ def firing_norms(
     codes: the codes of all tokens, where they are at hand. All-zero rows are padding and in no set. Raises CosaeError
     without tokens, for a sink mask of another length, and for a batch_topk without a threshold.
     """
-    n = len(activations)
-    out_N = torch.ones(n, dtype=torch.bool) if sink_N is None else ~sink_N.cpu()
-    live_N = (activations.x_ND != 0).any(-1).cpu()
-    if not bool(live_N.any()) or out_N.dtype != torch.bool or tuple(out_N.shape) != (n,):
-        raise CosaeError(
-            f"firing norms need at least one token, and a boolean sink mask with one entry for each of {n}."
-        )
+    live_N, out_N = _live_and_out(activations, sink_N)
     if codes is None and not getattr(sae, "calibrated", True):
         raise CosaeError(
             "firing norms read each token on its own, and this batch_topk SAE has no inference threshold: calibrate "
