@@ -117,3 +117,13 @@ def test_inputs_are_checked(world: tuple[torch.Tensor, Codes]) -> None:
         recovery(feature_GD[:, 1:], truth, feature_GD, truth)
     with pytest.raises(CosaeError, match="same tokens"):
         recovery(feature_GD, truth, feature_GD, Codes.from_dense(truth.to_dense()[1:]))
+
+
+def test_codes_beyond_fp32_along_no_feature_are_scored_without_a_warning(world: tuple[torch.Tensor, Codes]) -> None:
+    """What an arm that blew up may leave: infinite codes on rows that point nowhere."""
+    feature_GD, truth = world
+    dense = truth.to_dense()
+    dense[dense > 0] = torch.inf
+    scores = recovery(torch.zeros_like(feature_GD), Codes.from_dense(dense), feature_GD, truth)
+    assert scores["mcc"] == 0.0
+    assert 0.0 <= scores["auroc"] <= 1.0

@@ -60,7 +60,9 @@ def recovery(decoder_FD: Tensor, codes: Codes, feature_GD: Tensor, truth: Codes)
     argmax = _detection(*counts.of_pairs(np.arange(n_latents), best_F))
     seen_G = counts.truth_G > 0
     n_seen = int(seen_G.sum())
-    auroc_P = _aurocs(codes, truth, latent_P, feature_P, np.sign(cos_FG.numpy()[latent_P, feature_P]))
+    # never 0: an arm that blew up has cosines of 0 and codes beyond fp32
+    sign_P = np.where(cos_FG.numpy()[latent_P, feature_P] < 0, -1.0, 1.0)
+    auroc_P = _aurocs(codes, truth, latent_P, feature_P, sign_P)
     seen_P = seen_G[feature_P]
 
     def mean_over_seen(value_P: Floats, unpaired: float) -> float:
