@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import resource
 
 import pytest
 import torch
 
 import cosae
 from cosae.evaluate import geometry as module
-from cosae.evaluate.geometry import describe_rows, effective_dimension, geometry
+from cosae.evaluate.geometry import alignment, describe_rows, effective_dimension, geometry
 from cosae.types import CosaeError
 
 
@@ -88,6 +90,40 @@ def test_an_sae_s_alignment_and_its_alive_features() -> None:
     assert found["encoder"]["near_duplicates"]["pairs"] == 1
     alive = geometry(sae, alive_F=torch.tensor([True, True, True, True, False, False]))
     assert (alive["features"], alive["decoder"]["near_duplicates"]["pairs"]) == (4, 0)
+    assert alignment(sae).tolist() == [1, -1, 1, 1, 1, 1]
+    pair = geometry(sae, alive_F=torch.tensor([False, True, False, True, False, True]))
+    assert pair["decoder"]["near_duplicates"]["closest"] == [[1, 5, 1.0]]  # feature ids, not places among the three
+    json.dumps(found, allow_nan=False)
     assert torch.equal(before, sae.W_dec)
     with pytest.raises(CosaeError, match="each of 6 features"):
         geometry(sae, alive_F=torch.ones(5, dtype=torch.bool))
+
+
+def test_the_threshold_of_duplicates_is_a_choice_and_the_effective_dimension_counts_directions_alike() -> None:
+    """Eight directions at 60° in pairs: cosine 1/2. Rows of any length weigh the same."""
+    rows = torch.zeros(8, 8)
+    for pair in range(4):
+        rows[2 * pair, 2 * pair] = 1.0
+        rows[2 * pair + 1, 2 * pair] = 0.5
+        rows[2 * pair + 1, 2 * pair + 1] = 0.75**0.5
+    assert describe_rows(rows)["near_duplicates"]["pairs"] == 0
+    found = describe_rows(rows * torch.arange(1, 9)[:, None], 0.499)
+    assert (found["near_duplicates"]["pairs"], found["near_duplicates"]["features"]) == (4, 8)
+    assert found["near_duplicates"]["cosine"] == 0.499
+    # each pair has eigenvalues 1 ± 1/2, of a trace of 8
+    shares = [1.5 / 8, 0.5 / 8] * 4
+    assert found["participation_ratio"] == pytest.approx(1 / sum(p * p for p in shares), rel=1e-6)
+    assert found["entropy_dimension"] == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-6)
+    for cosine in (0.0, 1.5):
+        with pytest.raises(CosaeError, match="at most 1"):
+            describe_rows(rows, cosine)
+
+
+@pytest.mark.slow
+def test_sixty_five_thousand_features_stay_within_memory() -> None:
+    rows = torch.randn(65_536, 32, generator=torch.Generator().manual_seed(0))
+    rows[65_535] = 2 * rows[7]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = describe_rows(rows, 0.99)
+    assert found["near_duplicates"]["closest"][0][:2] == [7, 65_535]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kilobytes; all cosines take 17 GB

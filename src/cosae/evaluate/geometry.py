@@ -2,8 +2,8 @@
 
 In: a cosae SAE (or decoder rows). Out: plain numbers. All rows are normalised first; nothing else is assumed of them.
 
-    max cosine of i       max_{j ≠ i} cos(d_i, d_j)
-    near duplicates       pairs i < j with cos(d_i, d_j) ≥ 0.9
+    max cosine of i       max_{j ≠ i} cos(d_i, d_j), signed: opposite rows are not alike
+    near duplicates       pairs i < j with cos(d_i, d_j) ≥ 0.9 (the paper counts from 0.5: pass duplicate_cosine)
     effective dimension   of the rows' second moment M = Σ d_i d_iᵀ / F (trace 1), from all D eigenvalues λ:
                           participation ratio 1 / Σ λ²,  entropy dimension exp(−Σ λ ln λ)
                           (the paper's rank-512 SVD caps it: paper §9 B14)
@@ -32,20 +32,34 @@ CHUNK_ELEMENTS = 1 << 25
 def geometry(sae: SAE, *, alive_F: Tensor | None = None, duplicate_cosine: float = DUPLICATE_COSINE) -> dict[str, Any]:
     """Geometry of all features, or of those where alive_F (F,) bool is True, as plain numbers.
 
-    Keys: `features`, `decoder` and `encoder` (see `describe_rows`), `alignment`: mean and quantiles of cos(w_i, d_i).
+    Keys: `features`, `decoder` and `encoder` (see `describe_rows`; the pairs listed are feature ids), `alignment`: mean
+    and quantiles of cos(w_i, d_i) over features (`alignment` gives each).
     Raises CosaeError for a mask of another length or without features.
     """
     keep_F = torch.ones(sae.d_sae, dtype=torch.bool) if alive_F is None else alive_F.cpu()
-    if tuple(keep_F.shape) != (sae.d_sae,) or not bool(keep_F.any()):
-        raise CosaeError(f"geometry needs a mask with one entry for each of {sae.d_sae} features, at least one True.")
-    decoder_FD, encoder_FD = sae.W_dec.detach()[keep_F], sae.W_enc.detach().T[keep_F]
-    aligned_F = (unit_rows(encoder_FD) * unit_rows(decoder_FD)).sum(-1)
-    return {
+    if keep_F.dtype != torch.bool or tuple(keep_F.shape) != (sae.d_sae,) or not bool(keep_F.any()):
+        raise CosaeError(
+            f"geometry needs a boolean mask with one entry for each of {sae.d_sae} features, at least one True."
+        )
+    aligned_F = alignment(sae)[keep_F]
+    found: dict[str, Any] = {
         "features": int(keep_F.sum()),
-        "decoder": describe_rows(decoder_FD, duplicate_cosine),
-        "encoder": describe_rows(encoder_FD, duplicate_cosine),
+        "decoder": describe_rows(sae.W_dec.detach()[keep_F], duplicate_cosine),
+        "encoder": describe_rows(sae.W_enc.detach().T[keep_F], duplicate_cosine),
         "alignment": {"mean": float(aligned_F.mean()), "levels": list(LEVELS), "quantiles": _quantiles(aligned_F)},
     }
+    ids = keep_F.nonzero()[:, 0].tolist()
+    for side in ("decoder", "encoder"):
+        near = found[side]["near_duplicates"]
+        near["closest"] = [[ids[i], ids[j], cosine] for i, j, cosine in near["closest"]]
+    return found
+
+
+@torch.no_grad()
+def alignment(sae: SAE) -> Tensor:
+    """(F,) float64 on the CPU: cos(w_i, d_i) of each feature; 0 where either row is 0."""
+    encoder_FD, decoder_FD = unit_rows(sae.W_enc.detach().T), unit_rows(sae.W_dec.detach())
+    return (encoder_FD * decoder_FD).sum(-1, dtype=torch.float64).clamp(-1, 1).cpu()
 
 
 @torch.no_grad()
@@ -63,7 +77,7 @@ def describe_rows(rows_FD: Tensor, duplicate_cosine: float = DUPLICATE_COSINE) -
     unit_FD = unit_rows(rows_FD)
     found = _neighbours(unit_FD, duplicate_cosine)
     return {
-        "mean_max_cosine": float(found.closest_F.mean()) if len(rows_FD) > 1 else None,
+        "mean_max_cosine": float(found.closest_F.double().mean()) if len(rows_FD) > 1 else None,
         "max_cosine_levels": list(LEVELS),
         "max_cosine_quantiles": _quantiles(found.closest_F) if len(rows_FD) > 1 else None,
         "near_duplicates": {
@@ -122,13 +136,18 @@ def _neighbours(unit_FD: Tensor, duplicate_cosine: float) -> _Neighbours:
         cosine_CF = unit_FD[start : start + step] @ unit_FD.T
         own = torch.arange(len(cosine_CF))
         cosine_CF[own, start + own] = -torch.inf
-        found.closest_F[start : start + step] = cosine_CF.max(-1).values.cpu()
-        near_CF = cosine_CF >= duplicate_cosine
-        found.paired_F[start : start + step] = near_CF.any(-1).cpu()
-        near_CF &= torch.arange(n)[None, :] > (start + own)[:, None]
-        row_P, column_P = near_CF.nonzero(as_tuple=True)
+        closest_C = cosine_CF.max(-1).values
+        near_C = closest_C >= duplicate_cosine
+        found.closest_F[start : start + step] = closest_C.cpu()
+        found.paired_F[start : start + step] = near_C.cpu()
+        # most rows have no near duplicate: the costly search is over the others
+        first_R = near_C.nonzero()[:, 0].cpu()
+        cosine_RF = cosine_CF[first_R.to(cosine_CF.device)].cpu()
+        near_RF = (cosine_RF >= duplicate_cosine) & (torch.arange(n)[None, :] > (start + first_R)[:, None])
+        place_P, column_P = near_RF.nonzero(as_tuple=True)
+        row_P = first_R[place_P]
         found.n_pairs += len(row_P)
-        value_P, order_P = cosine_CF[row_P, column_P].sort(descending=True, stable=True)
+        value_P, order_P = cosine_RF[place_P, column_P].clamp_max(1.0).sort(descending=True, stable=True)
         first = order_P[:LISTED_PAIRS]
         listed = zip(
             (row_P[first] + start).tolist(), column_P[first].tolist(), value_P[: len(first)].tolist(), strict=True
