@@ -158,3 +158,20 @@ def test_mistakes_get_one_sentence() -> None:
         select(codes, label, "best")  # type: ignore[arg-type]
     with pytest.raises(CosaeError, match="20 tokens"):
         take_tokens(codes, np.ones(3, dtype=bool))
+
+
+def test_the_standardised_rule_is_not_carried_by_a_latent_s_size() -> None:
+    """A large latent that fires a little more often on the concept beats a small exact one by its raw difference only."""
+    label_NC = np.zeros((200, 1), dtype=bool)
+    label_NC[:50] = True
+    dense = torch.zeros(200, 3)
+    dense[:50, 0] = 0.1  # the concept itself, small
+    dense[::4, 1] = 30.0
+    dense[:6, 1] = 30.0  # large, hardly related
+    codes = Codes.from_dense(dense)
+    assert select(codes, label_NC, "mean_difference").latent_C.tolist() == [1]
+    chosen = select(codes, label_NC, "standardised_difference")
+    assert chosen.latent_C.tolist() == [0]
+    expected = 0.1 / dense[:, 0].double().std(correction=0).item()
+    assert chosen.value_C[0] == pytest.approx(expected, rel=1e-6)
+    assert select(Codes.from_dense(-dense), label_NC, "standardised_difference").sign_C.tolist() == [-1.0]

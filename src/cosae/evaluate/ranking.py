@@ -24,8 +24,10 @@ from cosae.types import Codes, CosaeError
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.bool_]
-Rule = Literal["auroc", "mean_difference"]
+Rule = Literal["auroc", "mean_difference", "standardised_difference"]
 RULES: tuple[Rule, ...] = ("auroc", "mean_difference")
+"""The rules of every run's evaluation."""
+EVERY_RULE: tuple[Rule, ...] = (*RULES, "standardised_difference")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def select(codes: Codes, label_NC: Labels, rule: Rule) -> Selection:
 
     "auroc" takes the highest AUROC: the latent must fire FOR the concept, its sign is always +1.
     "mean_difference" takes the largest |mean₊ − mean₋| of the raw codes (SAEBench's rule, paper §6) and keeps
-    the sign of that difference, by which later scores are to be multiplied.
+    the sign of that difference, by which later scores are to be multiplied. "standardised_difference" divides the
+    difference by the latent's standard deviation over all tokens first: the size of a latent's codes, and what a few
+    long tokens add to it, decides nothing then (paper §9 A5).
 
     Raises CosaeError for labels of another length, or a concept without both kinds of token.
     """
@@ -59,12 +63,14 @@ def select(codes: Codes, label_NC: Labels, rule: Rule) -> Selection:
         latent_C = value_FC.argmax(axis=0)
         value_C = np.take_along_axis(value_FC, latent_C[None], axis=0)[0]
         return Selection(latent_C, np.ones(len(latent_C)), value_C)
-    if rule == "mean_difference":
+    if rule in ("mean_difference", "standardised_difference"):
         value_FC = mean_difference_of_latents(codes, label_NC)
+        if rule == "standardised_difference":
+            value_FC /= _deviations(codes)[:, None]
         latent_C = np.abs(value_FC).argmax(axis=0)
         value_C = np.take_along_axis(value_FC, latent_C[None], axis=0)[0]
         return Selection(latent_C, np.where(value_C < 0, -1.0, 1.0), value_C)
-    raise CosaeError(f"rule must be 'auroc' or 'mean_difference'. Got {rule!r} instead.")
+    raise CosaeError(f"rule must be one of {', '.join(EVERY_RULE)}. Got {rule!r} instead.")
 
 
 def auroc_of_latents(codes: Codes, label_NC: Labels) -> Array:
@@ -84,6 +90,15 @@ def mean_difference_of_latents(codes: Codes, label_NC: Labels) -> Array:
     total_F = np.asarray(value_FN.sum(axis=1)).ravel()
     difference_FC: Array = positive_FC / positives_C - (total_F[:, None] - positive_FC) / negatives_C
     return difference_FC
+
+
+def _deviations(codes: Codes) -> Array:
+    """(F,) float64: standard deviation of every latent's code over all tokens; infinite where it never varies."""
+    value_NF = _matrix(codes)
+    mean_F = np.asarray(value_NF.mean(axis=0)).ravel()
+    square_F = np.asarray(value_NF.multiply(value_NF).mean(axis=0)).ravel()
+    deviation_F: Array = np.sqrt(np.maximum(square_F - mean_F**2, 0.0))
+    return np.where(deviation_F > 0, deviation_F, np.inf)
 
 
 def latent_columns(codes: Codes, latent_C: NDArray[np.int64]) -> NDArray[np.float32]:
