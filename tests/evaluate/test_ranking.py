@@ -161,7 +161,7 @@ def test_mistakes_get_one_sentence() -> None:
 
 
 def test_the_standardised_rule_is_not_carried_by_a_latent_s_size() -> None:
-    """A large latent that fires a little more often on the concept beats a small exact one by its raw difference only."""
+    """A large latent, hardly related, beats a small exact one by its raw difference only."""
     label_NC = np.zeros((200, 1), dtype=bool)
     label_NC[:50] = True
     dense = torch.zeros(200, 3)
