@@ -98,14 +98,19 @@ def test_bare_vectors_have_norms_but_no_tokens_or_positions():
     assert sum(facts["histogram"]["counts"]) == 16
 
 
-def test_a_zero_row_leaves_the_numbers_finite():
-    facts = describe_norms(Activations.bare(torch.cat([torch.zeros(1, 4), torch.eye(4)])))
-    assert sum(facts["histogram"]["counts"]) == 4
-    json.dumps(facts, allow_nan=False)
+def test_padding_enters_nothing():
+    plain = planted(random(200), torch.arange(200) % 7)
+    padded = Activations.cat([Activations.bare(torch.zeros(3, 8)), plain])
+    sink_N = plain.norm_N > 2
+    more_N = torch.cat([torch.ones(3, dtype=torch.bool), sink_N])
+    assert describe_norms(padded, more_N) == describe_norms(plain, sink_N)
+    json.dumps(describe_norms(padded), allow_nan=False)
 
 
 def test_mistakes_are_named():
     with pytest.raises(CosaeError, match="got none"):
         describe_norms(Activations.bare(torch.zeros(0, 4)))
+    with pytest.raises(CosaeError, match="got none"):
+        describe_norms(Activations.bare(torch.zeros(3, 4)))
     with pytest.raises(CosaeError, match="got 3 instead"):
         describe_norms(Activations.bare(torch.eye(4)), torch.zeros(3, dtype=torch.bool))

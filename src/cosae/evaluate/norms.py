@@ -27,7 +27,7 @@ Array = NDArray[np.float64]
 def describe_norms(
     activations: Activations, removed_N: Tensor | None = None, seed: int = 0, sink_N: Tensor | None = None
 ) -> dict[str, Any]:
-    """Norm facts of N activations as plain numbers.
+    """Norm facts of N activations as plain numbers. All-zero rows are padding and enter nothing.
 
     removed_N (N,) bool marks what the run's filter removes; sink_N (N,) bool what evaluation sets apart as sinks,
     which need not be the same (a run may filter nothing); removed_N by default.
@@ -39,12 +39,15 @@ def describe_norms(
     tokens that are no sinks. `histogram`: log-spaced edges, counts of all tokens and, among them, of sinks.
     Raises CosaeError when there are no activations or a mask has another length.
     """
+    live_N = (activations.x_ND != 0).any(-1)
+    if not bool(live_N.any()):
+        raise CosaeError("norm facts need at least one activation that is not all zero; got none instead")
+    here_N = live_N.cpu().numpy()
+    gone_N = _mask(removed_N, len(here_N))[here_N]
+    out_N = gone_N if sink_N is None else _mask(sink_N, len(here_N))[here_N]
+    activations = activations[live_N]
     norm_N = activations.norm_N.cpu().double().numpy()
     n = len(norm_N)
-    if n == 0:
-        raise CosaeError("norm facts need at least one activation; got none instead")
-    gone_N = _mask(removed_N, n)
-    out_N = gone_N if sink_N is None else _mask(sink_N, n)
     median = float(np.median(norm_N))
     first_N = activations.position_N.cpu().numpy() == 0
     kept_N = torch.from_numpy(~out_N).to(activations.x_ND.device)
