@@ -9,6 +9,7 @@ import torch
 import cosae
 from cosae.evaluate.norm_driven import firing_norms, norm_driven, paired_norm_differences
 from cosae.sae.calibrate import calibrate
+from cosae.sae.fold import fold_decoder_norm
 from cosae.types import Activations, Codes, CosaeError
 
 D = 8
@@ -90,6 +91,20 @@ def test_the_reading_as_it_is_is_what_encode_says(selector: str, frame: str) -> 
     found = norm_driven(sae, activations, batch_tokens=50)["sinks_in"]
     assert found["per_feature"]["firings"].tolist() == fired_F.tolist()
     assert found["l0"] == pytest.approx(codes.l0)
+
+
+@pytest.mark.parametrize("selector", ["batch_topk", "topk", "abs_topk", "jumprelu", "gated"])
+def test_a_fold_of_decoder_norms_changes_no_answer(selector: str) -> None:
+    """A fold rescales scores, thresholds and what top-k compares; what fires stays, in both readings."""
+    sae, activations = build("cosine_per_feature", selector), log_normal(seed=3)
+    with torch.no_grad():
+        sae.score.exponent.fill_(0.7)
+        sae.decoder.rows_FD.mul_(torch.linspace(0.5, 2.0, 24)[:, None])
+    plain, folded = (norm_driven(one, activations)["sinks_in"] for one in (sae, fold_decoder_norm(sae)))
+    for name in ("firings", "firings_at_median", "firings_in_both"):
+        assert folded["per_feature"][name].tolist() == plain["per_feature"][name].tolist()
+    folded_F, plain_F = (found["per_feature"]["value_norm_frac"] for found in (folded, plain))
+    np.testing.assert_allclose(folded_F, plain_F, atol=1e-4, equal_nan=True)
 
 
 def detector(threshold: float = 1.0) -> cosae.SAE:
