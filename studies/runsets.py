@@ -13,12 +13,14 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from cosae.activations.filter import FilterPolicy
 from cosae.activations.nuisance import Nuisance
 from cosae.activations.synthetic import World
-from cosae.recipe import DataConfig, EvaluationConfig, Recipe, to_plain
+from cosae.recipe import DataConfig, EvaluationConfig, Recipe
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.folder import RUN, read_json
 from cosae.train.arm import Arm, parse_arm
@@ -31,7 +33,7 @@ CACHE = ROOT / "runs" / "studies"
 TWIN = ROOT / "studies" / "layer_norm_twin" / "model"
 SEEDS = (0, 1, 2)
 STEPS = 1000
-FEWER_STEPS = 600
+FEWER_STEPS = 500
 """Of the sets that ask one more question each: contestants are compared within a set, never across."""
 
 STANDARD = ("standard", "standard_unit_frame", "standard_layer_norm", "unit_rows")
@@ -75,8 +77,8 @@ def _natural() -> Recipe:
 
 
 def _injected() -> Recipe:
-    arms = [text for text in (*STANDARD, *COSINES) if not text.startswith("standard_layer_norm")]
-    return base("injected", *arms).changed({"nuisance": Nuisance(kind="log_normal", sigma=0.5)})
+    from_1 = "cosine,name=cosine_fast_from_1,a_init=1,a_lr=10,b_lr=10"
+    return base("injected", *MAIN, "unit_rows", from_1).changed({"nuisance": Nuisance(kind="log_normal", sigma=0.5)})
 
 
 def _sinks() -> Recipe:
@@ -148,9 +150,21 @@ def recipe_of(name: str, seed: int) -> Recipe:
 
 
 def folder_of(name: str, seed: int) -> Path:
-    """Where that run is kept: its digest is in the name, so that no result outlives its recipe."""
-    text = json.dumps(to_plain(recipe_of(name, seed)), sort_keys=True).replace(str(ROOT), "")
+    """Where that run is kept: its recipe's digest is in the name, so that no result outlives its recipe."""
+    text = json.dumps(_chosen(recipe_of(name, seed)), sort_keys=True).replace(str(ROOT), "")
     return CACHE / name / f"seed_{seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def _chosen(value: Any) -> Any:
+    """What a recipe says beyond the defaults: an option that is added later and left alone changes no digest."""
+    if is_dataclass(value) and not isinstance(value, type):
+        pairs = {f.name: (getattr(value, f.name), _default(f)) for f in fields(value)}
+        return {k: _chosen(mine) for k, (mine, default) in pairs.items() if mine != default}
+    return [_chosen(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default_factory() if one.default_factory is not MISSING else one.default
 
 
 def finished(folder: Path) -> bool:
