@@ -55,6 +55,7 @@ def run_evals(
     dtype: str = "float32",
     llm_batch_size: int = 32,
     seed: int = 42,
+    data: str | Path | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     python: str | Path | None = None,
     force: bool = False,
@@ -68,6 +69,8 @@ def run_evals(
     model_path      folder of a Hugging Face model: no name TransformerLens knows, and no hub, is needed then
     hook_name, hook_layer   where the SAEs read; default: their facts'
     dtype           of the model, and of what goes in and out of the SAEs: float32, bfloat16, float16, float64
+    data            folder with copies of the data sets the hub would give, under their names there:
+                    data/LabHC/bias_in_bios/train.jsonl …; what is not in it is downloaded
     options         by eval: fields of its SAEBench configuration, such as {"meta_structure": {"train_steps": 200}}
     python          interpreter of an environment with SAEBench; default: this one
     force           replace results that are there
@@ -86,6 +89,7 @@ def run_evals(
         "out": str(out.resolve()),
         "model_name": model_name,
         "model_path": None if model_path is None else str(model_path),
+        "data": None if data is None else str(_folder(data)),
         "hook_name": hook_name,
         "hook_layer": hook_layer,
         "device": device,
@@ -156,6 +160,7 @@ def evaluate_here(saes: Mapping[str, SAE], *, evals: Sequence[str], out: str, **
                 artifacts=Path(artifacts),
                 model_name=arguments["model_name"],
                 model_path=None if arguments["model_path"] is None else Path(arguments["model_path"]),
+                data=None if arguments["data"] is None else Path(arguments["data"]),
                 **{key: arguments[key] for key in ("device", "dtype", "llm_batch_size", "seed", "options")},
             )
             try:
@@ -249,6 +254,12 @@ def _model(saes: Mapping[str, SAE], model_name: str | None, model_path: str | Pa
     if model_path is not None and not (Path(model_path).expanduser() / "config.json").is_file():
         raise CosaeError(f"model_path must be a folder of a Hugging Face model. Got {model_path}, without config.json.")
     return model_name, None if model_path is None else Path(model_path).expanduser().resolve()
+
+
+def _folder(data: str | Path) -> Path:
+    if not Path(data).is_dir():
+        raise CosaeError(f"data must be a folder with copies of data sets. Got {data}, which is none.")
+    return Path(data).resolve()
 
 
 def _plain_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -50,10 +50,11 @@ CORE_DEFAULTS: dict[str, Any] = {
 class Job:
     """What every eval of one call shares.
 
-    out         SAEBench's results go to out/{eval}
-    artifacts   folder for activations and the like
+    out         SAEBench's results go to out/{eval}; absolute, like every path here
+    artifacts   folder for activations and the like; it is there, and goes when the eval is done
     model_name  as the results call it; the name TransformerLens knows, unless model_path is given
     model_path  a local Hugging Face model
+    data        a folder with local copies of data sets, by their names on the hub: LabHC/bias_in_bios/train.jsonl …
     options     by eval: fields of its SAEBench configuration (core: arguments of its multiple_evals)
     """
 
@@ -61,6 +62,7 @@ class Job:
     artifacts: Path
     model_name: str
     model_path: Path | None = None
+    data: Path | None = None
     device: str = "cpu"
     dtype: str = "float32"
     llm_batch_size: int = 32
@@ -87,13 +89,20 @@ def call(name: str, job: Job, saes: Named) -> dict[str, dict[str, Any]]:
     random.seed(job.seed)
     np.random.seed(job.seed)  # noqa: NPY002  # SAEBench draws from the global generators
     torch.manual_seed(job.seed)
+    _without_shape_checks()
     gradients = torch.is_grad_enabled()
     options = {**job.options.get(name, {})}
-    with known_model(job) if EVALS[name].reads_model else contextlib.nullcontext():
+    # A relative folder goes before the hub for `datasets`, and absorption writes to ./artifacts.
+    with known_model(job), contextlib.chdir(job.data if EVALS[name].data and job.data else job.artifacts):
         try:
             return EVALS[name].call(job, saes, options)
         finally:
             torch.set_grad_enabled(gradients)  # absorption switches them on for good
+
+
+def _without_shape_checks() -> None:
+    """SAEBench's sparse_probing annotates two different sizes with one name, which newer jaxtyping and beartype refuse."""
+    import_module("jaxtyping").config.update("jaxtyping_disable", True)
 
 
 def result_file(name: str, job: Job, sae: str) -> Path:
@@ -112,8 +121,7 @@ def known_model(job: Job) -> Iterator[None]:
         yield
         return
     models = import_module("transformer_lens.supported_models")
-    job.artifacts.mkdir(parents=True, exist_ok=True)
-    link = job.artifacts.resolve() / f"model-{model_digest(job.model_path)}"
+    link = job.artifacts / f"model-{model_digest(job.model_path)}"
     if not link.exists():
         link.symlink_to(job.model_path.resolve(), target_is_directory=True)
     models.OFFICIAL_MODEL_NAMES.append(str(link))
@@ -212,10 +220,7 @@ def _absorption(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any
     main = import_module("sae_bench.evals.absorption.main")
     kind = import_module("sae_bench.evals.absorption.eval_config").AbsorptionEvalConfig
     config = _configured(kind, _model_settings(job), options, "absorption")
-    job.artifacts.mkdir(parents=True, exist_ok=True)
-    out = str((job.out / "absorption").resolve())
-    with contextlib.chdir(job.artifacts):  # it writes to ./artifacts
-        main.run_eval(config, list(saes), job.device, out, True)
+    main.run_eval(config, list(saes), job.device, str(job.out / "absorption"), True)
     return {}
 
 

@@ -32,7 +32,7 @@ def one_sentence(name: str, job: Job, said: Sequence[str]) -> str:
         needs = " and ".join([*model, *filter(None, [EVALS[name].data])]) or "files"
         return (
             f"{name} needs {needs}, which could not be downloaded here ({first}): run it where the hub can "
-            f"be reached or with its cache filled (HF_HOME), or leave {name} out."
+            f"be reached or with its cache filled (HF_HOME), give copies as data, or leave {name} out."
         )
     return f"{name} failed in SAEBench: {first}; the whole story is in {job.out / 'saebench.log'}."
 
@@ -49,7 +49,7 @@ def chain(error: BaseException) -> list[str]:
 
 def why_nothing(name: str) -> list[str]:
     if name == "absorption":
-        return ["too few first letters can be read from the model (options min_GT_probe_f1 and min_feats_for_eval)"]
+        return ["the model tells too few first letters apart (options min_GT_probe_f1 and min_feats_for_eval)"]
     return ["it ended without a result"]
 
 
