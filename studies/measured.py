@@ -41,7 +41,7 @@ from cosae.types import Activations
 from studies.runsets import RUNSETS, SEEDS, finished, folder_of
 
 EXTRA = "extra.json"
-NORM_TOKENS = 16_384
+NORM_TOKENS = 8_192
 """Tokens of the counterfactual test, which looks at every score of every token."""
 SHIFTS = (0.25, 0.5, 1.0)
 """Log-normal σ of the norms met at deployment only."""
@@ -132,12 +132,13 @@ def measure_run(name: str, seed: int, samples: Samples) -> dict[str, Any]:
     calm = train.activations[~sinks_of(train.activations, fitted)][:16_384]
     readers[READ_TIME] = remove_norm(saes["standard"], calm, keep_firings=False)
     codes = {arm: (encode_all(r, train.activations), encode_all(r, held_out.activations)) for arm, r in readers.items()}
-    for which, sinks_in in (("sinks_out", False), ("sinks_in", True)):
+    wanted = {"sinks_out": False} | ({"sinks_in": True} if name == "sinks" else {})  # elsewhere there are none
+    for which, sinks_in in wanted.items():
         probe = Probe(train, held_out, fitted, sinks_in)
         found[f"probing_{which}"] = {arm: probe(both) for arm, both in codes.items()}
     few = held_out.activations[:NORM_TOKENS]
     for arm, sae in saes.items():
-        test = norm_driven(sae, few, sink_N[:NORM_TOKENS])
+        test = norm_driven(sae, few, sink_N[:NORM_TOKENS], seed=seed, n_resamples=500)
         norms = firing_norms(sae, held_out.activations, sink_N)
         for which in ("sinks_in", "sinks_out"):
             test[which] = {k: v for k, v in (test[which] or {}).items() if k != "per_feature"}

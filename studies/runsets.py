@@ -47,6 +47,7 @@ COSINES = (
     "cosine_base_delta",
 )
 MAIN = ("standard", "standard_unit_frame", "cosine", "cosine,name=cosine_fast,a_lr=10,b_lr=10", "cosine_per_feature")
+FIXED_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SELECTORS = ("batch_topk", "topk", "abs_topk", "jumprelu", "gated")
 
 
@@ -123,6 +124,16 @@ def _world(norm: str, **settings: float) -> Recipe:
     return recipe.changed({"data": DataConfig(world=world), "d_sae": 512, "k": 8, "training.optimizer.lr": 2e-3})
 
 
+def _fixed_exponents(name: str, sigma: float | None) -> Recipe:
+    """The same cosine score with its exponent held at one value per arm: which value leaves the least error?"""
+    arms = [f"cosine,name=a_{a:g},a_init={a:g},a_lr=0" for a in FIXED_EXPONENTS]
+    if sigma is None:
+        return smaller(name, *arms).changed({"evaluation.probing": False})
+    world = World(d_in=128, n_features=512, l0=8, norm="log_normal", sigma=sigma)
+    changes = {"data": DataConfig(world=world), "d_sae": 512, "k": 8, "training.optimizer.lr": 2e-3}
+    return base(name, *arms).changed(changes)
+
+
 RUNSETS: dict[str, Callable[[], Recipe]] = {
     "natural": _natural,
     "injected": _injected,
@@ -140,6 +151,9 @@ RUNSETS: dict[str, Callable[[], Recipe]] = {
     "world_sinks": lambda: _world("sinks"),
     "world_content": lambda: _world("content", sigma=0.5),
     "twin": _twin,
+    "world_fixed_a": lambda: _fixed_exponents("world_fixed_a", 0.5),
+    "world_fixed_a_1": lambda: _fixed_exponents("world_fixed_a_1", 1.0),
+    "natural_fixed_a": lambda: _fixed_exponents("natural_fixed_a", None),
 }
 """Every set of runs by name."""
 

@@ -130,6 +130,11 @@ def norm_facts(
     return facts
 
 
+def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The transformer blocks, under the name the architecture has for them."""
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
 def _block_outputs(model: PreTrainedModel, ids_ST: torch.Tensor) -> list[torch.Tensor]:
     """The residual stream after each block; `output_hidden_states` would give the last one normalised."""
     taken: list[torch.Tensor] = []
@@ -137,7 +142,7 @@ def _block_outputs(model: PreTrainedModel, ids_ST: torch.Tensor) -> list[torch.T
     def take(_module: object, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         taken.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [layer.register_forward_hook(take) for layer in model.model.layers]
+    hooks = [layer.register_forward_hook(take) for layer in _blocks(model)]
     try:
         model(input_ids=ids_ST)
     finally:
