@@ -43,6 +43,8 @@ class Train:
     """A synthetic world instead of a model, e.g. log_normal:sigma=0.5 or none:n_features=512,d_in=128."""
     inject: str | None = None
     """Norm nuisance put on the activations: log_normal:sigma=1.0 or sinks:frac=0.006,factor=160 (recorded)."""
+    inject_into: str | None = None
+    """Which tokens get it: both (default), training, or evaluation (a shift at deployment)."""
     filter: str | None = None
     """Tokens left out of training: none, position_0 or norm (≥ 10 × the median of the first window)."""
     d_sae: int | None = None
@@ -114,12 +116,47 @@ class Inspect:
     """Folder of a saved SAE."""
 
 
+@dataclass(frozen=True)
+class Audit:
+    """Is this SAE fooled by norm? For SAEs that exist already; nothing is trained.
+
+    Reads cosae's own folders and those of SAELens, dictionary_learning, Gemma Scope, sparsify and the paper. Answers on
+    the screen; audit.json and audit.html in --out. Example: cosae audit runs/first/arms/standard
+    """
+
+    saes: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders or files of SAEs; those of one site are audited on the same tokens."""
+    model: str | None = None
+    """embedded, a folder of a Hugging Face model or a repository; default: what the SAE's file says."""
+    site: str | None = None
+    """Where the SAE reads, such as resid_post.5; default: what its file says."""
+    corpus: str | None = None
+    """Text to run the model on, as for train; default: what the SAE's file says, else pylib."""
+    activations: str | None = None
+    """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
+    tokens: int = 32_768
+    context: int | None = None
+    """Tokens per sequence."""
+    inject: str | None = None
+    """Norm nuisance put on the activations first, such as log_normal:sigma=0.5: what if norms varied so?"""
+    sink_factor: float = 10.0
+    """Tokens of at least this multiple of the median norm are sinks, beside position 0 and special ids."""
+    format: str = "auto"
+    """Format of the files; auto looks at them."""
+    device: str = "cpu"
+    seed: int = 0
+    out: Path = Path("audit")
+    """Folder for audit.json and audit.html."""
+    quiet: bool = False
+
+
 VERBS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "demo": Demo,
     "resume": Resume,
     "report": Report,
     "inspect": Inspect,
+    "audit": Audit,
 }
 
 
@@ -192,6 +229,7 @@ def build_recipe(command: Train) -> Any:
         "data.model_dtype": command.dtype,
         "data.world": None if command.world is None else World.parse(command.world),
         "nuisance": None if command.inject is None else Nuisance.parse(command.inject),
+        "inject_into": command.inject_into,
         "filter.kind": command.filter,
         "d_sae": command.d_sae,
         "k": command.k,
@@ -298,7 +336,26 @@ def _inspect(command: Inspect) -> int:
     return 0
 
 
-_DO: dict[type[Any], Any] = {Train: _train, Demo: _demo, Resume: _resume, Report: _report, Inspect: _inspect}
+def _audit(command: Audit) -> int:
+    from dataclasses import fields
+
+    from cosae.run.audit import Wanted, run_audit, screen
+
+    wanted = Wanted(**{f.name: getattr(command, f.name) for f in fields(Wanted)})
+    say = (lambda _: None) if command.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    print(screen(run_audit(command.saes, wanted, command.out, say)))
+    print(f"\nReport: {command.out / 'audit.html'}")
+    return 0
+
+
+_DO: dict[type[Any], Any] = {
+    Train: _train,
+    Demo: _demo,
+    Resume: _resume,
+    Report: _report,
+    Inspect: _inspect,
+    Audit: _audit,
+}
 
 if __name__ == "__main__":
     main()
