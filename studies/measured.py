@@ -124,7 +124,7 @@ def measure_run(name: str, seed: int, samples: Samples) -> dict[str, Any]:
     folder = folder_of(name, seed)
     recipe = Recipe.read(folder / "recipe.json")
     fitted = Filter.from_dict(read_json(folder / "run.json")["filter"])
-    saes = saes_of(folder)
+    saes = {arm: sae for arm, sae in saes_of(folder).items() if arm in ARMS}
     held_out, train = samples.of(recipe, "held_out"), samples.of(recipe, "train")
     sink_N = sinks_of(held_out.activations, fitted)
     found: dict[str, Any] = {"arms": {arm: {} for arm in saes}}
@@ -132,7 +132,7 @@ def measure_run(name: str, seed: int, samples: Samples) -> dict[str, Any]:
     calm = train.activations[~sinks_of(train.activations, fitted)][:16_384]
     readers[READ_TIME] = remove_norm(saes["standard"], calm, keep_firings=False)
     codes = {arm: (encode_all(r, train.activations), encode_all(r, held_out.activations)) for arm, r in readers.items()}
-    wanted = {"sinks_out": False} | ({"sinks_in": True} if name == "sinks" else {})  # elsewhere there are none
+    wanted = {"natural": {"sinks_out": False}, "sinks": {"sinks_out": False, "sinks_in": True}}.get(name, {})
     for which, sinks_in in wanted.items():
         probe = Probe(train, held_out, fitted, sinks_in)
         found[f"probing_{which}"] = {arm: probe(both) for arm, both in codes.items()}

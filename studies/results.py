@@ -126,3 +126,8 @@ def alignment(
         drawn.append(gap_SC[rows][:, columns].mean())
     low, high = np.quantile(drawn, [0.025, 0.975])
     return level, Estimate(float(gap_SC.mean()), float(low), float(high))
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean over seeds."""
+    return float(np.mean(list(values)))

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ CACHE = ROOT / "runs" / "studies"
 TWIN = ROOT / "studies" / "layer_norm_twin" / "model"
 SEEDS = (0, 1, 2)
 STEPS = 1000
+NATURAL = "{natural}"
+"""In an arm's start: the folder of the natural run of the same seed."""
 FEWER_STEPS = 500
 """Of the sets that ask one more question each: contestants are compared within a set, never across."""
 
@@ -134,6 +136,13 @@ def _fixed_exponents(name: str, sigma: float | None) -> Recipe:
     return base(name, *arms).changed(changes)
 
 
+def _continued() -> Recipe:
+    """The natural runs' SAEs for 300 steps more, under their own score and under the other's (paper §5.2)."""
+    pairs = (("standard", "standard"), ("standard", "cosine"), ("cosine", "cosine"), ("cosine", "standard"))
+    arms = [f"{to},name={start}_as_{to},start={NATURAL}/arms/{start}" for start, to in pairs]
+    return smaller("continued", *arms).changed({"training.steps": 300})
+
+
 RUNSETS: dict[str, Callable[[], Recipe]] = {
     "natural": _natural,
     "injected": _injected,
@@ -148,9 +157,8 @@ RUNSETS: dict[str, Callable[[], Recipe]] = {
     "world_none": lambda: _world("none"),
     "world_log_normal": lambda: _world("log_normal", sigma=0.5),
     "world_log_normal_1": lambda: _world("log_normal", sigma=1.0).changed({"name": "world_log_normal_1"}),
-    "world_sinks": lambda: _world("sinks"),
-    "world_content": lambda: _world("content", sigma=0.5),
     "twin": _twin,
+    "continued": _continued,
     "world_fixed_a": lambda: _fixed_exponents("world_fixed_a", 0.5),
     "world_fixed_a_1": lambda: _fixed_exponents("world_fixed_a_1", 1.0),
     "natural_fixed_a": lambda: _fixed_exponents("natural_fixed_a", None),
@@ -160,7 +168,12 @@ RUNSETS: dict[str, Callable[[], Recipe]] = {
 
 def recipe_of(name: str, seed: int) -> Recipe:
     """The recipe of one run of a set."""
-    return RUNSETS[name]().changed({"training.seed": seed})
+    recipe = RUNSETS[name]().changed({"training.seed": seed})
+    if not any(arm.start for arm in recipe.arms):
+        return recipe
+    natural = str(folder_of("natural", seed))
+    arms = tuple(replace(arm, start=arm.start and arm.start.replace(NATURAL, natural)) for arm in recipe.arms)
+    return replace(recipe, arms=arms)
 
 
 def folder_of(name: str, seed: int) -> Path:
