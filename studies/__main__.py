@@ -28,7 +28,7 @@ CLAIMS = (
 HEAD = """# The paper's claims, tried at our scale
 
 arXiv 2606.15054 claims that cosine scoring learns features that match human concepts far more often at equal
-reconstruction. Each claim is tried here on the embedded model (192 wide, block 5), on synthetic worlds, or on both, with
+reconstruction. Each claim is tried here on the embedded model (192 wide, block 5), on synthetic worlds or on both, with
 three seeds, paired arms and intervals. A small model with tame norms is not Qwen3-8B: "cannot be seen at this scale" is
 a possible answer, and "not supported" means no more than it says. "What an audit of its code remarks": our notes on the
 paper, by their section.

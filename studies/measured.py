@@ -56,6 +56,8 @@ SHIFTED = (
     "cosine_per_feature",
     "cosine_noise",
 )
+ARMS = SHIFTED
+"""The arms that claims ask about; other arms of a run have its own evaluation only."""
 SWAPS = (("standard", "cosine"), ("cosine", "inner"))
 
 
