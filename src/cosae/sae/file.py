@@ -209,6 +209,7 @@ def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": str(sae.dtype).removeprefix("torch."),
+        **saelens_fields(sae),
         "sae": sae.cfg.to_dict(),
         "facts": sae.facts,
         "sha256": {name: _digest(folder / name) for name in (WEIGHTS, SELF_CHECK)},
@@ -250,6 +251,19 @@ def saelens_architecture(sae: SAE) -> str:
     if plain and sae.cfg.selector == "batch_topk" and sae.calibrated:
         return "jumprelu"
     return f"cosae_{sae.cfg.score}_{sae.cfg.selector}"
+
+
+def saelens_fields(sae: SAE) -> dict[str, Any]:
+    """What SAELens 6 asks of a cfg.json beside the architecture; cosae itself reads none of it."""
+    names = {"model": "model_name", "hook_name": "hook_name", "hf_hook_name": "hf_hook_name", "dataset": "dataset_path"}
+    known = {theirs: sae.facts.get(ours) for ours, theirs in names.items()}
+    return {
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.0.0", **{k: v for k, v in known.items() if isinstance(v, str)}},
+    }
 
 
 @torch.no_grad()
