@@ -25,6 +25,7 @@ from cosae.sae.model import SAE, SAEConfig
 from cosae.types import Activations, Codes, CosaeError
 
 if TYPE_CHECKING:
+    from cosae.evaluate.spliced import spliced
     from cosae.recipe import Recipe
     from cosae.run.execute import resume
     from cosae.run.fit import fit
@@ -35,9 +36,29 @@ try:
 except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["SAE", "Activations", "Arm", "Codes", "CosaeError", "Recipe", "SAEConfig", "fit", "load", "resume", "save"]
+__all__ = [
+    "SAE",
+    "Activations",
+    "Arm",
+    "Codes",
+    "CosaeError",
+    "Recipe",
+    "SAEConfig",
+    "fit",
+    "load",
+    "resume",
+    "save",
+    "spliced",
+]
 
-_LATER = {"Recipe": "cosae.recipe", "fit": "cosae.run.fit", "resume": "cosae.run.execute", "Arm": "cosae.train.arm"}
+_LATER = {
+    "Recipe": "cosae.recipe",
+    "fit": "cosae.run.fit",
+    "resume": "cosae.run.execute",
+    "Arm": "cosae.train.arm",
+    "spliced": "cosae.evaluate.spliced",
+    "load_dictionary": "cosae.share.dictionary_learning",  # a drop-in for dictionary_learning's, not a word of ours
+}
 
 
 def __getattr__(name: str) -> Any:

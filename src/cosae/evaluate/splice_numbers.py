@@ -102,8 +102,8 @@ def _ratio_sums(
         ablated_N = values[metric.removeprefix("recovered_")]["cross_entropy"]
         above_N, below_N = ablated_N - one["cross_entropy"], ablated_N - own_N
     return (
-        np.bincount(unit_N[in_N], weights=above_N[in_N], minlength=nunits),
-        np.bincount(unit_N[in_N], weights=below_N[in_N], minlength=nunits),
+        np.bincount(unit_N[in_N], weights=above_N[in_N], minlength=nunits).astype(np.float64),
+        np.bincount(unit_N[in_N], weights=below_N[in_N], minlength=nunits).astype(np.float64),
     )
 
 

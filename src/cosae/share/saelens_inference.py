@@ -162,7 +162,8 @@ class CosineScored(Precise):
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """`b += ln n; b_enc, threshold · n; W_dec / n`; returns n (d_sae,), fp32."""
         this: Any = self
-        norm_F = torch.linalg.vector_norm(at_least_fp32(this.W_dec.data), dim=-1).clamp_min(saelens_folds.NORM_MIN)
+        length_F: Tensor = torch.linalg.vector_norm(at_least_fp32(this.W_dec.data), dim=-1)
+        norm_F = length_F.clamp_min(saelens_folds.NORM_MIN)
         self._change(saelens_folds.fold_decoder_norm(this._parameters, this.cfg.score))
         return norm_F
 
@@ -365,7 +366,7 @@ class CosaeSAE(Precise, sae_lens.SAE):  # type: ignore[misc]
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """cosae's own fold (cosae.sae.fold); returns the old lengths (d_sae,), fp32."""
-        norm_F = torch.linalg.vector_norm(at_least_fp32(self.W_dec.data), dim=-1)
+        norm_F: Tensor = torch.linalg.vector_norm(at_least_fp32(self.W_dec.data), dim=-1)
         self._become(fold.fold_decoder_norm(self._whole()))
         return norm_F
 
