@@ -41,7 +41,7 @@ def result() -> Result:
     head = ["runs", "arm", "FVE", "median token FVE", "L0", "FVE − standard", "median token − standard"]
     text = [
         f"Supported means: no loss of more than {MARGIN} FVE on natural activations. Where norms vary for no reason the "
-        "standard arm loses; the standard score in the unit frame rebuilds as well as any cosine, or better.",
+        "standard arm loses; the standard score in the unit frame keeps its FVE as the cosines do, and rebuilds the median token best.",
         "Intervals: Student's t over seeds of the paired differences; the standard arm's FVE on injected norms is carried "
         "by a few tokens, hence the median token's beside it.",
     ]

@@ -153,6 +153,15 @@ class TestFailures:
         sentence = run_evals({"one": make()}, ["sparse_probing"], tmp_path, **PLACE)["failed"]["sparse_probing"]
         assert "Failed to load model: no space" in sentence
 
+    def test_what_was_logged_comes_before_what_it_led_to(self, bench, tmp_path, monkeypatch):
+        def fails_later(config, saes, device, out, force, artifacts_path):
+            logging.getLogger("sae_bench.evals").error("Failed to load model m: We couldn't connect")
+            raise UnboundLocalError("cannot access local variable")
+
+        monkeypatch.setattr(sys.modules["sae_bench.evals.sparse_probing.main"], "run_eval", fails_later)
+        sentence = run_evals({"one": make()}, ["sparse_probing"], tmp_path, **PLACE)["failed"]["sparse_probing"]
+        assert "could not be downloaded here (Failed to load model m: We couldn't connect)" in sentence
+
     def test_options_that_do_not_fit(self, bench, tmp_path):
         for options, said in (
             ({"steps": 3}, "has no option 'steps'"),

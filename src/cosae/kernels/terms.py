@@ -3,7 +3,7 @@
     s_bi = exp(log_gain_i) · r_b^{a_i} · |w_i|^{u} · κ_bi + β_i
          = ⟨z_b, w_i⟩ · exp(log_gain_i + (a_i − 1) · ln r_b) · |w_i|^{u − 1} + β_i
 
-with r = |z|, κ = cos(z, w), u = row_power (paper §1; house.md "How parts compose"). The inner product is a = 1,
+with r = |z|, κ = cos(z, w), u = row_power (paper §1). The inner product is a = 1,
 log_gain = 0, u = 1: then every factor is exactly 1.
 """
 

@@ -1,4 +1,4 @@
-"""Folds: other parameters, the same outputs. Each returns a new SAE (house.md, traps; ecosystem.md §2a).
+"""Folds: other parameters, the same outputs. Each returns a new SAE.
 
 Scaling encoder rows cannot fold a cosine score, which normalises them. Here every score folds itself.
 """

@@ -185,7 +185,7 @@ def _evaluate(name: str, job: Job, saes: Named) -> tuple[dict[str, str], dict[st
             raise
         except Exception as error:
             traceback.print_exc()  # into the log
-            raise CosaeError(one_sentence(name, job, chain(error))) from error
+            raise CosaeError(one_sentence(name, job, [*said, *chain(error)])) from error
     files = {sae_name: result_file(name, job, sae_name) for sae_name, _ in saes}
     missing = [sae_name for sae_name, file in files.items() if not file.is_file()]
     if missing:

@@ -1,7 +1,7 @@
 """A cosae SAE as SAEBench 0.6 wants to see one.
 
 Enters: a cosae SAE, and where it reads. Leaves: an `nn.Module` with W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc,
-b_dec, device, dtype, cfg, and dense `encode`, `decode`, `forward`: what SAEBench's evals read (ecosystem.md §2c).
+b_dec, device, dtype, cfg, and dense `encode`, `decode`, `forward`: what SAEBench's evals read.
 
 SAEBench asks for decoder rows of unit length and casts an SAE to the model's dtype. Here cosae's own fold makes the
 rows unit, in a copy: the SAE that was handed in stays as it is. What `.to(dtype)` casts are the tensors SAEBench looks

@@ -90,6 +90,8 @@ def call(name: str, job: Job, saes: Named) -> dict[str, dict[str, Any]]:
     np.random.seed(job.seed)  # noqa: NPY002  # SAEBench draws from the global generators
     torch.manual_seed(job.seed)
     _without_shape_checks()
+    results = job.out / name
+    results.mkdir(parents=True, exist_ok=True)  # absorption writes into it without making it
     gradients = torch.is_grad_enabled()
     options = {**job.options.get(name, {})}
     # A relative folder goes before the hub for `datasets`, and absorption writes to ./artifacts.
@@ -98,10 +100,12 @@ def call(name: str, job: Job, saes: Named) -> dict[str, dict[str, Any]]:
             return EVALS[name].call(job, saes, options)
         finally:
             torch.set_grad_enabled(gradients)  # absorption switches them on for good
+            if not any(results.iterdir()):
+                results.rmdir()
 
 
 def _without_shape_checks() -> None:
-    """SAEBench's sparse_probing annotates two different sizes with one name, which newer jaxtyping and beartype refuse."""
+    """SAEBench's sparse_probing gives two sizes one name, which newer jaxtyping and beartype refuse."""
     import_module("jaxtyping").config.update("jaxtyping_disable", True)
 
 

@@ -1,8 +1,8 @@
 """The SAELens plug-in: `import cosae.share.saelens` registers cosae's architectures with SAELens.
 
-After it `sae_lens.SAE.load_from_disk` and `from_pretrained` open cosae's own folders and what the training classes save,
-and SAELens' trainers and runners take cosine scores (ecosystem.md §2a). Needs `pip install sae-lens`; no other part of
-cosae does. Importing twice changes nothing.
+After it `sae_lens.SAE.load_from_disk` and `from_pretrained` open cosae's own folders and what the training classes
+save, and SAELens' trainers and runners take cosine scores. Needs `pip install sae-lens`; no other part of cosae does.
+Importing twice changes nothing.
 
     to_cosae    a SAELens object of these architectures (or one of SAELens' own that cosae reads) → cosae.SAE
     from_cosae  cosae.SAE → SAELens inference object
