@@ -1,0 +1,107 @@
+"""What a finished store says of its train rows: mean, variance, norms, sinks. Exact, in memory that does not grow.
+
+mean, variance   moments of each shard, joined by Chan, Golub & LeVeque (1983) in float64, in the shards' order
+norm quantiles   order statistics of the fp32 norms, linear between two of them. Non-negative floats sort as their
+                 bits do, so two passes that count upper and then lower 16 bits find any of them exactly.
+sinks            position 0 | special id | |x| ≥ 10 × the median norm, as in cosae.activations.filter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosae.activations.filter import QUANTILES
+
+SINK_FACTOR = 10.0
+AT_ONCE = 1 << 20
+Columns = dict[str, NDArray[Any]]
+"""Columns of one shard by their names in the file."""
+
+
+def describe_rows(shards: Callable[[], Iterable[Columns]]) -> dict[str, Any]:
+    """Plain numbers over all rows of `shards()`, which is called once per pass.
+
+    Raises nothing for one row or for equal rows; there must be at least one row.
+    """
+    mean_D, squares, n = _join(shards())
+    quantiles = _quantiles(lambda: (columns["norm"] for columns in shards()), n, QUANTILES)
+    median = quantiles[QUANTILES.index(0.5)]
+    total, sinks = 0.0, dict.fromkeys(("position_0", "special", "large_norm", "any"), 0)
+    for columns in shards():
+        total += float(columns["norm"].sum(dtype=np.float64))
+        first, special = columns["position"] == 0, columns["special"]
+        large = columns["norm"] >= SINK_FACTOR * median
+        for name, found in zip(sinks, (first, special, large, first | special | large), strict=True):
+            sinks[name] += int(found.sum())
+    return {
+        "rows": n,
+        "mean": mean_D.tolist(),
+        "total_variance": squares / n,
+        "norm": {
+            "mean": total / n,
+            "median": median,
+            "max_over_median": quantiles[-1] / median if median > 0 else None,
+            "quantiles": [[mark, value] for mark, value in zip(QUANTILES, quantiles, strict=True)],
+        },
+        "sinks": {"factor": SINK_FACTOR, **sinks},
+    }
+
+
+def _join(shards: Iterable[Columns]) -> tuple[NDArray[np.float64], float, int]:
+    """(D,) mean, Σ |x − mean|², rows."""
+    mean_D, squares, n = np.zeros(1), 0.0, 0
+    for columns in shards:
+        more = len(columns["norm"])
+        apart_D = columns["mean"] - mean_D
+        squares += float(columns["squares"][0]) + float(np.square(apart_D).sum()) * (n * more / (n + more))
+        mean_D = mean_D + apart_D * (more / (n + more))
+        n += more
+    return mean_D, squares, n
+
+
+def _quantiles(norms: Callable[[], Iterator[NDArray[np.float32]]], n: int, marks: Sequence[float]) -> tuple[float, ...]:
+    """Quantiles of n finite, non-negative values, as filter.norm_facts has them."""
+    places = [mark * (n - 1) for mark in marks]
+    ranks = sorted({int(np.floor(p)) for p in places} | {int(np.ceil(p)) for p in places})
+    value = dict(zip(ranks, _order_statistics(norms, ranks), strict=True))
+    low, high = [value[int(np.floor(p))] for p in places], [value[int(np.ceil(p))] for p in places]
+    return tuple(a + (b - a) * (p - np.floor(p)) for a, b, p in zip(low, high, places, strict=True))
+
+
+def _order_statistics(norms: Callable[[], Iterator[NDArray[np.float32]]], ranks: Sequence[int]) -> list[float]:
+    """The values that would stand at `ranks`, ascending, if all were sorted."""
+
+    def bits() -> Iterator[NDArray[np.uint32]]:
+        for part in _together(norms()):
+            yield (part + np.float32(0)).view(np.uint32)  # −0 becomes 0
+
+    upper = np.zeros(1 << 16, np.int64)
+    for found in bits():
+        upper += np.bincount(found >> 16, minlength=1 << 16)
+    below = np.concatenate([[0], np.cumsum(upper)])
+    bucket = np.searchsorted(below, ranks, side="right") - 1
+    lower = {int(b): np.zeros(1 << 16, np.int64) for b in bucket}
+    for found in bits():
+        for b, counts in lower.items():
+            counts += np.bincount(found[found >> 16 == b] & 0xFFFF, minlength=1 << 16)
+    values = []
+    for rank, b in zip(ranks, bucket.tolist(), strict=True):
+        inside = np.searchsorted(np.cumsum(lower[b]), rank - below[b], side="right")
+        values.append(float(np.array([b << 16 | int(inside)], np.uint32).view(np.float32)[0]))
+    return values
+
+
+def _together(parts: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """The same values in fewer, larger parts: a count of 65 536 buckets should not be made for a few rows."""
+    waiting: list[NDArray[np.float32]] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(map(len, waiting)) >= AT_ONCE:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
