@@ -213,7 +213,8 @@ def _summary(edits: Sequence[Edit], parts: Sequence[_Tokens]) -> dict[str, Any]:
         for name in ("kl_n", "change_n", "on_n", "reached_n", "size_e", "norm_e")
     )
     on, off = _effect(kl_n, change_n, on_n), _effect(kl_n, change_n, ~on_n)
-    total = float(kl_n.sum())
+    # summed apart: where nothing moves off the feature, the share is 1 to the last bit
+    kl_on, kl_off = float(kl_n[on_n].sum()), float(kl_n[~on_n].sum())
     return {
         "features": sorted({i for edit in edits for i in edit.features}),
         "kinds": sorted({edit.kind for edit in edits}),
@@ -224,7 +225,7 @@ def _summary(edits: Sequence[Edit], parts: Sequence[_Tokens]) -> dict[str, Any]:
         "off": off,
         "off_reached": _effect(kl_n, change_n, ~on_n & reached_n),
         "precision": _ratio(on["kl"], off["kl"]),
-        "on_share": float(kl_n[on_n].sum()) / total if total > 0 else None,
+        "on_share": kl_on / (kl_on + kl_off) if kl_on + kl_off > 0 else None,
     }
 
 
