@@ -13,9 +13,12 @@ from cosae.kernels.terms import Entries, ScoreTerms
 NAME = "reference"
 
 
-def content(terms: ScoreTerms) -> Tensor:
-    """(B, F) content part exp(b) r^a |w|^u κ of every score; differentiable (paper §1)."""
-    dot_BF = terms.z_BD @ terms.rows_FD.T
+def content(terms: ScoreTerms, dot_BF: Tensor | None = None) -> Tensor:
+    """(B, F) content part exp(b) r^a |w|^u κ of every score; differentiable (paper §1).
+
+    dot_BF: the plain products ⟨z, w⟩ where they are there already.
+    """
+    dot_BF = terms.z_BD @ terms.rows_FD.T if dot_BF is None else dot_BF
     if terms.plain:
         return dot_BF
     log_scale_BF = terms.log_gain + (terms.exponent - 1.0) * terms.log_r_B[:, None]
@@ -25,9 +28,9 @@ def content(terms: ScoreTerms) -> Tensor:
     return content_BF
 
 
-def scores(terms: ScoreTerms) -> Tensor:
+def scores(terms: ScoreTerms, dot_BF: Tensor | None = None) -> Tensor:
     """(B, F) scores s = content + β; rows that are not live are −inf and can never be selected."""
-    score_BF = content(terms)
+    score_BF = content(terms, dot_BF)
     if terms.bias_F is not None:
         score_BF = score_BF + terms.bias_F
     return torch.where(terms.live_B[:, None], score_BF, -torch.inf)

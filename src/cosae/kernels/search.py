@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -38,6 +39,23 @@ def say_once(reason: str) -> None:
 
 
 @dataclass(frozen=True)
+class Finder:
+    """How a path finds the entries above a threshold; the search around it is the same on every device.
+
+    unserved   why it cannot serve these terms, or None
+    survivors  every live entry above its threshold (`survivors.survivors`)
+    guess_dtype  precision of the dense product that per-token top-k guesses its thresholds from
+    """
+
+    unserved: Callable[[ScoreTerms], str | None]
+    survivors: Callable[[ScoreTerms, Tensor, int, Tensor | None], Survivors | None]
+    guess_dtype: torch.dtype = torch.float32
+
+
+CPU = Finder(screen.unserved, survivors)
+
+
+@dataclass(frozen=True)
 class Products:
     """What selection leaves with its entries: ⟨z, w⟩ (E,), ln r (B,), |w| (F,), and of which z and w they are.
 
@@ -54,7 +72,7 @@ class Products:
 def _entries(terms: ScoreTerms, found: Survivors, lowest: float, last_flat: int) -> Entries:
     """The survivors above `lowest`, or equal to it with flat index ≤ last_flat; what is known goes along."""
     size, n_features = len(found), terms.n_features
-    if native.serves():
+    if native.serves() and found.token_S.device.type == "cpu":
         token_E, feature_E, order_E = (torch.empty(size, dtype=torch.int64) for _ in range(3))
         dot_E, offset_F1 = torch.empty(size), torch.empty(n_features + 1, dtype=torch.int64)
         arrays = [t.numpy() for t in (found.token_S, found.dot_S, found.score_S, found.count_F)]
@@ -65,19 +83,25 @@ def _entries(terms: ScoreTerms, found: Survivors, lowest: float, last_flat: int)
         entries.memo["by_feature"] = (order_E[:kept], offset_F1)
         dot_E = dot_E[:kept]
     else:
-        flat_S = _flat(found, n_features)
-        keep_S = (found.score_S > lowest) | ((found.score_S == lowest) & (flat_S <= last_flat))
-        flat_E, order = flat_S[keep_S].sort()
+        flat_S = flat(found, n_features)
+        keep = ((found.score_S > lowest) | ((found.score_S == lowest) & (flat_S <= last_flat))).nonzero()[:, 0]
+        flat_E, place_E = flat_S[keep].sort()
         entries = Entries(flat_E // n_features, flat_E % n_features)
-        dot_E = found.dot_S[keep_S][order]
+        dot_E = found.dot_S[keep][place_E]
+        order_E = torch.empty_like(place_E)
+        order_E[place_E] = torch.arange(len(place_E), device=place_E.device)
+        feature_E = flat_S[keep] % n_features
+        edge_F1 = torch.arange(n_features + 1, device=place_E.device)
+        entries.memo["by_feature"] = (order_E, torch.searchsorted(feature_E, edge_F1))
     entries.memo["products"] = Products(
         _identity(terms), (terms.z_BD, terms.rows_FD), dot_E, found.log_r_B, found.norm_F
     )
     return entries
 
 
-def _flat(found: Survivors, n_features: int) -> Tensor:
-    return found.token_S * n_features + torch.repeat_interleave(found.count_F)
+def flat(found: Survivors, n_features: int) -> Tensor:
+    """(S,) int64 token · F + feature of each survivor."""
+    return found.token_S * n_features + torch.repeat_interleave(found.count_F, output_size=len(found))
 
 
 def _identity(terms: ScoreTerms) -> Any:
@@ -101,7 +125,7 @@ def _sampled_threshold(terms: ScoreTerms, n_keep: int) -> float:
     live = terms.live_B.nonzero()[:, 0]
     if len(live) == 0:
         return 0.0
-    spread = torch.linspace(0, len(live) - 1, min(SAMPLE, len(live))).long()
+    spread = torch.linspace(0, len(live) - 1, min(SAMPLE, len(live)), device=live.device).long()
     few = live[spread]
     part = ScoreTerms(
         terms.z_BD[few], terms.rows_FD, terms.bias_F, terms.exponent, terms.log_gain, terms.row_power,
@@ -112,7 +136,7 @@ def _sampled_threshold(terms: ScoreTerms, n_keep: int) -> float:
     return max(0.0, 0.95 * float(flat.topk(rank).values[-1]))
 
 
-def _search(terms: ScoreTerms, n_keep: int, hint: float | None) -> Survivors:
+def _search(terms: ScoreTerms, n_keep: int, hint: float | None, finder: Finder) -> Survivors:
     """Survivors of a threshold that at least n_keep pass (all positive scores where fewer are positive)."""
     everything = terms.n_tokens * terms.n_features
     room = min(everything, 3 * n_keep + 4096)
@@ -121,8 +145,8 @@ def _search(terms: ScoreTerms, n_keep: int, hint: float | None) -> Survivors:
     too_low: float | None = None
     too_high: float | None = None
     for attempt in range(12):
-        threshold_F = torch.full((terms.n_features,), guess)
-        answer = survivors(terms, threshold_F, room)
+        threshold_F = terms.z_BD.new_full((terms.n_features,), guess)
+        answer = finder.survivors(terms, threshold_F, room, None)
         if answer is not None and (len(answer) >= n_keep or guess == 0.0):
             return answer
         if answer is None:
@@ -147,21 +171,23 @@ def _search(terms: ScoreTerms, n_keep: int, hint: float | None) -> Survivors:
 
 
 @torch.no_grad()
-def select_batch_topk(terms: ScoreTerms, n_keep: int, hint: float | None = None) -> tuple[Entries, float]:
+def select_batch_topk(
+    terms: ScoreTerms, n_keep: int, hint: float | None = None, *, finder: Finder = CPU
+) -> tuple[Entries, float]:
     """The n_keep largest scores of the whole batch among those > 0 (paper §2), and the smallest kept score.
 
     hint: the last batch's smallest kept score, where there is one; any value gives the same result.
     """
     terms = terms.detached()
-    reason = screen.unserved(terms)
+    reason = finder.unserved(terms)
     if reason is None and n_keep * DENSE_SHARE > terms.n_tokens * terms.n_features:
         reason = "a large share of all scores is wanted"
     if reason is not None:
         say_once(reason)
         return reference.select_batch_topk(terms, n_keep, hint)
-    found = _search(terms, n_keep, hint) if n_keep > 0 else None
+    found = _search(terms, n_keep, hint, finder) if n_keep > 0 else None
     if found is None or len(found) == 0:
-        empty = torch.empty(0, dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64, device=terms.z_BD.device)
         return Entries(empty, empty.clone()), 0.0
     last_flat = terms.n_tokens * terms.n_features
     if len(found) <= n_keep:
@@ -171,20 +197,22 @@ def select_batch_topk(terms: ScoreTerms, n_keep: int, hint: float | None = None)
         n_ties = n_keep - int((found.score_S > lowest).sum())
         tied_S = found.score_S == lowest
         if int(tied_S.sum()) > n_ties:
-            last_flat = int(_flat(found, terms.n_features)[tied_S].sort().values[n_ties - 1])
+            last_flat = int(flat(found, terms.n_features)[tied_S].sort().values[n_ties - 1])
     return _entries(terms, found, lowest, last_flat), lowest
 
 
 @torch.no_grad()
-def select_above(terms: ScoreTerms, threshold: Tensor) -> Entries:
+def select_above(terms: ScoreTerms, threshold: Tensor, *, finder: Finder = CPU) -> Entries:
     """Every entry with s > threshold; threshold () or (F,)."""
     terms = terms.detached()
-    reason = screen.unserved(terms)
+    reason = finder.unserved(terms)
     if reason is not None:
         say_once(reason)
         return reference.select_above(terms, threshold)
     everything = terms.n_tokens * terms.n_features
     threshold_F = threshold.detach().float().expand(terms.n_features).contiguous()
-    answer = survivors(terms, threshold_F, max(4096, everything // 16)) or survivors(terms, threshold_F, 2 * everything)
+    answer = finder.survivors(terms, threshold_F, max(4096, everything // 16), None)
+    if answer is None:
+        answer = finder.survivors(terms, threshold_F, 2 * everything, None)
     assert answer is not None
     return _entries(terms, answer, -math.inf, everything)

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cosae.kernels import reference, screen, search
-from cosae.kernels.survivors import Survivors, survivors
+from cosae.kernels import reference, search
+from cosae.kernels.survivors import Survivors
 from cosae.kernels.terms import Entries, ScoreTerms
 
 SAMPLE_SHARE = 4
@@ -34,10 +34,11 @@ def _part(terms: ScoreTerms, tokens: Tensor | None = None, features: Tensor | No
     )
 
 
-def _guess(terms: ScoreTerms, k: int, absolute: bool) -> Tensor:
-    """(B,) ≥ 0: scores that a little more than k of each token's probably exceed."""
-    features = torch.arange(0, terms.n_features, SAMPLE_SHARE)
-    score_BS = reference.scores(_part(terms, features=features))
+def _guess(terms: ScoreTerms, k: int, absolute: bool, dtype: torch.dtype) -> Tensor:
+    """(B,) ≥ 0: scores that a little more than k of each token's probably exceed, from a product in `dtype`."""
+    part = _part(terms, features=torch.arange(0, terms.n_features, SAMPLE_SHARE, device=terms.z_BD.device))
+    dot_BS = (part.z_BD.to(dtype) @ part.rows_FD.T.to(dtype)).to(part.z_BD.dtype)
+    score_BS = reference.scores(part, dot_BS)
     rank_BS = torch.where(terms.live_B[:, None], score_BS.abs(), 0.0) if absolute else score_BS
     expected = k / SAMPLE_SHARE
     rank = math.ceil(expected + 2.0 * math.sqrt(expected)) + 1
@@ -51,7 +52,9 @@ def _negated(terms: ScoreTerms) -> ScoreTerms:
 
 def _flat_and_rank(terms: ScoreTerms, found: list[Survivors]) -> tuple[Tensor, Tensor]:
     """Flat index and rank value of all survivors, token-major."""
-    parts = [part.token_S * terms.n_features + torch.repeat_interleave(part.count_F) for part in found]
+    parts = [
+        part.token_S * terms.n_features + torch.repeat_interleave(part.count_F, output_size=len(part)) for part in found
+    ]
     flat_S, order = torch.cat(parts).sort()
     return flat_S, torch.cat([part.score_S for part in found])[order]
 
@@ -61,7 +64,7 @@ def _best(flat_S: Tensor, rank_S: Tensor, n_tokens: int, n_features: int, k: int
     token_S = flat_S // n_features
     count_B = torch.bincount(token_S, minlength=n_tokens)
     start_B = count_B.cumsum(0) - count_B
-    column_S = torch.arange(len(flat_S)) - start_B[token_S]
+    column_S = torch.arange(len(flat_S), device=flat_S.device) - start_B[token_S]
     table = rank_S.new_full((n_tokens, max(1, int(count_B.max()))), -torch.inf)
     table[token_S, column_S] = rank_S
     wide = table.shape[1]
@@ -75,19 +78,20 @@ def _best(flat_S: Tensor, rank_S: Tensor, n_tokens: int, n_features: int, k: int
 
 
 @torch.no_grad()
-def select_topk(terms: ScoreTerms, k: int, absolute: bool = False) -> Entries:
+def select_topk(terms: ScoreTerms, k: int, absolute: bool = False, *, finder: search.Finder = search.CPU) -> Entries:
     """Per token the k largest scores among those > 0; with `absolute`, the k largest |s| among those ≠ 0."""
     terms = terms.detached()
-    reason = screen.unserved(terms)
+    reason = finder.unserved(terms)
     if reason is None and k * search.DENSE_SHARE > terms.n_features:
         reason = "a large share of all scores is wanted"
     if reason is not None or k < 1:
         search.say_once(reason or "nothing is wanted")
         return reference.select_topk(terms, k, absolute)
-    floor_B = _guess(terms, k, absolute)
-    zero_F = torch.zeros(terms.n_features)
+    floor_B = _guess(terms, k, absolute, finder.guess_dtype)
+    zero_F = terms.z_BD.new_zeros(terms.n_features)
     room = 8 * k * terms.n_tokens + 4096
-    found = [survivors(side, zero_F, room, floor_B) for side in ([terms, _negated(terms)] if absolute else [terms])]
+    sides_of = [terms, _negated(terms)] if absolute else [terms]
+    found = [finder.survivors(side, zero_F, room, floor_B) for side in sides_of]
     sides = [part for part in found if part is not None]
     if len(sides) < len(found):
         search.say_once("more scores than expected pass the guessed thresholds")
