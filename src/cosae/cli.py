@@ -35,8 +35,9 @@ class Train:
     """embedded, a folder with a Hugging Face causal language model, or a repository of the hub."""
     site: str | None = None
     """Where activations are read: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3 …"""
-    corpus: str | None = None
-    """pylib, a folder, a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG][:SPLIT]."""
+    corpus: tuple[str, ...] = ()
+    """pylib, a folder, a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG][:SPLIT]; several, as in code/:0.7
+    notes.jsonl:0.3, are mixed by weight."""
     activations: str | None = None
     """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
     world: str | None = None
@@ -224,7 +225,7 @@ def build_recipe(command: Train) -> Any:
     named = {
         "data.model": command.model,
         "data.site": command.site,
-        "data.corpus": command.corpus,
+        "data.corpus": command.corpus[0] if len(command.corpus) == 1 else command.corpus or None,
         "data.activations": command.activations,
         "data.model_dtype": command.dtype,
         "data.world": None if command.world is None else World.parse(command.world),

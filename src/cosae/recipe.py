@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cosae.activations.documents import Reading
 from cosae.activations.filter import FilterPolicy
+from cosae.activations.mixture import parse_corpus
 from cosae.activations.nuisance import Nuisance
 from cosae.activations.synthetic import World
 from cosae.sae.loss import LossConfig
@@ -26,7 +28,10 @@ from cosae.types import CosaeError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where activations come from: a model on a corpus, a file of vectors, or a synthetic world."""
+    """Where activations come from: a model on a corpus, a file of vectors, or a synthetic world.
+
+    Raises CosaeError on a value that is not allowed.
+    """
 
     model: str = "embedded"
     """embedded, a folder written by save_pretrained, or a repository of the Hugging Face hub."""
@@ -37,8 +42,17 @@ class DataConfig:
     """attn_implementation of transformers (the paper: eager); None for its default."""
     site: str = "resid_post.5"
     """Short name, TransformerLens name or module path (cosae.activations.sites)."""
-    corpus: str = "pylib"
-    """pylib, a folder, a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG][:SPLIT] (streamed)."""
+    corpus: str | tuple[str, ...] = "pylib"
+    """pylib, a folder, a .txt, .jsonl or .parquet file, a data set saved to disk, or hf:DATASET[:CONFIG][:SPLIT]
+    (streamed). A list is a mixture: SPEC:WEIGHT each, weights being shares of the training tokens."""
+    text_field: str = "text"
+    """Key or column that holds a row's text."""
+    suffixes: tuple[str, ...] = ()
+    """Endings of the files that a folder is searched for (.py, .jsonl …); none: all text and source files."""
+    txt_unit: str = "file"
+    """What is one document in a .txt file named by itself: file, paragraph or line."""
+    n_workers: int = 0
+    """Processes that tokenise; 0: the run's own. Their number changes nothing of what is trained on."""
     context: int = 256
     packing: str = "packed"
     """packed (documents fill whole sequences) or document (one document per sequence)."""
@@ -60,6 +74,20 @@ class DataConfig:
     """Tensor or column of that file."""
     world: World | None = None
     """A synthetic world instead of a model."""
+
+    def __post_init__(self) -> None:
+        parse_corpus(self.corpus)
+        Reading(self.text_field, self.suffixes, self.txt_unit, self.max_chars)
+        for name, least in (("context", 2), ("batch_sequences", 1), ("chunk_sequences", 1), ("n_workers", 0)):
+            if getattr(self, name) < least:
+                raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)!r} instead.")
+        if self.packing not in ("packed", "document"):
+            raise CosaeError(f"packing must be packed or document. Got {self.packing!r} instead.")
+        if self.max_chars is not None and self.min_chars > self.max_chars:
+            raise CosaeError(
+                f"min_chars must be at most max_chars, where documents are cut. Got {self.min_chars} and "
+                f"{self.max_chars} instead."
+            )
 
 
 @dataclass(frozen=True)
@@ -228,10 +256,12 @@ def from_plain(kind: Any, plain: Any, where: str) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
+        options = [o for o in typing.get_args(hint) if o is not type(None)]
+        if value is None and len(options) < len(typing.get_args(hint)):
             return None
-        return _convert(next(o for o in options if o is not type(None)), value, where)
+        if isinstance(value, list | tuple):  # a list where one of the kinds is one
+            options = [o for o in options if typing.get_args(o)] + options
+        return _convert(options[0], value, where)
     if origin is typing.Literal:
         if value not in (choices := typing.get_args(hint)):
             raise CosaeError(f"{where} must be one of {', '.join(map(str, choices))}. Got {value!r} instead.")

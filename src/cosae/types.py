@@ -26,12 +26,13 @@ class Sequences:
     """Token sequences cut from documents, ready for a model.
 
     ids_ST    (S, T) int64   token ids; padding where mask_ST is False
-    doc_ST    (S, T) int32   index into doc_names of the document a token comes from; -1 for padding
+    doc_ST    (S, T) int32   index of the document a token comes from: doc_names[index - first_doc]; -1 for padding
     index_ST  (S, T) int32   index of the token in its document's own token list (0 = the BOS when documents
                              start with one); -1 for padding
     mask_ST   (S, T) bool    True for real tokens, False for padding
     special_ST (S, T) bool   True where the id is one of the tokenizer's special ids (BOS, EOS, PAD ...)
     doc_names names of the documents, for records and reports
+    first_doc index of the document that doc_names[0] names; not 0 where sequences are one stretch of a longer text
     """
 
     ids_ST: Tensor
@@ -40,6 +41,7 @@ class Sequences:
     mask_ST: Tensor
     special_ST: Tensor
     doc_names: tuple[str, ...] = ()
+    first_doc: int = 0
 
     def __len__(self) -> int:
         return int(self.ids_ST.shape[0])

@@ -405,6 +405,8 @@ def test_the_digest_sees_every_field() -> None:
         value = getattr(sequences, f.name)
         if f.name == "doc_names":
             changed: Any = ("x", *value[1:])
+        elif f.name == "first_doc":
+            changed = value + 1
         else:
             changed = value.clone()
             changed[1, 2] = not changed[1, 2] if value.dtype == torch.bool else changed[1, 2] + 1

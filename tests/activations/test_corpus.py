@@ -104,8 +104,11 @@ def test_chunks_are_the_same_rows(lengths, context, per_chunk, packing):
     for name in FIELDS:
         assert torch.equal(torch.cat([getattr(c, name) for c in chunks]), getattr(whole, name))
     assert [len(c) for c in chunks[:-1]] == [per_chunk] * (len(chunks) - 1)
-    assert all(int(c.doc_ST.max()) < len(c.doc_names) for c in chunks)
-    assert chunks[-1].doc_names == whole.doc_names == tuple(d.name for d in documents)
+    for chunk in chunks:  # names of its own documents, and no others
+        own = chunk.doc_ST[chunk.mask_ST].unique().tolist()
+        assert [chunk.doc_names[i - chunk.first_doc] for i in own] == list(chunk.doc_names)
+        assert list(chunk.doc_names) == [f"d{i}" for i in own]
+    assert whole.doc_names == tuple(d.name for d in documents)
 
 
 def test_chunks_are_read_lazily():

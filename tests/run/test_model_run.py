@@ -15,7 +15,7 @@ from tiny_runs import QUIET, assert_same_run
 import cosae
 from cosae.activations.corpus import read_documents
 from cosae.recipe import Recipe
-from cosae.run import data as module
+from cosae.run import text as module
 from cosae.run.data import ModelData, open_data
 from cosae.run.execute import execute, resume
 from cosae.train import log

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ __all__ = [
     "resolve_site",
 ]
 
+CURSORS = 4096
+"""Chunks whose place in the text is kept in mind: more than any shuffle buffer reaches back."""
 STORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -227,20 +229,59 @@ class ModelSource:
         }
 
 
+class EndlessText(Protocol):
+    """Chunks of sequences without end, each made again from its cursor (`mixture.Text`)."""
+
+    def chunks(self, cursor: dict[str, Any] | None = None) -> Iterator[tuple[Sequences, dict[str, Any]]]:
+        """Chunks from a cursor on (None: the beginning), each with its own cursor, of plain values."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What decides which sequences come."""
+        ...
+
+
+class _Repeated:
+    """A function that makes an iterator of `Sequences`, called again whenever it ends; a cursor is a chunk's number."""
+
+    def __init__(self, make_chunks: Callable[[], Iterator[Sequences]]) -> None:
+        self._make_chunks = make_chunks
+
+    def chunks(self, cursor: dict[str, Any] | None = None) -> Iterator[tuple[Sequences, dict[str, Any]]]:
+        start = 0 if cursor is None else int(cursor["chunk"])
+        for number, sequences in enumerate(itertools.islice(self._endless(), start, None), start):
+            yield sequences, {"chunk": number}
+
+    def _endless(self) -> Iterator[Sequences]:
+        for turn in itertools.count():
+            empty = True
+            for sequences in self._make_chunks():
+                empty = False
+                yield sequences
+            if empty and turn:
+                raise CosaeError("The corpus gave sequences at first and none on a later epoch.")
+            if empty:
+                raise CosaeError("There are no tokens to capture: the corpus is empty.")
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
 class StreamedModelSource:
-    """Endless chunks of activations at one site, from a corpus too large to hold.
+    """Endless chunks of activations at one site, from a corpus too large to hold, or a mixture.
 
-    make_chunks()  makes an iterator of `Sequences`, the same ones each time it is called; each becomes one
-                   chunk. When it ends, the next epoch calls it again: the corpus' own order in every epoch.
+    text  an `EndlessText`; or a function that makes an iterator of `Sequences`, the same ones each time: each is one
+          chunk, and when they end, the next epoch calls it again
 
-    A restart reads and drops the chunks before it without running the model. Other arguments as in
-    `ModelSource`. Raises `CosaeError` as `capture` does, and when `make_chunks()` yields nothing.
+    A restart at a chunk that was made before, or whose cursor `seek` was told, begins right there; at any other it
+    reads and drops what comes after the nearest cursor without running the model. Other arguments as in
+    `ModelSource`. Raises `CosaeError` as `capture` does, and for a text that gives nothing.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        make_chunks: Callable[[], Iterator[Sequences]],
+        text: EndlessText | Callable[[], Iterator[Sequences]],
         site: str | Site,
         *,
         batch_sequences: int = 8,
@@ -248,16 +289,15 @@ class StreamedModelSource:
         store_device: str = "cpu",
     ) -> None:
         self.model = model
-        self.make_chunks = make_chunks
+        self.text: EndlessText = _Repeated(text) if callable(text) else text
         self.site = resolve_site(model, site)
         self._options: dict[str, Any] = {
             "batch_sequences": batch_sequences,
             "store_dtype": store_dtype,
             "store_device": store_device,
         }
-        first = next(iter(make_chunks()), None)
-        if first is None:
-            raise CosaeError("There are no tokens to capture: the corpus is empty.")
+        first, cursor = next(self.text.chunks())
+        self._cursors: dict[int, dict[str, Any]] = {0: cursor}
         _check_request(model, first, batch_sequences, store_dtype)
         self.context = int(first.mask_ST.shape[1])
         self.first_chunk_sha256 = digest_sequences(first)
@@ -265,22 +305,30 @@ class StreamedModelSource:
 
     def chunks(self, start: int = 0) -> Iterator[Activations]:
         """Chunk `start`, `start + 1`, ... without end."""
-        for sequences in itertools.islice(self._endless(), start, None):
-            yield capture(self.model, sequences, self.site, **self._options)[self.site.name]
+        nearest = max(number for number in self._cursors if number <= start)
+        for number, (sequences, cursor) in enumerate(self.text.chunks(self._cursors[nearest]), nearest):
+            self._remember(number, cursor)
+            if number >= start:
+                yield capture(self.model, sequences, self.site, **self._options)[self.site.name]
 
-    def _endless(self) -> Iterator[Sequences]:
-        while True:
-            empty = True
-            for sequences in self.make_chunks():
-                empty = False
-                yield sequences
-            if empty:
-                raise CosaeError("The corpus gave sequences at first and none on a later epoch.")
+    def cursor(self, chunk: int) -> dict[str, Any] | None:
+        """Plain values from which another process finds a chunk that was made here; None where it is forgotten."""
+        return self._cursors.get(chunk)
+
+    def seek(self, chunk: int, cursor: dict[str, Any]) -> None:
+        """Be told a cursor, as `cursor(chunk)` gave it."""
+        self._remember(chunk, cursor)
+
+    def _remember(self, chunk: int, cursor: dict[str, Any]) -> None:
+        self._cursors[chunk] = cursor
+        if len(self._cursors) > CURSORS:
+            del self._cursors[min(number for number in self._cursors if number)]  # the first is always kept
 
     def describe(self) -> dict[str, Any]:
         """Where the activations come from, in plain values; only the first chunk's digest is known."""
         return {
             **_describe_model(self.model, self.site, self._options),
+            **self.text.describe(),
             "source": "streamed sequences",
             "context": self.context,
             "first_chunk_sha256": self.first_chunk_sha256,
@@ -289,7 +337,10 @@ class StreamedModelSource:
 
 def digest_sequences(sequences: Sequences) -> str:
     """SHA-256 of shape, ids, documents, indices, masks and document names."""
-    digest = hashlib.sha256(repr((tuple(sequences.ids_ST.shape), sequences.doc_names)).encode())
+    head: tuple[Any, ...] = (tuple(sequences.ids_ST.shape), sequences.doc_names)
+    if sequences.first_doc:
+        head = (*head, sequences.first_doc)
+    digest = hashlib.sha256(repr(head).encode())
     for values, dtype in (
         (sequences.ids_ST, torch.int64),
         (sequences.doc_ST, torch.int32),

@@ -11,7 +11,7 @@ document a row, cut at `context`, padded on the right.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 
 from cosae.activations.documents import TEXT_SUFFIXES, read_documents, split_of
 from cosae.activations.pylib import Document
+from cosae.activations.tokenization import TokenizedDocument, tokenize_documents
 from cosae.types import CosaeError, Sequences
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "TEXT_SUFFIXES",
@@ -37,55 +35,6 @@ __all__ = [
 ]
 
 Packing = Literal["packed", "document"]
-
-_TOKENIZE_AT_ONCE = 64  # documents handed to the tokenizer together, which works on them in parallel
-
-
-class TokenizedDocument(NamedTuple):
-    """One document's own token list.
-
-    name       the document's name
-    ids_T      (T,) int32   token ids, BOS first when it was asked for
-    offset_T2  (T, 2) int32   start and end of each token in the text, in characters; (0, 0) for the BOS
-    """
-
-    name: str
-    ids_T: NDArray[np.int32]
-    offset_T2: NDArray[np.int32]
-
-
-def tokenize_documents(
-    documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    add_bos: bool,
-    max_chars: int | None = None,
-    max_tokens: int | None = None,
-    min_chars: int = 0,
-) -> Iterator[TokenizedDocument]:
-    """Token ids and character offsets of each document, lazily, in order.
-
-    add_bos     put the tokenizer's BOS in front of every document (no other special token is ever added)
-    max_chars   cut a document's text here first
-    max_tokens  stop once this many tokens came out in all; the last document is cut to fit
-    min_chars   pass over documents shorter than this
-
-    A special token's text that occurs inside a document (say "<|bos|>") is read by the tokenizer as it would
-    be anywhere: as that token. Raises CosaeError for a tokenizer without offsets, or without a BOS when one
-    is asked for.
-    """
-    if not tokenizer.is_fast:
-        raise CosaeError(
-            "The tokenizer must be a fast one, because only those report character offsets. "
-            f"Got {type(tokenizer).__name__} instead."
-        )
-    bos_id = tokenizer.bos_token_id
-    if add_bos and bos_id is None:
-        raise CosaeError(
-            "add_bos must be False for a tokenizer without a BOS token. "
-            f"Got {type(tokenizer).__name__}, whose bos_token is None, instead."
-        )
-    return _tokenize(documents, tokenizer, bos_id if add_bos else None, max_chars, max_tokens, min_chars)
 
 
 def sequences(
@@ -107,6 +56,10 @@ def sequences(
     if len(everything) == 1:
         return everything[0]
 
+    names: list[str] = []
+    for chunk in everything:
+        names += chunk.doc_names[len(names) - chunk.first_doc :]
+
     def joined(name: str) -> torch.Tensor:
         return torch.cat([getattr(chunk, name) for chunk in everything])
 
@@ -116,7 +69,7 @@ def sequences(
         index_ST=joined("index_ST"),
         mask_ST=joined("mask_ST"),
         special_ST=joined("special_ST"),
-        doc_names=everything[-1].doc_names,
+        doc_names=tuple(names),
     )
 
 
@@ -128,10 +81,17 @@ def iterate_sequences(
     pad_id: int,
     special_ids: Iterable[int] = (),
     rows_per_chunk: int = 1024,
+    first_doc: int = 0,
+    first_index: int = 0,
 ) -> Iterator[Sequences]:
     """The same rows as `sequences`, `rows_per_chunk` at a time, for corpora that do not fit or do not end.
 
-    Document indices run on from chunk to chunk; each chunk's doc_names holds every name met so far.
+    Document indices run on from chunk to chunk; each chunk's doc_names holds its own documents' names, the first of
+    them that of document first_doc. What is held does not grow with what was read.
+
+    first_doc    index of the first document
+    first_index  index of its first token in the document's own list, where that was cut off in front
+
     Raises CosaeError at the call for a bad setting, and while reading for an empty corpus.
     """
     if context < 2:
@@ -141,105 +101,67 @@ def iterate_sequences(
     if rows_per_chunk < 1:
         raise CosaeError(f"rows_per_chunk must be at least 1. Got {rows_per_chunk} instead.")
     special = np.unique(np.fromiter(special_ids, dtype=np.int64))
-    return _iterate(tokenized, context, packing == "packed", pad_id, special, rows_per_chunk)
+    packer = _Packer(context, packing == "packed", pad_id, special, first_doc)
+    return packer.chunks(tokenized, rows_per_chunk, first_index)
 
 
-def _iterate(
-    tokenized: Iterable[TokenizedDocument],
-    context: int,
-    packed: bool,
-    pad_id: int,
-    special: NDArray[np.int64],
-    rows_per_chunk: int,
-) -> Iterator[Sequences]:
-    names: list[str] = []
-    places: list[NDArray[np.int64]] = []  # (3, t) pieces: id, document, index within the document
-    n_waiting = 0
-    chunk_tokens = rows_per_chunk * context
-    for name, ids_T, _ in tokenized:
-        ids = ids_T if packed else ids_T[:context]
-        place = np.empty((3, len(ids) if packed else context), dtype=np.int64)
-        place[0, : len(ids)], place[1, : len(ids)], place[2, : len(ids)] = (
-            ids,
-            len(names),
-            np.arange(len(ids)),
+class _Packer:
+    """Rows under way: pieces of (id, document, index) places that do not make a chunk yet."""
+
+    def __init__(self, context: int, packed: bool, pad_id: int, special: NDArray[np.int64], first_doc: int) -> None:
+        self._context, self._packed, self._pad_id, self._special = context, packed, pad_id, special
+        self._first_doc = first_doc  # of the names held
+        self._names: list[str] = []
+        self._places: list[NDArray[np.int64]] = []  # (3, t) pieces
+        self._n_waiting = 0
+
+    def chunks(
+        self, tokenized: Iterable[TokenizedDocument], rows_per_chunk: int, first_index: int
+    ) -> Iterator[Sequences]:
+        chunk_tokens = rows_per_chunk * self._context
+        empty = True
+        for name, ids_T, _ in tokenized:
+            empty = False
+            self._add(name, ids_T, first_index)
+            first_index = 0
+            if self._n_waiting >= chunk_tokens:
+                flat = np.concatenate(self._places, axis=1)
+                n_full = self._n_waiting - self._n_waiting % chunk_tokens
+                self._places, self._n_waiting = [flat[:, n_full:].copy()], self._n_waiting - n_full
+                for start in range(0, n_full, chunk_tokens):
+                    yield self._rows(flat[:, start : start + chunk_tokens])
+        if empty:
+            raise CosaeError(
+                "The corpus must hold at least one token. Got none: the documents are empty, too short for "
+                "min_chars, or all on the other side of the split."
+            )
+        if self._n_waiting:
+            padding = np.tile([[self._pad_id], [-1], [-1]], (1, -self._n_waiting % self._context))
+            yield self._rows(np.concatenate([*self._places, padding], axis=1))
+
+    def _add(self, name: str, ids_T: NDArray[np.int32], first_index: int) -> None:
+        ids = ids_T if self._packed else ids_T[: self._context]
+        place = np.empty((3, len(ids) if self._packed else self._context), dtype=np.int64)
+        place[0, : len(ids)] = ids
+        place[1, : len(ids)] = self._first_doc + len(self._names)
+        place[2, : len(ids)] = np.arange(first_index, first_index + len(ids))
+        place[:, len(ids) :] = [[self._pad_id], [-1], [-1]]
+        self._names.append(name)
+        self._places.append(place)
+        self._n_waiting += place.shape[1]
+
+    def _rows(self, place: NDArray[np.int64]) -> Sequences:
+        """(3, S * context) places → Sequences; names of documents before them are let go."""
+        over = int(place[1, 0]) - self._first_doc
+        del self._names[:over]
+        self._first_doc += over
+        ids, doc, index = (torch.from_numpy(np.ascontiguousarray(p)).reshape(-1, self._context) for p in place)
+        return Sequences(
+            ids_ST=ids,
+            doc_ST=doc.int(),
+            index_ST=index.int(),
+            mask_ST=doc >= 0,
+            special_ST=torch.isin(ids, torch.from_numpy(self._special)),
+            doc_names=tuple(self._names[: int(place[1].max()) - self._first_doc + 1]),
+            first_doc=self._first_doc,
         )
-        place[:, len(ids) :] = [[pad_id], [-1], [-1]]
-        names.append(name)
-        places.append(place)
-        n_waiting += place.shape[1]
-        if n_waiting >= chunk_tokens:
-            flat = np.concatenate(places, axis=1)
-            n_full = n_waiting - n_waiting % chunk_tokens
-            for start in range(0, n_full, chunk_tokens):
-                yield _rows(flat[:, start : start + chunk_tokens], context, special, names)
-            places, n_waiting = [flat[:, n_full:]], n_waiting - n_full
-    if not names:
-        raise CosaeError(
-            "The corpus must hold at least one token. Got none: the documents are empty, too short for "
-            "min_chars, or all on the other side of the split."
-        )
-    if n_waiting:
-        padding = np.tile([[pad_id], [-1], [-1]], (1, -n_waiting % context))
-        yield _rows(np.concatenate([*places, padding], axis=1), context, special, names)
-
-
-def _rows(place: NDArray[np.int64], context: int, special: NDArray[np.int64], names: list[str]) -> Sequences:
-    """(3, S * context) places → Sequences."""
-    ids, doc, index = (torch.from_numpy(np.ascontiguousarray(p)).reshape(-1, context) for p in place)
-    mask_ST = doc >= 0
-    return Sequences(
-        ids_ST=ids,
-        doc_ST=doc.int(),
-        index_ST=index.int(),
-        mask_ST=mask_ST,
-        special_ST=torch.isin(ids, torch.from_numpy(special)),
-        doc_names=tuple(names),
-    )
-
-
-def _tokenize(
-    documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    bos_id: int | None,
-    max_chars: int | None,
-    max_tokens: int | None,
-    min_chars: int,
-) -> Iterator[TokenizedDocument]:
-    n_first = 0 if bos_id is None else 1
-    left = max_tokens
-    for batch in _batches((d for d in documents if len(d.text) >= min_chars), _TOKENIZE_AT_ONCE):
-        encoded = tokenizer(
-            [d.text if max_chars is None else d.text[:max_chars] for d in batch],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # nothing is too long here: rows are cut later
-        )
-        for document, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            ids_T = np.empty(len(ids) + n_first, dtype=np.int32)
-            offset_T2 = np.zeros((len(ids_T), 2), dtype=np.int32)
-            if bos_id is not None:
-                ids_T[0] = bos_id
-            if ids:
-                ids_T[n_first:] = ids
-                offset_T2[n_first:] = offsets
-            if left is not None:
-                ids_T, offset_T2 = ids_T[:left], offset_T2[:left]
-                left -= len(ids_T)
-            if len(ids_T):
-                yield TokenizedDocument(document.name, ids_T, offset_T2)
-            if left == 0:
-                return
-
-
-def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

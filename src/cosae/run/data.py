@@ -8,39 +8,28 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cosae.activations import nuisance as nuisances
 from cosae.activations.arrays import ArraySource
-from cosae.activations.corpus import (
-    TokenizedDocument,
-    iterate_sequences,
-    read_documents,
-    sequences,
-    tokenize_documents,
-)
 from cosae.activations.memory import CachedSource, TensorSource
-from cosae.activations.pylib import Document
+from cosae.activations.mixture import parse_corpus
 from cosae.activations.stream import Source
 from cosae.activations.synthetic import SyntheticSource
 from cosae.recipe import DataConfig, EvaluationConfig, Recipe
-from cosae.types import Activations, Codes, CosaeError, Sequences
+from cosae.run.text import CorpusText, Side, check_corpus
+from cosae.types import Activations, Codes, CosaeError
 
-Side = Literal["train", "held_out"]
 Split = Literal["train", "held_out", "calibration"]
 """`calibration` is a part of the held-out side that no number is measured on: other tokens of the same documents, so
 that thresholds meet the same kinds of text that they are judged on."""
 POOL = 4
 """Train samples are drawn from documents of this many times the tokens wanted: more documents, less of each."""
-STREAM_ABOVE_BYTES = 256 * 2**20
-"""Corpus files larger than this are streamed instead of held."""
 
 
 @dataclass(frozen=True)
@@ -154,26 +143,21 @@ class ModelData:
         self._recipe = recipe
         self._samples: dict[tuple[str, int], Sample] = {}
         data = recipe.data
-        self.has_concepts = data.corpus == "pylib"
+        self.has_concepts = [source.spec for source in parse_corpus(data.corpus)] == ["pylib"]
+        check_corpus(data)
         self.model, self.tokenizer = open_model(data, recipe.device)
         self.site = resolve_site(self.model, data.site)
-        self._add_bos = adds_bos(data, self.tokenizer)
+        self.text = CorpusText(data, self.tokenizer, recipe.training.seed)
         options: dict[str, Any] = {
             "batch_sequences": data.batch_sequences,
             "store_dtype": getattr(torch, recipe.training.store_dtype),
         }
-        if streamed(data.corpus):
-            self.source: Source = StreamedModelSource(self.model, self._chunks, self.site, **options)
+        if self.text.streamed:
+            self.source: Source = StreamedModelSource(self.model, self.text.text(), self.site, **options)
         else:
             training = recipe.training
             wanted = training.steps * training.batch_tokens + training.buffer_tokens + recipe.filter.window_tokens
-            packed = self._pack(self._tokenized("train", wanted)[1])
-            other_side = self._documents("held_out", "train")
-            if not any(len(document.text) >= max(data.min_chars, 1) for document in other_side):
-                raise CosaeError(
-                    f"the corpus {data.corpus} leaves no document for the held-out side, on which thresholds are "
-                    f"calibrated (held_out_frac {data.held_out_frac}): give more documents or raise data.held_out_frac."
-                )
+            packed = self.text.pack(self.text.tokenized("train", wanted))
             self.source = ModelSource(
                 self.model, packed, self.site, chunk_sequences=data.chunk_sequences, seed=training.seed, **options
             )
@@ -214,10 +198,10 @@ class ModelData:
         from cosae.activations.capture import capture
 
         if side == "train":
-            documents, tokenized = self._tokenized("train", POOL * n_tokens, salt="sample")
+            tokenized = self.text.tokenized("train", POOL * n_tokens, salt="sample")
         else:
-            documents, tokenized = self._tokenized("held_out", n_tokens if streamed(self._recipe.data.corpus) else None)
-        everything = self._pack(tokenized)
+            tokenized = self.text.tokenized("held_out", n_tokens if self.text.streamed else None)
+        everything = self.text.pack(tokenized)
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
         filled = everything.mask_ST.sum(1)[order].cumsum(0)
         packed = everything[order[: int((filled < n_tokens).sum()) + 1].sort().values]
@@ -232,73 +216,16 @@ class ModelData:
             return Sample(activations, documents=names)
         from cosae.activations.concepts import has_labels, label_activations, label_document
 
+        texts = dict(self.text.documents("pylib", side, "sample"))
         labels = [
-            label_document(document.text, one.offset_T2, one.name) if i in used else None
-            for i, (document, one) in enumerate(zip(documents, tokenized, strict=True))
+            label_document(texts[one.name], one.offset_T2, one.name) if i in used else None
+            for i, one in enumerate(tokenized)
         ]
         return Sample(
             activations,
             labels_NC=label_activations(activations, labels),
             labelled_N=has_labels(activations, labels),
             documents=names,
-        )
-
-    def _documents(self, split: Side, salt: str) -> Iterable[Document]:
-        data = self._recipe.data
-        found = read_documents(data.corpus, split, held_out_frac=data.held_out_frac, seed=0, include_tests=False)
-        if streamed(data.corpus):
-            return found
-        listed = list(found)
-        # any stretch of a sorted folder is one corner of it; the seed decides which documents a short run sees
-        key = [self._recipe.training.seed, *salt.encode()]
-        order = np.random.default_rng(key).permutation(len(listed))
-        return [listed[i] for i in order]
-
-    def _tokenized(
-        self, split: Side, max_tokens: int | None, salt: str = "train"
-    ) -> tuple[list[Document], list[TokenizedDocument]]:
-        """Documents and their tokens, at most max_tokens in all; documents that were passed over are left out."""
-        read: list[Document] = []
-
-        def note(documents: Iterable[Document]) -> Iterator[Document]:
-            for document in documents:
-                if len(document.text) >= self._recipe.data.min_chars:
-                    read.append(document)
-                    yield document
-
-        tokenized = list(self._tokenize(note(self._documents(split, salt)), max_tokens))
-        return read[: len(tokenized)], tokenized
-
-    def _tokenize(self, documents: Iterable[Document], max_tokens: int | None) -> Iterator[TokenizedDocument]:
-        data = self._recipe.data
-        return tokenize_documents(
-            documents,
-            self.tokenizer,
-            add_bos=self._add_bos,
-            max_chars=data.max_chars,
-            max_tokens=max_tokens,
-            min_chars=data.min_chars,
-        )
-
-    def _pack(self, tokenized: Sequence[TokenizedDocument]) -> Sequences:
-        data = self._recipe.data
-        return sequences(
-            tokenized,
-            data.context,
-            data.packing,  # type: ignore[arg-type]
-            pad_id=pad_id(self.tokenizer),
-            special_ids=self.tokenizer.all_special_ids,
-        )
-
-    def _chunks(self) -> Iterator[Sequences]:
-        data = self._recipe.data
-        return iterate_sequences(
-            self._tokenize(self._documents("train", "train"), None),
-            data.context,
-            data.packing,  # type: ignore[arg-type]
-            pad_id=pad_id(self.tokenizer),
-            special_ids=self.tokenizer.all_special_ids,
-            rows_per_chunk=data.chunk_sequences,
         )
 
 
@@ -330,32 +257,3 @@ def open_model(data: DataConfig, device: str) -> tuple[Any, Any]:
 
         name = model_path()
     return load_model(name, data.model_dtype, device, data.revision, data.attention)
-
-
-def adds_bos(data: DataConfig, tokenizer: Any) -> bool:
-    """Whether documents start with BOS: as asked, else as the tokenizer does by itself (the embedded model's: yes)."""
-    if data.add_bos is not None:
-        return data.add_bos
-    if data.model == "embedded":
-        return True
-    if tokenizer.bos_token_id is None:
-        return False
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
-
-
-def pad_id(tokenizer: Any) -> int:
-    """An id to fill masked places with; models never attend to them."""
-    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        value = getattr(tokenizer, name, None)
-        if value is not None:
-            return int(value)
-    return 0
-
-
-def streamed(corpus: str) -> bool:
-    """Whether a corpus is read as it comes instead of being held."""
-    if corpus.startswith("hf:"):
-        return True
-    path = Path(corpus)
-    return path.is_file() and path.stat().st_size > STREAM_ABOVE_BYTES

@@ -369,7 +369,7 @@ def _variance(sae: SAE, sample_ND: Tensor) -> float:
 
 def _decides(path: str) -> bool:
     """Whether a field of the recipe has a say in what the weights become."""
-    free = ("name", "training.log_every", "training.checkpoint_every")
+    free = ("name", "data.n_workers", "training.log_every", "training.checkpoint_every")
     return path not in free and not path.startswith("evaluation.")
 
 
