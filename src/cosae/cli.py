@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from cosae import store_verbs
+from cosae.store_verbs import Capture, Verify
 from cosae.types import CosaeError
 
 
@@ -40,6 +42,8 @@ class Train:
     notes.jsonl:0.3, are mixed by weight."""
     activations: str | None = None
     """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
+    store: str | None = None
+    """A folder written by `cosae capture` instead of a model."""
     world: str | None = None
     """A synthetic world instead of a model, e.g. log_normal:sigma=0.5 or none:n_features=512,d_in=128."""
     inject: str | None = None
@@ -111,10 +115,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what a saved SAE is: score, selector, width, training facts."""
+    """Show what a saved SAE is (score, selector, width, training facts), or a store of activations."""
 
     sae: Annotated[Path, tyro.conf.Positional]
-    """Folder of a saved SAE."""
+    """Folder of a saved SAE, or of a store."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,8 @@ VERBS: dict[str, Callable[..., Any]] = {
     "report": Report,
     "inspect": Inspect,
     "audit": Audit,
+    "capture": Capture,
+    "verify": Verify,
 }
 
 
@@ -198,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _how_to_go_on(command: Any) -> str:
     """What a person can do after an interruption."""
+    if isinstance(command, Capture):
+        return store_verbs.go_on_capturing(command.out)
     from cosae.train.checkpoint import checkpoints
 
     place = command.run if isinstance(command, Resume) else getattr(command, "out", None)
@@ -224,9 +232,11 @@ def build_recipe(command: Train) -> Any:
         recipe = replace(recipe, arms=tuple(parse_arm(text) for text in command.arms))
     named = {
         "data.model": command.model,
-        "data.site": command.site,
+        "data.site": command.site if command.store is None else None,
         "data.corpus": command.corpus[0] if len(command.corpus) == 1 else command.corpus or None,
         "data.activations": command.activations,
+        "data.store": command.store,
+        "data.store_site": command.site if command.store is not None else None,
         "data.model_dtype": command.dtype,
         "data.world": None if command.world is None else World.parse(command.world),
         "nuisance": None if command.inject is None else Nuisance.parse(command.inject),
@@ -241,17 +251,23 @@ def build_recipe(command: Train) -> Any:
         "device": command.device,
         "kernel": command.kernel,
     }
+    recipe = recipe.changed(changes_of(named, command.set))
+    if recipe.name == "embedded":  # the preset's name, which says nothing true of other data
+        file = recipe.data.store or recipe.data.activations
+        other = Path(file).stem if file else Path(recipe.data.model).name
+        recipe = replace(recipe, name="world" if recipe.data.world is not None else other or "run")
+    return recipe
+
+
+def changes_of(named: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Dotted path → value of the options that were given, and of PATH=VALUE texts."""
     changes = {path: value for path, value in named.items() if value is not None}
-    for text in command.set:
+    for text in settings:
         path, equals, value = text.partition("=")
         if not equals:
             raise CosaeError(f"--set takes field=value, with a dotted path for the field. Got {text!r} instead.")
         changes[path] = _literal(value)
-    recipe = recipe.changed(changes)
-    if recipe.name == "embedded":  # the preset's name, which says nothing true of other data
-        other = Path(recipe.data.activations).stem if recipe.data.activations else Path(recipe.data.model).name
-        recipe = replace(recipe, name="world" if recipe.data.world is not None else other or "run")
-    return recipe
+    return changes
 
 
 def _literal(text: str) -> Any:
@@ -324,8 +340,12 @@ def _report(command: Report) -> int:
 def _inspect(command: Inspect) -> int:
     import json
 
+    from cosae.activations.store import find_stores
     from cosae.sae.file import load
 
+    if stores := find_stores(command.sae):
+        print(json.dumps([store_verbs.inspect_store(place) for place in stores], indent=2))
+        return 0
     sae = load(command.sae)
     shown = {
         **sae.cfg.to_dict(),
@@ -356,6 +376,8 @@ _DO: dict[type[Any], Any] = {
     Report: _report,
     Inspect: _inspect,
     Audit: _audit,
+    Capture: store_verbs.capture,
+    Verify: store_verbs.verify,
 }
 
 if __name__ == "__main__":

@@ -74,6 +74,10 @@ class DataConfig:
     """Tensor or column of that file."""
     world: World | None = None
     """A synthetic world instead of a model."""
+    store: str | None = None
+    """A folder written by `cosae capture` instead of a model."""
+    store_site: str | None = None
+    """Which of the stores in that folder, where it holds one for each of several sites."""
 
     def __post_init__(self) -> None:
         parse_corpus(self.corpus)

@@ -156,7 +156,10 @@ def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> dic
     try:
         # one key: safetensors writes several in an order of its own, and equal shards must be equal files
         metadata = {HEADER_KEY: json.dumps({"store": tag.store, "side": tag.side, "number": tag.number})}
+        staged.touch()
+        mode = staged.stat().st_mode
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, staged, metadata)
+        staged.chmod(mode)  # safetensors' own is for one's own eyes only
         entry = {
             "file": tag.file,
             "side": tag.side,

@@ -45,25 +45,36 @@ class Store:
     """A finished store of one site, opened. Raises CosaeError for a folder that is none, an index that is damaged,
     and a shard that is missing, cut short or another's, naming it.
 
+    check       False leaves the shards for `faults` to look at
     record      what index.json says
     d_in, dtype width of the rows and how they are stored
     site        where in the model they were read; None where the store does not say
     concepts    names of the label bits; None where rows have no labels
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, check: bool = True) -> None:
         self.folder = Path(folder)
         self.record = _read_index(self.folder)
-        request = self.record["request"]
-        self.d_in, self.dtype = int(request["d_in"]), str(request["dtype"])
-        self.concepts: tuple[str, ...] | None = None if request["concepts"] is None else tuple(request["concepts"])
-        self.site = Site(**request["site"]) if request.get("site") else None
+        try:
+            request = self.record["request"]
+            self.d_in, self.dtype = int(request["d_in"]), str(request["dtype"])
+            self.concepts: tuple[str, ...] | None = None if request["concepts"] is None else tuple(request["concepts"])
+            self.site = Site(**request["site"]) if request.get("site") else None
+            self._shards: dict[str, list[dict[str, Any]]] = {
+                side: [entry for entry in self.record["shards"] if entry["side"] == side] for side in SIDES
+            }
+            for side in SIDES:
+                assert self.n_rows(side) == sum(self.shard_rows(side))
+                assert all(self._entry_is_plain(side, number) for number in range(len(self._shards[side])))
+            assert self.record["statistics"]["rows"] == self.n_rows("train")
+            assert self.dtype in STORE_DTYPES
+        except (KeyError, TypeError, ValueError, AssertionError):
+            raise CosaeError(f"{self.folder / INDEX} is no index that cosae wrote: its fields do not fit.") from None
         self.identity = digest(self.record)
         self._tag = digest(request)
-        self._shards = {side: [e for e in self.record["shards"] if e["side"] == side] for side in SIDES}
         self._sound: set[tuple[str, int]] = set()
         self._mapped: dict[tuple[str, int], MappedShard] = {}
-        for side in SIDES:
+        for side in SIDES if check else ():
             for number in range(len(self._shards[side])):
                 if fault := self._fault(side, number):
                     raise self._damaged(side, number, fault)
@@ -127,11 +138,17 @@ class Store:
         labels_NC = np.unpackbits(packed_NL, axis=1, count=len(self.concepts), bitorder="little").astype(bool)
         return labels_NC, np.concatenate([labelled for _, labelled in parts])
 
+    def _entry_is_plain(self, side: str, number: int) -> bool:
+        entry = self._shards[side][number]
+        sizes = isinstance(entry["rows"], int) and isinstance(entry["bytes"], int) and entry["rows"] > 0
+        return sizes and entry["file"] == ShardTag("", side, number).file and isinstance(entry["sha256"], str)
+
     def faults(self) -> Iterator[str]:
         """One sentence for each shard that is not what was written, after reading every byte."""
         for side in SIDES:
             for number, entry in enumerate(self._shards[side]):
-                if fault := self._fault(side, number) or self._content_fault(side, number):
+                fault = self._fault(side, number) or self._content_fault(side, number) or self._odd_rows(side, number)
+                if fault:
                     yield f"{self.folder / entry['file']}: {fault}"
 
     def _pieces(self, side: str, row_N: Tensor) -> list[Piece]:
@@ -159,15 +176,15 @@ class Store:
         while len(self._mapped) >= MIX_SHARDS:
             del self._mapped[next(iter(self._mapped))]
         entry = self._shards[side][number]
-        self._mapped[key] = MappedShard(self.folder / entry["file"], self._shape(entry))
+        self._mapped[key] = MappedShard(self.folder / entry["file"], self._shape_of(side, number))
         return self._mapped[key]
 
-    def _shape(self, entry: dict[str, Any]) -> ShardShape:
-        return ShardShape(entry["rows"], self.d_in, self.dtype, -(-len(self.concepts or ()) // 8))
+    def _shape_of(self, side: str, number: int) -> ShardShape:
+        return ShardShape(self._shards[side][number]["rows"], self.d_in, self.dtype, -(-len(self.concepts or ()) // 8))
 
     def _fault(self, side: str, number: int) -> str | None:
         entry = self._shards[side][number]
-        return find_fault(self.folder, ShardTag(self._tag, side, number), self._shape(entry), entry["bytes"])
+        return find_fault(self.folder, ShardTag(self._tag, side, number), self._shape_of(side, number), entry["bytes"])
 
     def _content_fault(self, side: str, number: int) -> str | None:
         entry = self._shards[side][number]
@@ -176,6 +193,15 @@ class Store:
         except OSError as error:
             return f"it cannot be read ({error.strerror})"
         return None if same else "its checksum is not the one that was written: bits of it have changed"
+
+    def _odd_rows(self, side: str, number: int) -> str | None:
+        """A document of the other side would break the split."""
+        path = self.folder / self._shards[side][number]["file"]
+        document_N = MappedShard(path, self._shape_of(side, number)).column["document"]
+        border = len(self.documents("held_out"))
+        first, last = (0, border) if side == "held_out" else (border, border + len(self.documents("train")))
+        odd = document_N[(document_N >= 0) & ((document_N < first) | (document_N >= last))]
+        return f"document {odd[0]} is not one of the {side} side" if len(odd) else None
 
     def _damaged(self, side: str, number: int, fault: str) -> CosaeError:
         path = self.folder / self._shards[side][number]["file"]

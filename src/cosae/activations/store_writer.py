@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -34,7 +34,7 @@ from cosae.types import CosaeError
 
 INDEX, CAPTURE, JOURNAL = "index.json", "capture.json", "journal.jsonl"
 FORMAT, VERSION = "cosae-store", 1
-SIDES = ("held_out", "train")
+SIDES: tuple[Literal["held_out", "train"], ...] = ("held_out", "train")
 MAX_FLOAT16 = 65504.0
 
 
@@ -276,3 +276,10 @@ def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             return
         yield known
+
+
+def rows_written(folder: Path) -> int:
+    """Rows in the whole shards of a store, finished or not."""
+    if (folder / INDEX).exists():
+        return sum(int(n) for n in read_record(folder / INDEX)["rows"].values())
+    return sum(int(entry["rows"]) for entry in _read_journal(folder / JOURNAL))

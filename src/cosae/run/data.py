@@ -64,12 +64,18 @@ def open_data(recipe: Recipe, tensor: Tensor | None = None, keep_tokens: int = 0
     keep_tokens: captured training tokens to keep in memory for another run on the same data (`ModelData.again`).
     """
     data = recipe.data
+    given = {"a store": data.store, "a file of activations": data.activations, "a synthetic world": data.world}
+    named = [name for name, value in given.items() if value is not None]
     if tensor is not None:
-        if data.activations is not None or data.world is not None:
-            raise CosaeError("a run on a tensor takes no file of activations and no synthetic world: drop one.")
+        if named:
+            raise CosaeError(f"a run on a tensor takes its activations from nowhere else: drop {named[0]}.")
         return ArrayData(recipe, tensor)
-    if data.activations is not None and data.world is not None:
-        raise CosaeError("a run takes activations from a file or from a synthetic world, not from both: drop one.")
+    if len(named) > 1:
+        raise CosaeError(f"a run takes activations from {' or '.join(named)}, not from both: drop one.")
+    if data.store is not None:
+        from cosae.run.store_data import StoreData
+
+        return StoreData(recipe)
     if data.world is not None:
         return WorldData(recipe)
     if data.activations is not None:

@@ -273,7 +273,9 @@ class _Run:
         return {
             "arm": name,
             "run": self.recipe.name,
-            "model": self.recipe.data.model if isinstance(self.data, ModelData) else None,
+            "model": self.recipe.data.model
+            if isinstance(self.data, ModelData)
+            else getattr(self.data, "model_name", None),
             "site": None if site is None else site.name,
             "hook_name": None if site is None else site.hook_name,
             "hf_hook_name": None if site is None else site.module_path,
@@ -369,7 +371,7 @@ def _variance(sae: SAE, sample_ND: Tensor) -> float:
 
 def _decides(path: str) -> bool:
     """Whether a field of the recipe has a say in what the weights become."""
-    free = ("name", "data.n_workers", "training.log_every", "training.checkpoint_every")
+    free = ("name", "data.n_workers", "data.store", "training.log_every", "training.checkpoint_every")
     return path not in free and not path.startswith("evaluation.")
 
 

@@ -73,12 +73,14 @@ def _recipe(data: Recipe | Tensor | str | Path | None) -> Recipe:
         return Recipe(name="tensor")
     if data is None:
         return preset("embedded")
+    if isinstance(data, str | Path) and Path(data).is_dir():
+        return Recipe(name=Path(data).name).changed({"data.store": str(data)})
     if isinstance(data, str) and not Path(data).suffix:
         return preset(data)
     if isinstance(data, str | Path):
         return Recipe(name=Path(data).stem).changed({"data.activations": str(data)})
     raise CosaeError(
-        "fit takes a Recipe, a float tensor (N, d), a path to a file of activations, or a preset's name. "
+        "fit takes a Recipe, a float tensor (N, d), a path to a file or store of activations, or a preset's name. "
         f"Got {type(data).__name__} instead."
     )
 

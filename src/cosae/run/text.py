@@ -6,14 +6,14 @@ Small sources are held and read in a seeded order of documents; large ones and d
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from cosae.activations.corpus import TokenizedDocument, sequences, tokenize_documents
+from cosae.activations.corpus import TokenizedDocument, iterate_sequences, sequences, tokenize_documents
 from cosae.activations.documents import Document, Reading, Tally, pylib_sides, read_documents
 from cosae.activations.mixture import Cursor, Text, mix, parse_corpus
 from cosae.activations.text_datasets import is_saved_dataset
@@ -31,6 +31,7 @@ class CorpusText:
 
     seed     of the order of documents, and of a mixture
     streamed whether training reads it as it comes (`text`), not as a list of documents
+    add_bos  whether documents start with BOS
     remarks  what a person should be told of what was read so far
 
     Raises CosaeError where a source names nothing or leaves no document for the held-out side.
@@ -42,7 +43,7 @@ class CorpusText:
         self.streamed = len(self.sources) > 1 or streamed(self.sources[0].spec)
         self._sides = pylib_sides(data.max_chars) if "pylib" in self.specs and len(self.sources) > 1 else None
         self._workers = Workers(tokenizer, data.n_workers) if data.n_workers else None
-        self._add_bos = adds_bos(data, tokenizer)
+        self.add_bos = adds_bos(data, tokenizer)
         self._tallies = {spec: Tally() for spec in self.specs}
         for spec in self.specs:
             self._check_held_out(spec)
@@ -62,17 +63,32 @@ class CorpusText:
 
     def tokenized(self, split: Side, max_tokens: int | None, salt: str = "train") -> list[TokenizedDocument]:
         """Documents of one side with at most max_tokens in all, each once, the last cut to fit."""
-        opened = [partial(self._open, i, split, salt) for i in range(len(self.sources))]
-        start, weights = [Cursor()] * len(opened), [source.weight for source in self.sources]
         found: list[TokenizedDocument] = []
         left = max_tokens
-        for _, (name, ids_T, offset_T2) in mix(opened, weights, start, self._seed, endless=False):
+        for name, ids_T, offset_T2 in self.each(split, salt):
             found.append(TokenizedDocument(name, ids_T[:left], offset_T2[:left]))
             if left is not None:
                 left -= len(found[-1].ids_T)
                 if left == 0:
                     break
         return found
+
+    def each(self, split: Side, salt: str = "train") -> Iterator[TokenizedDocument]:
+        """Documents of one side, each once, lazily."""
+        opened = [partial(self._open, i, split, salt) for i in range(len(self.sources))]
+        start, weights = [Cursor()] * len(opened), [source.weight for source in self.sources]
+        return (document for _, document in mix(opened, weights, start, self._seed, endless=False))
+
+    def pack_each(self, tokenized: Iterable[TokenizedDocument]) -> Iterator[Sequences]:
+        """As `pack`, lazily: `chunk_sequences` rows at a time."""
+        data = self._data
+        return iterate_sequences(
+            tokenized,
+            data.context,
+            data.packing,  # type: ignore[arg-type]
+            rows_per_chunk=data.chunk_sequences,
+            **self._special,
+        )
 
     def pack(self, tokenized: Sequence[TokenizedDocument]) -> Sequences:
         """Rows of `context` tokens."""
@@ -119,7 +135,7 @@ class CorpusText:
         if len(self.sources) > 1:
             documents = (Document(f"{spec}:{name}", text) for name, text in documents)
         return tokenize_documents(
-            documents, self._tokenizer, add_bos=self._add_bos, workers=self._workers, keep_empty=True
+            documents, self._tokenizer, add_bos=self.add_bos, workers=self._workers, keep_empty=True
         )
 
     @property

@@ -1,0 +1,183 @@
+"""The verbs of `cosae` that are about stores of activations: capture, verify."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cosae.types import CosaeError
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Write a model's activations to disk, once, to train on them many times with `cosae train --store`.
+
+    Interrupted at any moment, the same command goes on and ends in the same bytes.
+    Example: cosae capture --site resid_post.3 resid_post.5 --tokens 2000000 --out stores/embedded
+    """
+
+    out: Path
+    """Folder of the store; with several sites, of one store each below it."""
+    tokens: int
+    """Train rows to capture."""
+    held_out_tokens: int = 196_608
+    """Rows of held-out documents beside them, for thresholds and evaluation."""
+    preset: str = "embedded"
+    """Recipe whose data to start from: embedded, demo, demo-injected or paper."""
+    recipe: Path | None = None
+    """A recipe file (.json, .yaml) whose data to start from instead of a preset's."""
+    model: str | None = None
+    """embedded, a folder with a Hugging Face causal language model, or a repository of the hub."""
+    site: tuple[str, ...] = ()
+    """One or several: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3 …"""
+    corpus: tuple[str, ...] = ()
+    """As for train; each document is captured once."""
+    dtype: str | None = None
+    """Precision the model runs in: float32, bfloat16 or float16."""
+    context: int | None = None
+    """Tokens per sequence."""
+    store_dtype: str = "bfloat16"
+    """Of the rows on disk: float32, bfloat16, float16, or int8 with a scale per row."""
+    shard_tokens: int | None = None
+    """Rows per file; default: about 128 MB."""
+    seed: int | None = None
+    """Of the order of documents."""
+    device: str | None = None
+    set: tuple[str, ...] = ()
+    """Any other field of the recipe's data, by dotted path: data.packing=document data.batch_sequences=4."""
+    quiet: bool = False
+    """No progress display."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Read every byte of a store and say what is not as it was written. Exit status 1 where something is not."""
+
+    store: Annotated[Path, tyro.conf.Positional]
+    """Folder of a store, or of one store for each of several sites."""
+
+
+def build_capture(command: Capture) -> Any:
+    """What a `capture` command line asks for. Raises CosaeError for what it does not allow."""
+    from cosae.cli import changes_of
+    from cosae.recipe import Recipe, preset
+    from cosae.run.capture import Capture as Wanted
+
+    recipe = Recipe.read(command.recipe) if command.recipe is not None else preset(command.preset)
+    named = {
+        "data.model": command.model,
+        "data.site": command.site[0] if command.site else None,
+        "data.corpus": command.corpus[0] if len(command.corpus) == 1 else command.corpus or None,
+        "data.model_dtype": command.dtype,
+        "data.context": command.context,
+        "training.seed": command.seed,
+        "device": command.device,
+    }
+    recipe = recipe.changed(changes_of(named, command.set))
+    return Wanted(
+        recipe.data,
+        command.site or (recipe.data.site,),
+        command.tokens,
+        command.held_out_tokens,
+        command.store_dtype,
+        command.shard_tokens,
+        recipe.training.seed,
+        recipe.device,
+    )
+
+
+def capture(command: Capture) -> int:
+    from cosae.run.capture import capture_stores
+
+    wanted = build_capture(command)
+    stores = capture_stores(
+        wanted, command.out, progress=None if command.quiet else _bar, say=_no_say if command.quiet else _say
+    )
+    for store in stores:
+        print(f"{store}: {_summary(store)}")
+    print(f"Train on it with: cosae train --store {stores[0]} --out RUN")
+    return 0
+
+
+def go_on_capturing(out: Path) -> str:
+    """What a person can do after an interruption, and what there is to go on from."""
+    from cosae.activations.store import find_stores
+    from cosae.activations.store_writer import rows_written
+
+    rows = [rows_written(place) for place in find_stores(out)]
+    kept = f"{min(rows)} tokens are written. " if any(rows) else "Nothing was written yet. "
+    return f"{kept}Go on with the same command."
+
+
+def verify(command: Verify) -> int:
+    """Every fault on standard output."""
+    from cosae.activations.store import Store, find_stores
+
+    places = find_stores(command.store)
+    if not places:
+        raise CosaeError(f"{command.store} holds no store (no index.json in it or below it): check the path.")
+    sound = True
+    for place in places:
+        try:
+            faults = list(Store(place, check=False).faults())
+        except CosaeError as error:
+            faults = [str(error)]
+        for fault in faults:
+            print(f"cosae: {fault}", file=sys.stderr)
+        print(f"{place}: {f'damaged, {len(faults)} of its files' if faults else f'whole; {_summary(place)}'}")
+        sound &= not faults
+    return 0 if sound else 1
+
+
+def inspect_store(folder: Path) -> dict[str, Any]:
+    """What a store is, without its long lists."""
+    from cosae.activations.store import Store
+
+    store = Store(folder)
+    record, statistics = store.record, store.statistics
+    return {
+        "format": record["format"],
+        "request": {k: v for k, v in record["request"].items() if k != "concepts"},
+        "concepts": len(store.concepts or ()),
+        "rows": record["rows"],
+        "documents": {side: len(names) for side, names in record["documents"].items()},
+        "shards": len(record["shards"]),
+        "bytes": sum(entry["bytes"] for entry in record["shards"]),
+        "statistics": {k: v for k, v in statistics.items() if k != "mean"},
+        "written_by": record["written_by"],
+    }
+
+
+def _summary(folder: Path) -> str:
+    from cosae.activations.store import Store
+
+    store = Store(folder)
+    size = sum(entry["bytes"] for entry in store.record["shards"]) / 1e6
+    rows = f"{store.n_rows('train')} train and {store.n_rows('held_out')} held-out tokens"
+    return f"{rows}, width {store.d_in}, {store.dtype}, {size:.1f} MB in {len(store.record['shards'])} shards"
+
+
+def _bar(total: int) -> Callable[[int], None]:
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True, desc="capture")
+
+    def more(n: int) -> None:
+        bar.update(n)
+        if bar.n >= total:
+            bar.close()
+
+    return more
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _no_say(text: str) -> None:
+    pass

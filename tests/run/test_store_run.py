@@ -1,0 +1,394 @@
+"""From a model to a store to a run: captured once, killed or not, and trained on without model or text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cosae.activations import shards, store_writer
+from cosae.activations.store import Store
+from cosae.cli import main
+from cosae.recipe import DataConfig, Recipe
+from cosae.run import capture as captures
+from cosae.run.capture import Capture, capture_stores
+from cosae.run.data import ModelData, open_data
+from cosae.run.execute import Logs, execute, resume
+from cosae.run.fit import fit
+from cosae.types import CosaeError
+
+sys.path.append(str(Path(__file__).parents[1] / "activations"))
+from small_stores import fingerprint
+
+SMALL = {
+    "evaluation.held_out_tokens": 1500,
+    "evaluation.calibration_tokens": 1000,
+    "evaluation.probe_tokens": 2000,
+    "evaluation.min_positives": 20,
+    "evaluation.resamples": 20,
+    "filter.window_tokens": 1500,
+    "training.steps": 12,
+    "training.batch_tokens": 64,
+    "training.buffer_tokens": 1024,
+    "training.checkpoint_every": 6,
+    "data.context": 64,
+    "data.chunk_sequences": 16,
+}
+
+
+def small_recipe(**changes: Any) -> Recipe:
+    return Recipe(d_sae=64, k=4).changed({**SMALL, **changes})
+
+
+def wanted(corpus: Any = "pylib", **changes: Any) -> Capture:
+    data = DataConfig(corpus=str(corpus), context=64, chunk_sequences=16)
+    settings: dict[str, Any] = {"tokens": 3000, "held_out_tokens": 2500, "dtype": "float32", "shard_tokens": 700}
+    return Capture(**{"data": data, "sites": ("resid_post.1",), **settings, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _model_is_opened_once() -> Any:
+    from cosae.activations import embedded
+
+    model, tokenizer = embedded.load()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captures, "open_model", lambda *_: (model, tokenizer))
+        yield
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the embedded corpus, with its labels."""
+    out = tmp_path_factory.mktemp("stored") / "store"
+    capture_stores(wanted(), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 small documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    for i in range(160):
+        lines = [f"value_{i} = {number} + {i}" for number in random.integers(0, 10**6, random.integers(3, 30))]
+        (folder / f"{i}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of those, without labels."""
+    out = tmp_path_factory.mktemp("plain") / "store"
+    capture_stores(wanted(corpus), out)
+    return out
+
+
+def test_a_store_holds_what_a_live_run_captures(stored: Path) -> None:
+    store = Store(stored)
+    live = ModelData(small_recipe(**{"data.site": "resid_post.1"}))
+    held_out = live.sample("held_out", 0)
+    from_store = open_data(small_recipe(**{"data.store": str(stored)})).sample("held_out", 0)
+    assert torch.equal(held_out.activations.x_ND, from_store.activations.x_ND)
+    assert torch.equal(held_out.activations.token_N, from_store.activations.token_N)
+    assert np.array_equal(held_out.labels_NC, from_store.labels_NC)
+    assert np.array_equal(held_out.labelled_N, from_store.labelled_N)
+    assert held_out.documents == from_store.documents
+    assert store.n_rows("train") == 3000
+    assert set(store.documents("train")).isdisjoint(store.documents("held_out"))
+    train = store.take("train", torch.arange(3000))
+    assert int(train.doc_N.min()) == len(store.documents("held_out"))
+    assert store.site is not None
+    assert store.site.name == "resid_post.1"
+
+
+def test_train_labels_are_those_of_the_tokens(stored: Path) -> None:
+    """Column by column, a plain concept agrees with the token's own spelling."""
+    from cosae.activations import embedded
+    from cosae.activations.concepts import CONCEPTS
+
+    _, tokenizer = embedded.load()
+    store = Store(stored)
+    rows = torch.arange(3000)
+    labels, labelled = store.labels("train", rows)
+    tokens = tokenizer.convert_ids_to_tokens(store.take("train", rows).token_N.tolist())
+    column = [concept.name for concept in CONCEPTS].index("dot")
+    spelled = np.array([token.strip("Ġ") == "." for token in tokens])
+    assert spelled.sum() > 20
+    assert (labels[:, column] & labelled)[spelled & labelled].mean() > 0.5
+
+
+def test_a_run_from_a_store_needs_neither_model_nor_text(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("opened")
+
+    monkeypatch.setattr("cosae.run.data.open_model", never)
+    monkeypatch.setattr("cosae.activations.documents.read_documents", never)
+    recipe = small_recipe(**{"data.store": str(stored)})
+    run = execute(recipe, tmp_path / "run", logs=Logs(False))
+    assert run.evaluation is not None
+    assert run.evaluation["probing"] is not None
+    assert run.run["source"]["source"] == "store"
+    facts = run.saes["cosine"].facts
+    assert (facts["site"], facts["hook_name"]) == ("resid_post.1", "blocks.1.hook_resid_post")
+    assert facts["model"] == "embedded"
+
+
+def test_a_run_from_a_store_resumes_to_the_bit_wherever_the_store_is(plain: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(**{"data.store": str(plain)})
+    whole = execute(recipe, tmp_path / "whole", logs=Logs(False))
+    half = shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(sorted((half / "checkpoints").iterdir())[-1])
+    moved = shutil.copytree(plain, tmp_path / "moved")
+    for name, change in (("recipe.json", str(moved)), ("run.json", None)):
+        record = json.loads((half / name).read_text())
+        record |= {"status": "interrupted"} if change is None else {"data": {**record["data"], "store": change}}
+        (half / name).write_text(json.dumps(record))
+    again = resume(half, Logs(False))
+    assert again.run["stream_digest"] == whole.run["stream_digest"]
+    for name, sae in whole.saes.items():
+        assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.saes[name].parameters(), strict=True))
+
+
+def test_a_run_does_not_resume_on_another_store(plain: Path, corpus: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(**{"data.store": str(tmp_path / "store")}).changed({"training.steps": 8})
+    shutil.copytree(plain, tmp_path / "store")
+    execute(recipe, tmp_path / "run", logs=Logs(False), measured=False)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    shutil.rmtree(tmp_path / "store")
+    capture_stores(wanted(corpus, tokens=2900), tmp_path / "store")
+    with pytest.raises(CosaeError, match=r"differs from this one in source\.n_tokens, source\.store"):
+        resume(tmp_path / "run", Logs(False))
+
+
+def test_fit_takes_a_store(plain: Path) -> None:
+    run = fit(
+        str(plain), ["cosine"], **{name.replace(".", "__"): value for name, value in SMALL.items()}, progress=False
+    )
+    assert run.run["source"]["source"] == "store"
+
+
+# Going on
+
+
+def test_several_sites_share_their_forward_passes_and_equal_single_captures(corpus: Path, tmp_path: Path) -> None:
+    sites = ("resid_post.1", "mlp_out.0")
+    both = capture_stores(wanted(corpus, sites=sites, held_out_tokens=500, tokens=1500), tmp_path / "both")
+    assert [place.name for place in both] == list(sites)
+    for place in both:
+        alone = capture_stores(
+            wanted(corpus, sites=(place.name,), held_out_tokens=500, tokens=1500), tmp_path / f"alone {place.name}"
+        )[0]
+        assert fingerprint(alone) == fingerprint(place)
+
+
+def test_the_same_command_on_a_finished_store_changes_nothing(plain: Path, corpus: Path) -> None:
+    before = fingerprint(plain)
+    said: list[str] = []
+    capture_stores(wanted(corpus), plain, say=said.append)
+    assert fingerprint(plain) == before
+    assert any("is complete" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tokens": 2999}, "tokens is 3000 there, 2999 here"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32' there, 'bfloat16' here"),
+        ({"seed": 3}, "seed is 0 there, 3 here"),
+        ({"sites": ("resid_post.2",)}, "site is .*resid_post.1.* there, .*resid_post.2.* here"),
+        (
+            {"tokens": 2999, "held_out_tokens": 2},
+            "held_out_tokens is 2500 there, 2 here; tokens is 3000 there, 2999 here",
+        ),
+    ],
+)
+def test_another_request_on_a_store_is_refused_and_says_what_differs(
+    plain: Path, corpus: Path, change: dict[str, Any], says: str
+) -> None:
+    before = fingerprint(plain)
+    with pytest.raises(CosaeError, match=says):
+        capture_stores(wanted(**{"corpus": corpus, **change}), plain)
+    assert fingerprint(plain) == before
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(CosaeError, match="is not empty and holds no store"):
+        capture_stores(wanted(corpus), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("n_whole", [0, 1, 4])
+def test_a_full_disk_keeps_what_is_written_and_the_same_command_goes_on(
+    plain: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_whole: int
+) -> None:
+    count = 0
+
+    def save_file(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > n_whole:
+            Path(arguments[1]).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    real = shards.save_file
+    monkeypatch.setattr(shards, "save_file", save_file)
+    out = tmp_path / "s"
+    with pytest.raises(CosaeError, match=r"could not be written \(No space left on device\).*same command"):
+        capture_stores(wanted(corpus), out)
+    assert len(list(out.glob("*.safetensors"))) == n_whole
+    assert list(out.glob(".*")) == []
+    with pytest.raises(CosaeError, match="not finished"):
+        Store(out)
+    monkeypatch.setattr(shards, "save_file", real)
+    capture_stores(wanted(corpus), out)
+    assert fingerprint(out) == fingerprint(plain)
+
+
+def test_shards_that_were_damaged_meanwhile_are_written_again(plain: Path, corpus: Path, tmp_path: Path) -> None:
+    """Also a journal whose last line was torn, and a shard that was renamed but not yet listed."""
+    out = unfinished(corpus, tmp_path / "s", after=6)
+    path = out / "train-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with (out / "journal.jsonl").open("a") as journal:
+        journal.write('{"file": "train-000')
+    said: list[str] = []
+    capture_stores(wanted(corpus), out, say=said.append)
+    assert fingerprint(out) == fingerprint(plain)
+    assert any("train-00000.safetensors: it is not what was written" in line for line in said)
+
+
+def unfinished(corpus: Path, out: Path, after: int) -> Path:
+    """A store that was stopped once `after` shards were listed."""
+
+    class StopError(Exception):
+        pass
+
+    def write(*arguments: Any) -> dict[str, Any]:
+        if len(list(out.glob("*.safetensors"))) >= after:
+            raise StopError
+        return real(*arguments)
+
+    real = store_writer.write_shard
+    store_writer.write_shard = write
+    try:
+        capture_stores(wanted(corpus), out)
+    except StopError:
+        return out
+    finally:
+        store_writer.write_shard = real
+    raise AssertionError("was finished")
+
+
+def test_what_changed_of_the_packages_meanwhile_is_written_down(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = unfinished(corpus, tmp_path / "s", after=2)
+    monkeypatch.setattr(captures.facts, "packages", lambda: {"torch": "99"})
+    said: list[str] = []
+    capture_stores(wanted(corpus), out, say=said.append)
+    assert [one["packages"].get("torch") for one in Store(out).record["written_by"]] == [torch.__version__, "99"]
+    assert any("other packages" in line for line in said)
+
+
+COMMAND = [
+    *("capture", "--tokens", "6000", "--held-out-tokens", "1200", "--site", "resid_post.0", "--shard-tokens", "700"),
+    *("--set", "data.context=64", "data.chunk_sequences=4", "data.batch_sequences=4"),
+]
+
+
+def start(corpus: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "cosae", *COMMAND, "--corpus", str(corpus), "--out", str(out), *more]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(out: Path, n_shards: int, process: subprocess.Popen[str]) -> None:
+    while len(list(out.glob("*.safetensors"))) < n_shards:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_gone_on_with_a_store_is_the_same_to_the_byte(
+    corpus: Path, tmp_path: Path
+) -> None:
+    assert start(corpus, tmp_path / "whole", "--quiet").wait() == 0
+    random = np.random.default_rng(0)
+    out = tmp_path / "killed"
+    kills = 0
+    while True:
+        process = start(corpus, out, "--quiet")
+        n_before = len(list(out.glob("*.safetensors")))
+        try:
+            wait_for(out, n_before + 1 + int(random.integers(2)), process)
+            time.sleep(float(random.uniform(0, 0.2)))
+        except AssertionError:
+            assert process.returncode == 0
+            break
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 3
+    assert fingerprint(out) == fingerprint(tmp_path / "whole")
+
+
+def test_ctrl_c_ends_after_the_shard_in_progress_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    process = start(corpus, out)
+    wait_for(out, 1, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 130, said
+    assert re.search(r"interrupted. (\d+) tokens are written. Go on with the same command.", said), said
+    assert "Traceback" not in said
+    listed = (out / "journal.jsonl").read_text().splitlines()
+    assert len(listed) == len(list(out.glob("*.safetensors")))
+
+
+# The command line
+
+
+def test_the_command_line_from_capture_to_verify(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: Path
+) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    status, out, error = run("verify", str(plain))
+    assert (status, error) == (0, "")
+    assert re.fullmatch(rf"{plain}: whole; 3000 train and \d+ held-out tokens, width 192, float32, .* shards\n", out)
+    status, shown, _ = run("inspect", str(plain))
+    assert status == 0
+    assert json.loads(shown)[0]["rows"]["train"] == 3000
+    status, _, error = run("verify", str(tmp_path / "nowhere"))
+    assert (status, "holds no store" in error) == (2, True)
+    bad = shutil.copytree(plain, tmp_path / "bad")
+    for name in ("train-00001.safetensors", "held_out-00000.safetensors"):
+        content = bytearray((bad / name).read_bytes())
+        content[-5] ^= 1
+        (bad / name).write_bytes(content)
+    status, out, error = run("verify", str(bad))
+    assert status == 1
+    assert [name in error for name in ("train-00001", "held_out-00000", "train-00000")] == [True, True, False]
+    assert "damaged, 2 of its files" in out
+    status, _, error = run("train", "--store", str(bad), "--out", str(tmp_path / "run"), "--quiet", "--steps", "2")
+    assert (status, "train-00001.safetensors is damaged" in error) == (2, True)
+    assert not (tmp_path / "run").exists()
