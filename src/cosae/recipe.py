@@ -162,6 +162,11 @@ class Recipe:
         deployed = self.inject_into == "evaluation" and split == "held_out"
         return self.nuisance if self.inject_into == "both" or deployed else Nuisance()
 
+    def check(self) -> None:
+        """Raises CosaeError for arms that no SAE can be, as far as that is known before the data are read."""
+        for arm in self.arms:
+            arm.check(self.d_sae, self.k)
+
     def resolved(self, d_in: int) -> Recipe:
         """The recipe with every open field of its arms filled in, given the width of the activations."""
         arms = tuple(

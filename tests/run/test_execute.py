@@ -224,6 +224,12 @@ def test_what_cannot_run_is_refused_before_the_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
+def test_arms_that_no_sae_can_be_are_refused_before_the_data_are_read(tmp_path: Path) -> None:
+    unread = recipe(**{"data.world": None, "data.activations": "nowhere.npy", "d_sae": 16, "k": 17})
+    with pytest.raises(CosaeError, match="k must be at most d_sae: an SAE of 16 features cannot keep 17"):
+        execute(unread, tmp_path / "run", logs=QUIET)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that is asked for")
 def test_a_device_that_is_absent(tmp_path: Path) -> None:
     with pytest.raises(CosaeError, match="no CUDA device"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ def load_model(
     except ImportError:
         raise CosaeError("Reading a language model needs transformers: pip install 'cosae[lm]'.") from None
 
-    logging: Any = transformers.utils.logging
-    logging.disable_progress_bar()  # a bar of its own for each load would tear ours
+    progress: Any = transformers.utils.logging
+    progress.disable_progress_bar()  # a bar of its own for each load would tear ours
     name = _place(name_or_path)
     where = {"revision": revision} if revision is not None else {}
     read_config = transformers.AutoConfig.from_pretrained
@@ -96,12 +97,17 @@ def _place(name_or_path: str | os.PathLike[str]) -> str:
 
 def _try(failure: str, load: Any, name: str, **options: Any) -> Any:
     """What `load` returns. Whatever it raises, and loaders raise nearly anything, becomes one sentence."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it would announce each of its own attempts
     try:
         return load(name, **options)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         advice = "" if Path(name).is_dir() else " (no such directory here; the hub may be unreachable)"
         raise CosaeError(f"{failure}{advice}: {lines[0].rstrip('.')}.") from error
+    finally:
+        hub.setLevel(level)
 
 
 def _check_causal(transformers: Any, config: Any, name: str) -> None:

@@ -83,6 +83,7 @@ def execute(
     Raises CosaeError for anything that cannot be read or is not allowed, before `out` is made; Interrupted after a
     checkpoint was written.
     """
+    recipe.check()
     if out is not None:
         check_free(out)
     data = open_data(recipe, tensor) if data is None else data
@@ -138,6 +139,7 @@ class _Run:
         _check_device(recipe.device)
         self.data, self.out, self.logs = data, out, logs
         self.recipe = recipe = recipe.resolved(data.source.d_in)
+        recipe.check()  # widths are known now
         training = recipe.training
         self.stream = ActivationStream(
             data.source,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from cosae.activations.nuisance import keyed_generator
 from cosae.sae.file import load
 from cosae.sae.loss import LossConfig
-from cosae.sae.model import SAE
+from cosae.sae.model import SAE, SAEConfig
 from cosae.sae.swap import swap_score
 from cosae.types import CosaeError
 
@@ -93,6 +94,22 @@ class Arm:
             seed=seed if self.seed is None else self.seed,
             lr=lr if self.lr is None else self.lr,
             kernel=kernel if self.kernel == "auto" else self.kernel,
+        )
+
+    def check(self, d_sae: int | None, k: int) -> None:
+        """Raises CosaeError for fields that no SAE can have, whatever its data; d_sae and k are the run's."""
+        width = self.d_sae if self.d_sae is not None else d_sae
+        SAEConfig(
+            d_in=1,
+            d_sae=sys.maxsize if width is None else width,  # unknown until the data is: then any k may fit
+            score=self.score,
+            selector=self.selector,
+            k=k if self.k is None else self.k,
+            frame=self.frame,
+            prefixes=self.prefixes,
+            n_groups=self.n_groups,
+            bias=self.bias,
+            bandwidth=self.bandwidth,
         )
 
     def build(self, d_in: int, sample_ND: Tensor | None, device: str = "cpu") -> SAE:
