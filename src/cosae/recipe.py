@@ -66,6 +66,9 @@ class DataConfig:
     """Sequences per forward pass."""
     chunk_sequences: int = 64
     """Sequences captured between two looks of the shuffle buffer."""
+    ahead_chunks: int = 0
+    """Chunks captured ahead, in a thread of their own, while SAEs train on those before; 0: none. Changes nothing of
+    what is trained on."""
     held_out_frac: float = 0.1
     """Share of documents (or rows) kept out of training; pylib has a split of its own."""
     activations: str | None = None
@@ -82,7 +85,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         parse_corpus(self.corpus)
         Reading(self.text_field, self.suffixes, self.txt_unit, self.max_chars)
-        for name, least in (("context", 2), ("batch_sequences", 1), ("chunk_sequences", 1), ("n_workers", 0)):
+        least_of = {"context": 2, "batch_sequences": 1, "chunk_sequences": 1, "n_workers": 0, "ahead_chunks": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)!r} instead.")
         if self.packing not in ("packed", "document"):

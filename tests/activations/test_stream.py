@@ -1,6 +1,7 @@
 """The stream: mixes like a full shuffle, loses nothing, resumes to the bit, and says what is wrong."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import islice
@@ -67,6 +68,10 @@ def equal(a: Activations, b: Activations) -> bool:
     return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
 
 
+def reading_ahead() -> bool:
+    return any(thread.name == "cosae reads ahead" for thread in threading.enumerate())
+
+
 def test_nothing_is_lost_or_repeated() -> None:
     stream = opened()
     rows = taken(stream, 100)
@@ -94,6 +99,7 @@ def test_batches_are_float32_contiguous_and_the_buffer_never_moves() -> None:
 
 
 def test_mixes_like_a_full_shuffle() -> None:
+    """Autocorrelation of document ids along the stream, against what full shuffles of the same rows give."""
     n = 8192
 
     def autocorrelation(doc_N: torch.Tensor, lag: int) -> float:
@@ -104,10 +110,75 @@ def test_mixes_like_a_full_shuffle() -> None:
 
     unshuffled = Activations.cat(list(islice(Numbered().chunks(), n // CHUNK))).doc_N
     shuffled = taken(opened(buffer_tokens=4096, seed=3), n // 64).doc_N
-    noise = n**-0.5  # standard deviation of the autocorrelation of a full shuffle
-    assert autocorrelation(unshuffled, 1) > 50 * noise
+    draw = torch.Generator().manual_seed(5)
+    full = [shuffled[torch.randperm(n, generator=draw)] for _ in range(200)]
     for lag in (1, 2, 5, 64):
-        assert abs(autocorrelation(shuffled, lag)) < 4 * noise
+        null = torch.tensor([autocorrelation(doc_N, lag) for doc_N in full])
+        low, high = null.quantile(torch.tensor([0.005, 0.995])).tolist()  # 99 % of full shuffles
+        assert low < autocorrelation(shuffled, lag) < high
+        if lag < DOC:
+            assert autocorrelation(unshuffled, lag) > 10 * high
+    short = taken(opened(buffer_tokens=256, seed=3), n // 64).doc_N  # a buffer of 16 documents does not mix
+    assert autocorrelation(short, 1) > high
+
+
+def chi_square(count: torch.Tensor) -> float:
+    """Pearson's statistic against equal shares, as a number of standard deviations from its mean."""
+    expected = count.double().mean()
+    degrees = count.numel() - 1
+    return float(((count - expected).square() / expected).sum() - degrees) / (2 * degrees) ** 0.5
+
+
+def test_every_draw_is_uniform_over_the_buffer() -> None:
+    """Over slots, and over how long a row has been live, whichever batch of a round it is."""
+    n_slots, batch = 256, 16
+    per_slot = torch.zeros(8, n_slots)
+    first_half = torch.zeros(8)  # draws among the rows that came with the round, of those that were live before it
+    for seed in range(60):
+        stream = opened(batch_tokens=batch, buffer_tokens=n_slots, seed=seed)
+        fresh: set[int] = set()
+        live: set[int] = set()
+        for i in range(8 * 9):
+            live_before = live
+            rows = stream.next_batch().index_N
+            if i % 8 == 0:  # a round began: everything in the buffer is live
+                live = set(stream._buffer.index_N.tolist())
+                fresh = live - live_before
+            if i >= 8:  # the first round has only new rows
+                per_slot[i % 8].index_add_(0, stream._order[stream._cursor - batch : stream._cursor], torch.ones(batch))
+                first_half[i % 8] += sum(int(row) in fresh for row in rows)
+            live = live - set(rows.tolist())
+    assert [abs(chi_square(count)) < 4 for count in per_slot] == [True] * 8
+    drawn = 60 * 8 * batch
+    assert ((first_half - drawn / 2).abs() < 4 * (drawn / 4) ** 0.5).all()  # half of the live rows are new ones
+
+
+class Counted(Numbered):
+    """Counts the chunks that were made."""
+
+    made = 0
+
+    def chunks(self, start: int = 0) -> Iterator[Activations]:
+        for chunk in super().chunks(start):
+            self.made += 1
+            yield chunk
+
+
+def test_every_batch_costs_the_same() -> None:
+    """The source is read as batches are handed out, not half a buffer at once; restoring catches up gently."""
+    source = Counted()
+    stream = opened(source, buffer_tokens=4096)
+    stream.next_batch()
+    for _ in range(100):
+        before = source.made
+        stream.next_batch()
+        assert source.made - before <= 1
+    fresh = opened(source, buffer_tokens=4096)
+    fresh.restore(stream.state())
+    for _ in range(100):
+        before = source.made
+        assert equal(fresh.next_batch(), stream.next_batch())
+        assert source.made - before <= 1 + 3
 
 
 def test_a_batch_reaches_across_the_whole_buffer() -> None:
@@ -119,9 +190,11 @@ def test_a_batch_reaches_across_the_whole_buffer() -> None:
 
 @pytest.mark.parametrize("before", [0, 1, 3, 4, 13])
 @pytest.mark.parametrize("policy", [NONE, FilterPolicy("position_0", window_tokens=200)])
-def test_restored_streams_go_on_to_the_bit(before: int, policy: FilterPolicy) -> None:
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_restored_streams_go_on_to_the_bit(before: int, policy: FilterPolicy, ahead: int) -> None:
     settings = {
         "filter": policy,
+        "ahead_chunks": ahead,
         "nuisance": Nuisance("log_normal", sigma=0.3),
         "store_dtype": torch.bfloat16,
     }
@@ -138,6 +211,51 @@ def test_restored_streams_go_on_to_the_bit(before: int, policy: FilterPolicy) ->
     assert fresh.n_batches == before
     assert equal(taken(fresh, 30), expected)
     assert fresh.digest == whole.digest
+    for stream in (whole, fresh):
+        stream.close()
+    assert not reading_ahead()
+
+
+class Seeking(Numbered):
+    """A source that finds a chunk by its cursor, and no other way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = {0: 0}
+
+    def chunks(self, start: int = 0) -> Iterator[Activations]:
+        for index, chunk in enumerate(super().chunks(self.known[start] // 7), start):
+            self.known[index] = 7 * index
+            yield chunk
+
+    def cursor(self, chunk: int) -> dict[str, Any] | None:
+        return {"place": self.known[chunk]}
+
+    def seek(self, chunk: int, cursor: dict[str, Any]) -> None:
+        self.known[chunk] = cursor["place"]
+
+
+def test_a_source_that_can_seek_is_told_where_to_begin() -> None:
+    stream = opened(Seeking())
+    taken(stream, 40)
+    state = stream.state()
+    fresh = opened(Seeking())
+    fresh.restore(state)
+    assert equal(taken(fresh, 20), taken(stream, 20))
+
+
+def test_reading_ahead_changes_nothing_and_close_ends_it() -> None:
+    plain, ahead = opened(), opened(ahead_chunks=3)
+    assert equal(taken(ahead, 30), taken(plain, 30))
+    assert reading_ahead()
+    ahead.close()
+    assert not reading_ahead()
+    assert equal(taken(ahead, 30), taken(plain, 30))  # and the stream goes on where it was
+    ahead.close()
+    with pytest.raises(CosaeError, match="NaN at document 200"):
+        taken(opened(Numbered(spoil={16 * 200 + 5: float("nan")}), ahead_chunks=2), 100)
+    with pytest.raises(CosaeError, match="ahead_chunks must be at least 0"):
+        opened(ahead_chunks=-1)
 
 
 def test_taking_a_state_or_looking_changes_nothing() -> None:

@@ -7,6 +7,7 @@ of the hooks survives the pass, however it ends.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from cosae.activations.sites import Site
 from cosae.types import CosaeError, Sequences
+
+_PASS = threading.Lock()  # hooks sit on the model itself: two passes at once would read one another's batches
 
 
 class _Stop(BaseException):
@@ -50,16 +53,17 @@ def read_sites(
         return read
 
     handles: list[Any] = []
-    try:
-        for site in sites:
-            handles.append(_hook(model.get_submodule(site.module_path), site, reader(site)))
-        with torch.no_grad():
-            body(**_inputs(body, batch))
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _PASS:
+        try:
+            for site in sites:
+                handles.append(_hook(model.get_submodule(site.module_path), site, reader(site)))
+            with torch.no_grad():
+                body(**_inputs(body, batch))
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
     if missed := [site.name for site in sites if site not in found]:
         raise CosaeError(f"Site '{missed[0]}' was never reached: the model does not call that module itself.")
     return found

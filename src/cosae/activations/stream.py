@@ -1,11 +1,16 @@
 """Activations, shuffled and filtered, in batches: what every arm of a run is trained on.
 
 Enters: a `Source`, chunks of activations in the order a model made them.
-Leaves: batches drawn uniformly without replacement from a shuffle buffer, which is filled up again from the
-source whenever it falls to half. A digest of everything handed out proves that two runs, or two arms, saw the
-same.
+Leaves: batches from a shuffle buffer, every row uniform over the rows that are live in it. A digest of everything
+handed out proves that two runs, or two arms, saw the same.
 
     source chunk → finite? → nuisance → filter → buffer → batch
+
+The buffer is a ring of slots, allocated once. Its live rows are in one random order, and a batch is the next ones: a
+uniform draw without replacement. The slots they leave are filled from the source batch by batch, so that every batch
+costs the same; when half of the rows are handed out, the new ones join the rest and all are shuffled anew. So at least
+half of the buffer is live at any time, and a row stays for a geometric number of rounds: long enough to meet rows from
+far away in the source.
 
 Stateless upstream, small state here: what is live in the buffer, one generator, and how far the source was
 read.
@@ -23,6 +28,7 @@ import torch
 from torch import Tensor
 
 from cosae.activations import nuisance as nuisances
+from cosae.activations.ahead import Ahead
 from cosae.activations.digest import chain
 from cosae.activations.filter import Filter, FilterPolicy, fit, norm_facts
 from cosae.activations.nuisance import Nuisance, keyed_generator
@@ -54,6 +60,19 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Seekable(Protocol):
+    """A source that finds a chunk again, in another process too, without making what comes before it."""
+
+    def cursor(self, chunk: int) -> dict[str, Any] | None:
+        """Plain values for `seek`, of a chunk that was made here; None where there are none."""
+        ...
+
+    def seek(self, chunk: int, cursor: dict[str, Any]) -> None:
+        """Be told where a chunk is."""
+        ...
+
+
 class ActivationStream:
     """Shuffled, filtered batches from a source.
 
@@ -65,6 +84,8 @@ class ActivationStream:
     nuisance       norm nuisance put on before the filter looks
     device         where the buffer and the batches live
     store_dtype    float32 or bfloat16, of the buffer only: batches are always float32
+    ahead_chunks   chunks of the source made ahead in a thread of their own, while batches are used; 0 for none. The
+                   batches are the same
 
     Raises CosaeError for settings outside these, for activations of another width than the source promised,
     and for activations that are not finite, naming document and position (or chunk and row).
@@ -90,6 +111,7 @@ class ActivationStream:
         nuisance: Nuisance | None = None,
         device: str | torch.device = "cpu",
         store_dtype: torch.dtype = torch.float32,
+        ahead_chunks: int = 0,
     ) -> None:
         if batch_tokens < 1:
             raise CosaeError(f"batch_tokens must be at least 1. Got {batch_tokens} instead.")
@@ -100,7 +122,10 @@ class ActivationStream:
             )
         if store_dtype not in (torch.float32, torch.bfloat16):
             raise CosaeError(f"store_dtype must be torch.float32 or torch.bfloat16. Got {store_dtype} instead.")
+        if ahead_chunks < 0:
+            raise CosaeError(f"ahead_chunks must be at least 0. Got {ahead_chunks} instead.")
         self.source = source
+        self.ahead_chunks = ahead_chunks
         self.d_in = source.d_in
         self.batch_tokens = batch_tokens
         self.buffer_tokens = buffer_tokens
@@ -111,12 +136,19 @@ class ActivationStream:
         self.n_batches = 0  # handed out so far
         self._digest = bytes(32)
         self._generator = keyed_generator(seed, "shuffle")
+        self._chunks: Iterator[Activations] | None = None
         self._open(chunk=0, offset=0)
-        self._look(filter or FilterPolicy())
+        try:
+            self._look(filter or FilterPolicy())
+        except BaseException:
+            self.close()
+            raise
         self._buffer = _allocate(buffer_tokens, self.d_in, store_dtype, self.device)
-        # slots in the order they will be handed out; those before the cursor are free
+        # slots in the order they will be handed out; those before the cursor are free, or filled for the next round
         self._order = torch.arange(buffer_tokens, device=self.device)
         self._cursor = buffer_tokens
+        self._filled = 0
+        self._round = (0, 0)  # where the source was read to when this round began
 
     @property
     def n_tokens(self) -> int:
@@ -147,7 +179,9 @@ class ActivationStream:
         """
         live = self.buffer_tokens - self._cursor
         if live <= self.buffer_tokens // 2 or live < self.batch_tokens:
-            self._refill()
+            self._begin_round()
+        else:  # what the last batch left; twice that where a restored stream has to catch up
+            self._fill(min(self._cursor, self._filled + 2 * self.batch_tokens))
         slots_B = self._order[self._cursor : self._cursor + self.batch_tokens]
         rows = _gather(self._buffer, slots_B)
         batch = Activations(rows.x_ND.float(), *(getattr(rows, f.name) for f in fields(rows)[1:]))
@@ -159,15 +193,19 @@ class ActivationStream:
     def state(self) -> dict[str, Any]:
         """All that is needed to go on to the bit: plain values and tensors (copies), in one flat dict.
 
-        Only the live rows of the buffer are kept, in the order they would be handed out.
+        Only the live rows of the buffer are kept, in the order they would be handed out; those filled in for the next
+        round are read again.
         """
         live = _gather(self._buffer, self._order[self._cursor :])
+        chunk, offset = self._round
+        cursor = self.source.cursor(chunk) if isinstance(self.source, Seekable) else None
         return {
             "version": STATE_VERSION,
             "stream": json.dumps(self.describe(), sort_keys=True, default=str),
             "filter": json.dumps(self.filter.to_dict()),
-            "chunk": self._chunk,
-            "offset": self._offset,
+            "chunk": chunk,
+            "offset": offset,
+            **({} if cursor is None else {"cursor": json.dumps(cursor)}),
             "n_batches": self.n_batches,
             "digest": self.digest,
             "generator": self._generator.get_state(),
@@ -197,16 +235,29 @@ class ActivationStream:
         # what counts is the order of hand-out, not which slot holds a row: live rows fill the first slots
         self._order = torch.arange(self.buffer_tokens, device=self.device).roll(self.buffer_tokens - live)
         self._cursor = self.buffer_tokens - live
+        self._filled = 0
         self._generator.set_state(state["generator"].cpu())
         self.n_batches = int(state["n_batches"])
         self._digest = bytes.fromhex(state["digest"])
-        self._open(int(state["chunk"]), int(state["offset"]))
+        chunk = int(state["chunk"])
+        if isinstance(self.source, Seekable) and "cursor" in state:
+            self.source.seek(chunk, json.loads(state["cursor"]))
+        self._open(chunk, int(state["offset"]))
+        self._round = (chunk, self._offset)
+
+    def close(self) -> None:
+        """Stop reading ahead. The stream may be used on: it then reads again what was read ahead."""
+        self._open(self._chunk, self._offset)
 
     def _open(self, chunk: int, offset: int) -> None:
         """Read the source from kept row `offset` of chunk `chunk` on."""
         self._chunk, self._offset = chunk, offset
         self._ahead: deque[Activations] = deque()  # read and checked, not yet taken: the first window
+        if isinstance(self._chunks, Ahead):
+            self._chunks.close()
         self._chunks = self.source.chunks(start=chunk)
+        if self.ahead_chunks:
+            self._chunks = Ahead(self._chunks, self.ahead_chunks)
         self._next_index = chunk
         self._kept: Activations | None = None  # kept rows of chunk self._chunk
 
@@ -231,6 +282,7 @@ class ActivationStream:
     def _read(self) -> Activations:
         """The next chunk of the source, checked, with the nuisance on it."""
         index = self._next_index
+        assert self._chunks is not None
         chunk = next(self._chunks, None)
         if chunk is None:
             raise CosaeError(f"a source must be endless; this one stopped before chunk {index}.")
@@ -242,20 +294,23 @@ class ActivationStream:
         self._next_index += 1
         return nuisances.apply(chunk, self.nuisance, index)
 
-    def _refill(self) -> None:
-        """Fill the free slots from the source and shuffle the whole buffer anew."""
-        free = self._order[: self._cursor]
-        filled = 0
-        while filled < len(free):
-            rows = self._take(len(free) - filled)
-            slots = free[filled : filled + len(rows)]
+    def _begin_round(self) -> None:
+        """Fill the slots that are still free, let all new rows join the live ones, and shuffle the whole buffer."""
+        self._fill(self._cursor)
+        shuffle = torch.randperm(self.buffer_tokens, generator=self._generator).to(self.device)
+        self._order = self._order[shuffle]
+        self._cursor = self._filled = 0
+        self._round = (self._chunk, self._offset)
+
+    def _fill(self, end: int) -> None:
+        """Read rows from the source into the free slots before place `end` of the order."""
+        while self._filled < end:
+            rows = self._take(end - self._filled)
+            slots = self._order[self._filled : self._filled + len(rows)]
             for f in fields(rows):
                 target = getattr(self._buffer, f.name)
                 target.index_copy_(0, slots, getattr(rows, f.name).to(self.device, target.dtype))
-            filled += len(rows)
-        shuffle = torch.randperm(self.buffer_tokens, generator=self._generator).to(self.device)
-        self._order = self._order[shuffle]
-        self._cursor = 0
+            self._filled += len(rows)
 
     def _take(self, at_most: int) -> Activations:
         """Up to `at_most` kept rows from the source, at least one, in its order."""

@@ -84,8 +84,8 @@ class Workers:
             )
             processes.append(process)
             # no reference to the pool: its threads must not keep it from being collected
-            feed = threading.Thread(target=_feed, args=(process, self._tokenizer, self._jobs), daemon=True)
-            feed.start()
+            work = (process, self._tokenizer, self._jobs)
+            threading.Thread(target=_feed, args=work, name="cosae tokenises", daemon=True).start()
 
 
 def _feed(process: subprocess.Popen[bytes], tokenizer: bytes, jobs: SimpleQueue[_Job | None]) -> None:

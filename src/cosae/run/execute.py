@@ -88,9 +88,12 @@ def execute(
         check_free(out)
     data = open_data(recipe, tensor) if data is None else data
     run = _Run(recipe, data, out, logs or Logs())
-    if out is not None:
-        make_folder(out, run.recipe)
-    return run.go(measured)
+    try:
+        if out is not None:
+            make_folder(out, run.recipe)
+        return run.go(measured)
+    finally:
+        run.close()
 
 
 def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = None) -> Finished:
@@ -114,8 +117,11 @@ def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = No
     if not checkpoints(out):
         read_latest(out)  # says so, before a model is loaded
     run = _Run(recipe, open_data(recipe, tensor), out, logs or Logs())
-    run.restore()
-    return run.go(True)
+    try:
+        run.restore()
+        return run.go(True)
+    finally:
+        run.close()
 
 
 class _Records:
@@ -150,6 +156,7 @@ class _Run:
             nuisance=recipe.training_nuisance,
             device=recipe.device,
             store_dtype=getattr(torch, training.store_dtype),
+            ahead_chunks=recipe.data.ahead_chunks,
         )
         sample_ND = self.stream.sample_ND
         if not self.stream.norm_facts.total_variance > 0:
@@ -187,6 +194,9 @@ class _Run:
         """Train, calibrate, save, measure."""
         training = self.recipe.training
         self._write_run("running")
+        if isinstance(self.data, ModelData):
+            for remark in self.data.text.remarks:
+                self._say(f"corpus {remark}")
         progress = Progress(
             training.steps,
             training.batch_tokens,
@@ -213,11 +223,18 @@ class _Run:
                 self._write_run("interrupted" if isinstance(stop, Interrupted) else "failed")
             raise
         finally:
+            self.stream.close()  # what comes after needs the model for itself
             for logger in loggers:
                 logger.close()
         if self.out is not None and self.start < training.steps:
             self._checkpoint(training.steps, self.seconds)
         return self._finish(measured)
+
+    def close(self) -> None:
+        """End whatever still works in the background."""
+        self.stream.close()
+        if isinstance(self.data, ModelData):
+            self.data.text.close()
 
     def _finish(self, measured: bool) -> Finished:
         say = self._say
@@ -373,7 +390,14 @@ def _variance(sae: SAE, sample_ND: Tensor) -> float:
 
 def _decides(path: str) -> bool:
     """Whether a field of the recipe has a say in what the weights become."""
-    free = ("name", "data.n_workers", "data.store", "training.log_every", "training.checkpoint_every")
+    free = (
+        "name",
+        "data.n_workers",
+        "data.ahead_chunks",
+        "data.store",
+        "training.log_every",
+        "training.checkpoint_every",
+    )
     return path not in free and not path.startswith("evaluation.")
 
 

@@ -1,0 +1,154 @@
+"""Runs on several sources, with tokenising processes and capture ahead: the same to the bit, and resumed to the bit."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_model_run import WORDS, recipe, save_tokenizer
+from test_resume import interrupt_after
+from tiny_models import make_model
+from tiny_runs import QUIET, assert_same_run
+
+from cosae.cli import build_recipe, main
+from cosae.recipe import Recipe
+from cosae.run.data import open_data
+from cosae.run.execute import execute, resume
+from cosae.train.loop import Interrupted
+from cosae.types import CosaeError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model("llama").save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def words(i: int, n: int = 120) -> str:
+    return " ".join(WORDS[(i * 7 + j * (1 + i % 5)) % len(WORDS)] for j in range(n))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A folder of 30 files and 60 lines of JSON, each its own text."""
+    place = tmp_path_factory.mktemp("sources")
+    (place / "code").mkdir()
+    for i in range(30):
+        (place / "code" / f"{i:02d}.py").write_text(words(i))
+    rows = [{"body": words(100 + i, 40), "id": i} for i in range(60)]
+    (place / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(place / "code"), str(place / "notes.jsonl")
+
+
+def mixed(model: Path, sources: tuple[str, str], **changes: Any) -> Recipe:
+    both = (f"{sources[0]}:0.7", f"{sources[1]}:0.3")
+    # .py files have no field: what names the rows' text says nothing to them
+    settings = {"data.corpus": both, "data.text_field": "body", "training.steps": 30, **changes}
+    return recipe(model, "pylib", **settings)
+
+
+def test_a_mixture_is_the_same_run_however_it_is_read_and_wherever_it_is_stopped(
+    model: Path, sources: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = execute(mixed(model, sources), tmp_path / "whole", logs=QUIET)
+    assert whole.run["source"]["corpus"] == [[sources[0], 0.7], [sources[1], 0.3]]
+    busy = mixed(model, sources, **{"data.n_workers": 2, "data.ahead_chunks": 2})
+    interrupt_after(monkeypatch, 17)
+    with pytest.raises(Interrupted):
+        execute(busy, tmp_path / "run", logs=QUIET)
+    monkeypatch.undo()
+    for thread in threading.enumerate():  # those that fed the processes, which are gone
+        if thread.name.startswith("cosae"):
+            thread.join(10)
+            assert not thread.is_alive()
+    resume(tmp_path / "run", QUIET)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_shares_and_sides_of_a_mixture(model: Path, sources: tuple[str, str]) -> None:
+    data = open_data(mixed(model, sources))
+    sides = {}
+    for split in ("train", "held_out"):
+        names = data.sample(split, 1200).documents
+        sides[split] = set(names)
+        assert any("notes.jsonl" in name for name in names)
+        assert any("code:" in name for name in names)
+    assert sides["train"].isdisjoint(sides["held_out"])
+    chunk = next(data.text.text().chunks())[0]
+    code = {i for i, name in enumerate(chunk.doc_names) if "code:" in name}
+    share = sum(int((chunk.doc_ST == i).sum()) for i in code) / int(chunk.mask_ST.sum())
+    assert 0.7 - 121 / chunk.ids_ST.numel() < share < 0.7 + 121 / chunk.ids_ST.numel()
+
+
+def test_the_command_line_names_several_sources() -> None:
+    from cosae.cli import Train
+
+    assert build_recipe(Train(Path("x"), corpus=("a/:0.7", "b:0.3"))).data.corpus == ("a/:0.7", "b:0.3")
+    assert build_recipe(Train(Path("x"), corpus=("a",))).data.corpus == "a"
+    assert build_recipe(Train(Path("x"))).data.corpus == "pylib"
+    listed = build_recipe(Train(Path("x"), set=('data.corpus=["a:2", "b"]', 'data.suffixes=[".rs"]')))
+    assert (listed.data.corpus, listed.data.suffixes) == (("a:2", "b"), (".rs",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "more", "says"),
+    [
+        ("empty", None, (), "at least one text or source file"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y"', (), "line 2"),
+        ("a.jsonl", b'{"body": "x"}\n', (), "data.text_field"),
+        ("a.txt", b"caf\xe9", (), "UTF-8"),
+        ("a.txt", b"\x00\x01\x02\xff", (), "UTF-8"),
+        ("a.txt", b"one document\n" * 300, (), "data.txt_unit"),
+        ("a.txt", b" \n\n\t\n", (), "none with text"),
+        ("a.parquet", b"PAR1 but no more", (), "Parquet"),
+        ("a.bin", b"\x00", (), "must be .txt, .jsonl or .parquet"),
+        ("a.txt", b"x", ("--set", "data.text_field="), "text_field"),
+        ("a.txt", b"x", ("--set", "data.n_workers=-1"), "n_workers must be at least 0"),
+        ("a.txt", b"x", ("--set", "data.txt_unit=page"), "txt_unit must be one of"),
+    ],
+)
+def test_an_awkward_corpus_is_one_sentence_and_leaves_nothing(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes | None,
+    more: tuple[str, ...],
+    says: str,
+) -> None:
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(SystemExit) as left:
+        main(
+            [
+                "train",
+                "--out",
+                str(tmp_path / "run"),
+                "--model",
+                str(model),
+                "--site",
+                "resid_post.2",
+                "--corpus",
+                str(path),
+                "--quiet",
+                *more,
+            ]
+        )
+    said = capsys.readouterr().err.strip()
+    assert left.value.code == 2
+    assert said.startswith("cosae: ")
+    assert says in said
+    assert "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mixture_with_a_source_of_one_document_says_so(model: Path, sources: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text(words(5))
+    both = (sources[0], f"{tmp_path / 'one.txt'}:0.1")
+    with pytest.raises(CosaeError, match=r"one\.txt"):
+        open_data(recipe(model, "pylib", **{"data.corpus": both}))
