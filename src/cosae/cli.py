@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from cosae import store_verbs
+from cosae import share_verbs, store_verbs
+from cosae.share_verbs import Export, Pull, Push
 from cosae.store_verbs import Capture, Verify
 from cosae.types import CosaeError
 
@@ -164,6 +165,9 @@ VERBS: dict[str, Callable[..., Any]] = {
     "audit": Audit,
     "capture": Capture,
     "verify": Verify,
+    "export": Export,
+    "push": Push,
+    "pull": Pull,
 }
 
 
@@ -363,8 +367,7 @@ def _audit(command: Audit) -> int:
     from cosae.run.audit import Wanted, run_audit, screen
 
     wanted = Wanted(**{f.name: getattr(command, f.name) for f in fields(Wanted)})
-    say = (lambda _: None) if command.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
-    print(screen(run_audit(command.saes, wanted, command.out, say)))
+    print(screen(run_audit(command.saes, wanted, command.out, share_verbs.said(command.quiet))))
     print(f"\nReport: {command.out / 'audit.html'}")
     return 0
 
@@ -378,6 +381,9 @@ _DO: dict[type[Any], Any] = {
     Audit: _audit,
     Capture: store_verbs.capture,
     Verify: store_verbs.verify,
+    Export: share_verbs.export,
+    Push: share_verbs.push,
+    Pull: share_verbs.pull,
 }
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class _Samples:
             if key not in self.made:
                 self.made[key] = _from_file(self.wanted)
         else:
-            data = _data_of(sae, path, self.wanted)
+            data = data_of(sae, path, self.wanted)
             key = ("model", repr(data))
             if key not in self.made:
                 self.made[key] = _from_model(data, self.wanted)
@@ -167,7 +167,7 @@ def _audit_one(sae: SAE, sample: Sampled, wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def _data_of(sae: SAE, path: Path, wanted: Wanted) -> DataConfig:
+def data_of(sae: SAE, path: Path, wanted: Wanted) -> DataConfig:
     """The data an SAE was trained on, as far as its file says, with what was asked for in its place."""
     known = sae.facts
     recorded = known.get("recipe", {}).get("data") if isinstance(known.get("recipe"), dict) else None

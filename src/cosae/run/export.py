@@ -1,0 +1,226 @@
+"""`cosae export`: an SAE, the model and text it was trained on → files for readers of features.
+
+    path → read_sae → its data's model and site → packed sequences of its text → share.neuronpedia or share.delphi
+
+What the SAE's file does not say must be said: model, site, corpus. Rows that occur twice in the text are read once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cosae.activations.corpus import iterate_sequences, read_documents, tokenize_documents
+from cosae.activations.sites import Site
+from cosae.evaluate.intervention import find_site
+from cosae.recipe import DataConfig
+from cosae.run import facts
+from cosae.run.audit import Wanted, data_of
+from cosae.run.data import adds_bos, open_model, pad_id, streamed
+from cosae.sae.model import SAE
+from cosae.share import neuronpedia_upload as uploads
+from cosae.share.delphi import Written, write_cache
+from cosae.share.neuronpedia import MARK, Dashboard, write_dashboards
+from cosae.share.read import read_sae
+from cosae.share.staged import check_place
+from cosae.types import CosaeError, Sequences
+
+SET_WORDS = {"resid_post": "res", "resid_pre": "res-pre", "attn_out": "att", "mlp_out": "mlp"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What to run the model on. Fields left None: what the SAE's own facts say, then DataConfig's defaults."""
+
+    prompts: int = 4096
+    """Sequences; all there are where the text has fewer."""
+    context: int = 128
+    """Tokens of a sequence."""
+    model: str | None = None
+    site: str | None = None
+    corpus: str | None = None
+    format: str = "auto"
+    device: str = "cpu"
+    seed: int = 0
+    """Of the order in which documents are read."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1:
+            raise CosaeError(f"prompts must be at least 1. Got {self.prompts} instead.")
+        if self.context < 3:
+            raise CosaeError(f"context must be at least 3 tokens. Got {self.context} instead.")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An SAE with the model, site and sequences it is shown on."""
+
+    sae: SAE
+    data: DataConfig
+    model: Any
+    tokenizer: Any
+    site: Site
+    sequences: Sequences
+    facts: dict[str, Any]
+
+
+def open_reading(path: Path, reading: Reading, say: Callable[[str], None]) -> Opened:
+    """Read the SAE and its model, and cut the text. Raises CosaeError for whatever cannot be read."""
+    sae = read_sae(path, format=reading.format, device=reading.device)
+    data = data_of(sae, path, Wanted(model=reading.model, site=reading.site, corpus=reading.corpus))
+    data = replace(data, context=reading.context)
+    say("opening the model")
+    model, tokenizer = open_model(data, reading.device)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and reading.context > limit:
+        raise CosaeError(f"context must be at most {limit}, the model's own. Got {reading.context} instead.")
+    site = find_site(model, data.site)
+    say("reading the text")
+    sequences = read_sequences(data, tokenizer, reading)
+    known = {
+        "sae": str(path),
+        "sae_sha256": digest_sae(sae),
+        "model": data.model,
+        "site": site.name,
+        "corpus": data.corpus,
+        "prompts": len(sequences),
+        "context": reading.context,
+        "seed": reading.seed,
+        "commit": facts.commit(),
+        "packages": facts.packages(),
+    }
+    return Opened(sae, data, model, tokenizer, site, sequences, known)
+
+
+def read_sequences(data: DataConfig, tokenizer: Any, reading: Reading) -> Sequences:
+    """Up to `prompts` distinct full sequences of the corpus, documents in a seeded order (streams in their own)."""
+    documents = read_documents(data.corpus, "all", held_out_frac=data.held_out_frac, seed=0)
+    if not streamed(data.corpus):
+        listed = list(documents)
+        documents = iter([listed[i] for i in np.random.default_rng([reading.seed, 77]).permutation(len(listed))])
+    tokenized = tokenize_documents(
+        documents,
+        tokenizer,
+        add_bos=adds_bos(data, tokenizer),
+        max_chars=data.max_chars,
+        min_chars=data.min_chars,
+    )
+    seen: set[bytes] = set()
+    chunks, kept = [], 0
+    special_ids = tokenizer.all_special_ids
+    for chunk in iterate_sequences(tokenized, data.context, pad_id=pad_id(tokenizer), special_ids=special_ids):
+        rows = []
+        for row, (ids_T, whole) in enumerate(zip(chunk.ids_ST, chunk.mask_ST.all(1).tolist(), strict=True)):
+            mark = hashlib.sha256(ids_T.numpy().tobytes()).digest()
+            if whole and mark not in seen and kept < reading.prompts:
+                seen.add(mark)
+                rows.append(row)
+                kept += 1
+        chunks.append(chunk[torch.tensor(rows, dtype=torch.int64)])
+        if kept == reading.prompts:
+            break
+    if not kept:
+        raise CosaeError(
+            f"the corpus {data.corpus} has no sequence of {data.context} tokens: give more text or a smaller context."
+        )
+    joined = {
+        name: torch.cat([getattr(chunk, name) for chunk in chunks])
+        for name in ("ids_ST", "doc_ST", "index_ST", "mask_ST", "special_ST")
+    }
+    return Sequences(**joined, doc_names=chunks[-1].doc_names)
+
+
+def digest_sae(sae: SAE) -> str:
+    """SHA-256 of an SAE's configuration and weights."""
+    from cosae.sae.file import to_disk
+
+    digest = hashlib.sha256(repr(sorted(sae.cfg.to_dict().items())).encode())
+    for name, value in sorted(to_disk(sae).items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Neuronpedia's names; None: the model's own name, and cosae-PLACE-WIDTH for the set."""
+
+    model_id: str | None = None
+    set_name: str | None = None
+
+
+def export_neuronpedia(
+    path: Path,
+    out: Path,
+    reading: Reading,
+    naming: Naming,
+    shown: dict[str, Any],
+    upload: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[uploads.Plan, list[str]]:
+    """Write the dashboards to `out` and, with `upload`, send them. Returns the plan and what was done, line by line.
+
+    An export of the same SAE, text and settings that lies in `out` already is not made again. Raises CosaeError as
+    `write_dashboards` and the upload do; what an upload needs is looked for before anything is computed.
+    """
+    if upload:
+        uploads.check_ready()
+    check_place(out, MARK)
+    opened = open_reading(path, reading, say)
+    kind = opened.site.name.split(".")[0]
+    settings = Dashboard(
+        model_id=naming.model_id or Path(opened.data.model).name,
+        set_name=naming.set_name or f"cosae-{SET_WORDS.get(kind, 'site')}-{opened.sae.d_sae}",
+        layer=opened.site.block,
+        dataset=opened.data.corpus,
+        seed=reading.seed,
+        **shown,
+    )
+    lines = []
+    if uploads.same_export(out, settings, opened.facts):
+        lines.append(f"{out} holds this export already: not made again.")
+    else:
+        write_dashboards(
+            opened.model,
+            opened.tokenizer,
+            opened.site,
+            opened.sae,
+            opened.sequences,
+            out,
+            settings,
+            facts=opened.facts,
+            batch_sequences=opened.data.batch_sequences,
+            say=say,
+        )
+    plan = uploads.plan(out)
+    if upload:
+        lines.append(uploads.upload(out, plan, say))
+    return plan, lines
+
+
+def export_delphi(
+    path: Path, out: Path, reading: Reading, n_splits: int | None = None, say: Callable[[str], None] = lambda _: None
+) -> Written:
+    """Write delphi's cache to `out`. Raises CosaeError as `write_cache` does."""
+    from cosae.activations.embedded import model_path
+
+    check_place(out, "*/cosae_export.json")
+    opened = open_reading(path, reading, say)
+    return write_cache(
+        opened.model,
+        opened.site,
+        opened.sae,
+        opened.sequences,
+        out,
+        model_name=str(model_path()) if opened.data.model == "embedded" else opened.data.model,
+        dataset=opened.data.corpus,
+        n_splits=n_splits,
+        facts=opened.facts,
+        batch_sequences=opened.data.batch_sequences,
+        say=say,
+    )

@@ -1,0 +1,172 @@
+"""The verbs of `cosae` that hand SAEs and their features to others: export, push, pull."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class ExportNeuronpedia:
+    """Feature dashboards as SAEDashboard writes them for Neuronpedia; with --upload, sent to its server.
+
+    Without --upload nothing leaves this machine: what would be sent is said. The key is read from the environment
+    variable NEURONPEDIA_API_KEY. Example: cosae export neuronpedia runs/first/arms/cosine --out dashboards
+    """
+
+    sae: Annotated[Path, tyro.conf.Positional]
+    """Folder or file of an SAE, of any format cosae reads."""
+    out: Path
+    """Folder for the batches; an earlier export there is replaced."""
+    model: str | None = None
+    """embedded, a folder of a Hugging Face model or a repository; default: what the SAE's file says."""
+    site: str | None = None
+    """Where the SAE reads, such as resid_post.5; default: what its file says."""
+    corpus: str | None = None
+    """Text to run the model on, as for train; default: what the SAE's file says, else pylib."""
+    prompts: int = 4096
+    """Sequences of text."""
+    context: int = 128
+    """Tokens of a sequence."""
+    model_id: str | None = None
+    """Neuronpedia's name of the model; default: the model's own."""
+    set_name: str | None = None
+    """Neuronpedia's name of the source set; default: cosae-PLACE-WIDTH."""
+    top: int = 20
+    """Windows of the largest activations of each feature."""
+    n_quantiles: int = 5
+    """Intervals between 0 and a feature's largest activation."""
+    per_quantile: int = 5
+    """Windows of each interval."""
+    ignore_norm_above: float | None = None
+    """Tokens of more than so many times the median norm have no codes: attention sinks. Default: all tokens have."""
+    upload: bool = False
+    """Send the batches to Neuronpedia."""
+    format: str = "auto"
+    device: str = "cpu"
+    seed: int = 0
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class ExportDelphi:
+    """The cache of latent activations that delphi explains and scores features from.
+
+    Example: cosae export delphi runs/first/arms/cosine --out latents
+    """
+
+    sae: Annotated[Path, tyro.conf.Positional]
+    """Folder or file of an SAE, of any format cosae reads."""
+    out: Path
+    """Folder for the cache; an earlier one there is replaced."""
+    model: str | None = None
+    """embedded, a folder of a Hugging Face model or a repository; default: what the SAE's file says."""
+    site: str | None = None
+    """Where the SAE reads, such as resid_post.5; default: what its file says."""
+    corpus: str | None = None
+    """Text to run the model on, as for train; default: what the SAE's file says, else pylib."""
+    prompts: int = 4096
+    """Sequences of text."""
+    context: int = 256
+    """Tokens of a sequence; delphi cuts its examples from it."""
+    n_splits: int | None = None
+    """Files that the latents are divided into; default: five, more for many activations."""
+    format: str = "auto"
+    device: str = "cpu"
+    seed: int = 0
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Export:
+    """Files for readers of features: Neuronpedia's dashboards, delphi's cache."""
+
+    to: tyro.conf.OmitArgPrefixes[
+        Annotated[ExportNeuronpedia, tyro.conf.subcommand("neuronpedia")]
+        | Annotated[ExportDelphi, tyro.conf.subcommand("delphi")]
+    ]
+
+
+@dataclass(frozen=True)
+class Push:
+    """Push an SAE, or all arms of a run, to the Hugging Face hub with a model card.
+
+    Needs a token that may write: HF_TOKEN or `hf auth login`. Example: cosae push runs/first/arms/cosine me/saes:cosine
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of an SAE (of any format cosae reads) or of a run."""
+    to: Annotated[str, tyro.conf.Positional]
+    """OWNER/NAME, or OWNER/NAME:FOLDER; the repository is made where there is none."""
+    license: str = "mit"
+    """Identifier for the card, as the hub knows them."""
+    private: bool = False
+    """Make the repository, if it has to be made, a private one."""
+    revision: str | None = None
+    """An existing branch; default: main."""
+    message: str | None = None
+    """Of the commit."""
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Pull an SAE, or all of a run's, from the Hugging Face hub, as data and checked; of any format cosae reads.
+
+    Example: cosae pull me/saes:cosine --out cosine
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """OWNER/NAME, or OWNER/NAME:FOLDER."""
+    out: Path
+    """Folder for it; must not hold anything yet."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+    quiet: bool = False
+
+
+def export(command: Export) -> int:
+    from cosae.run import export as exports
+
+    to = command.to
+    say = said(to.quiet)
+    reading = exports.Reading(**{f.name: getattr(to, f.name) for f in fields(exports.Reading)})
+    if isinstance(to, ExportDelphi):
+        written = exports.export_delphi(to.sae, to.out, reading, to.n_splits, say)
+        left_out = f" ({written.dropped:,} below delphi's least left out)" if written.dropped else ""
+        print(f"{written.entries:,} activations{left_out} of module {written.module} in {written.out}")
+        return 0
+    shown = {name: getattr(to, name) for name in ("top", "n_quantiles", "per_quantile", "ignore_norm_above")}
+    naming = exports.Naming(to.model_id, to.set_name)
+    plan, lines = exports.export_neuronpedia(to.sae, to.out, reading, naming, shown, to.upload, say)
+    print(f"{to.out}: {plan}.")
+    for line in lines:
+        print(line)
+    if not to.upload:
+        print("Nothing was sent; --upload sends it.")
+    return 0
+
+
+def push(command: Push) -> int:
+    from cosae.share import hub
+
+    options = {name: getattr(command, name) for name in ("license", "private", "revision", "message")}
+    print(hub.push(command.source, command.to, **options, say=said(command.quiet)))
+    return 0
+
+
+def pull(command: Pull) -> int:
+    from cosae.share import hub
+
+    print(hub.pull(command.source, command.out, revision=command.revision, say=said(command.quiet)))
+    return 0
+
+
+def said(quiet: bool) -> Callable[[str], None]:
+    """Progress on standard error, or nowhere."""
+    return (lambda _: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
