@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,28 @@ def make_terms(
         torch.ones(n_tokens, dtype=torch.bool),
         plain=kind == "inner",
     )
+
+
+def aligned(n: int, width: int, seed: int, wanted: float) -> Tensor:
+    """Rows whose every coordinate, after normalisation, sits next to a rounding boundary of bf16 on one side.
+
+    wanted +1: just below a midpoint (rounds down, loses the most); −1: just above one (rounds up).
+    """
+    draw = torch.Generator().manual_seed(seed)
+    exponent = torch.randint(-4, 0, (n, width), generator=draw).double()
+    mantissa = 1.0 + (torch.randint(0, 8, (n, width), generator=draw).double() + 0.5) * 2.0**-7
+    rows = mantissa * (1 - wanted * 2.0**-12) * 2.0**exponent
+    return (rows * torch.randint(0, 2, (n, width), generator=draw).mul(2).sub(1)).float()
+
+
+def in_double(terms: ScoreTerms) -> ScoreTerms:
+    bias_F = None if terms.bias_F is None else terms.bias_F.double()
+    wide = {name: getattr(terms, name).double() for name in ("z_BD", "rows_FD", "exponent", "log_gain")}
+    return replace(terms, bias_F=bias_F, **wide)
+
+
+def on(terms: ScoreTerms, device: torch.device) -> ScoreTerms:
+    """The same terms on another device."""
+    names = ("z_BD", "rows_FD", "exponent", "log_gain", "live_B")
+    moved = {name: getattr(terms, name).to(device) for name in names}
+    return replace(terms, bias_F=None if terms.bias_F is None else terms.bias_F.to(device), **moved)

@@ -9,25 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from score_worlds import FAMILY, make_terms
+from score_worlds import FAMILY, aligned, in_double, make_terms
 from torch import Tensor
 
 from cosae.kernels import ScoreTerms, native, reference, screen, search, survivors
 from cosae.kernels.terms import R_MIN, ROW_MIN
 
 U_BF16 = 2.0**-8
-
-
-def aligned(n: int, width: int, seed: int, wanted: float) -> Tensor:
-    """Rows whose every coordinate, after normalisation, sits next to a rounding boundary of bf16 on one side.
-
-    wanted +1: just below a midpoint (rounds down, loses the most); −1: just above one (rounds up).
-    """
-    draw = torch.Generator().manual_seed(seed)
-    exponent = torch.randint(-4, 0, (n, width), generator=draw).double()
-    mantissa = 1.0 + (torch.randint(0, 8, (n, width), generator=draw).double() + 0.5) * 2.0**-7
-    rows = mantissa * (1 - wanted * 2.0**-12) * 2.0**exponent
-    return (rows * torch.randint(0, 2, (n, width), generator=draw).mul(2).sub(1)).float()
 
 
 def bound(terms: ScoreTerms, threshold_F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -43,12 +31,6 @@ def bound(terms: ScoreTerms, threshold_F: Tensor, dtype: torch.dtype) -> tuple[T
     in_order[:, tokens.position_B] = kept
     exact = reference.scores(in_double(terms))
     return in_order.T, exact > threshold_F.double()
-
-
-def in_double(terms: ScoreTerms) -> ScoreTerms:
-    bias_F = None if terms.bias_F is None else terms.bias_F.double()
-    wide = {name: getattr(terms, name).double() for name in ("z_BD", "rows_FD", "exponent", "log_gain")}
-    return replace(terms, bias_F=bias_F, **wide)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

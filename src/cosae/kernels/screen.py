@@ -57,9 +57,14 @@ def has_fast_bf16() -> bool:
 
 def unserved(terms: ScoreTerms) -> str | None:
     """Why the screen cannot serve these terms, or None where it can."""
-    tensors = (terms.z_BD, terms.rows_FD, terms.exponent, terms.log_gain)
-    if any(t.device.type != "cpu" for t in tensors):
+    if any(t.device.type != "cpu" for t in (terms.z_BD, terms.rows_FD, terms.exponent, terms.log_gain)):
         return "tensors are not on the CPU"
+    return unserved_numbers(terms)
+
+
+def unserved_numbers(terms: ScoreTerms) -> str | None:
+    """Why no screen can serve these terms, whatever the device, or None."""
+    tensors = (terms.z_BD, terms.rows_FD, terms.exponent, terms.log_gain)
     if any(t.dtype != torch.float32 for t in tensors):
         return "the screen's margins are derived for float32"
     if min(terms.z_BD.shape[0], terms.n_features, terms.z_BD.shape[1]) == 0:

@@ -33,9 +33,14 @@ SAMPLE = 64
 _log = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=8)
-def say_once(reason: str) -> None:
-    _log.info("kernels: the dense definition serves, because %s", reason)
+@lru_cache(maxsize=16)
+def say_once(what: str, reason: str, level: int = logging.INFO) -> None:
+    _log.log(level, "kernels: %s, because %s", what, reason)
+
+
+def say_dense(reason: str) -> None:
+    """Log once that the definition selects, and why."""
+    say_once("the dense definition serves", reason)
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def select_batch_topk(
     if reason is None and n_keep * DENSE_SHARE > terms.n_tokens * terms.n_features:
         reason = "a large share of all scores is wanted"
     if reason is not None:
-        say_once(reason)
+        say_dense(reason)
         return reference.select_batch_topk(terms, n_keep, hint)
     found = _search(terms, n_keep, hint, finder) if n_keep > 0 else None
     if found is None or len(found) == 0:
@@ -207,7 +212,7 @@ def select_above(terms: ScoreTerms, threshold: Tensor, *, finder: Finder = CPU) 
     terms = terms.detached()
     reason = finder.unserved(terms)
     if reason is not None:
-        say_once(reason)
+        say_dense(reason)
         return reference.select_above(terms, threshold)
     everything = terms.n_tokens * terms.n_features
     threshold_F = threshold.detach().float().expand(terms.n_features).contiguous()

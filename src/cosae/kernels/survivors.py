@@ -190,3 +190,10 @@ def _exact(
     if terms.row_power == 0:
         score_S = score_S / norm_F[feature_S]
     return score_S + scales.bias_F[feature_S]
+
+
+def exact_scores(
+    terms: ScoreTerms, dot_S: Tensor, token_S: Tensor, feature_S: Tensor, log_r_B: Tensor, norm_F: Tensor
+) -> Tensor:
+    """(S,) scores of entries from their fp32 dots; ln r and |w| as in `Survivors`."""
+    return _exact(terms, _scales(terms, log_r_B, None), dot_S, token_S, feature_S, norm_F)

@@ -358,7 +358,7 @@ class _Run:
             "d_sae": sae.d_sae,
             "k": sae.k,
             "seed": state.arm.seed,
-            "kernel": kernels.describe(sae.kernel),
+            "kernel": kernels.describe(sae.kernel, sae.device),
             "stream_digest": state.digest.hex(),
             "tokens_per_second": done / state.seconds if state.seconds else None,
             "a_change": change,
