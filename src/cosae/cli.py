@@ -140,6 +140,9 @@ class Audit:
     """Text to run the model on, as for train; default: what the SAE's file says, else pylib."""
     activations: str | None = None
     """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
+    store: str | None = None
+    """A folder of stored activations (cosae capture) instead of a model."""
+    store_site: str | None = None
     tokens: int = 32_768
     context: int | None = None
     """Tokens per sequence."""
@@ -156,6 +159,55 @@ class Audit:
     quiet: bool = False
 
 
+@dataclass(frozen=True)
+class Eval:
+    """One measurement of SAEs that exist already, side by side; nothing is trained.
+
+    MEASUREMENT is reconstruction, norms, sinks, geometry, probing, matching, splice or causal; an SAE is
+    [NAME=]PATH[,PATH…], several paths being SAEs of several seeds. Example: cosae eval probing A=run/arms/standard
+    B=run/arms/cosine --texts reviews.jsonl
+    """
+
+    measurement: Annotated[str, tyro.conf.Positional]
+    saes: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Of one site; any format that `audit` reads. The first is what the others are compared with."""
+    texts: tuple[str, ...] = ()
+    """probing: labelled sets: .jsonl, .parquet, a folder of datasets' save_to_disk, hf:DATASET[:CONFIG][:SPLIT], or
+    sae-probes[:NAME]; default: the token-level concepts of the embedded corpus."""
+    text_column: str = "text"
+    label_column: str = "label"
+    seeds: int = 3
+    """probing texts: splits drawn."""
+    max_texts: int = 2000
+    """probing texts: of one question, train and test together."""
+    pooling: str = "mean"
+    """probing texts: mean over tokens, or last."""
+    features: tuple[int, ...] = ()
+    """causal: features to ablate and steer; default: the eight that fire most."""
+    model: str | None = None
+    """embedded, a folder of a Hugging Face model or a repository; default: what the SAE's file says."""
+    site: str | None = None
+    corpus: str | None = None
+    """Text to run the model on, as for train."""
+    activations: str | None = None
+    """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
+    store: str | None = None
+    """A folder of stored activations (cosae capture) instead of a model."""
+    store_site: str | None = None
+    tokens: int | None = None
+    """Held-out tokens; default 32 768, for splice and causal 4096."""
+    context: int | None = None
+    """Tokens per sequence; of a labelled text its first 128 by default."""
+    inject: str | None = None
+    sink_factor: float = 10.0
+    format: str = "auto"
+    device: str = "cpu"
+    seed: int = 0
+    out: Path | None = None
+    """A JSON file for everything that was measured."""
+    quiet: bool = False
+
+
 VERBS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "demo": Demo,
@@ -168,6 +220,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "export": Export,
     "push": Push,
     "pull": Pull,
+    "eval": Eval,
 }
 
 
@@ -364,11 +417,30 @@ def _inspect(command: Inspect) -> int:
 def _audit(command: Audit) -> int:
     from dataclasses import fields
 
-    from cosae.run.audit import Wanted, run_audit, screen
+    from cosae.run.audit import run_audit, screen
+    from cosae.run.existing import Wanted
 
     wanted = Wanted(**{f.name: getattr(command, f.name) for f in fields(Wanted)})
     print(screen(run_audit(command.saes, wanted, command.out, share_verbs.said(command.quiet))))
     print(f"\nReport: {command.out / 'audit.html'}")
+    return 0
+
+
+def _eval(command: Eval) -> int:
+    from dataclasses import fields
+
+    from cosae.run.existing import Wanted
+    from cosae.run.judge import Texts, judge, tokens_of
+    from cosae.run.judge_screen import screen
+    from cosae.run.texts import Reading
+
+    given = {f.name: getattr(command, f.name) for f in fields(Wanted) if f.name != "tokens"}
+    wanted = Wanted(tokens=tokens_of(command.measurement, command.tokens), **given)
+    reading = Reading(command.context or Reading.context, command.pooling, command.sink_factor)
+    texts = Texts(command.texts, command.text_column, command.label_column, command.max_texts, command.seeds, reading)
+    say = (lambda _: None) if command.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    options: dict[str, Any] = {"texts": texts, "features": command.features, "out": command.out, "say": say}
+    print(screen(judge(command.measurement, command.saes, wanted, **options)))
     return 0
 
 
@@ -384,6 +456,7 @@ _DO: dict[type[Any], Any] = {
     Export: share_verbs.export,
     Push: share_verbs.push,
     Pull: share_verbs.pull,
+    Eval: _eval,
 }
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 
 import cosae
 from cosae.cli import main
-from cosae.run.audit import Wanted, run_audit, screen
+from cosae.run.audit import run_audit, screen
+from cosae.run.existing import Wanted
 from cosae.sae.calibrate import calibrate
 from cosae.share.dictionary_learning import write as write_dictionary
 from cosae.types import CosaeError

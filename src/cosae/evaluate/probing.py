@@ -3,8 +3,8 @@
 Enters: the codes of every arm on the same train and held-out tokens, and the tokens' labels. Leaves: plain
 numbers. For each concept one latent is chosen on train and scored on held-out tokens, by AUROC and average
 precision: once the latent of the highest AUROC (it must fire FOR the concept), once by SAEBench's rule, the
-largest |mean₊ − mean₋| of raw codes; there the held-out score is the code times the sign of that difference on
-train. The rule changes who wins, so both stand.
+largest |mean₊ − mean₋| of raw codes, once by that difference over the latent's standard deviation; there the held-out
+score is the code times the sign of the difference on train. The rule changes who wins, so all stand.
 
 Intervals are percentile bootstrap over concepts; all arms meet the same resamples: differences are paired.
 """
@@ -60,6 +60,7 @@ def probe(
     *,
     random_arm: tuple[Codes, Codes] | None = None,
     baseline_arm: str | None = "standard",
+    rules: Sequence[Rule] = RULES,
     min_positives: int = 200,
     n_bootstrap: int = RESAMPLES,
     seed: int = 0,
@@ -72,6 +73,7 @@ def probe(
     labels_*_NC        (N, C) bool numpy arrays, a column for each of `concepts`
     random_arm         (train, held-out) codes of an SAE with random weights: the baseline "random_sae"
     baseline_arm       the arm that all others are compared with, pair by pair; None for no comparison
+    rules              how latents are chosen: those of `ranking`
     min_positives      a concept is probed if it has this many tokens, and this many others, on both sides
     keep_*             (N,) bool masks of tokens to look at (without sinks, say); all by default
 
@@ -92,7 +94,7 @@ def probe(
         _split(held_out, activations_held_out, labels_held_out_NC[:, kept], keep_held_out),
     )
     arms: dict[str, dict[str, Table]]
-    arms = {arm: {rule: probe_arm(*sides, arm, rule) for rule in RULES} for arm in train if arm != RANDOM}
+    arms = {arm: {rule: probe_arm(*sides, arm, rule) for rule in rules} for arm in train if arm != RANDOM}
     floors = _baselines(*sides)
     rows = arms | {name: {"baseline": row} for name, row in floors.items()}
     return {
@@ -142,7 +144,7 @@ def compare(
     """Every other arm minus the baseline arm, paired by concept, by rule, group with concepts, and metric."""
     rows: list[dict[str, Any]] = []
     for arm in (name for name in arms if name != baseline_arm):
-        for rule in RULES:
+        for rule in arms[arm]:
             for group in GROUPS:
                 member_C = _members(concepts, group)
                 for metric in METRICS if member_C.any() else ():

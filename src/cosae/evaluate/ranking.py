@@ -26,8 +26,9 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.bool_]
 Rule = Literal["auroc", "mean_difference", "standardised_difference"]
 RULES: tuple[Rule, ...] = ("auroc", "mean_difference")
-"""The rules of every run's evaluation."""
+"""The rules that a report's figures show."""
 EVERY_RULE: tuple[Rule, ...] = (*RULES, "standardised_difference")
+"""The rules of every run's evaluation."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,21 @@ def select(codes: Codes, label_NC: Labels, rule: Rule) -> Selection:
 
     Raises CosaeError for labels of another length, or a concept without both kinds of token.
     """
+    value_FC = quality_of_latents(codes, label_NC, rule)
+    latent_C = (value_FC if rule == "auroc" else np.abs(value_FC)).argmax(axis=0)
+    value_C = np.take_along_axis(value_FC, latent_C[None], axis=0)[0]
+    sign_C = np.ones(len(latent_C)) if rule == "auroc" else np.where(value_C < 0, -1.0, 1.0)
+    return Selection(latent_C, sign_C, value_C)
+
+
+def quality_of_latents(codes: Codes, label_NC: Labels, rule: Rule) -> Array:
+    """(F, C) float64: what a rule looks at: the AUROC, or mean₊ − mean₋, raw or over the standard deviation."""
     if rule == "auroc":
-        value_FC = auroc_of_latents(codes, label_NC)
-        latent_C = value_FC.argmax(axis=0)
-        value_C = np.take_along_axis(value_FC, latent_C[None], axis=0)[0]
-        return Selection(latent_C, np.ones(len(latent_C)), value_C)
-    if rule in ("mean_difference", "standardised_difference"):
-        value_FC = mean_difference_of_latents(codes, label_NC)
-        if rule == "standardised_difference":
-            value_FC /= _deviations(codes)[:, None]
-        latent_C = np.abs(value_FC).argmax(axis=0)
-        value_C = np.take_along_axis(value_FC, latent_C[None], axis=0)[0]
-        return Selection(latent_C, np.where(value_C < 0, -1.0, 1.0), value_C)
-    raise CosaeError(f"rule must be one of {', '.join(EVERY_RULE)}. Got {rule!r} instead.")
+        return auroc_of_latents(codes, label_NC)
+    if rule not in EVERY_RULE:
+        raise CosaeError(f"rule must be one of {', '.join(EVERY_RULE)}. Got {rule!r} instead.")
+    value_FC = mean_difference_of_latents(codes, label_NC)
+    return value_FC / _deviations(codes)[:, None] if rule == "standardised_difference" else value_FC
 
 
 def auroc_of_latents(codes: Codes, label_NC: Labels) -> Array:

@@ -28,6 +28,11 @@ from cosae.evaluate.report_markup import Markup, fixed, join, shortened, tag
 
 GROUPS = ("contextual", "lexical")
 RULES = {"auroc": "latent chosen by AUROC", "mean_difference": "latent chosen by mean difference"}
+TABLE_RULES = {
+    "auroc": "AUROC",
+    "mean_difference": "mean difference",
+    "standardised_difference": "standardised difference",
+}
 BASELINES = {
     "token_identity": ("token identity", Style("#777777", "circle", hollow=True)),
     "norm": ("norm alone", Style("#777777", "square", hollow=True)),
@@ -250,10 +255,10 @@ def means_table(record: RunRecord, looks: Looks) -> Markup:
     )
     rows = []
     for name in [*looks, *BASELINES]:
-        for rule in RULES if name in looks else ["auroc"]:
+        for rule in TABLE_RULES if name in looks else ["auroc"]:
             found = [summary(record, name, rule, g, m) for m in metrics for g in groups]
             if any(found):
-                words = {"auroc": "AUROC", "mean_difference": "mean difference"}[rule] if name in looks else "–"
+                words = TABLE_RULES[rule] if name in looks else "–"
                 cells = [tag("td", estimate(f, "mean"), class_="n") for f in found]
                 rows.append(
                     tag(

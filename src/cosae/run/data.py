@@ -17,13 +17,14 @@ from torch import Tensor
 
 from cosae.activations import nuisance as nuisances
 from cosae.activations.arrays import ArraySource
+from cosae.activations.corpus import TokenizedDocument
 from cosae.activations.memory import CachedSource, TensorSource
 from cosae.activations.mixture import parse_corpus
 from cosae.activations.stream import Source
 from cosae.activations.synthetic import SyntheticSource
 from cosae.recipe import DataConfig, EvaluationConfig, Recipe
 from cosae.run.text import CorpusText, Side, check_corpus
-from cosae.types import Activations, Codes, CosaeError
+from cosae.types import Activations, Codes, CosaeError, Sequences
 
 Split = Literal["train", "held_out", "calibration"]
 """`calibration` is a part of the held-out side that no number is measured on: other tokens of the same documents, so
@@ -170,6 +171,11 @@ class ModelData:
         if keep_tokens:
             self.source = CachedSource(self.source, keep_tokens)
 
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe these data were opened for."""
+        return self._recipe
+
     def again(self, recipe: Recipe) -> ModelData:
         """The same data for another run that differs in arms or nuisance only: nothing is captured twice."""
         mine, theirs = (replace(r.training, checkpoint_every=0) for r in (self._recipe, recipe))
@@ -199,10 +205,12 @@ class ModelData:
             documents=whole.documents,
         )
 
-    def _capture(self, side: Side, n_tokens: int) -> Sample:
-        """About n_tokens of one side: whole sequences drawn from many documents, with their labels."""
-        from cosae.activations.capture import capture
+    def sequences(self, side: Side, n_tokens: int) -> Sequences:
+        """About n_tokens of one side as token sequences, drawn from many documents: those that `sample` captures."""
+        return self._draw(side, n_tokens)[1]
 
+    def _draw(self, side: Side, n_tokens: int) -> tuple[list[TokenizedDocument], Sequences]:
+        """Tokenised documents, and about n_tokens of them in whole sequences."""
         if side == "train":
             tokenized = self.text.tokenized("train", POOL * n_tokens, salt="sample")
         else:
@@ -210,7 +218,13 @@ class ModelData:
         everything = self.text.pack(tokenized)
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
         filled = everything.mask_ST.sum(1)[order].cumsum(0)
-        packed = everything[order[: int((filled < n_tokens).sum()) + 1].sort().values]
+        return tokenized, everything[order[: int((filled < n_tokens).sum()) + 1].sort().values]
+
+    def _capture(self, side: Side, n_tokens: int) -> Sample:
+        """About n_tokens of one side: whole sequences drawn from many documents, with their labels."""
+        from cosae.activations.capture import capture
+
+        tokenized, packed = self._draw(side, n_tokens)
         dtype = torch.float32 if self._recipe.device == "cpu" else getattr(torch, self._recipe.training.store_dtype)
         found = capture(
             self.model, packed, self.site, batch_sequences=self._recipe.data.batch_sequences, store_dtype=dtype

@@ -21,8 +21,8 @@ from cosae.activations.sites import Site
 from cosae.evaluate.intervention import find_site
 from cosae.recipe import DataConfig
 from cosae.run import facts
-from cosae.run.audit import Wanted, data_of
 from cosae.run.data import adds_bos, open_model, pad_id, streamed
+from cosae.run.existing import Wanted, data_of
 from cosae.sae.model import SAE
 from cosae.share import neuronpedia_upload as uploads
 from cosae.share.delphi import Written, write_cache

@@ -16,6 +16,7 @@ from cosae.activations import filter as filters
 from cosae.activations.filter import Filter
 from cosae.evaluate import norms, probing, reconstruction
 from cosae.evaluate.encoding import encode_all
+from cosae.evaluate.ranking import EVERY_RULE
 from cosae.evaluate.rebuilt import rebuild_with_sinks
 from cosae.evaluate.recovery import recovery
 from cosae.recipe import Recipe
@@ -115,6 +116,7 @@ def _probe(
             CONCEPTS,
             random_arm=random_codes,
             baseline_arm=baseline if len(saes) > 1 else None,
+            rules=EVERY_RULE,
             min_positives=config.min_positives,
             n_bootstrap=config.resamples,
             seed=config.seed,
