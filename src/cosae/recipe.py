@@ -10,9 +10,10 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cosae.activations.documents import Reading
 from cosae.activations.filter import FilterPolicy
@@ -62,8 +63,9 @@ class DataConfig:
     """Each document is cut here."""
     min_chars: int = 0
     """Shorter documents are passed over."""
-    batch_sequences: int = 16
-    """Sequences per forward pass."""
+    batch_sequences: int | Literal["auto"] = 16
+    """Sequences per forward pass; auto: as many as fit an eighth of the device's memory, measured, and no more than
+    make 4096 tokens."""
     chunk_sequences: int = 64
     """Sequences captured between two looks of the shuffle buffer."""
     ahead_chunks: int = 0
@@ -87,7 +89,7 @@ class DataConfig:
         Reading(self.text_field, self.suffixes, self.txt_unit, self.max_chars)
         least_of = {"context": 2, "batch_sequences": 1, "chunk_sequences": 1, "n_workers": 0, "ahead_chunks": 0}
         for name, least in least_of.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) != "auto" and getattr(self, name) < least:
                 raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)!r} instead.")
         if self.packing not in ("packed", "document"):
             raise CosaeError(f"packing must be packed or document. Got {self.packing!r} instead.")
@@ -272,8 +274,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         options = [o for o in typing.get_args(hint) if o is not type(None)]
         if value is None and len(options) < len(typing.get_args(hint)):
             return None
-        if isinstance(value, list | tuple):  # a list where one of the kinds is one
-            options = [o for o in options if typing.get_args(o)] + options
+        for other in options[1:]:
+            with suppress(CosaeError):
+                return _convert(other, value, where)
         return _convert(options[0], value, where)
     if origin is typing.Literal:
         if value not in (choices := typing.get_args(hint)):

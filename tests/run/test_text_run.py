@@ -147,6 +147,18 @@ def test_an_awkward_corpus_is_one_sentence_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_that_is_chosen_is_written_down(model: Path, sources: tuple[str, str], tmp_path: Path) -> None:
+    """128 sequences of 32 make 4096 tokens; going on takes the number that was written, not another choice."""
+    auto = recipe(model, sources[0], **{"data.batch_sequences": "auto", "training.steps": 2})
+    execute(auto, tmp_path / "run", logs=QUIET, measured=False)
+    written = Recipe.read(tmp_path / "run" / "recipe.json")
+    assert written.data.batch_sequences == 128
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["source"]["batch_sequences"] == 128
+    for wrong in ("many", 0, 2.5):
+        with pytest.raises(CosaeError, match="batch_sequences"):
+            auto.changed({"data.batch_sequences": wrong})
+
+
 def test_a_mixture_with_a_source_of_one_document_says_so(model: Path, sources: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text(words(5))
     both = (sources[0], f"{tmp_path / 'one.txt'}:0.1")

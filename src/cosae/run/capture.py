@@ -28,7 +28,7 @@ from cosae.activations.store_writer import SIDES, StoreWriter
 from cosae.recipe import DataConfig, to_plain
 from cosae.run import facts
 from cosae.run.capture_text import CaptureText, Part
-from cosae.run.data import open_model
+from cosae.run.data import batch_size, open_model
 from cosae.run.text import check_corpus
 from cosae.types import Activations, CosaeError
 
@@ -101,6 +101,8 @@ def capture_stores(
     sites = [resolve_site(model, name) for name in wanted.sites]
     if len(set(sites)) < len(sites):
         raise CosaeError(f"each site may be named once. Got {', '.join(wanted.sites)} instead.")
+    batch_sequences = batch_size(wanted.data, model, sites, "float32" if wanted.dtype == "int8" else wanted.dtype)
+    wanted = replace(wanted, data=replace(wanted.data, batch_sequences=batch_sequences))
     text = CaptureText(wanted.data, tokenizer, wanted.seed, wanted.held_out_tokens)
     first = next(text.parts("train", 1)).sequences[:1]
     widths = {site: int(capture(model, first, site)[site.name].x_ND.shape[1]) for site in sites}
@@ -111,7 +113,7 @@ def capture_stores(
         return folders
     report = (lambda _: None) if progress is None else progress(wanted.tokens + wanted.held_out_tokens)
     options: dict[str, Any] = {
-        "batch_sequences": wanted.data.batch_sequences,
+        "batch_sequences": batch_sequences,
         "store_dtype": getattr(torch, "float32" if wanted.dtype == "int8" else wanted.dtype),
     }
     documents: dict[str, Sequence[str]] = {}

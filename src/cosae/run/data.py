@@ -155,8 +155,9 @@ class ModelData:
         self.model, self.tokenizer = open_model(data, recipe.device)
         self.site = resolve_site(self.model, data.site)
         self.text = CorpusText(data, self.tokenizer, recipe.training.seed)
+        self.batch_sequences = batch_size(data, self.model, self.site, recipe.training.store_dtype)
         options: dict[str, Any] = {
-            "batch_sequences": data.batch_sequences,
+            "batch_sequences": self.batch_sequences,
             "store_dtype": getattr(torch, recipe.training.store_dtype),
         }
         if self.text.streamed:
@@ -226,9 +227,7 @@ class ModelData:
 
         tokenized, packed = self._draw(side, n_tokens)
         dtype = torch.float32 if self._recipe.device == "cpu" else getattr(torch, self._recipe.training.store_dtype)
-        found = capture(
-            self.model, packed, self.site, batch_sequences=self._recipe.data.batch_sequences, store_dtype=dtype
-        )
+        found = capture(self.model, packed, self.site, batch_sequences=self.batch_sequences, store_dtype=dtype)
         activations = found[self.site.name]
         used = {int(doc) for doc in torch.unique(activations.doc_N)}
         names = tuple(name for i, name in enumerate(packed.doc_names) if i in used)
@@ -265,6 +264,15 @@ def divide(n_tokens: int, split: Split, wanted: EvaluationConfig) -> Tensor:
 
 def _side(split: Split) -> Side:
     return "train" if split == "train" else "held_out"
+
+
+def batch_size(data: DataConfig, model: Any, sites: Any, store_dtype: str) -> int:
+    """Sequences per forward pass: as given, or as many as fit."""
+    if data.batch_sequences != "auto":
+        return data.batch_sequences
+    from cosae.activations.batching import choose_batch
+
+    return choose_batch(model, sites, data.context, getattr(torch, store_dtype))
 
 
 def open_model(data: DataConfig, device: str) -> tuple[Any, Any]:

@@ -144,7 +144,10 @@ class _Run:
         torch.manual_seed(recipe.training.seed)
         _check_device(recipe.device)
         self.data, self.out, self.logs = data, out, logs
-        self.recipe = recipe = recipe.resolved(data.source.d_in)
+        recipe = recipe.resolved(data.source.d_in)
+        if isinstance(data, ModelData):
+            recipe = replace(recipe, data=replace(recipe.data, batch_sequences=data.batch_sequences))
+        self.recipe = recipe
         recipe.check()  # widths are known now
         training = recipe.training
         self.stream = ActivationStream(
