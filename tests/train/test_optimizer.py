@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.kernels import native
+from cosae.train import adam
 from cosae.train.optimizer import UnitRowAdam
 from cosae.types import CosaeError
 
@@ -164,6 +165,7 @@ def test_a_step_is_seen_by_autograd() -> None:
         ({"lr": float("nan")}, "lr must be"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"clip": 0.0}, "clip"),
+        ({"state_dtype": "int4"}, "state_dtype must be one of float32, bfloat16, int8"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments: dict[str, object], message: str) -> None:
@@ -179,3 +181,56 @@ def test_foreign_state_is_refused() -> None:
     del state["mean.W_enc"]
     with pytest.raises(CosaeError, match=r"mean\.W_enc"):
         optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_compressed_moments_follow_adam(state_dtype: str) -> None:
+    """Fifty steps towards a target end where float32 moments end, within a few percent of the way."""
+    ends = {}
+    for kind in ("float32", state_dtype):
+        parameters = make_parameters()
+        optimizer = UnitRowAdam(parameters, ("W_dec",), lr=0.02, state_dtype=kind)
+        target = draw(9)["W_enc"]
+        for _ in range(50):
+            parameters["W_enc"].grad = (parameters["W_enc"].detach() - target) * torch.linspace(0.01, 1.0, 17)
+            parameters["W_dec"].grad = draw(5)["W_dec"]
+            optimizer.step()
+        ends[kind] = {name: p.detach() for name, p in parameters.items()}
+    for name in ("W_enc", "W_dec"):
+        way = (ends["float32"][name] - make_parameters()[name].detach()).norm()
+        assert float((ends[state_dtype][name] - ends["float32"][name]).norm()) < 0.05 * float(way)
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_compressed_moments_resume_exactly(state_dtype: str) -> None:
+    """Draws depend on seed, parameter and step alone; another seed rounds otherwise; fp32 states are refused."""
+    runs: dict[str, dict[str, nn.Parameter]] = {}
+    for run in ("straight", "broken", "other seed"):
+        parameters = make_parameters()
+        options = {"state_dtype": state_dtype, "seed": int(run == "other seed")}
+        optimizer = UnitRowAdam(parameters, ("W_dec",), **options)
+        for seed in range(1, 7):
+            if run == "broken" and seed == 4:
+                state = optimizer.state_dict()
+                optimizer = UnitRowAdam(parameters, ("W_dec",), **options)
+                optimizer.load_state_dict(state)
+            set_gradients(parameters, seed)
+            optimizer.step()
+        runs[run] = parameters
+    assert all(torch.equal(runs["straight"][name], runs["broken"][name]) for name in SHAPES)
+    assert not torch.equal(runs["straight"]["W_enc"], runs["other seed"]["W_enc"])
+    with pytest.raises(CosaeError, match=f"as state_dtype {state_dtype} asks" if state_dtype == "bfloat16" else "only"):
+        optimizer.load_state_dict(UnitRowAdam(make_parameters(), ("W_dec",)).state_dict())
+
+
+def test_stretches_of_rows_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for chunk in (1 << 20, 17 * 4):
+        monkeypatch.setattr(adam, "CHUNK", chunk)
+        parameters = make_parameters()
+        optimizer = UnitRowAdam(parameters, ("W_dec",), state_dtype="int8")
+        for seed in range(1, 4):
+            set_gradients(parameters, seed)
+            optimizer.step()
+        answers.append(optimizer.state_dict())
+    assert all(torch.equal(answers[0][key], answers[1][key]) for key in answers[0])

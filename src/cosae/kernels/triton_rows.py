@@ -52,6 +52,17 @@ def leave(weight_RD: Tensor, rows: UnitRows) -> None:
     _left[key] = (gone, weight_RD._version, rows)
 
 
+def left(weight_RD: Tensor, dtype: torch.dtype) -> UnitRows:
+    """Room for the unit rows of a parameter: what was left for it before, to be overwritten, or fresh memory."""
+    if weight_RD.data_ptr() in _left:
+        ref, _, rows = _left[weight_RD.data_ptr()]
+        if ref() is weight_RD and rows.unit_RD.dtype == dtype:
+            return rows
+    n_rows = len(weight_RD)
+    norm_R, error_R = (torch.empty(n_rows, device=weight_RD.device) for _ in range(2))
+    return UnitRows(torch.empty(weight_RD.shape, dtype=dtype, device=weight_RD.device), norm_R, error_R)
+
+
 def _forget(key: int, ref: weakref.ref[Tensor]) -> None:
     if key in _left and _left[key][0] is ref:
         del _left[key]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosae.kernels.moments import STATE_DTYPES
 from cosae.sae import loss as losses
 from cosae.sae.model import SAE, TrainOutput
 from cosae.sae.selector import PENALISED_SELECTORS
@@ -47,6 +48,8 @@ class OptimizerConfig:
     """Steps over which the learning rate rises from 0 to lr."""
     decay_frac: float = 0.2
     """Last share of the steps over which it falls to 0 linearly."""
+    state_dtype: str = "float32"
+    """What Adam's moments of the matrices are kept in: float32, bfloat16 or int8 (cosae.kernels.moments)."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -57,6 +60,8 @@ class OptimizerConfig:
             raise CosaeError(f"clip must be above 0, or null for none. Got {self.clip!r} instead.")
         if self.warmup_steps < 0 or not 0 <= self.decay_frac <= 1:
             raise CosaeError("warmup_steps must be at least 0 and decay_frac between 0 and 1.")
+        if self.state_dtype not in STATE_DTYPES:
+            raise CosaeError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}. Got {self.state_dtype!r} instead.")
 
 
 def lr_scale(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -103,6 +108,10 @@ class ArmState:
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             clip=config.clip,
+            state_dtype=config.state_dtype,
+            seed=arm.seed or 0,
+            kernel=sae.kernel,
+            screened=("score.rows_FD",),
         )
         age_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         return cls(arm, sae, optimizer, variance, age_F, arm.sparsity_weight)

@@ -1,0 +1,155 @@
+"""One parameter's part of an Adam step, by three paths. Enters a gradient; leaves a moved parameter and its moments.
+
+`Plain` is the definition, in PyTorch. `Compiled` (fp32 matrices on the CPU, where numba is installed) and `Triton`
+(fp32 matrices on a GPU) do projection, clip, Adam and renormalisation in one sweep after one reading sweep for the
+global norm; they agree with the definition to rounding, and with themselves to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosae.kernels import choose, native
+from cosae.kernels.moments import Moment
+from cosae.types import CosaeError
+
+ROW_LENGTH_MIN = 1e-8
+"""Smallest row length divided by when rows are renormalised (paper §3)."""
+CHUNK = 1 << 20
+"""Numbers of a compressed moment that are fp32 at a time."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A parameter and everything its step reads.
+
+    along_R     (R,) component of each gradient row along its unit row; None where rows are not unit
+    rate        lr / (1 − β1^t);  root_bias2  √(1 − β2^t);  clip  factor on the gradient
+    keys        of the draws that round mean and square (cosae.kernels.moments)
+    screened    the parameter itself where the next step's screen wants its unit rows
+    """
+
+    grad: Tensor
+    weight: Tensor
+    mean: Moment
+    square: Moment
+    along_R: Tensor | None
+    rate: float
+    root_bias2: float
+    clip: float
+    betas: tuple[float, float]
+    eps: float
+    keys: tuple[int, int]
+    screened: Tensor | None = None
+
+
+class Path(Protocol):
+    """How a parameter is measured and moved."""
+
+    def measure(self, grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]: ...
+    def step(self, task: Task) -> None: ...
+
+
+class Plain:
+    """The definition: each parameter in PyTorch; compressed moments a stretch of rows at a time."""
+
+    def measure(self, grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]:
+        """Component of each gradient row along its row (R,), and the squared norm of what is left, () float64."""
+        if not unit:
+            return None, torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+        along_R = (grad * weight).sum(-1) / weight.square().sum(-1).clamp_min(ROW_LENGTH_MIN**2)
+        rest = grad - along_R[:, None] * weight
+        return along_R, torch.linalg.vector_norm(rest, dtype=torch.float64).square()
+
+    def step(self, task: Task) -> None:
+        if task.mean.whole:
+            self._step(task, task.grad, task.weight, task.mean.data, task.square.data, task.along_R)
+            return
+        n_rows, width = task.weight.shape
+        tall = max(1, CHUNK // width)
+        for first in range(0, n_rows, tall):
+            rows = slice(first, min(first + tall, n_rows))
+            mean, square = task.mean.read(rows), task.square.read(rows)
+            along_R = None if task.along_R is None else task.along_R[rows]
+            self._step(task, task.grad[rows], task.weight[rows], mean, square, along_R)
+            task.mean.write(rows, mean, task.keys[0])
+            task.square.write(rows, square, task.keys[1])
+
+    @staticmethod
+    def _step(
+        task: Task, grad: Tensor, weight: Tensor, mean: Tensor, square: Tensor, along_R: Tensor | None
+    ) -> None:  # fmt: skip
+        rest = grad if along_R is None else grad - along_R[:, None] * weight
+        rest = rest * task.clip
+        mean.lerp_(rest, 1.0 - task.betas[0])
+        square.mul_(task.betas[1]).addcmul_(rest, rest, value=1.0 - task.betas[1])
+        weight.addcdiv_(mean, square.sqrt().div_(task.root_bias2).add_(task.eps), value=-task.rate)
+        if along_R is not None:
+            weight.div_(torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_min(ROW_LENGTH_MIN))
+
+
+class Compiled:
+    """The same for fp32 matrices and moments on the CPU, by compiled loops."""
+
+    def measure(self, grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]:
+        along_R = torch.empty(len(grad))
+        square_R = torch.empty(len(grad), dtype=torch.float64)
+        arrays = (grad.numpy(), weight.numpy(), unit, along_R.numpy(), square_R.numpy())
+        native.run_parts(native.adam_loops().measure_rows, native.parts_for(grad.numel()), *arrays)
+        return along_R if unit else None, square_R.sum()
+
+    def step(self, task: Task) -> None:
+        if not task.mean.whole:
+            PLAIN.step(task)
+            return
+        unit = task.along_R is not None
+        along_R = torch.zeros(len(task.grad)) if task.along_R is None else task.along_R
+        tensors = (task.grad, task.weight, task.mean.data, task.square.data, along_R)
+        numbers = (task.clip, *task.betas, task.rate, task.root_bias2, task.eps)
+        native.run_parts(
+            native.adam_loops().step_rows,
+            native.parts_for(4 * task.grad.numel()),
+            *(t.numpy() for t in tensors),
+            unit,
+            *(np.float32(x) for x in numbers),
+        )
+        torch.autograd.graph.increment_version(task.weight)
+
+
+class Triton:
+    """The same for fp32 matrices and any moments on a GPU."""
+
+    def measure(self, grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]:
+        from cosae.kernels import triton_adam
+
+        return triton_adam.measure(grad, weight, unit)
+
+    def step(self, task: Task) -> None:
+        from cosae.kernels import triton_adam
+
+        triton_adam.step(
+            task.grad, task.weight, task.mean, task.square, task.along_R, clip=task.clip, rate=task.rate,
+            root_bias2=task.root_bias2, betas=task.betas, eps=task.eps, keys=task.keys, screened=task.screened,
+        )  # fmt: skip
+
+
+PLAIN, COMPILED, TRITON = Plain(), Compiled(), Triton()
+
+
+def path_of(kernel: str, grad: Tensor, weight: Tensor) -> Path:
+    """The path that steps this parameter; `kernel` and devices as in `cosae.kernels.choose`."""
+    if kernel == "reference" or weight.dim() != 2 or weight.dtype != torch.float32:
+        return PLAIN
+    if grad.dtype != weight.dtype or grad.device != weight.device:
+        raise CosaeError(f"a gradient must be like its parameter, {weight.dtype} on {weight.device}.")
+    if choose(kernel, weight.device).NAME == "triton":
+        from cosae.kernels import triton_adam
+
+        return TRITON if triton_adam.serves(grad, weight) else PLAIN
+    on_cpu = weight.device.type == "cpu" and weight.is_contiguous() and grad.is_contiguous()
+    return COMPILED if on_cpu and native.serves() else PLAIN
