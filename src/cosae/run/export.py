@@ -8,21 +8,26 @@ What the SAE's file does not say must be said: model, site, corpus. Rows that oc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cosae.activations.corpus import iterate_sequences, read_documents, tokenize_documents
+from cosae.activations.corpus import iterate_sequences, tokenize_documents
+from cosae.activations.documents import read_documents
+from cosae.activations.mixture import Cursor, mix, parse_corpus
 from cosae.activations.sites import Site
 from cosae.evaluate.intervention import find_site
 from cosae.recipe import DataConfig
 from cosae.run import facts
-from cosae.run.data import adds_bos, open_model, pad_id, streamed
+from cosae.run.data import open_model
 from cosae.run.existing import Wanted, data_of
+from cosae.run.text import adds_bos, check_corpus, pad_id, reading_of, streamed
 from cosae.sae.model import SAE
 from cosae.share import neuronpedia_upload as uploads
 from cosae.share.delphi import Written, write_cache
@@ -73,8 +78,8 @@ class Opened:
 def open_reading(path: Path, reading: Reading, say: Callable[[str], None]) -> Opened:
     """Read the SAE and its model, and cut the text. Raises CosaeError for whatever cannot be read."""
     sae = read_sae(path, format=reading.format, device=reading.device)
-    data = data_of(sae, path, Wanted(model=reading.model, site=reading.site, corpus=reading.corpus))
-    data = replace(data, context=reading.context)
+    data = replace(_data_of(sae, path, reading), context=reading.context)
+    check_corpus(data)
     say("opening the model")
     model, tokenizer = open_model(data, reading.device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -88,7 +93,7 @@ def open_reading(path: Path, reading: Reading, say: Callable[[str], None]) -> Op
         "sae_sha256": digest_sae(sae),
         "model": data.model,
         "site": site.name,
-        "corpus": data.corpus,
+        "corpus": _corpus_name(data),
         "prompts": len(sequences),
         "context": reading.context,
         "seed": reading.seed,
@@ -98,19 +103,30 @@ def open_reading(path: Path, reading: Reading, say: Callable[[str], None]) -> Op
     return Opened(sae, data, model, tokenizer, site, sequences, known)
 
 
+def _data_of(sae: SAE, path: Path, reading: Reading) -> DataConfig:
+    try:
+        return data_of(sae, path, Wanted(model=reading.model, site=reading.site, corpus=reading.corpus))
+    except CosaeError as error:
+        if "--activations" not in str(error):
+            raise
+        raise CosaeError(
+            f"{path} does not say which language model it was trained on: give --model and --site, where it reads."
+        ) from None
+
+
+def _corpus_name(data: DataConfig) -> str:
+    return data.corpus if isinstance(data.corpus, str) else ", ".join(data.corpus)
+
+
 def read_sequences(data: DataConfig, tokenizer: Any, reading: Reading) -> Sequences:
-    """Up to `prompts` distinct full sequences of the corpus, documents in a seeded order (streams in their own)."""
-    documents = read_documents(data.corpus, "all", held_out_frac=data.held_out_frac, seed=0)
-    if not streamed(data.corpus):
-        listed = list(documents)
-        documents = iter([listed[i] for i in np.random.default_rng([reading.seed, 77]).permutation(len(listed))])
-    tokenized = tokenize_documents(
-        documents,
-        tokenizer,
-        add_bos=adds_bos(data, tokenizer),
-        max_chars=data.max_chars,
-        min_chars=data.min_chars,
-    )
+    """Up to `prompts` distinct full sequences of the corpus, both sides, documents in a seeded order.
+
+    Of a mixture each source gives its share. Raises CosaeError where there is no full sequence.
+    """
+    sources = parse_corpus(data.corpus)
+    opened = [partial(_documents, data, tokenizer, spec, reading.seed) for spec, _ in sources]
+    start, weights = [Cursor()] * len(sources), [weight for _, weight in sources]
+    tokenized = (document for _, document in mix(opened, weights, start, reading.seed, endless=False))
     seen: set[bytes] = set()
     chunks, kept = [], 0
     special_ids = tokenizer.all_special_ids
@@ -127,13 +143,27 @@ def read_sequences(data: DataConfig, tokenizer: Any, reading: Reading) -> Sequen
             break
     if not kept:
         raise CosaeError(
-            f"the corpus {data.corpus} has no sequence of {data.context} tokens: give more text or a smaller context."
+            f"the corpus {_corpus_name(data)} has no sequence of {data.context} tokens: give more text or less context."
         )
-    joined = {
+    joined: dict[str, Any] = {
         name: torch.cat([getattr(chunk, name) for chunk in chunks])
         for name in ("ids_ST", "doc_ST", "index_ST", "mask_ST", "special_ST")
     }
-    return Sequences(**joined, doc_names=chunks[-1].doc_names)
+    return Sequences(**joined)
+
+
+def _documents(data: DataConfig, tokenizer: Any, spec: str, seed: int, turn: int, skip: int) -> Iterator[Any]:
+    """Tokenised documents of one source; one that is streamed keeps its own order."""
+    key = [seed, 77, turn]
+    held = not streamed(spec)
+    order = None if held else key
+    found = read_documents(spec, "all", held_out_frac=data.held_out_frac, reading=reading_of(data), order_key=order)
+    if held:
+        listed = list(found)
+        found = iter([listed[i] for i in np.random.default_rng(key).permutation(len(listed))])
+    long_enough = (document for document in found if len(document.text) >= data.min_chars)
+    bos = adds_bos(data, tokenizer)
+    return tokenize_documents(islice(long_enough, skip, None), tokenizer, add_bos=bos, keep_empty=True)
 
 
 def digest_sae(sae: SAE) -> str:
@@ -177,7 +207,7 @@ def export_neuronpedia(
         model_id=naming.model_id or Path(opened.data.model).name,
         set_name=naming.set_name or f"cosae-{SET_WORDS.get(kind, 'site')}-{opened.sae.d_sae}",
         layer=opened.site.block,
-        dataset=opened.data.corpus,
+        dataset=_corpus_name(opened.data),
         seed=reading.seed,
         **shown,
     )
@@ -218,7 +248,7 @@ def export_delphi(
         opened.sequences,
         out,
         model_name=str(model_path()) if opened.data.model == "embedded" else opened.data.model,
-        dataset=opened.data.corpus,
+        dataset=_corpus_name(opened.data),
         n_splits=n_splits,
         facts=opened.facts,
         batch_sequences=opened.data.batch_sequences,

@@ -204,7 +204,8 @@ def _ask(question: Callable[[], Any], progress: str) -> Any:
             return question()
     except Exception as error:  # the client and requests raise errors of many kinds
         words = " ".join(str(error).split()) or type(error).__name__
-        words = "the key is not accepted" if type(error).__name__ == "NPUnauthorizedError" else words[:200]
+        told = {"NPUnauthorizedError": "the key is not accepted", "ConnectionError": "the server could not be reached"}
+        words = told.get(type(error).__name__, words[:200])
         raise CosaeError(
             f"Neuronpedia did not take the upload ({words}); {progress}: run the same command again."
         ) from None

@@ -1,0 +1,110 @@
+"""Exports and plain hooks against the real packages, each in an environment of its own (peers/build_readers.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_exports import dense, make_model, make_sae, whole_sequences
+from test_delphi import MODULE
+from test_delphi import write as write_cache
+from test_neuronpedia import SITE, export
+
+HERE = Path(__file__).parent
+PEERS = Path(os.environ.get("COSAE_PEERS", "/nonexistent"))
+
+
+def needs(name: str) -> Any:
+    there = (PEERS / name / "bin" / "python").exists()
+    return pytest.mark.skipif(not there, reason=f"set COSAE_PEERS to a folder that build_readers.py made {name} in")
+
+
+def answer(name: str, *arguments: object) -> Any:
+    """What a check prints, run by its peer's Python with this cosae lent to it."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1] / "src"), "OMP_NUM_THREADS": "1"}
+    command = [PEERS / name / "bin" / "python", HERE / "peers" / f"{name}_checks.py", *arguments]
+    done = subprocess.run(
+        [str(part) for part in command], env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+@needs("neuronpedia")
+def test_neuronpedias_client_sends_and_saedashboards_classes_read_an_export(tmp_path: Path) -> None:
+    model = make_model("llama")
+    sae = make_sae(model)
+    with torch.no_grad():
+        sae.selector.threshold = torch.full((48,), float(sae.threshold))
+        sae.selector.threshold[3] = 1e9
+    found = export(model, sae, tmp_path / "out", features_per_batch=20)
+    living = [f["feature_index"] for batch in found for f in batch["features"] if f["activations"]]
+    got = answer("neuronpedia", tmp_path / "out")
+    assert got["read"] == 48
+    assert got["sent"] == living  # once each, in order, though the second batch failed the first time
+    assert 3 not in living
+    assert got["source"] == ["2-cosae-res-48"]
+    assert got["top"]["quantileFraction"] is None
+    said = got["said"]
+    assert "NEURONPEDIA_API_KEY" in said["without a key"]
+    assert "the key is not accepted" in said["wrong key"]
+    assert "1 of 3 batches arrived: run the same command again" in said["server error"]
+    assert said["again"].startswith("sent ")
+    assert said["once more"] == "sent 0 features to source 2-cosae-res-48 of model tiny"
+    assert said["unreachable"].startswith(
+        "refused: Neuronpedia did not take the upload (the server could not be reached)"
+    )
+    assert all("\n" not in one for one in said.values())
+
+
+@pytest.mark.slow
+@needs("delphi")
+@pytest.mark.parametrize("n_splits", [None, 48])
+def test_delphis_loader_reads_every_activation(tmp_path: Path, n_splits: int | None) -> None:
+    model = make_model("llama")
+    sae = make_sae(model)
+    with torch.no_grad():
+        sae.selector.threshold = torch.full((48,), float(sae.threshold))
+        sae.selector.threshold[5] = 1e9  # a dead latent: with 48 splits, an empty file
+    write_cache(model, sae, tmp_path / "out", n_splits=n_splits)
+    got = answer("delphi", tmp_path / "out", MODULE)
+    truth = dense(model, sae, whole_sequences(), SITE)[0]
+    assert got["modules"] == [MODULE]
+    assert got["tokens"] == whole_sequences().ids_ST.tolist()
+    assert len(got["activations"]) == (truth != 0).sum() > 1000
+    for place, value in got["activations"].items():
+        row, position, latent = (int(part) for part in place.split(","))
+        assert value == pytest.approx(float(truth[row, position, latent]), rel=1e-3)
+    assert sorted(got["records"]) == got["chosen"]
+    largest = {latent: truth[..., latent].max() for latent in got["records"]}
+    assert got["largest"] == pytest.approx([largest[latent] for latent in got["records"]], rel=1e-3)
+    assert min(got["examples"]) > 0
+
+
+@pytest.mark.slow
+@needs("nnsight")
+def test_the_plain_hook_in_nnsight_is_the_splice() -> None:
+    got = answer("nnsight")
+    assert got["rebuilt"] == got["edited"] == got["afterwards"] == 0
+    assert got["moved"] > 1
+    assert got["generated"] == got["wanted"]
+
+
+@pytest.mark.slow
+@needs("transformer_lens")
+def test_the_plain_hook_in_a_transformer_bridge_is_the_splice() -> None:
+    got = answer("transformer_lens")
+    limit = 1e-4  # the bridge's own logits differ from the model's by 1e-5
+    assert got["own"] < limit
+    assert got["afterwards"] < limit
+    assert len(got["sites"]) == 4
+    for site, (difference, moved) in got["sites"].items():
+        assert difference < limit < 1 < moved, site
+    assert got["edited"] < limit
+    assert got["padded"] < limit
