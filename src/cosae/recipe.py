@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from cosae.activations.documents import Reading
 from cosae.activations.filter import FilterPolicy
+from cosae.activations.guard import check_policy
 from cosae.activations.mixture import parse_corpus
 from cosae.activations.nuisance import Nuisance
 from cosae.activations.synthetic import World
@@ -73,6 +74,8 @@ class DataConfig:
     what is trained on."""
     held_out_frac: float = 0.1
     """Share of documents (or rows) kept out of training; pylib has a split of its own."""
+    non_finite: str = "fatal"
+    """What NaN and infinity do: fatal (the run stops and says where), or drop (left out, counted in run.json)."""
     activations: str | None = None
     """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
     activations_key: str | None = None
@@ -85,6 +88,7 @@ class DataConfig:
     """Which of the stores in that folder, where it holds one for each of several sites."""
 
     def __post_init__(self) -> None:
+        check_policy(self.non_finite)
         parse_corpus(self.corpus)
         Reading(self.text_field, self.suffixes, self.txt_unit, self.max_chars)
         least_of = {"context": 2, "batch_sequences": 1, "chunk_sequences": 1, "n_workers": 0, "ahead_chunks": 0}

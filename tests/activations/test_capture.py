@@ -333,7 +333,7 @@ def test_padding_ids_need_not_be_in_the_vocabulary(models: Callable[[str], Any])
     assert int(a.token_N.max()) < VOCABULARY
 
 
-def test_values_that_are_not_finite_are_named_by_site_sequence_and_position() -> None:
+def test_values_that_are_not_finite_are_named_by_site_document_and_position() -> None:
     model = make_model("llama")
     sequences = make_sequences(n_sequences=4)
     ids = sequences.ids_ST.clone()
@@ -341,12 +341,16 @@ def test_values_that_are_not_finite_are_named_by_site_sequence_and_position() ->
     ids[2, 7] = 96
     sequences = replace(sequences, ids_ST=ids)
     model.model.embed_tokens.weight[96] = float("nan")
-    with pytest.raises(CosaeError, match=r"at resid_pre\.0 are not finite, first at sequence 2, position 7"):
+    with pytest.raises(CosaeError, match=r"at resid_pre\.0 are not finite, first in document 2.*, position 7"):
         capture(model, sequences, "resid_pre.0", batch_sequences=2)
     model.model.embed_tokens.weight[96] = 1e5  # finite, but not in float16
     capture(model, sequences, "resid_pre.0", batch_sequences=2)
-    with pytest.raises(CosaeError, match="sequence 2, position 7, stored as float16"):
+    with pytest.raises(CosaeError, match=r"document 2.*, position 7, stored as float16"):
         capture(model, sequences, "resid_pre.0", batch_sequences=2, store_dtype=torch.float16)
+    found = capture(model, sequences, "resid_pre.0", store_dtype=torch.float16, allow_non_finite=True)["resid_pre.0"]
+    assert (~found.x_ND.isfinite().all(-1)).nonzero().flatten().tolist() == [
+        int(sequences.mask_ST[:2].sum()) + 7,
+    ]
 
 
 def test_a_module_that_is_never_called_is_named() -> None:

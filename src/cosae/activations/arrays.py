@@ -36,6 +36,7 @@ class ArraySource:
     seed           seed of the split and of each epoch's order
     held_out_frac  share of rows kept out of training, 0 ≤ share < 1; whole blocks of `block_rows` =
                    min(256, N // 100) consecutive rows, at least one row
+    allow_non_finite  leave rows that are not finite to the reader (cosae.activations.guard)
 
     Values stay float32, float16 or bfloat16 as they are; float64 becomes float32. Every value is checked
     once, on construction. Raises `CosaeError` for a missing, damaged, empty or unknown file, an unclear or
@@ -49,6 +50,7 @@ class ArraySource:
         chunk_tokens: int = 65536,
         seed: int = 0,
         held_out_frac: float = 0.1,
+        allow_non_finite: bool = False,
     ) -> None:
         if chunk_tokens < 1:
             raise CosaeError(f"chunk_tokens must be at least 1. Got {chunk_tokens} instead.")
@@ -60,7 +62,8 @@ class ArraySource:
         self.held_out_frac = held_out_frac
         self._array, self.key, self.file_dtype = open_array(self.path, key)
         self.n_rows, self.d_in = (int(size) for size in self._array.shape)
-        self._check_finite()
+        if not allow_non_finite:
+            self._check_finite()
         self.block_rows = max(1, min(MAX_BLOCK_ROWS, self.n_rows // 100))
         self._train_rows, self._held_out_rows = self._split()
         with self.path.open("rb") as file:
@@ -142,7 +145,7 @@ class ArraySource:
             wide = " as float32" if self.file_dtype == "float64" else ""
             raise CosaeError(
                 f"'{self.path}' is {value}{wide} at row {start + row}, column {column} (counted from 0); "
-                "remove or repair such rows."
+                "remove or repair such rows, or leave them out with data.non_finite=drop."
             )
 
 

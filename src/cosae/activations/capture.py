@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -39,6 +40,8 @@ __all__ = [
 
 CURSORS = 4096
 """Chunks whose place in the text is kept in mind: more than any shuffle buffer reaches back."""
+NAMED_CHUNKS = 64
+"""Chunks whose documents' names are kept in mind: more than are read ahead."""
 STORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,6 +52,7 @@ def capture(
     batch_sequences: int = 8,
     store_dtype: torch.dtype = torch.float32,
     store_device: str = "cpu",
+    allow_non_finite: bool = False,
 ) -> dict[str, Activations]:
     """Activations of every real token of `sequences`, by site, all sites from the same forward passes.
 
@@ -58,6 +62,7 @@ def capture(
     batch_sequences  sequences per forward pass; it may change the last bits, as any batching does
     store_dtype      float32, bfloat16 or float16 for `x_ND`; `norm_N` is fp32, from before that rounding
     store_device     where the activations are kept
+    allow_non_finite leave rows that are not finite to the caller (cosae.activations.guard)
 
     `position_N` counts real tokens from 0, and is the position the model was told. The tensors are ordinary
     ones, usable in autograd even when the caller is under `torch.inference_mode`. Hooks are removed whatever
@@ -79,7 +84,8 @@ def capture(
             found = read_sites(model, batch, list(parts), store_dtype, store_device)
             for site, (x_ND, norm_N) in found.items():
                 part = _annotate(x_ND, norm_N, batch)
-                _check_finite(part, batch, site, start, store_dtype)
+                if not allow_non_finite:
+                    _check_finite(part, batch, site, store_dtype)
                 parts[site].append(part)
         return {name: Activations.cat(parts[site]) for name, site in by_name.items()}
 
@@ -144,19 +150,27 @@ def _annotate(x_ND: Tensor, norm_N: Tensor, batch: Sequences) -> Activations:
     )
 
 
-def _check_finite(part: Activations, batch: Sequences, site: Site, start: int, store_dtype: torch.dtype) -> None:
+def _check_finite(part: Activations, batch: Sequences, site: Site, store_dtype: torch.dtype) -> None:
     bad_N = ~part.norm_N.isfinite()
     if store_dtype == torch.float16:  # its largest value is 65504, which attention sinks exceed
         bad_N |= ~part.x_ND.isfinite().all(dim=-1)
     if not bool(bad_N.any()):
         return
     row = int(bad_N.nonzero()[0, 0])
-    sequence = start + int(batch.mask_ST.nonzero()[row, 0])
+    doc = int(part.doc_N[row])
+    name = _name_in(batch, doc)
     raise CosaeError(
-        f"Activations at {site.name} are not finite, first at sequence {sequence}, position "
-        f"{int(part.position_N[row])}, stored as {str(store_dtype).removeprefix('torch.')}; "
-        "run and store the model in bfloat16 or float32."
+        f"Activations at {site.name} are not finite, first in document {doc}{f' ({name})' if name else ''}, position "
+        f"{int(part.position_N[row])}, stored as {str(store_dtype).removeprefix('torch.')} ({int(bad_N.sum())} such "
+        "tokens in the batch); run and store the model in bfloat16 or float32, or leave such tokens out with "
+        "data.non_finite=drop."
     )
+
+
+def _name_in(sequences: Sequences, doc: int) -> str | None:
+    """The document's name, None where the sequences hold none."""
+    place = doc - sequences.first_doc
+    return sequences.doc_names[place] if 0 <= place < len(sequences.doc_names) else None
 
 
 class ModelSource:
@@ -167,7 +181,7 @@ class ModelSource:
     an epoch may be shorter. Any chunk can be made again to the bit, by this object or by another made with
     the same arguments on the same machine.
 
-    model, sequences, site, batch_sequences, store_dtype, store_device   as in `capture`
+    model, sequences, site, batch_sequences, store_dtype, store_device, allow_non_finite   as in `capture`
     chunk_sequences  sequences per chunk
     seed             seed of the orders
 
@@ -185,6 +199,7 @@ class ModelSource:
         seed: int = 0,
         store_dtype: torch.dtype = torch.float32,
         store_device: str = "cpu",
+        allow_non_finite: bool = False,
     ) -> None:
         if chunk_sequences < 1:
             raise CosaeError(f"chunk_sequences must be at least 1. Got {chunk_sequences} instead.")
@@ -200,6 +215,7 @@ class ModelSource:
             "batch_sequences": batch_sequences,
             "store_dtype": store_dtype,
             "store_device": store_device,
+            "allow_non_finite": allow_non_finite,
         }
         self.d_in = _width(model, self.sequences, self.site)
 
@@ -214,6 +230,10 @@ class ModelSource:
             order = epoch_order(len(self.sequences), self.seed, epoch)
             rows = order[chunk * self.chunk_sequences : (chunk + 1) * self.chunk_sequences]
             yield capture(self.model, self.sequences[rows], self.site, **self._options)[self.site.name]
+
+    def document_name(self, doc: int) -> str | None:
+        """The name of document `doc` of `doc_N`."""
+        return _name_in(self.sequences, doc)
 
     def describe(self) -> dict[str, Any]:
         """Where the activations come from, in plain values for a record."""
@@ -287,6 +307,7 @@ class StreamedModelSource:
         batch_sequences: int = 8,
         store_dtype: torch.dtype = torch.float32,
         store_device: str = "cpu",
+        allow_non_finite: bool = False,
     ) -> None:
         self.model = model
         self.text: EndlessText = _Repeated(text) if callable(text) else text
@@ -295,9 +316,11 @@ class StreamedModelSource:
             "batch_sequences": batch_sequences,
             "store_dtype": store_dtype,
             "store_device": store_device,
+            "allow_non_finite": allow_non_finite,
         }
         first, cursor = next(self.text.chunks())
         self._cursors: dict[int, dict[str, Any]] = {0: cursor}
+        self._names: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=NAMED_CHUNKS)  # first document, names
         _check_request(model, first, batch_sequences, store_dtype)
         self.context = int(first.mask_ST.shape[1])
         self.first_chunk_sha256 = digest_sequences(first)
@@ -308,8 +331,14 @@ class StreamedModelSource:
         nearest = max(number for number in self._cursors if number <= start)
         for number, (sequences, cursor) in enumerate(self.text.chunks(self._cursors[nearest]), nearest):
             self._remember(number, cursor)
+            self._names.append((sequences.first_doc, sequences.doc_names))
             if number >= start:
                 yield capture(self.model, sequences, self.site, **self._options)[self.site.name]
+
+    def document_name(self, doc: int) -> str | None:
+        """The name of document `doc` of a chunk made lately, else None."""
+        held = ((doc - first, names) for first, names in list(self._names))
+        return next((names[place] for place, names in held if 0 <= place < len(names)), None)
 
     def cursor(self, chunk: int) -> dict[str, Any] | None:
         """Plain values from which another process finds a chunk that was made here; None where it is forgotten."""

@@ -118,7 +118,7 @@ def fit(policy: FilterPolicy, norm_N: Tensor) -> Filter:
         raise CosaeError("the filter needs at least one token to find the median norm; the stream gave none.")
     if not bool(torch.isfinite(window_N).all()):
         raise CosaeError("norms must be finite to fit a filter; check the activations for NaN or infinity.")
-    median_norm = _quantiles(window_N, (0.5,))[0]
+    median_norm = quantiles(window_N, (0.5,))[0]
     if policy.kind == "norm" and median_norm == 0:
         raise CosaeError(
             f"the median norm of the first {len(window_N)} tokens is 0, so the filter `norm` would drop "
@@ -150,20 +150,20 @@ def norm_facts(window: Activations, filter: Filter) -> NormFacts:
             "choose another filter or check the activations."
         )
     norm_N = window.norm_N.double()
-    quantiles = _quantiles(norm_N, QUANTILES)
-    median = quantiles[QUANTILES.index(0.5)]
+    marks = quantiles(norm_N, QUANTILES)
+    median = marks[QUANTILES.index(0.5)]
     return NormFacts(
         window_tokens=len(window),
         median_norm=median,
         mean_norm=float(norm_N.mean()),
         max_over_median=float(norm_N.max()) / median if median > 0 else float("inf"),
-        quantiles=quantiles,
+        quantiles=marks,
         total_variance=_total_variance(window.x_ND, keep_N),
         filtered_frac=1.0 - float(keep_N.double().mean()),
     )
 
 
-def _quantiles(value_N: Tensor, marks: tuple[float, ...]) -> tuple[float, ...]:
+def quantiles(value_N: Tensor, marks: tuple[float, ...]) -> tuple[float, ...]:
     """Linear interpolation between order statistics; torch.quantile refuses more than 16 million values."""
     sorted_N = value_N.double().sort().values
     place_Q = torch.tensor(marks, dtype=torch.float64, device=value_N.device) * (len(sorted_N) - 1)

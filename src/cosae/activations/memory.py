@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,10 +20,19 @@ class TensorSource:
     """Endless chunks of train rows and one held-out set, from a tensor (N, D) in memory.
 
     Held-out rows are a seeded draw of single rows: pass rows in blocks of your own to a file and `ArraySource` where
-    neighbours are alike. Raises CosaeError for anything but a finite float (N, D) tensor with N ≥ 2.
+    neighbours are alike. Raises CosaeError for anything but a finite float (N, D) tensor with N ≥ 2;
+    `allow_non_finite` leaves rows that are not finite to the reader (cosae.activations.guard).
     """
 
-    def __init__(self, x_ND: Tensor, *, chunk_tokens: int = 65536, seed: int = 0, held_out_frac: float = 0.1) -> None:
+    def __init__(
+        self,
+        x_ND: Tensor,
+        *,
+        chunk_tokens: int = 65536,
+        seed: int = 0,
+        held_out_frac: float = 0.1,
+        allow_non_finite: bool = False,
+    ) -> None:
         rows = isinstance(x_ND, Tensor) and x_ND.ndim == 2 and x_ND.is_floating_point()
         if not rows or x_ND.shape[0] < 2 or x_ND.shape[1] < 1:
             got = f"{x_ND.dtype} {tuple(x_ND.shape)}" if isinstance(x_ND, Tensor) else type(x_ND).__name__
@@ -34,11 +43,11 @@ class TensorSource:
             raise CosaeError(f"held_out_frac must lie between 0 and 1, neither of them. Got {held_out_frac} instead.")
         self._x_ND = x_ND.detach().cpu().float()
         bad = (~torch.isfinite(self._x_ND)).nonzero()
-        if len(bad):
+        if len(bad) and not allow_non_finite:
             row, column = (int(i) for i in bad[0])
             raise CosaeError(
                 f"activations must be finite in float32. Got {float(self._x_ND[row, column])} at row {row}, "
-                f"column {column}: drop or mend those rows."
+                f"column {column}: mend those rows, or leave them out with data.non_finite=drop."
             )
         self.d_in = int(x_ND.shape[1])
         self.chunk_tokens = chunk_tokens
@@ -88,6 +97,11 @@ class CachedSource:
         self._kept: list[Activations] = []
         self._n_kept = 0
         self.d_in = source.d_in
+
+    def document_name(self, doc: int) -> str | None:
+        """The wrapped source's name of document `doc`, None where it knows none."""
+        named: Callable[[int], str | None] | None = getattr(self._source, "document_name", None)
+        return None if named is None else named(doc)
 
     def describe(self) -> dict[str, Any]:
         """The wrapped source's own record: keeping chunks changes nothing."""

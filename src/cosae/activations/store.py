@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cosae.activations.arrays import seeded
+from cosae.activations.guard import MARKS, NormReference
 from cosae.activations.records import digest, read_record
 from cosae.activations.rounding import STORE_DTYPES, restore_rows
 from cosae.activations.shards import COLUMNS, MappedShard, ShardShape, ShardTag, digest_file, find_fault
@@ -236,6 +237,17 @@ class StoreSource:
     def statistics(self) -> dict[str, Any]:
         """The store's own."""
         return self.store.statistics
+
+    def norm_reference(self) -> NormReference:
+        """Norm quantiles of all train rows, against which a stream holds what it reads."""
+        found = dict(self.statistics["norm"]["quantiles"])
+        return NormReference(tuple(float(found[mark]) for mark in MARKS), int(self.statistics["rows"]), "the store")
+
+    def document_name(self, doc: int) -> str | None:
+        """The name of document `doc` of the train rows' `doc_N`."""
+        place = doc - len(self.store.documents("held_out"))
+        names = self.store.documents("train")
+        return names[place] if 0 <= place < len(names) else None
 
     def chunks(self, start: int = 0) -> Iterator[Activations]:
         """Chunk `start`, `start + 1`, ... without end."""

@@ -4,7 +4,7 @@ Enters: a `Source`, chunks of activations in the order a model made them.
 Leaves: batches from a shuffle buffer, every row uniform over the rows that are live in it. A digest of everything
 handed out proves that two runs, or two arms, saw the same.
 
-    source chunk → finite? → nuisance → filter → buffer → batch
+    source chunk → finite? → nuisance → norms as before? → filter → buffer → batch
 
 The buffer is a ring of slots, allocated once. Its live rows are in one random order, and a batch is the next ones: a
 uniform draw without replacement. The slots they leave are filled from the source batch by batch, so that every batch
@@ -31,6 +31,7 @@ from cosae.activations import nuisance as nuisances
 from cosae.activations.ahead import Ahead
 from cosae.activations.digest import chain
 from cosae.activations.filter import Filter, FilterPolicy, fit, norm_facts
+from cosae.activations.guard import Guard
 from cosae.activations.nuisance import Nuisance, keyed_generator
 from cosae.types import Activations, CosaeError, NormFacts
 
@@ -86,13 +87,16 @@ class ActivationStream:
     store_dtype    float32 or bfloat16, of the buffer only: batches are always float32
     ahead_chunks   chunks of the source made ahead in a thread of their own, while batches are used; 0 for none. The
                    batches are the same
+    non_finite     fatal, or drop: leave out rows that are not finite, and count them
 
     Raises CosaeError for settings outside these, for activations of another width than the source promised,
-    and for activations that are not finite, naming document and position (or chunk and row).
+    and under `fatal` for activations that are not finite, naming document and position (or chunk and row).
+    A source may know `document_name(doc)` and `norm_reference()` (cosae.activations.guard).
 
     After construction:
     filter      Filter       the fitted policy
     norm_facts  NormFacts    of the first window, before the filter
+    guard       Guard        what was dropped, and events: rows that are not finite, norms that shifted
     sample_ND   (≤ 16384, D) fp32, evenly spaced kept rows of the first window, for initialisation
     Looking at the window takes nothing from training: its tokens are handed out like all others.
     """
@@ -112,6 +116,7 @@ class ActivationStream:
         device: str | torch.device = "cpu",
         store_dtype: torch.dtype = torch.float32,
         ahead_chunks: int = 0,
+        non_finite: str = "fatal",
     ) -> None:
         if batch_tokens < 1:
             raise CosaeError(f"batch_tokens must be at least 1. Got {batch_tokens} instead.")
@@ -133,6 +138,7 @@ class ActivationStream:
         self.nuisance = nuisance or Nuisance()
         self.device = torch.device(device)
         self.store_dtype = store_dtype
+        self.guard = Guard(non_finite, getattr(source, "document_name", None))
         self.n_batches = 0  # handed out so far
         self._digest = bytes(32)
         self._generator = keyed_generator(seed, "shuffle")
@@ -203,6 +209,7 @@ class ActivationStream:
             "version": STATE_VERSION,
             "stream": json.dumps(self.describe(), sort_keys=True, default=str),
             "filter": json.dumps(self.filter.to_dict()),
+            "guard": self._guard_state,
             "chunk": chunk,
             "offset": offset,
             **({} if cursor is None else {"cursor": json.dumps(cursor)}),
@@ -229,6 +236,8 @@ class ActivationStream:
             )
         # the fitted median comes from the state: on other hardware this window's may differ in its last bit
         self.filter = Filter.from_dict(json.loads(state["filter"]))
+        self._guard_state = state["guard"]
+        self.guard.restore(self._guard_state)
         live = len(state["buffer.x_ND"])
         for f in fields(self._buffer):
             getattr(self._buffer, f.name)[:live].copy_(state[f"buffer.{f.name}"])
@@ -267,6 +276,9 @@ class ActivationStream:
         while seen < policy.window_tokens:
             self._ahead.append(self._read())
             seen += len(self._ahead[-1])
+        reference = getattr(self.source, "norm_reference", None)
+        self.guard.begin(reference() if reference is not None and self.nuisance.kind == "none" else None)
+        self._guard_state = self.guard.state()  # as of the beginning of the round, where a resumption reads on
         window = Activations.cat(list(self._ahead))[: policy.window_tokens]
         if policy.kind == "position_0" and int(window.position_N.max()) < 0:
             raise CosaeError(
@@ -290,13 +302,16 @@ class ActivationStream:
             raise CosaeError(
                 f"the source promised width {self.d_in}. Got {chunk.x_ND.shape[-1]} in chunk {index} instead."
             )
-        _check_finite(chunk, index)
+        chunk = nuisances.apply(self.guard.check(chunk, index), self.nuisance, index)
         self._next_index += 1
-        return nuisances.apply(chunk, self.nuisance, index)
+        self.guard.see(chunk.norm_N, index)
+        return chunk
 
     def _begin_round(self) -> None:
         """Fill the slots that are still free, let all new rows join the live ones, and shuffle the whole buffer."""
         self._fill(self._cursor)
+        self.guard.refilled()
+        self._guard_state = self.guard.state()
         shuffle = torch.randperm(self.buffer_tokens, generator=self._generator).to(self.device)
         self._order = self._order[shuffle]
         self._cursor = self._filled = 0
@@ -342,23 +357,6 @@ def _allocate(n: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Ac
 def _gather(activations: Activations, rows: Tensor) -> Activations:
     """index_select costs a third of plain indexing."""
     return Activations(**{f.name: getattr(activations, f.name).index_select(0, rows) for f in fields(activations)})
-
-
-def _check_finite(chunk: Activations, index: int) -> None:
-    """Raises CosaeError naming the first row that is not finite. One pass: NaN and infinity survive a sum."""
-    if bool(torch.isfinite(chunk.x_ND.sum(-1, dtype=torch.float32)).all()):
-        return
-    bad = (~torch.isfinite(chunk.x_ND).all(-1)).nonzero().flatten()
-    if len(bad) == 0:  # finite values whose sum overflowed
-        return
-    row = int(bad[0])
-    what = "NaN" if bool(chunk.x_ND[row].isnan().any()) else "an infinity"
-    doc, position = int(chunk.doc_N[row]), int(chunk.position_N[row])
-    where = f"document {doc}, position {position}" if doc >= 0 else f"row {row} of chunk {index}"
-    raise CosaeError(
-        f"activations must be finite. Got {what} at {where} ({len(bad)} such rows in the chunk) instead; "
-        "compute them in float32 or bfloat16, or drop those rows."
-    )
 
 
 def _differences(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:

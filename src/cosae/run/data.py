@@ -18,6 +18,7 @@ from torch import Tensor
 from cosae.activations import nuisance as nuisances
 from cosae.activations.arrays import ArraySource
 from cosae.activations.corpus import TokenizedDocument
+from cosae.activations.guard import finite_rows
 from cosae.activations.memory import CachedSource, TensorSource
 from cosae.activations.mixture import parse_corpus
 from cosae.activations.stream import Source
@@ -40,6 +41,7 @@ class Sample:
     labels_NC  (N, C) bool numpy concept labels, None where the corpus has none
     truth      true codes of a synthetic world, None elsewhere
     documents  names of the documents
+    n_dropped  tokens left out because they were not finite (data.non_finite=drop)
     """
 
     activations: Activations
@@ -47,6 +49,7 @@ class Sample:
     labelled_N: Any = None
     truth: Codes | None = None
     documents: tuple[str, ...] = ()
+    n_dropped: int = 0
 
 
 class Data(Protocol):
@@ -119,12 +122,17 @@ class ArrayData:
                 "held_out_frac must lie between 0 and 1, neither of them: thresholds are calibrated on rows kept out "
                 f"of training. Got {held_out_frac} instead."
             )
+        options: dict[str, Any] = {
+            "seed": seed,
+            "held_out_frac": held_out_frac,
+            "allow_non_finite": data.non_finite == "drop",
+        }
         self.source: ArraySource | TensorSource
         if tensor is not None:
-            self.source = TensorSource(tensor, seed=seed, held_out_frac=held_out_frac)
+            self.source = TensorSource(tensor, **options)
         else:
             assert data.activations is not None
-            self.source = ArraySource(data.activations, data.activations_key, seed=seed, held_out_frac=held_out_frac)
+            self.source = ArraySource(data.activations, data.activations_key, **options)
 
     def sample(self, split: Split, n_tokens: int) -> Sample:
         if split != "train":
@@ -138,7 +146,9 @@ class ArrayData:
                 if have >= n_tokens:
                     break
             activations = Activations.cat(parts)[:n_tokens]
-        return Sample(nuisances.apply(activations, self._recipe.sample_nuisance(split), 0, _side(split)))
+        finite = finite_rows(activations)
+        nuisance = self._recipe.sample_nuisance(split)
+        return Sample(nuisances.apply(finite, nuisance, 0, _side(split)), n_dropped=len(activations) - len(finite))
 
 
 class ModelData:
@@ -159,6 +169,7 @@ class ModelData:
         options: dict[str, Any] = {
             "batch_sequences": self.batch_sequences,
             "store_dtype": getattr(torch, recipe.training.store_dtype),
+            "allow_non_finite": data.non_finite == "drop",
         }
         if self.text.streamed:
             self.source: Source = StreamedModelSource(self.model, self.text.text(), self.site, **options)
@@ -204,6 +215,7 @@ class ModelData:
             None if labels_NC is None else labels_NC[rows.numpy()],
             None if labelled_N is None else labelled_N[rows.numpy()],
             documents=whole.documents,
+            n_dropped=whole.n_dropped,
         )
 
     def sequences(self, side: Side, n_tokens: int) -> Sequences:
@@ -227,12 +239,20 @@ class ModelData:
 
         tokenized, packed = self._draw(side, n_tokens)
         dtype = torch.float32 if self._recipe.device == "cpu" else getattr(torch, self._recipe.training.store_dtype)
-        found = capture(self.model, packed, self.site, batch_sequences=self.batch_sequences, store_dtype=dtype)
-        activations = found[self.site.name]
+        found = capture(
+            self.model,
+            packed,
+            self.site,
+            batch_sequences=self.batch_sequences,
+            store_dtype=dtype,
+            allow_non_finite=self._recipe.data.non_finite == "drop",
+        )
+        activations = finite_rows(found[self.site.name])
+        n_dropped = len(found[self.site.name]) - len(activations)
         used = {int(doc) for doc in torch.unique(activations.doc_N)}
         names = tuple(name for i, name in enumerate(packed.doc_names) if i in used)
         if not self.has_concepts:
-            return Sample(activations, documents=names)
+            return Sample(activations, documents=names, n_dropped=n_dropped)
         from cosae.activations.concepts import has_labels, label_activations, label_document
 
         texts = dict(self.text.documents("pylib", side, "sample"))
@@ -245,6 +265,7 @@ class ModelData:
             labels_NC=label_activations(activations, labels),
             labelled_N=has_labels(activations, labels),
             documents=names,
+            n_dropped=n_dropped,
         )
 
 

@@ -160,6 +160,7 @@ class _Run:
             device=recipe.device,
             store_dtype=getattr(torch, training.store_dtype),
             ahead_chunks=recipe.data.ahead_chunks,
+            non_finite=recipe.data.non_finite,
         )
         sample_ND = self.stream.sample_ND
         if not self.stream.norm_facts.total_variance > 0:
@@ -338,6 +339,7 @@ class _Run:
             "tokens": self.stream.n_tokens,
             "norm_facts": asdict(self.stream.norm_facts),
             "filter": self.stream.filter.to_dict(),
+            "non_finite": self.stream.guard.facts(),
             "source": self.data.source.describe(),
             "arms": {s.arm.name: self._arm_facts(s, moving, calibrations) for s in self.states},
         }
@@ -398,6 +400,7 @@ def _decides(path: str) -> bool:
         "data.n_workers",
         "data.ahead_chunks",
         "data.store",
+        "data.non_finite",
         "training.log_every",
         "training.checkpoint_every",
     )

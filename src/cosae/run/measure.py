@@ -44,6 +44,7 @@ def evaluate(
     baseline = "standard" if "standard" in saes else next(iter(saes))
     result: dict[str, Any] = {
         "tokens": len(activations),
+        "dropped_tokens": held_out.n_dropped,
         "documents": len(held_out.documents),
         "norms": facts,
         "reconstruction": {},
