@@ -25,7 +25,7 @@ from cosae.activations.sites import Site
 from cosae.evaluate.intervention import find_site
 from cosae.recipe import DataConfig
 from cosae.run import facts
-from cosae.run.data import open_model
+from cosae.run.data import batch_size, open_model
 from cosae.run.existing import Wanted, data_of
 from cosae.run.text import adds_bos, check_corpus, pad_id, reading_of, streamed
 from cosae.sae.model import SAE
@@ -224,7 +224,7 @@ def export_neuronpedia(
             out,
             settings,
             facts=opened.facts,
-            batch_sequences=opened.data.batch_sequences,
+            batch_sequences=batch_size(opened.data, opened.model, opened.site, "float32"),
             say=say,
         )
     plan = uploads.plan(out)
@@ -251,6 +251,6 @@ def export_delphi(
         dataset=_corpus_name(opened.data),
         n_splits=n_splits,
         facts=opened.facts,
-        batch_sequences=opened.data.batch_sequences,
+        batch_sequences=batch_size(opened.data, opened.model, opened.site, "float32"),
         say=say,
     )

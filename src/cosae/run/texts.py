@@ -157,7 +157,7 @@ def _chunks(one: LabelledTexts, data: ModelData, reading: Reading) -> Iterator[t
     for chunk in packed:
         longest = int(chunk.mask_ST.sum(1).max())
         names = [chunk.doc_names[i - chunk.first_doc] for i in chunk.doc_ST[:, 0].tolist()]
-        found = capture(data.model, _cut(chunk, longest), data.site, batch_sequences=recipe.batch_sequences)
+        found = capture(data.model, _cut(chunk, longest), data.site, batch_sequences=data.batch_sequences)
         yield [int(name) for name in names], found[data.site.name]
 
 
