@@ -1,142 +1,169 @@
 """Whole training steps, tokens per second: `python -m benchmarks.step`.
 
-Loss, sparse gradients and optimiser of `cosae.train.step` on random planted activations, for the inner product and
-the cosine scores, on the dense definition ("reference") and the sparse path ("auto"), interleaved. Before a shape is
-timed its selection and its gradients are compared with the definition; where they differ nothing is printed for it.
+cosae (loss, sparse gradients and optimiser of `cosae.train.step`; each path, inner and cosine score) against the
+training steps of sae-lens, dictionary-learning and sparsify, and against the floor: one dense product, four gathers
+of the active rows and one fused Adam pass, each by a bare torch call (`benchmarks.cosae_steps.make_floor`). Each runs
+in a process of its own; one step each a round, so that all meet the same machine. Each shape is timed with the
+allocator as it comes and with freed memory kept (for all). Before a shape is timed every path's selection and
+gradients are compared with the dense definition; where they differ nothing is printed for it.
 
-The floor is the one dense product that no step can do without, in bf16 where the processor has it, measured in the
-same rounds.
+The peers need an environment of their own: `python benchmarks/peers.py` builds it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import sys
-from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 
-import torch
-from torch import Tensor
+from benchmarks.peers import find_python
+from benchmarks.race import BrokenError, Contestant, Result, Worker, best_peer, find_faults, race, ratio, started
+from benchmarks.shapes import QUICK_SWEEPS, SHAPES, SWEEPS, Shape, swept
+from benchmarks.timing import CLOCKS, describe_machine
+from cosae.kernels.screen import has_fast_bf16
 
-from benchmarks.timing import CLOCKS, describe_machine, interleave, median_ratio
-from cosae.kernels import choose, keep_memory
-from cosae.kernels.survivors import screen_dtype
-from cosae.sae.model import SAE
-from cosae.train.arm import Arm
-from cosae.train.step import ArmState, OptimizerConfig, train_step
-
-SHAPES = {"demo": (192, 3072, 32, 1024), "A": (768, 12288, 64, 2048), "B": (512, 32768, 32, 2048)}
-"""d, m, k, tokens a step: the demo's, and A and B of the performance notes."""
-CHECKED_TOKENS = 64
+PEER_NAMES = ("sae-lens BatchTopK", "dictionary-learning BatchTopK", "sparsify TopK, Adam")
+REFERENCE_ROUNDS = 3
+"""The dense definition takes seconds a step: it runs in the first rounds only."""
+FLOORS = {"bfloat16": "floor, bf16", "float32": "floor, fp32"}
+AS_IT_COMES, KEPT = "as it comes", "keeping memory"
 
 
-def draw_batches(d: int, n_tokens: int, count: int) -> list[Tensor]:
-    """Sparse non-negative combinations of 4 d random directions, log-normal norms (σ = 0.3), a little noise."""
-    draw = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(4 * d, d, generator=draw), dim=-1)
-    batches = []
-    for _ in range(count):
-        code = torch.relu(torch.randn(n_tokens, 4 * d, generator=draw) - 2.0) * 3
-        scale = torch.exp(0.3 * torch.randn(n_tokens, 1, generator=draw))
-        batches.append(code @ directions * scale + 0.1 * torch.randn(n_tokens, d, generator=draw))
-    return batches
+def paths(wanted: list[str] | None) -> list[str]:
+    """Every path of this machine, or those asked for."""
+    numba = importlib.util.find_spec("numba") is not None
+    found = ["numba, fp32 screen", "plain torch", "reference"] if numba else ["plain torch", "reference"]
+    if numba and has_fast_bf16():
+        found.insert(0, "numba, bf16 screen")
+    return found if wanted is None else wanted
 
 
-def start(score: str, kernel: str, shape: tuple[int, int, int, int], x_BD: Tensor) -> ArmState:
-    """A fresh arm on its path."""
-    d, m, k, _ = shape
-    sae = SAE.build(d_in=d, d_sae=m, score=score, k=k, seed=0, sample=x_BD, kernel=kernel)
-    arm = Arm(name=f"{score}-{kernel}", score=score, k=k, seed=0)
-    return ArmState.start(arm, sae, float(x_BD.var(0).sum()), OptimizerConfig())
-
-
-def gradients(sae: SAE, x_BD: Tensor) -> dict[str, Tensor]:
-    """Gradients of the mean squared error by parameter."""
-    output = sae.train_forward(x_BD)
-    (output.framed.z_BD - output.rebuilt[-1]).square().sum(-1).mean().backward()  # type: ignore[no-untyped-call]
-    return {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
-
-
-def find_fault(score: str, shape: tuple[int, int, int, int], x_BD: Tensor) -> str | None:
-    """What is wrong with the sparse path at this shape, or None."""
-    d, m, k, _ = shape
-    sae = SAE.build(d_in=d, d_sae=m, score=score, k=k, seed=0, sample=x_BD, kernel="auto")
-    terms = sae.score.terms(sae._framed(x_BD)).detached()
-    fast, smallest = choose("auto", "cpu").select_batch_topk(terms, k * len(x_BD))
-    slow, _ = choose("reference", "cpu").select_batch_topk(terms, k * len(x_BD))
-    flat = [entries.token_E * m + entries.feature_E for entries in (fast, slow)]
-    odd = torch.unique(torch.cat(flat), return_counts=True)
-    odd_E = odd[0][odd[1] == 1]
-    if len(odd_E):
-        kernel = choose("reference", "cpu")
-        single = type(fast)(odd_E // m, odd_E % m)
-        score_E = kernel.entry_content(terms, single)
-        if terms.bias_F is not None:
-            score_E = score_E + terms.bias_F[single.feature_E]
-        if bool(((score_E - smallest).abs() > 2e-6 * float(abs(smallest))).any()):
-            return f"{len(odd_E)} selected entries differ by more than rounding"
-    few = x_BD[:CHECKED_TOKENS]
-    found = gradients(sae, few)
-    wide = SAE.build(d_in=d, d_sae=m, score=score, k=k, seed=0, sample=x_BD, kernel="reference").double()
-    for name, wanted in gradients(wide, few.double()).items():
-        error = float((found[name] - wanted).norm() / wanted.norm().clamp_min(1e-30))
-        if not error < 1e-4:
-            return f"the gradient of {name} is off by {error:.1e} of its length"
-    return None
-
-
-def time_shape(label: str, args: argparse.Namespace) -> bool:
-    """Print one shape's table; False where it may not be printed."""
-    shape = SHAPES[label]
-    d, m, k, n_tokens = shape
-    batches = draw_batches(d, n_tokens, 4)
-    for score in args.scores:
-        fault = find_fault(score, shape, batches[0])
-        if fault:
-            print(f"shape {label}: not reported, {score}: {fault}")
-            return False
-    contestants: dict[str, Callable[[], object]] = {}
-    for kernel in args.kernels:
-        for score in args.scores:
-            state = start(score, kernel, shape, batches[0])
-            contestants[f"{score}, {kernel}"] = partial(_next_step, state, batches, [0])
-    dtype = screen_dtype()
-    x_BD, rows_FD = batches[0].to(dtype), torch.randn(min(m, 4096), d).to(dtype)
-    out_BF = torch.empty(n_tokens, len(rows_FD), dtype=dtype)
-    contestants["floor"] = lambda: [torch.mm(x_BD, rows_FD.T, out=out_BF) for _ in range(m // len(rows_FD))]
-    seconds = interleave(contestants, args.rounds, args.clock, warmup=3)
-    print(f"\nshape {label}: d {d}, m {m}, k {k}, {n_tokens} tokens a step ({args.clock} time)")
-    base = seconds[f"{args.scores[0]}, {args.kernels[-1]}"]
-    for name, taken in seconds.items():
-        speed = n_tokens / statistics.median(taken)
-        over_floor, over_base = median_ratio(taken, seconds["floor"]), median_ratio(taken, base)
-        print(
-            f"{name:32} {1e3 * statistics.median(taken):8.1f} ms  {speed:9.0f} tokens/s  "
-            f"{over_floor:6.2f} × floor  {over_base:6.2f} × {args.scores[0]}, {args.kernels[-1]}"
+def line_up(scores: list[str], chosen: list[str], peers: list[str], python: str | None) -> list[Contestant]:
+    """Everybody who runs in one race."""
+    ours = [
+        Contestant(
+            f"cosae {score}, {path}", ("cosae", score, path), rounds=REFERENCE_ROUNDS if path == "reference" else None
         )
+        for path in chosen
+        for score in scores
+    ]
+    theirs = [Contestant(name, ("peer", name), python) for name in peers if python is not None]
+    dtypes = ["bfloat16", "float32"] if has_fast_bf16() else ["float32"]
+    return [*ours, *theirs, *(Contestant(FLOORS[dtype], ("floor", dtype)) for dtype in dtypes)]
+
+
+def table(contestants: list[Contestant], shape: Shape, results: dict[str, Result], clock: str) -> list[str]:
+    """One line for each contestant: time, speed, ratios, memory."""
+    best = best_peer(contestants, results, clock)
+    floors = [name for name in FLOORS.values() if name in results]
+    against = ([best] if best else []) + [n for n in PEER_NAMES[:1] if n in results and n != best]
+    heads = [f"÷ {name}" for name in against] + [f"× {name}" for name in floors]
+    head = ["", f"ms ({clock})", "tokens/s", *heads, "peak MiB", "pages mapped"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for one in contestants:
+        result = results[one.name]
+        middle = statistics.median(result.seconds(clock))
+        faster = [f"{1 / ratio(results, one.name, name, clock):.2f}" for name in against]
+        slower = [f"{ratio(results, one.name, name, clock):.2f}" for name in floors]
+        cells = [one.name, f"{1e3 * middle:.0f}", f"{shape.n / middle:.0f}", *faster, *slower]
+        cells += [f"{result.peak_mib:.0f}", f"{statistics.median(result.faults):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def time_shape(label: str, contestants: list[Contestant], args: argparse.Namespace) -> bool:
+    """Print one shape's tables; False where they may not be printed."""
+    shape = SHAPES[label]
+    with started([one for one in contestants if one.who[0] == "cosae"], args.threads, keep=True) as workers:
+        faults = find_faults(workers, shape)
+    if faults:
+        print(f"\nshape {label}: not reported: " + "; ".join(faults), flush=True)
+        return False
+    for memory in args.memory:
+        with started(contestants, args.threads, keep=memory == KEPT) as workers:
+            results = race(workers, shape, args.rounds)
+        print(f"\n**Shape {label}** ({shape}), allocator {memory}, {args.rounds} rounds\n")
+        print("\n".join(table(contestants, shape, results, args.clock)) + "\n")
+        for path in paths(args.paths):
+            pair = [f"cosae {score}, {path}" for score in ("cosine", "inner")]
+            if all(name in results for name in pair):
+                print(f"cosine over inner, {path}: {ratio(results, *pair, args.clock):.3f}")
+        sys.stdout.flush()
     return True
 
 
-def _next_step(state: ArmState, batches: list[Tensor], count: list[int]) -> None:
-    train_step(state, batches[count[0] % len(batches)], count[0], 1.0, 10**12)
-    count[0] += 1
+def time_sweep(name: str, workers: dict[str, Worker], args: argparse.Namespace) -> bool:
+    """Print one sweep's table, milliseconds a step by value; False where a check failed."""
+    values = (QUICK_SWEEPS if args.quick else SWEEPS)[name]
+    columns: list[dict[str, Result]] = []
+    for value in values:
+        shape = swept(name, value, args.quick)
+        faults = find_faults(workers, shape)
+        if faults:
+            print(f"\nsweep over {name}: not reported at {value}: " + "; ".join(faults), flush=True)
+            return False
+        columns.append(race(workers, shape, args.sweep_rounds))
+    print(f"\n**Sweep over {name}** from {swept(name, values[0], args.quick)}, ms a step ({args.clock}), {KEPT}\n")
+    print("| | " + " | ".join(f"{name} {value}" for value in values) + " |")
+    print("|" + "---|" * (len(values) + 1))
+    for one in workers:
+        cells = [f"{1e3 * statistics.median(c[one].seconds(args.clock)):.1f}" for c in columns]
+        print(f"| {one} | " + " | ".join(cells) + " |", flush=True)
+    return True
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; `--quick` is a small sanity run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, help="default: A B")
+    parser.add_argument("--sweeps", nargs="*", choices=SWEEPS, help="numbers to sweep; default: all")
+    parser.add_argument("--scores", nargs="+", default=["inner", "cosine"])
+    parser.add_argument("--paths", nargs="+", help="default: every path of this machine")
+    parser.add_argument("--peers", nargs="+", choices=[*PEER_NAMES, "none"], help="default: all")
+    parser.add_argument("--peers-python", help="interpreter of the peers' environment; default: peers.py's own")
+    parser.add_argument("--memory", nargs="+", choices=[AS_IT_COMES, KEPT], default=[AS_IT_COMES, KEPT])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sweep-rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds: does it all run?")
+    args = parser.parse_args(argv)
+    if args.shapes is None:
+        args.shapes = ["quick"] if args.quick else ["A", "B"]
+    args.sweeps = list(SWEEPS) if args.sweeps is None else args.sweeps
+    if args.quick:
+        args.rounds, args.sweep_rounds = min(args.rounds, 3), min(args.sweep_rounds, 2)
+    return args
+
+
+def find_peers(args: argparse.Namespace) -> tuple[list[str], str | None]:
+    """Which peers run and by what interpreter; ends the program where they are wanted and not there."""
+    if args.peers == ["none"]:
+        return [], None
+    python = args.peers_python or find_python()
+    if python is None or not Path(python).is_file():
+        sys.exit("the peers' environment is not there: build it with `python benchmarks/peers.py`, or say --peers none")
+    return list(args.peers or PEER_NAMES), str(python)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["demo", "A", "B"])
-    parser.add_argument("--scores", nargs="+", default=["inner", "cosine", "cosine_per_feature"])
-    parser.add_argument("--kernels", nargs="+", default=["reference", "auto"])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--free-memory", action="store_true", help="leave the allocator as it is")
-    args = parser.parse_args()
-    if not args.free_memory:
-        keep_memory()
-    print(describe_machine())
-    reported = [time_shape(label, args) for label in args.shapes]
-    if not all(reported):
+    args = parse()
+    peers, python = find_peers(args)
+    contestants = line_up(args.scores, paths(args.paths), peers, python)
+    print(f"{describe_machine().replace(' threads', ' threads here')}; {args.threads} threads a contestant")
+    if not has_fast_bf16():
+        print("This processor does not multiply bf16: the bf16 screen and its floor are not timed.")
+    sweepers = [one for one in contestants if "reference" not in one.who and "plain torch" not in one.who]
+    try:
+        fine = [time_shape(label, contestants, args) for label in args.shapes]
+        if args.sweeps:
+            with started(sweepers, args.threads, keep=True) as workers:
+                fine += [time_sweep(name, workers, args) for name in args.sweeps]
+    except BrokenError as fault:
+        sys.exit(f"not reported: {fault}")
+    if not all(fine):
         sys.exit(1)
 
 

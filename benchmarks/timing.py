@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -23,8 +24,7 @@ def interleave(
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + rounds):
-        for step in range(len(names)):
-            name = names[(turn + step) % len(names)]
+        for name in turned(names, turn):
             begin = now()
             contestants[name]()
             if turn >= warmup:
@@ -32,12 +32,28 @@ def interleave(
     return seconds
 
 
-def median_ratio(seconds: list[float], base: list[float]) -> float:
-    """Median over rounds of the ratio within the round: what a slow drift of the machine cannot move."""
-    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+def turned(names: Sequence[str], turn: int) -> list[str]:
+    """The names, begun `turn` places later: so that none is always first."""
+    return [names[(turn + place) % len(names)] for place in range(len(names))]
+
+
+def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds both took part in of the ratio within the round: what drift of the machine cannot move."""
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=False))
 
 
 def describe_machine() -> str:
     """One line: processor, threads, torch, and the path the kernels take."""
-    processor = platform.processor() or platform.machine()
-    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {describe()}"
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {describe()}"
+
+
+def processor() -> str:
+    """The processor's name, and which of its vector units matter here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, value in facts.items()}
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in fields.get("flags", "").split()]
+    return f"{fields.get('model name', platform.machine())} ({', '.join(units)})"
