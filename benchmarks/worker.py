@@ -1,6 +1,6 @@
 """One contestant in a process of its own, so that its memory is its own: started by `benchmarks.step`.
 
-python -m benchmarks.worker '{"who": …, "threads": …}'   and then lines on standard input, answered by JSON, line by line:
+python -m benchmarks.worker '{"who": …, "threads": …}'   and lines on standard input, each answered by a line of JSON:
 check D M K N    what is wrong with this path at that shape, or null (cosae only)
 build D M K N    start afresh at that shape
 step             one step: seconds, pages mapped, and the peak of memory since `build`

@@ -16,8 +16,13 @@ from cosae.activations.nuisance import keyed_generator
 from cosae.types import Activations
 
 
-def chain(digest: bytes, batch: Activations) -> bytes:
-    """The digest after one more batch, x_ND (B, D) in float32.
+def chain(digest: bytes, batch: Activations | bytes) -> bytes:
+    """The digest after one more batch, x_ND (B, D) in float32, or after the batch whose `fingerprint` is given."""
+    return hashlib.sha256(digest + (batch if isinstance(batch, bytes) else fingerprint(batch))).digest()
+
+
+def fingerprint(batch: Activations) -> bytes:
+    """What a batch adds to a digest: the hashes of its rows, then its ids. Arms in lockstep take it once.
 
     A row's hash is Σ_j w_j · bits_j mod 2⁶⁴ over its fp32 bits, w fixed odd numbers (multilinear hashing):
     the same on every device, a tenth of the cost of hashing every byte, and only 8 bytes a row leave the
@@ -25,10 +30,8 @@ def chain(digest: bytes, batch: Activations) -> bytes:
     """
     bits_BJ = torch.nn.functional.pad(batch.x_ND, (0, batch.x_ND.shape[1] % 2)).contiguous().view(torch.int64)
     row_B = (bits_BJ * _weights(bits_BJ.shape[1], batch.x_ND.device)).sum(-1)
-    running = hashlib.sha256(digest)
-    for part in (row_B, batch.token_N, batch.doc_N, batch.position_N, batch.index_N):
-        running.update(part.cpu().numpy().tobytes())
-    return running.digest()
+    parts = (row_B, batch.token_N, batch.doc_N, batch.position_N, batch.index_N)
+    return b"".join(part.cpu().numpy().tobytes() for part in parts)
 
 
 def _weights(n: int, device: torch.device) -> Tensor:

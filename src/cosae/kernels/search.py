@@ -24,7 +24,9 @@ from cosae.kernels.survivors import Survivors, survivors
 from cosae.kernels.terms import Entries, ScoreTerms
 
 HINT_SHARE = 0.97
-"""Share of the last step's smallest kept score at which the search begins; 1.05–1.2 × the wanted entries pass."""
+"""Share of the hint at which the search begins; 1.05–1.2 × the wanted entries pass where batches are alike."""
+HINT_RISE, HINT_FALL = 1.005, 0.9
+"""How fast a carried hint may rise from step to step, and how far it may lie below the last smallest kept score."""
 DENSE_SHARE = 8
 """Where more than 1/8 of all scores are wanted the definition serves: a sparse path would only add to it."""
 SAMPLE = 64
@@ -58,6 +60,17 @@ class Finder:
 
 
 CPU = Finder(screen.unserved, survivors)
+
+
+def carried(hint: float | None, smallest: float | None) -> float | None:
+    """The hint for the next batch: a low mark of the last smallest kept scores, that forgets by HINT_RISE a step.
+
+    Batches differ, and a search that began too high costs the whole product again; one that began too low costs a
+    few more exact scores.
+    """
+    if hint is None or smallest is None or not (0.0 < hint < math.inf):
+        return smallest
+    return max(min(smallest, HINT_RISE * hint), HINT_FALL * smallest)
 
 
 @dataclass(frozen=True)

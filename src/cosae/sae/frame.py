@@ -25,12 +25,17 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def take(frame: str, x_BD: Tensor, centre_D: Tensor) -> Framed:
+def live_rows(x_BD: Tensor) -> Tensor:
+    """(B,) bool: False where a whole row is zero, which is how padding looks."""
+    return (x_BD != 0).any(dim=-1)
+
+
+def take(frame: str, x_BD: Tensor, centre_D: Tensor, live_B: Tensor | None = None) -> Framed:
     """x (B, D) any float dtype, centre (D,) → Framed, in the centre's precision, at least fp32.
 
-    All-zero rows of x are masked: `live_B` is False for them.
+    All-zero rows of x are masked: `live_B` is False for them (`live_rows`; pass it where it is known already).
     """
-    live_B = (x_BD != 0).any(dim=-1)
+    live_B = live_rows(x_BD) if live_B is None else live_B
     centre_D = at_least_fp32(centre_D)
     x_BD = x_BD.to(centre_D.dtype)
     zero_B = x_BD.new_zeros(x_BD.shape[0])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from cosae.kernels import ScoreTerms, reference
 from cosae.sae.frame import at_least_fp32
@@ -80,21 +81,23 @@ def reconstruction(output: TrainOutput, config: LossConfig, variance: float) -> 
     return torch.stack(per_prefix).mean() / n_live / variance
 
 
-def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig) -> Tensor:
+def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig, sparse_gradients: bool = False) -> Tensor:
     """() share of the residual's variance that the dead features fail to explain (paper §3, aux-k).
 
     Per token the dead features of the aux_k largest pre-ReLU scores rebuild the detached residual with ReLU(s). The
     gradient goes past the ReLU, since a score below 0 would pass none and the feature would stay dead (paper §9 #13);
     the value does not, since dead features would then learn to subtract. Only the dead features' rows, biases and
     decoder rows learn: a centre or a shared exponent that follows the dead costs the living their reconstruction.
-    Costs a product with the dead rows only. dead_F (F,) bool with at least one True.
+    Costs what its dead features cost: products with their rows only; with `sparse_gradients` rows' gradients come back
+    as sparse tensors, which autograd adds in place to the dense ones of the other terms instead of filling and adding
+    a whole matrix. dead_F (F,) bool with at least one True.
     """
     dead = dead_F.nonzero()[:, 0]
     terms = output.terms
     exponent, log_gain = terms.exponent.detach(), terms.log_gain.detach()
     dead_terms = ScoreTerms(
         terms.z_BD.detach(),
-        terms.rows_FD[dead],
+        embedding(dead, terms.rows_FD, sparse=sparse_gradients),
         None if terms.bias_F is None else terms.bias_F[dead],
         exponent[dead] if exponent.ndim == 1 else exponent,
         log_gain[dead] if log_gain.ndim == 1 else log_gain,
@@ -106,7 +109,7 @@ def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig) -> 
     if dead_terms.bias_F is not None:
         score_BF = score_BF + dead_terms.bias_F
     score_BF = _relu_straight_through(score_BF, config.aux_k if config.aux_k is not None else max(1, sae.d_in // 2))
-    rebuilt_BD = score_BF @ at_least_fp32(sae.decoder.rows_FD)[dead]
+    rebuilt_BD = score_BF @ embedding(dead, at_least_fp32(sae.decoder.rows_FD), sparse=sparse_gradients)
     live_B1 = terms.live_B[:, None]
     residual_BD = (output.framed.z_BD - output.rebuilt[-1]).detach() * live_B1
     mean_D = residual_BD.sum(0) / terms.live_B.sum().clamp_min(1)
@@ -141,10 +144,12 @@ def terms_of(
     variance: float,
     dead_F: Tensor | None = None,
     sparsity_weight: float = 0.0,
+    sparse_gradients: bool = False,
 ) -> dict[str, Tensor]:
     """Every term of this SAE's loss by name, already weighed: their sum is the loss.
 
-    variance: what squared errors are divided by. dead_F: (F,) bool, None where nothing is dead.
+    variance: what squared errors are divided by. dead_F: (F,) bool, None where nothing is dead. sparse_gradients: see
+    `aux_k`; only where the sum of all terms is what backward is called on.
     """
     terms = {"reconstruction": reconstruction(output, config, variance)}
     if output.gate_rebuilt is not None:
@@ -153,5 +158,5 @@ def terms_of(
     if sae.cfg.selector in ("jumprelu", "gated"):
         terms["sparsity"] = sparsity_weight * sparsity(sae, output)
     if dead_F is not None and config.aux_coefficient > 0:
-        terms["aux_k"] = config.aux_coefficient * aux_k(sae, output, dead_F, config)
+        terms["aux_k"] = config.aux_coefficient * aux_k(sae, output, dead_F, config, sparse_gradients)
     return terms

@@ -317,18 +317,19 @@ class SAE(nn.Module):
                 )
         return flat
 
-    def _framed(self, flat_BD: Tensor) -> Framed:
-        return frames.take(self.cfg.frame, flat_BD.to(self.device), self.centre_D)
+    def _framed(self, flat_BD: Tensor, live_B: Tensor | None = None) -> Framed:
+        return frames.take(self.cfg.frame, flat_BD.to(self.device), self.centre_D, live_B)
 
     # ------------------------------------------------------------------ training
 
-    def train_forward(self, x_BD: Tensor, hint: float | None = None) -> TrainOutput:
+    def train_forward(self, x_BD: Tensor, hint: float | None = None, live_B: Tensor | None = None) -> TrainOutput:
         """x (B, d_in) → everything a loss needs, by the training rule; differentiable in all parameters.
 
-        `hint` is `selection.hint` of the batch before: it makes the search faster and changes no result.
+        `hint` is `selection.hint` of the batch before: it makes the search faster and changes no result. `live_B` is
+        `frame.live_rows(x)`, where arms that share a batch have it already.
         """
         kernel = self._kernel()
-        framed = self._framed(x_BD)
+        framed = self._framed(x_BD, live_B)
         terms = self.score.terms(framed, centre_only=self.cfg.frame != "unit" and not x_BD.requires_grad)
         selection = self.selector.train_select(terms, kernel, hint)
         entries = selection.entries

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 import torch
 
-from cosae.activations.digest import chain
+from cosae.activations.digest import chain, fingerprint
 from cosae.train.arm import check_seed
 from cosae.train.log import Logger
-from cosae.train.step import ArmState, NonFiniteError, OptimizerConfig, lr_scale, train_step
+from cosae.train.step import ArmState, Batch, NonFiniteError, OptimizerConfig, lr_scale, train_step
 from cosae.types import Activations, CosaeError
 
 MOVING = 0.01
@@ -99,9 +99,11 @@ def train(
             scale = lr_scale(step, config.steps, config.optimizer)
             logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps or step == 0
             numbers = {}
+            rows, print_ = Batch.of(batch.x_ND), fingerprint(batch)
             for state in states:
                 if state.stopped is None:
-                    measured = _advance(state, batch, step, scale, config, say)
+                    state.digest = chain(state.digest, print_)
+                    measured = _advance(state, batch, rows, step, scale, config, say)
                     if logged and measured is not None:
                         numbers[state.arm.name] = _record(state, measured, scale, step, config)
             if all(state.stopped for state in states):
@@ -131,6 +133,7 @@ def train(
 def _advance(
     state: ArmState,
     batch: Activations,
+    rows: Batch,
     step: int,
     scale: float,
     config: TrainingConfig,
@@ -138,9 +141,8 @@ def _advance(
 ) -> dict[str, Any] | None:
     """One step of one arm, timed; None where it had to stop."""
     begun = time.perf_counter()
-    state.digest = chain(state.digest, batch)
     try:
-        return train_step(state, batch.x_ND, step, scale, config.dead_after_tokens)
+        return train_step(state, rows, step, scale, config.dead_after_tokens)
     except NonFiniteError as error:
         documents = sorted({int(d) for d in batch.doc_N.tolist()})[:3]
         where = f"batch {step} of the stream, documents {documents}…"

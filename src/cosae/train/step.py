@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from cosae.kernels.moments import STATE_DTYPES
+from cosae.kernels.search import carried
 from cosae.sae import loss as losses
+from cosae.sae.frame import live_rows
 from cosae.sae.model import SAE, TrainOutput
 from cosae.sae.selector import PENALISED_SELECTORS
 from cosae.train.arm import Arm, input_noise
@@ -154,17 +156,41 @@ class ArmState:
         self.digest = bytes.fromhex(numbers["digest"])
 
 
+@dataclass(frozen=True)
+class Batch:
+    """x (B, d_in) fp32 and what every arm asks of it: arms in lockstep work it out once.
+
+    live_B (B,) bool: rows that are not all zero;  spread () |x − batch mean|² over live rows.
+    """
+
+    x_BD: Tensor
+    live_B: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, x_BD: Tensor) -> Batch:
+        """The facts of these rows."""
+        live_B = live_rows(x_BD)
+        mean_D = x_BD.sum(0) / live_B.sum().clamp_min(1)
+        # masked rows are zero and would count |mean|² each
+        masked = (~live_B).sum() * mean_D.square().sum()
+        return cls(x_BD, live_B, (x_BD - mean_D).square_().sum() - masked)
+
+
 def train_step(
-    state: ArmState, x_BD: Tensor, step: int, scale: float, dead_after_tokens: int
+    state: ArmState, x_BD: Tensor | Batch, step: int, scale: float, dead_after_tokens: int
 ) -> dict[str, Tensor | float]:
-    """Change `state` by one step on x (B, d_in) fp32; `scale` multiplies the learning rate.
+    """Change `state` by one step on x (B, d_in) fp32, or its `Batch`; `scale` multiplies the learning rate.
 
     Returns loss, its terms and what `measure` reads, as 0-d tensors or numbers. Raises NonFiniteError, with nothing
-    changed, where the loss or a gradient is not finite.
+    changed, where the loss or a gradient is not finite. No gradient outlives the step, so that arms in lockstep need
+    the memory of one arm's.
     """
     sae, arm = state.sae, state.arm
-    x_BD = input_noise(x_BD, arm.input_noise, arm.seed or 0, step)
-    output = sae.train_forward(x_BD, state.hint)
+    batch = x_BD if isinstance(x_BD, Batch) else Batch.of(x_BD)
+    if arm.input_noise != 1.0:
+        batch = Batch.of(input_noise(batch.x_BD, arm.input_noise, arm.seed or 0, step))
+    output = sae.train_forward(batch.x_BD, state.hint, batch.live_B)
     fired_F, n_fired = _fired(sae, output)
     n_live = output.framed.live_B.sum()
     age_F = torch.where(fired_F, 0, state.age_F + n_live)
@@ -177,6 +203,7 @@ def train_step(
         variance=state.variance,
         dead_F=dead_F if has_dead else None,
         sparsity_weight=state.weight,
+        sparse_gradients=True,
     )
     total = torch.stack(list(terms.values())).sum()
     if not bool(torch.isfinite(total)):
@@ -187,8 +214,10 @@ def train_step(
         grad_norm = state.optimizer.step(scale)
     except FloatingPointError:
         raise NonFiniteError(f"a gradient became non-finite at step {step}") from None
+    finally:
+        state.optimizer.zero_grad()
     state.age_F = age_F
-    state.hint = output.selection.hint
+    state.hint = carried(state.hint, output.selection.hint)
     l0 = n_fired / max(int(n_live), 1)
     if sae.cfg.selector == "gated" and len(output.selection.score_E):
         state.typical_gate = float(output.selection.score_E.detach().mean())
@@ -199,7 +228,7 @@ def train_step(
         "grad_norm": grad_norm,
         "l0": l0,
         "dead_frac": dead_F.float().mean() if has_dead else 0.0,
-        "fve": _batch_fve(output, x_BD),
+        "fve": _batch_fve(output, batch),
     }
 
 
@@ -211,13 +240,10 @@ def _fired(sae: SAE, output: TrainOutput) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
-def _batch_fve(output: TrainOutput, x_BD: Tensor) -> Tensor:
+def _batch_fve(output: TrainOutput, batch: Batch) -> Tensor:
     """1 − |x − x̂|² / |x − batch mean|² in raw units, masked rows left out: a training-time glance, not the metric."""
-    live_B1 = output.framed.live_B[:, None]
-    error = losses.squared_error(output, output.rebuilt[-1], "raw")[output.framed.live_B].sum()
-    mean_D = x_BD.sum(0) / live_B1.sum().clamp_min(1)
-    spread = ((x_BD - mean_D) * live_B1).square().sum()
-    return 1 - error / spread.clamp_min(losses.DENOMINATOR_MIN)
+    error = losses.squared_error(output, output.rebuilt[-1], "raw")[batch.live_B].sum()
+    return 1 - error / batch.spread.clamp_min(losses.DENOMINATOR_MIN)
 
 
 @torch.no_grad()
