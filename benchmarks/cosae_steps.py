@@ -15,7 +15,7 @@ from cosae.sae.model import SAE
 from cosae.train.arm import Arm
 from cosae.train.step import ArmState, OptimizerConfig, train_step
 
-CHECKED_TOKENS, GRADIENT_TOKENS = 512, 64
+CHECKED_TOKENS, GRADIENT_TOKENS = 256, 32
 NEVER = 10**12
 """Tokens after which a feature counts as dead: none does while it is timed."""
 LR = 2e-4

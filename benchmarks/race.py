@@ -111,10 +111,10 @@ def started(contestants: Sequence[Contestant], threads: int, keep: bool) -> Iter
 
 
 def find_faults(workers: dict[str, Worker], shape: Shape) -> list[str]:
-    """What is wrong with cosae's paths at this shape, one sentence each."""
+    """What is wrong with cosae's paths at this shape, one sentence each; the definition itself is not asked."""
     faults = []
     for name, worker in workers.items():
-        if worker.one.who[0] == "cosae":
+        if worker.one.who[0] == "cosae" and "reference" not in worker.one.who:
             worker.tell("check", shape)
             fault = worker.hear()["fault"]
             faults += [f"{name}: {fault}"] if fault else []
