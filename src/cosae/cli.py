@@ -78,6 +78,20 @@ class Train:
     """No progress display."""
     show: bool = False
     """Print the recipe that would run, as JSON, and stop."""
+    dry_run: bool = False
+    """Print what the run would take in memory, disk and time, as `cosae plan` does, and stop."""
+
+
+@dataclass(frozen=True)
+class Plan(Train):
+    """What a run would take in memory, disk and time; nothing is written. `cosae plan capture …` asks for a capture.
+
+    Memory and disk are told from configurations, time from a short sample of the run. Takes the options of train, and
+    refuses what cannot fit, saying what to lower to what. Example: cosae plan --d-sae 65536 --steps 20000
+    """
+
+    out: Path = Path("runs/plan")
+    """Where the run would be written: whose disk is looked at."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +235,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "push": Push,
     "pull": Pull,
     "eval": Eval,
+    "plan": Plan,
 }
 
 
@@ -232,13 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"cosae {__version__}")
         return
-    command = tyro.extras.subcommand_cli_from_dict(
-        VERBS,
-        args=given or ["--help"],
-        prog="cosae",
-        description="Train and judge sparse autoencoders with inner-product and cosine scores, side by side.",
-        use_underscores=False,
-    )
+    command = _parse(given)
     from cosae.kernels import keep_memory
     from cosae.train.loop import Interrupted
 
@@ -257,6 +266,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _parse(given: list[str]) -> Any:
+    """A verb's options. `plan` is asked of train, or of capture where that is named."""
+    if given[:2] == ["plan", "capture"]:
+        return tyro.cli(store_verbs.PlanCapture, args=given[2:], prog="cosae plan capture", use_underscores=False)
+    if given[:2] == ["plan", "train"]:
+        given = ["plan", *given[2:]]
+    return tyro.extras.subcommand_cli_from_dict(
+        VERBS,
+        args=given or ["--help"],
+        prog="cosae",
+        description="Train and judge sparse autoencoders with inner-product and cosine scores, side by side.",
+        use_underscores=False,
+    )
 
 
 def _how_to_go_on(command: Any) -> str:
@@ -345,6 +369,11 @@ def _train(command: Train) -> int:
         from cosae.recipe import to_plain
 
         print(json.dumps(to_plain(recipe), indent=2))
+        return 0
+    if command.dry_run or isinstance(command, Plan):
+        from cosae.run.plan import plan_run, screen
+
+        print(screen(plan_run(recipe, command.out, store_verbs.speaker(command.quiet))))
         return 0
     from cosae.run.execute import Logs, execute
 
@@ -457,6 +486,8 @@ _DO: dict[type[Any], Any] = {
     Push: share_verbs.push,
     Pull: share_verbs.pull,
     Eval: _eval,
+    Plan: _train,
+    store_verbs.PlanCapture: store_verbs.capture,
 }
 
 if __name__ == "__main__":

@@ -52,6 +52,18 @@ class Capture:
     """Any other field of the recipe's data, by dotted path: data.packing=document data.batch_sequences=4."""
     quiet: bool = False
     """No progress display."""
+    dry_run: bool = False
+    """Print what the capture would take in memory, disk and time, as `cosae plan capture` does, and stop."""
+
+
+@dataclass(frozen=True)
+class PlanCapture(Capture):
+    """What a capture would take in memory, disk and time; nothing is written. Takes the options of capture."""
+
+    out: Path = Path("stores/plan")
+    """Where the store would be written: whose disk is looked at."""
+    tokens: int = 1_000_000
+    """Train rows to capture."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +104,16 @@ def build_capture(command: Capture) -> Any:
 
 
 def capture(command: Capture) -> int:
+    """Write the stores, or say what they would take."""
     from cosae.run.capture import capture_stores
+    from cosae.run.plan import check_capture, plan_capture, screen
 
-    wanted = build_capture(command)
-    stores = capture_stores(
-        wanted, command.out, progress=None if command.quiet else _bar, say=_no_say if command.quiet else _say
-    )
+    wanted, say = build_capture(command), speaker(command.quiet)
+    if command.dry_run or isinstance(command, PlanCapture):
+        print(screen(plan_capture(wanted, command.out, say)))
+        return 0
+    check_capture(wanted, command.out)
+    stores = capture_stores(wanted, command.out, progress=None if command.quiet else _bar, say=say)
     for store in stores:
         print(f"{store}: {_summary(store)}")
     print(f"Train on it with: cosae train --store {stores[0]} --out RUN")
@@ -175,9 +191,6 @@ def _bar(total: int) -> Callable[[int], None]:
     return more
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _no_say(text: str) -> None:
-    pass
+def speaker(quiet: bool) -> Callable[[str], None]:
+    """What says things on standard error, or keeps them."""
+    return (lambda _: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))

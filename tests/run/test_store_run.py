@@ -328,7 +328,9 @@ def wait_for(out: Path, n_shards: int, process: subprocess.Popen[str]) -> None:
 def test_killed_at_random_moments_and_gone_on_with_a_store_is_the_same_to_the_byte(
     corpus: Path, tmp_path: Path
 ) -> None:
-    assert start(corpus, tmp_path / "whole", "--quiet").wait() == 0
+    whole = start(corpus, tmp_path / "whole", "--quiet")
+    whole.communicate()
+    assert whole.returncode == 0
     random = np.random.default_rng(0)
     out = tmp_path / "killed"
     kills = 0
@@ -336,13 +338,14 @@ def test_killed_at_random_moments_and_gone_on_with_a_store_is_the_same_to_the_by
         process = start(corpus, out, "--quiet")
         n_before = len(list(out.glob("*.safetensors")))
         try:
-            wait_for(out, n_before + 1 + int(random.integers(2)), process)
+            wait_for(out, n_before + 1 + int(random.integers(3)), process)
             time.sleep(float(random.uniform(0, 0.2)))
         except AssertionError:
             assert process.returncode == 0
             break
         process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
     assert kills >= 3
     assert fingerprint(out) == fingerprint(tmp_path / "whole")
 

@@ -230,6 +230,11 @@ class StoreSource:
         self._order: tuple[int, Tensor] | None = None
 
     @property
+    def chunk_tokens(self) -> int:
+        """Rows of a chunk; the last of an epoch may have fewer."""
+        return self._chunk_blocks * BLOCK_ROWS
+
+    @property
     def chunks_per_epoch(self) -> int:
         return math.ceil(self.n_blocks / self._chunk_blocks)
 

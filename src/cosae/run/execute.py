@@ -37,6 +37,7 @@ from cosae.run.folder import (
     write_json,
 )
 from cosae.run.measure import evaluate
+from cosae.run.plan import check_run
 from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
@@ -86,6 +87,8 @@ def execute(
     recipe.check()
     if out is not None:
         check_free(out)
+    if data is None and tensor is None:
+        check_run(recipe, out)
     data = open_data(recipe, tensor) if data is None else data
     run = _Run(recipe, data, out, logs or Logs())
     try:
