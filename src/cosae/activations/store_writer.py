@@ -278,6 +278,12 @@ def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
         yield known
 
 
+def begun_request(folder: Path) -> dict[str, Any]:
+    """The request of a store, finished or not."""
+    place = folder / (INDEX if (folder / INDEX).exists() else CAPTURE)
+    return dict(read_record(place)["request"])
+
+
 def rows_written(folder: Path) -> int:
     """Rows in the whole shards of a store, finished or not."""
     if (folder / INDEX).exists():

@@ -24,7 +24,8 @@ import torch
 from cosae.activations.rounding import store_dtype
 from cosae.activations.shards import ShardRows, ShardShape
 from cosae.activations.sites import Site
-from cosae.activations.store_writer import SIDES, StoreWriter
+from cosae.activations.store import find_stores
+from cosae.activations.store_writer import SIDES, StoreWriter, begun_request
 from cosae.recipe import DataConfig, to_plain
 from cosae.run import facts
 from cosae.run.capture_text import CaptureText, Part
@@ -34,7 +35,7 @@ from cosae.types import Activations, CosaeError
 
 SHARD_BYTES = 128 * 2**20
 """A shard that nobody gave a size is about this large."""
-NO_SAY_IN_IT = ("site", "activations", "activations_key", "world", "store", "store_site", "n_workers")
+NO_SAY_IN_IT = ("site", "activations", "activations_key", "world", "store", "store_site", "n_workers", "ahead_chunks")
 """Fields of a recipe's data that decide nothing of what is captured."""
 
 
@@ -103,6 +104,10 @@ def capture_stores(
         raise CosaeError(f"each site may be named once. Got {', '.join(wanted.sites)} instead.")
     batch_sequences = batch_size(wanted.data, model, sites, "float32" if wanted.dtype == "int8" else wanted.dtype)
     wanted = replace(wanted, data=replace(wanted.data, batch_sequences=batch_sequences))
+    dtype = "float32" if wanted.dtype == "int8" else wanted.dtype
+    if wanted.data.batch_sequences == "auto":
+        at_once = begun_with(out, "batch_sequences") or batch_size(wanted.data, model, sites, dtype)
+        wanted = replace(wanted, data=replace(wanted.data, batch_sequences=at_once))
     text = CaptureText(wanted.data, tokenizer, wanted.seed, wanted.held_out_tokens)
     first = next(text.parts("train", 1)).sequences[:1]
     widths = {site: int(capture(model, first, site)[site.name].x_ND.shape[1]) for site in sites}
@@ -145,6 +150,11 @@ def capture_stores(
         if not writer.finished:
             writer.finish(documents)
     return folders
+
+
+def begun_with(out: Path, setting: str) -> Any:
+    """What a store in `out` was begun with; None where there is none. A size that was measured is not measured anew."""
+    return next((begun_request(place).get(setting) for place in find_stores(out)), None)
 
 
 def _rows(found: Activations, part: Part) -> ShardRows:

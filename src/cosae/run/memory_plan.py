@@ -2,7 +2,8 @@
 
 B batch, D width, F features, R rows of the buffer, W of the window, H of the held-out tokens; fp32 where not said.
 
-    arm            4 · 2 F D                  parameters, gradients, two Adam moments (each 2 F D: encoder and decoder)
+    arm            4 · 2 F D                  parameters, gradients, two Adam moments (each 2 F D: encoder and decoder;
+                                              moments in fewer bytes where the optimiser keeps them so)
     buffer         R (s D + 21)               s bytes a value (training.store_dtype); norm, ids and the special mark
     sample         16 384 D                   what weights are initialised on
     model, text    weights; 36 bytes a token  held corpora: ids, offsets, places
@@ -34,8 +35,11 @@ from cosae.train.checkpoint import KEEP
 FLOAT = 4
 IDS_BYTES = 21  # norm, four ids, one mark
 TEXT_BYTES = 36
+AUTO_PASS_TOKENS = 4096
 LABEL_BYTES = 157  # one byte a concept while measuring
 LABELLED_TOKENS = 500_000  # of the documents that labels are looked up in
+MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.1}
+"""Of one value of Adam's moments; int8 with the scales of its blocks."""
 WORLD_CHUNK, ARRAY_CHUNK = 8192, 65536
 
 
@@ -99,13 +103,17 @@ def _model_sizes(data: DataConfig, tokens: int, site: str | None = None) -> Size
 
         name = str(model_path())
     size = model_size(name, site or data.site, data.model_dtype, data.revision, data.attention)
-    per_pass = data.batch_sequences * data.context
+    # measured where asked, against an eighth of the memory and at most so many tokens
+    per_pass = AUTO_PASS_TOKENS if data.batch_sequences == "auto" else data.batch_sequences * data.context
     work = per_pass * (size.pass_bytes + data.context * size.attention_bytes)
     items = (
         Item(f"the model ({data.model_dtype})", size.weight_bytes),
         Item("the text as tokens", TEXT_BYTES * _held_tokens(data, tokens)),
     )
-    return Sizes(size.d_in, items, data.chunk_sequences * data.context, work)
+    chunk = data.chunk_sequences * data.context
+    value = max(4, STORE_DTYPES[data.model_dtype].itemsize)
+    ahead = Item("chunks captured ahead", data.ahead_chunks * chunk * (value * size.d_in + IDS_BYTES))
+    return Sizes(size.d_in, (*items, ahead) if data.ahead_chunks else items, chunk, work)
 
 
 def _held_tokens(data: DataConfig, tokens: int) -> int:
@@ -130,7 +138,8 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
     rows, batch = training.buffer_tokens, training.batch_tokens
     buffer = Item("the shuffle buffer", rows * row)
     sample = Item("the sample for initialisation", SAMPLE_ROWS * FLOAT * d)
-    arms = [_arm(arm.name, _width(arm), d) for arm in recipe.arms]
+    moment = MOMENT_BYTES[training.optimizer.state_dtype]
+    arms = [_arm(arm.name, _width(arm), d, moment) for arm in recipe.arms]
     widest = max(recipe.arms, key=_width)
     held_out = recipe.evaluation.held_out_tokens
     probed = recipe.evaluation.probe_tokens if recipe.evaluation.probing and _labelled(recipe) else 0
@@ -141,7 +150,7 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
         Item("the first window", 3 * recipe.filter.window_tokens * row),
         Item(f"one step of {widest.name}", _step(widest, recipe.kernel, batch, d)),
         Item("a refill of the buffer", 2 * sizes.chunk_rows * row + sizes.chunk_work),
-        Item("a checkpoint being written", max(3 * rows * row, 2 * 3 * 2 * _width(widest) * d * FLOAT)),
+        Item("a checkpoint being written", max(3 * rows * row, int(2 * 2 * _width(widest) * d * (FLOAT + 2 * moment)))),
         Item(
             "evaluation",
             4 * measured * FLOAT * d + (held_out + probed) * codes + LABEL_BYTES * (2 * probed + labelled),
@@ -150,9 +159,8 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
     return MemoryPlan((*sizes.resident, buffer, sample, *arms), passing)
 
 
-def _arm(name: str, width: int, d: int) -> Item:
-    what = f"arm {name}: parameters, gradients, two moments"
-    return Item(what, 4 * 2 * width * d * FLOAT)
+def _arm(name: str, width: int, d: int, moment: float) -> Item:
+    return Item(f"arm {name}: parameters, gradients, two moments", int(2 * width * d * (2 * FLOAT + 2 * moment)))
 
 
 def _step(arm: Any, kernel: str, batch: int, d: int) -> int:
@@ -181,10 +189,11 @@ def run_disk(recipe: Recipe, d_in: int) -> tuple[Item, ...]:
     row = STORE_DTYPES[training.store_dtype].itemsize * d_in + IDS_BYTES
     width = sum(_width(arm) for arm in recipe.arms)
     weights = 2 * width * d_in * FLOAT
+    moment = MOMENT_BYTES[training.optimizer.state_dtype]
     n = KEEP + 1 if training.checkpoint_every and training.steps > training.checkpoint_every else 1
     return (
         Item(f"{n} checkpoints: shuffle buffer", n * training.buffer_tokens * row),
-        Item(f"{n} checkpoints: weights and moments", n * 3 * weights),
+        Item(f"{n} checkpoints: weights and moments", int(n * weights * (1 + 2 * moment / FLOAT))),
         Item("trained SAEs", weights),
     )
 
@@ -195,7 +204,9 @@ def capture_memory(wanted: Capture, sizes: Sequence[Sizes], label_bytes: int) ->
     shards = [
         Item(
             f"rows of {site} on their way to a shard, twice",
-            2 * wanted.rows_per_shard(size.d_in, label_bytes) * (value * size.d_in + IDS_BYTES + label_bytes),
+            2
+            * min(wanted.rows_per_shard(size.d_in, label_bytes), max(wanted.tokens, wanted.held_out_tokens))
+            * (value * size.d_in + IDS_BYTES + label_bytes),
         )
         for site, size in zip(wanted.sites, sizes, strict=True)
     ]

@@ -79,14 +79,14 @@ def capture_time(wanted: Capture, say: Callable[[str], None] = lambda _: None) -
     """Time of a capture: one chunk of sequences through the model, scaled to all tokens. Writes nothing."""
     from cosae.activations.capture import capture, resolve_site
     from cosae.run.capture_text import CaptureText
-    from cosae.run.data import open_model
+    from cosae.run.data import batch_size, open_model
 
     say("loading the model for a short sample")
     model, tokenizer = open_model(wanted.data, wanted.device)
     sites = [resolve_site(model, name) for name in wanted.sites]
     text = CaptureText(wanted.data, tokenizer, wanted.seed, 0)
     part = next(text.parts("train", wanted.tokens))
-    at_once = wanted.data.batch_sequences
+    at_once = batch_size(wanted.data, model, sites, "float32")
     capture(model, part.sequences[:at_once], sites, at_once)
     began = time.perf_counter()
     found = capture(model, part.sequences, sites, at_once)
