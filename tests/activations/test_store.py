@@ -116,6 +116,13 @@ def test_any_store_gives_back_what_went_in(
         del store, source
 
 
+def test_rows_that_come_from_nowhere_can_be_stored(tmp_path: Path) -> None:
+    bare = Activations.bare(torch.randn(20, 3))
+    back = everything(Store(write_store(tmp_path / "s", ShardRows(bare))))
+    assert torch.equal(back.x_ND, bare.x_ND)
+    assert bool((back.token_N == -1).all())
+
+
 def test_shards_are_safetensors_that_anybody_can_read(tmp_path: Path) -> None:
     given_rows = rows(20, 6)
     write_store(tmp_path / "s", given_rows, dtype="int8")

@@ -148,7 +148,8 @@ def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> dic
     """
     x_ND, scale_N = round_rows(rows.activations.x_ND, dtype)
     mean_D, squares = _moments(x_ND, scale_N)
-    tensors = {"x": x_ND} | {name: getattr(rows.activations, field) for name, field in COLUMNS.items()}
+    # rows from nowhere in particular share one tensor among their ids, which a file must not
+    tensors = {"x": x_ND} | {name: getattr(rows.activations, field).clone() for name, field in COLUMNS.items()}
     tensors |= {"mean": mean_D, "squares": squares}
     optional = {"scale": scale_N, "labels": rows.labels_NL, "labelled": rows.labelled_N}
     tensors |= {name: value for name, value in optional.items() if value is not None}
