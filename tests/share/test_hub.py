@@ -86,7 +86,9 @@ def test_an_sae_there_and_back(hub: Hub, sae: cosae.SAE, tmp_path: Path) -> None
     assert out == tmp_path / "out"
     assert files(out) == NAMES
     assert same(cosae.load(out), sae)
-    assert cosae.load(out).facts == sae.facts
+    facts = cosae.load(out).facts
+    assert facts == {**sae.facts, "model": "tiny<b>"}  # a folder of somebody's machine stays there
+    assert "/home/somebody" not in (out / "cfg.json").read_text("utf-8")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     text = (out / "README.md").read_text("utf-8")
     assert text.startswith(

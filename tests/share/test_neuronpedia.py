@@ -14,8 +14,9 @@ from small_exports import Words, dense, make_model, make_sae, make_sequences, wh
 
 from cosae.evaluate.intervention import find_site
 from cosae.share import cached_codes, correlations, neuronpedia, neuronpedia_upload
-from cosae.share.neuronpedia import Dashboard, batches, histogram, write_dashboards
+from cosae.share.neuronpedia import Dashboard, batches, write_dashboards
 from cosae.share.unembed import OUT_OF_RANGE, head_shares, residual_directions, spellings
+from cosae.share.windows import histogram
 from cosae.types import CosaeError
 
 SITE = "resid_post.2"
@@ -246,7 +247,7 @@ def test_an_interruption_keeps_what_was_there(model: Any, tmp_path: Path, monkey
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(neuronpedia, "_windows", stop)
+    monkeypatch.setattr(neuronpedia, "windows", stop)
     with pytest.raises(KeyboardInterrupt):
         export(model, sae, out, top=3)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
@@ -255,7 +256,7 @@ def test_an_interruption_keeps_what_was_there(model: Any, tmp_path: Path, monkey
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(neuronpedia, "_windows", full)
+    monkeypatch.setattr(neuronpedia, "windows", full)
     with pytest.raises(CosaeError, match="No space left on device"):
         export(model, sae, out, top=3)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

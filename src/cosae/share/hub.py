@@ -2,7 +2,8 @@
 
     REPO[:PATH]   OWNER/NAME, and a folder in it: me/saes, me/saes:layer_5/cosine
 
-A push is one commit: all of it arrives or none. A pull downloads into a folder of its own, reads the SAE as
+A push is one commit: all of it arrives or none, and folders of this machine named in an SAE's facts are cut to their
+last part. A pull downloads into a folder of its own, reads the SAE as
 `cosae.load` does (digests, shapes, stored probes) and only then puts it in place. Only here is huggingface_hub
 imported, when called. Tokens come from the argument, HF_TOKEN or `hf auth login`; the server from the argument or
 HF_ENDPOINT.
@@ -10,14 +11,14 @@ HF_ENDPOINT.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 from cosae.sae import file
 from cosae.sae.model import SAE
 from cosae.share import card as cards
+from cosae.share.hub_errors import plainly
 from cosae.share.read import read_sae
 from cosae.share.staged import filled
 from cosae.share.untrusted import read_json
@@ -105,7 +107,7 @@ def push(
     try:
         with tempfile.TemporaryDirectory() as staged:
             files = _stage(saes, metrics, place, license, Path(staged))
-            with _plainly(hub, f"{place} was not pushed", writing=True):
+            with plainly(hub, f"{place} was not pushed", writing=True):
                 say(f"repository {place.repo}")
                 api.create_repo(place.repo, private=private, exist_ok=True)
                 if place.path and _may_write_root_card(api, hub, place, revision):
@@ -145,7 +147,7 @@ def pull(
         raise CosaeError(f"{out} already holds something: choose another --out.")
     hub, api = _api(token, endpoint)
     with filled(out, MARK) as staged:
-        with _plainly(hub, f"{place} was not pulled", writing=False):
+        with plainly(hub, f"{place} was not pulled", writing=False):
             info = api.repo_info(place.repo, revision=revision)
             chosen = _choose(place, [sibling.rfilename for sibling in info.siblings or []])
             for name in chosen:
@@ -191,7 +193,9 @@ def _stage(
     """All files of the push, by their name in the repository."""
     files: dict[str, Path] = {}
     for name, sae in saes.items():
-        folder = file.save(sae, staged / "saes" / (name or "sae"))
+        sent = copy.copy(sae)
+        sent.facts = _without_folders(sae.facts)
+        folder = file.save(sent, staged / "saes" / (name or "sae"))
         for path in sorted(folder.iterdir()):
             files[place.inside(name, path.name)] = path
         if metrics.get(name):
@@ -203,6 +207,17 @@ def _stage(
     files[place.inside(CARD)] = staged / CARD
     files[place.inside(CARD)].write_text(text, "utf-8")
     return files
+
+
+def _without_folders(value: Any) -> Any:
+    """Facts with absolute paths cut to their last part: whose machine it was is nobody's business."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(one) for one in value]
+    if isinstance(value, str) and re.match(r"[/~]|[A-Za-z]:[\\/]", value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
 
 
 def _may_write_root_card(api: Any, hub: Any, place: Place, revision: str | None) -> bool:
@@ -262,53 +277,3 @@ def _api(token: str | None, endpoint: str | None) -> tuple[Any, Any]:
     importlib.import_module("huggingface_hub.utils").disable_progress_bars()
     place = endpoint or os.environ.get("HF_ENDPOINT") or None
     return huggingface_hub, huggingface_hub.HfApi(endpoint=place, token=token, library_name="cosae")
-
-
-@contextmanager
-def _plainly(hub: Any, what: str, *, writing: bool) -> Iterator[None]:
-    """Whatever the hub's client raises, in one sentence."""
-    try:
-        yield
-    except CosaeError:
-        raise
-    except Exception as error:  # the client, its HTTP library and the system raise errors of many kinds
-        raise CosaeError(f"{what}: {_reason(hub.errors, error, writing)}.") from None
-
-
-def _reason(errors: Any, error: BaseException, writing: bool) -> str:
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # the client's own wrapping
-        return _reason(errors, error.__cause__, writing)
-    login = "set HF_TOKEN or run `hf auth login`"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError):
-        return f"the repository is gated: ask for access on its page, then {login}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "the repository has no such revision: name a branch, tag or commit that is there"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        may = "write to" if writing else "see"
-        return (
-            f"there is no such repository, or it is private and no token given may {may} it: check the name, or {login}"
-        )
-    if isinstance(error, errors.EntryNotFoundError) and status == 404:
-        return "a file is no longer there: run the command again"
-    if status == 401:
-        return f"the token is not accepted: {login}"
-    if status == 403:
-        needs = "it needs write access to this repository" if writing else "it may not read this repository"
-        return f"the token is not allowed to do that ({needs})"
-    if status == 429:
-        return "the hub asks to wait (too many requests): try later"
-    if status is not None:
-        return f"the hub answered with status {status} ({_line(error)}): try later"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"a file cannot be written ({error.strerror})"
-    if "onsistency check" in str(error) or "peer closed" in str(error).lower():
-        return f"a download stopped short ({_line(error)}): run the command again"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set: unset it to reach the hub"
-    return f"the hub could not be reached or understood ({type(error).__name__}: {_line(error)})"
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return (text[:160] + "…") if len(text) > 160 else text or type(error).__name__

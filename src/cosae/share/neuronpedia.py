@@ -32,11 +32,12 @@ from cosae.share.cached_codes import Array, CachedCodes, cache_codes
 from cosae.share.correlations import Partners, correlated_features, correlated_neurons
 from cosae.share.staged import filled
 from cosae.share.unembed import head_shares, residual_directions, spellings, unembedding
+from cosae.share.windows import histogram, rounded, windows
 from cosae.types import CosaeError, Sequences
 
 MARK, SETTINGS, SKIPPED = "cosae_export.json", "run_settings.json", "skipped_indexes.json"
 FORMAT, VERSION = "cosae-neuronpedia", 1
-BINS, LOGITS, PARTNERS, DECIMALS = 50, 10, 3, 3
+LOGITS, PARTNERS = 10, 3
 BLOCK_ENTRIES = 2**23
 """Entries of a block of features held at once: 16 bytes each, and as many again while they are sorted."""
 
@@ -191,24 +192,24 @@ def _feature(
     return {
         "feature_index": feature,
         "neuron_alignment_indices": aligned.tolist(),
-        "neuron_alignment_values": _rounded(row_D[aligned]),
-        "neuron_alignment_l1": _rounded(np.abs(row_D[aligned]) / max(np.abs(row_D).sum(), 1e-30)),
+        "neuron_alignment_values": rounded(row_D[aligned]),
+        "neuron_alignment_l1": rounded(np.abs(row_D[aligned]) / max(np.abs(row_D).sum(), 1e-30)),
         "correlated_neurons_indices": tables.neurons.id_Fk[feature].tolist(),
-        "correlated_neurons_l1": _rounded(tables.neurons.cosine_Fk[feature]),
-        "correlated_neurons_pearson": _rounded(tables.neurons.pearson_Fk[feature]),
+        "correlated_neurons_l1": rounded(tables.neurons.cosine_Fk[feature]),
+        "correlated_neurons_pearson": rounded(tables.neurons.pearson_Fk[feature]),
         "correlated_features_indices": tables.features.id_Fk[feature].tolist(),
-        "correlated_features_l1": _rounded(tables.features.cosine_Fk[feature]),
-        "correlated_features_pearson": _rounded(tables.features.pearson_Fk[feature]),
+        "correlated_features_l1": rounded(tables.features.cosine_Fk[feature]),
+        "correlated_features_pearson": rounded(tables.features.pearson_Fk[feature]),
         **{name: value for name, value in logits.items() if "hist" not in name},
         "frac_nonzero": len(token_e) / codes.n_tokens,
-        "freq_hist_data_bar_values": _rounded(centres),
+        "freq_hist_data_bar_values": rounded(centres),
         "freq_hist_data_bar_heights": heights,
         **{name: value for name, value in logits.items() if "hist" in name},
         "n_prompts_total": len(codes.ids_ST),
         "n_tokens_in_prompt": int(codes.ids_ST.shape[1]),
         "dataset": settings.dataset,
         "decoder_weights_dist": [] if tables.heads_FH is None else tables.heads_FH[feature].tolist(),
-        "activations": list(_windows(feature, token_e, value_e, codes, tables, settings)),
+        "activations": list(windows(token_e, value_e, codes, tables.row_tokens, settings, (settings.seed, feature))),
         "vector": [],
     }
 
@@ -224,78 +225,12 @@ def _logits(feature: int, tables: _Tables) -> dict[str, Any]:
     heights, centres = histogram(logit_V)
     return {
         "neg_str": [tables.spelled[i] for i in low],
-        "neg_values": _rounded(logit_V[low]),
+        "neg_values": rounded(logit_V[low]),
         "pos_str": [tables.spelled[i] for i in high],
-        "pos_values": _rounded(logit_V[high]),
+        "pos_values": rounded(logit_V[high]),
         "logits_hist_data_bar_heights": heights,
-        "logits_hist_data_bar_values": _rounded(centres),
+        "logits_hist_data_bar_values": rounded(centres),
     }
-
-
-def _windows(
-    feature: int, token_e: Array, value_e: Array, codes: CachedCodes, tables: _Tables, settings: Dashboard
-) -> Iterator[dict[str, Any]]:
-    """The top group, then intervals from the highest down."""
-    context = int(codes.ids_ST.shape[1])
-    shown_e = token_e % context > 0  # the first token of a sequence is in no window
-    token_e, value_e = token_e[shown_e], value_e[shown_e]
-    if not len(token_e):
-        return
-    size_e = np.abs(value_e)
-    largest, rng = float(size_e.max()), np.random.default_rng([settings.seed, feature])
-    groups = [(-1.0, largest, -1.0, _distinct(token_e[np.argsort(-size_e, kind="stable")], context, settings.top))]
-    edges = np.linspace(0, largest, settings.n_quantiles + 1)
-    for low, high in reversed(list(itertools.pairwise(edges))):
-        inside = token_e[(size_e >= low) & (size_e <= high)]
-        n_inside = len(inside) + (codes.n_tokens - len(token_e) if low == 0 else 0)
-        drawn = _distinct(rng.permutation(inside), context, settings.per_quantile)
-        if low == 0 and len(drawn) < settings.per_quantile:
-            drawn = np.concatenate([drawn, _silent(rng, token_e, codes, settings.per_quantile - len(drawn))])
-        groups.append((low, high, n_inside / codes.n_tokens, drawn))
-    for low, high, share, tokens in groups:
-        for token in tokens.tolist():
-            row, position = divmod(token, context)
-            a, b = np.searchsorted(token_e, [row * context, (row + 1) * context])
-            value_T = np.zeros(context)
-            value_T[token_e[a:b] - row * context] = value_e[a:b]
-            yield {
-                "bin_min": round(float(low), DECIMALS),
-                "bin_max": round(float(high), DECIMALS),
-                "bin_contains": round(float(share), 5),
-                "tokens": tables.row_tokens[row],
-                "values": _rounded(value_T[1:]),
-                "qualifying_token_index": position - 1,
-            }
-
-
-def _distinct(token_e: Array, context: int, n: int) -> Array:
-    """The first n tokens that are of different sequences."""
-    _, first = np.unique(token_e // context, return_index=True)
-    return token_e[np.sort(first)[:n]]
-
-
-def _silent(rng: np.random.Generator, token_e: Array, codes: CachedCodes, n: int) -> Array:
-    """Up to n tokens at random at which the feature is silent, of sequences in which it never fires."""
-    n_rows, context = codes.ids_ST.shape
-    rows = np.setdiff1d(np.arange(n_rows), token_e // context)
-    chosen = rng.choice(rows, min(n, len(rows)), replace=False)
-    return chosen * context + rng.integers(1, context, len(chosen))
-
-
-def histogram(value_n: Array) -> tuple[list[int], Array]:
-    """Heights of 50 equal bins between the least and the largest value, and the bins' centres; empty for no values."""
-    if not len(value_n):
-        return [], np.zeros(0)
-    low, high = float(value_n.min()), float(value_n.max())
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    heights, edges = np.histogram(value_n, BINS, (low, high))
-    return heights.tolist(), (edges[:-1] + edges[1:]) / 2
-
-
-def _rounded(value_n: Array) -> list[float]:
-    found: list[float] = (np.round(np.asarray(value_n, np.float64), DECIMALS) + 0.0).tolist()  # + 0.0: no −0.0
-    return found
 
 
 def _write_settings(
