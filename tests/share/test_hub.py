@@ -395,6 +395,16 @@ def test_only_this_door_imports_the_hubs_client_and_only_when_called() -> None:
     assert all(line.startswith("    ") for line in found.values())
 
 
+def test_the_pages_example(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "hub.md"
+    (block,) = re.findall(r"^```python hub\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    exec(compile(block, str(page), "exec"), namespace)
+    assert same(namespace["again"], namespace["sae"])
+
+
 def test_on_the_command_line(
     hub: Hub, sae: cosae.SAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

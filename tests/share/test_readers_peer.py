@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from test_delphi import write as write_cache
 from test_neuronpedia import SITE, export
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 PEERS = Path(os.environ.get("COSAE_PEERS", "/nonexistent"))
 
 
@@ -26,7 +28,7 @@ def needs(name: str) -> Any:
 
 def answer(name: str, *arguments: object) -> Any:
     """What a check prints, run by its peer's Python with this cosae lent to it."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1] / "src"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [PEERS / name / "bin" / "python", HERE / "peers" / f"{name}_checks.py", *arguments]
     done = subprocess.run(
         [str(part) for part in command], env=environment, capture_output=True, text=True, check=False, timeout=600
@@ -108,3 +110,15 @@ def test_the_plain_hook_in_a_transformer_bridge_is_the_splice() -> None:
         assert difference < limit < 1 < moved, site
     assert got["edited"] < limit
     assert got["padded"] < limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in ("nnsight", "transformer_lens")])
+def test_the_pages_example(name: str, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+    (block,) = re.findall(rf"^```python {name}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "example.py").write_text(block, "utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [str(PEERS / name / "bin" / "python"), str(tmp_path / "example.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
