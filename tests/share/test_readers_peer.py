@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from hub_stand_in import WRITER, running
 from small_exports import dense, make_model, make_sae, whole_sequences
 from test_delphi import MODULE
 from test_delphi import write as write_cache
 from test_neuronpedia import SITE, export
+
+import cosae
+from cosae.sae.calibrate import calibrate
+from cosae.share.hub import push
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -26,10 +31,10 @@ def needs(name: str) -> Any:
     return pytest.mark.skipif(not there, reason=f"set COSAE_PEERS to a folder that build_readers.py made {name} in")
 
 
-def answer(name: str, *arguments: object) -> Any:
+def answer(name: str, *arguments: object, peer: str | None = None, **more: str) -> Any:
     """What a check prints, run by its peer's Python with this cosae lent to it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [PEERS / name / "bin" / "python", HERE / "peers" / f"{name}_checks.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **more}
+    command = [PEERS / (peer or name) / "bin" / "python", HERE / "peers" / f"{name}_checks.py", *arguments]
     done = subprocess.run(
         [str(part) for part in command], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
@@ -106,6 +111,7 @@ def test_the_plain_hook_in_a_transformer_bridge_is_the_splice() -> None:
     assert got["own"] < limit
     assert got["afterwards"] < limit
     assert len(got["sites"]) == 4
+    assert got["hooks"] < limit
     for site, (difference, moved) in got["sites"].items():
         assert difference < limit < 1 < moved, site
     assert got["edited"] < limit
@@ -122,3 +128,26 @@ def test_the_pages_example(name: str, tmp_path: Path) -> None:
     command = [str(PEERS / name / "bin" / "python"), str(tmp_path / "example.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@needs("saelens")
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+@pytest.mark.parametrize("score", ["inner", "cosine", "cosine_per_feature"])
+def test_saelens_loads_what_was_pushed(score: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    x = torch.randn(500, 16, generator=torch.Generator().manual_seed(1)) * 3
+    sae = cosae.SAE.build(d_in=16, d_sae=48, score=score, selector="batch_topk", k=4, sample=x)
+    calibrate(sae, x)
+    with running() as hub:
+        push(sae, "me/saes:layer_5/one", token=WRITER, endpoint=hub.url)
+        place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        got = answer("hub", "me/saes", "layer_5/one", 16, peer="saelens", **place)
+    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(3)) * 3
+    with torch.no_grad():
+        codes, rebuilt = sae.encode(x).to_dense(), sae(x)
+    assert torch.allclose(torch.tensor(got["codes"]), codes, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(torch.tensor(got["rebuilt"]), rebuilt, rtol=1e-5, atol=1e-5)
+    assert int((codes != 0).sum()) > 20

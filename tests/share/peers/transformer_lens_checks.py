@@ -60,6 +60,12 @@ def main() -> dict[str, Any]:
         fwd_hooks = [("blocks.3.hook_resid_post", masked)]
         logits = bridge.run_with_hooks(pair, attention_mask=mask.long(), fwd_hooks=fwd_hooks)
         found["padded"] = float((logits - padded)[mask].abs().max())
+        with spliced(model, {"resid_post.3": sae}):
+            rebuilt = model(ids).logits
+        with bridge.hooks(fwd_hooks=[("blocks.3.hook_resid_post", hook(sae))]):
+            logits, cache = bridge.run_with_cache(ids)
+        found["hooks"] = float((logits - rebuilt).abs().max())
+        found["cached"] = sorted(name for name in cache if name == "blocks.4.hook_resid_pre")
         found["afterwards"] = float((bridge(ids) - own).abs().max())
     return found
 
