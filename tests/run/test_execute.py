@@ -31,7 +31,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_the_folder_holds_what_is_promised(ran: Any) -> None:
     assert {p.name for p in ran.out.iterdir()} == {
-        "recipe.json", "run.json", "metrics.jsonl", "evaluation.json", "checkpoints", "arms",
+        "recipe.json", "run.json", "metrics.jsonl", "timing.jsonl", "events.jsonl", "evaluation.json", "checkpoints",
+        "arms", ".lock",
     }  # fmt: skip
     assert {p.name for p in (ran.out / "arms").iterdir()} == {arm.name for arm in ARMS}
     assert Recipe.read(ran.out / "recipe.json") == recipe().resolved(16)

@@ -221,12 +221,20 @@ def refused(out: Path, says: str, **options: Any) -> None:
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_no_run_and_no_checkpoint_are_one_sentence_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_run_is_one_sentence(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "holds no run to go on with")
     refused(tmp_path, "holds no run to go on with")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     crashed(out, monkeypatch, 3)
-    refused(out, "has no checkpoint to go on from")
+    (out / "recipe.json").unlink()  # as if it had died between the first two files
+    resume(out, QUIET)
+    assert "there is no checkpoint yet: the run begins again" in capsys.readouterr().err
+    assert_same_run(whole, out)
 
 
 def test_a_finished_run_is_left_alone(whole: Path) -> None:

@@ -1,6 +1,7 @@
 """One run from recipe to report-ready folder.
 
-    RUN/ recipe.json · run.json · metrics.jsonl · evaluation.json · checkpoints/ · arms/NAME/ (SAE folders)
+    RUN/ recipe.json · run.json · metrics.jsonl · timing.jsonl · events.jsonl · evaluation.json · checkpoints/ ·
+         arms/NAME/ (SAE folders)
 
 Everything that can be refused is refused before the folder is made. A run that was interrupted goes on with `resume`.
 """
@@ -27,14 +28,16 @@ from cosae.run.data import Data, ModelData, open_data
 from cosae.run.folder import (
     ARMS,
     EVALUATION,
+    EVENTS,
     FORMAT,
     METRICS,
     RECIPE,
     RUN,
     check_free,
-    make_folder,
+    hold,
     read_json,
     write_json,
+    write_recipe,
 )
 from cosae.run.measure import evaluate
 from cosae.run.plan import check_run
@@ -42,10 +45,12 @@ from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
-from cosae.train.checkpoint import checkpoints, read_latest, write_checkpoint
-from cosae.train.log import JsonLines, Logger, Progress, TensorBoard, WandB
+from cosae.train.checkpoint import checkpoints, has_checkpoints, read_latest, set_aside, write_checkpoint
+from cosae.train.generators import generator_state, restore_generators
+from cosae.train.log import JsonLines, Lines, Logger, Progress, TensorBoard, WandB
 from cosae.train.loop import MOVING, Interrupted, exponent_moving, train
 from cosae.train.step import ArmState
+from cosae.train.stop import Stop, stop_on_signals
 from cosae.types import CosaeError
 
 
@@ -92,9 +97,13 @@ def execute(
     data = open_data(recipe, tensor) if data is None else data
     run = _Run(recipe, data, out, logs or Logs())
     try:
-        if out is not None:
-            make_folder(out, run.recipe)
-        return run.go(measured)
+        if out is None:
+            return run.go(measured)
+        with hold(out):
+            check_free(out)  # nobody else came first
+            run.write_record("running")
+            write_recipe(out, run.recipe)
+            return run.go(measured)
     finally:
         run.close()
 
@@ -102,29 +111,36 @@ def execute(
 def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = None) -> Finished:
     """Go on with the run in `out` from its last whole checkpoint, to the same end as without the interruption.
 
+    A run that ended before its first checkpoint begins again, and so ends the same too.
+
     tensor: the activations (N, D) of a run that was started on a tensor in memory; None for all others.
-    Raises CosaeError where there is no run, nothing to go on from, the run is finished, or its recipe or data are no
-    longer those it was started with.
+    Raises CosaeError where there is no run, none of its checkpoints is whole, the run is finished, another process
+    writes it, or its recipe or data are no longer those it was started with.
     """
     out = Path(out)
-    if not (out / RECIPE).is_file():
+    if not (out / RECIPE).is_file() and not (out / RUN).is_file():
         raise CosaeError(f"{out} holds no run to go on with (it has no {RECIPE}); give the folder of a run.")
-    record = read_json(out / RUN) if (out / RUN).exists() else {}
-    if record.get("status") == "finished":
-        raise CosaeError(f"the run in {out} is finished; see `cosae report {out}`, or start another run elsewhere.")
-    if tensor is None and (record.get("source") or {}).get("source") == "tensor":
-        raise CosaeError(
-            f"the run in {out} was started on a tensor in memory: go on from Python, with cosae.resume(out, tensor=…)."
-        )
-    recipe = Recipe.read(out / RECIPE)
-    if not checkpoints(out):
-        read_latest(out)  # says so, before a model is loaded
-    run = _Run(recipe, open_data(recipe, tensor), out, logs or Logs())
-    try:
-        run.restore()
-        return run.go(True)
-    finally:
-        run.close()
+    with hold(out):
+        record = read_json(out / RUN) if (out / RUN).exists() else {}
+        if record.get("status") == "finished":
+            raise CosaeError(f"the run in {out} is finished; see `cosae report {out}`, or start another run elsewhere.")
+        if tensor is None and (record.get("source") or {}).get("source") == "tensor":
+            raise CosaeError(
+                f"the run in {out} was started on a tensor in memory: go on from Python, with "
+                "cosae.resume(out, tensor=…)."
+            )
+        if (out / RECIPE).is_file():
+            recipe = Recipe.read(out / RECIPE)
+        else:  # ended between the writing of the two
+            recipe = from_plain(Recipe, record.get("recipe"), str(out / RUN))
+        run = _Run(recipe, open_data(recipe, tensor), out, logs or Logs())
+        try:
+            run.restore(record)
+            if not (out / RECIPE).is_file():
+                write_recipe(out, run.recipe)
+            return run.go(True)
+        finally:
+            run.close()
 
 
 class _Records:
@@ -132,6 +148,7 @@ class _Records:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
 
     def log(self, record: dict[str, Any]) -> None:
         self.lines.append(record)
@@ -177,30 +194,62 @@ class _Run:
             self.states.append(ArmState.start(arm, sae, variance, training.optimizer))
         self._records = _Records()
         self.start, self.seconds = 0, 0.0
-        self.began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.began = _now()
+        self.resumed: list[dict[str, Any]] = []
 
-    def restore(self) -> None:
-        """Put back the last whole checkpoint."""
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Put back the last whole checkpoint, if there is any; `record` is run.json as it was left."""
         assert self.out is not None
-        parts, numbers, remarks = read_latest(self.out)
+        if not has_checkpoints(self.out):
+            self._check_unchanged(from_plain(Recipe, record["recipe"], str(self.out / RUN)) if record else None)
+            if record and record["source"] != json.loads(json.dumps(self.data.source.describe(), default=str)):
+                raise CosaeError(f"the data are not those the run in {self.out} was started with: put them back.")
+            remarks = ["there is no checkpoint yet: the run begins again, and ends as it would have."]
+        else:
+            parts, numbers, remarks = read_latest(self.out)
+            self._check_unchanged(from_plain(Recipe, numbers["recipe"], "checkpoint"))
+            self.stream.restore({**parts["stream"], **numbers["stream"]})
+            for state in self.states:
+                state.restore(parts[f"arm.{state.arm.name}"], numbers["arms"][state.arm.name])
+            self.start, self.seconds = int(numbers["step"]), float(numbers["seconds"])
+            if "random" in parts:
+                restore_generators(parts["random"])
+            set_aside(self.out, self.start)
         for remark in remarks:
-            self._say(remark)
-        begun_with: Recipe = from_plain(Recipe, numbers["recipe"], "checkpoint")
-        changed = [path for path in begun_with.diff(self.recipe) if _decides(path)]
+            print(remark, file=sys.stderr, flush=True)  # with or without a progress display
+        self.began = record.get("began") or self.began
+        self.resumed = [*record.get("resumed", []), {"at": _now(), "step": self.start, "remarks": remarks}]
+
+    def _check_unchanged(self, begun_with: Recipe | None) -> None:
+        """Raises CosaeError where the recipe differs, in what decides weights, from that of the run's beginning."""
+        changed = [path for path in begun_with.diff(self.recipe) if _decides(path)] if begun_with is not None else []
         if changed:
             raise CosaeError(
-                f"the recipe in {self.out / RECIPE} is not the one this run was started with: it differs in "
+                f"the recipe in {self.out}/{RECIPE} is not the one this run was started with: it differs in "
                 f"{', '.join(changed)}. Put it back, or start another run."
             )
-        self.stream.restore({**parts["stream"], **numbers["stream"]})
-        for state in self.states:
-            state.restore(parts[f"arm.{state.arm.name}"], numbers["arms"][state.arm.name])
-        self.start, self.seconds = int(numbers["step"]), float(numbers["seconds"])
 
     def go(self, measured: bool) -> Finished:
-        """Train, calibrate, save, measure."""
+        """Train, calibrate, save, measure; Ctrl-C and SIGTERM save first."""
+        try:
+            with stop_on_signals(loud=self.logs.progress) as stop:
+                self._train(stop)
+                if stop.asked and self.out is not None:
+                    raise Interrupted(self.recipe.training.steps)
+                # nothing is left to save: the next signal stops at once
+                stop.at_once = KeyboardInterrupt() if self.out is None else Interrupted(self.recipe.training.steps)
+                return self._finish(measured)
+        except (KeyboardInterrupt, CosaeError) as end:
+            with suppress(CosaeError):  # a full disk: what stopped the run is what is said
+                self.write_record("failed" if isinstance(end, CosaeError) else "interrupted")
+            if isinstance(end, CosaeError) and not all(state.stopped for state in self.states):
+                raise CosaeError(f"{end}{self._way_on(str(end))}") from None
+            raise
+
+    def _train(self, stop: Stop) -> None:
+        """All steps that are left, and a checkpoint after the last."""
         training = self.recipe.training
-        self._write_run("running")
+        self.write_record("running")
         if isinstance(self.data, ModelData):
             for remark in self.data.text.remarks:
                 self._say(f"corpus {remark}")
@@ -211,8 +260,17 @@ class _Run:
             self.start,
             self.logs.progress,
         )
-        self._progress = progress
         loggers = self._loggers(progress)
+        events = None if self.out is None else Lines(self.out / EVENTS, self.start)
+        self._lines = [logger for logger in (*loggers, events) if isinstance(logger, JsonLines | Lines)]
+
+        def on_event(event: dict[str, Any]) -> None:
+            progress.event(event)
+            if events is None:
+                self._records.events.append(event)
+            else:
+                events.write(event)
+
         try:
             self.seconds = train(
                 self.states,
@@ -224,18 +282,23 @@ class _Run:
                 save=self._checkpoint if self.out is not None else None,
                 on_step=progress.step,
                 say=progress.say,
+                on_event=on_event,
+                stop=stop,
             )
-        except (Interrupted, CosaeError) as stop:
-            with suppress(CosaeError):  # a full disk: what stopped the run is what is said
-                self._write_run("interrupted" if isinstance(stop, Interrupted) else "failed")
-            raise
+            if self.out is not None and self.start < training.steps:
+                self._checkpoint(training.steps, self.seconds)
         finally:
             self.stream.close()  # what comes after needs the model for itself
+            if events is not None:
+                events.close()
             for logger in loggers:
                 logger.close()
-        if self.out is not None and self.start < training.steps:
-            self._checkpoint(training.steps, self.seconds)
-        return self._finish(measured)
+
+    def _way_on(self, said: str) -> str:
+        """How a run goes on that could not finish; nothing where the error says so itself, or nothing is saved."""
+        if self.out is None or "cosae resume" in said or not (saved := checkpoints(self.out)):
+            return ""
+        return f" Saved up to {saved[-1].name}: go on with `cosae resume {self.out}`."
 
     def close(self) -> None:
         """End whatever still works in the background."""
@@ -257,7 +320,7 @@ class _Run:
             evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, say)
             if self.out is not None:
                 write_json(self.out / EVALUATION, evaluation)
-        record = self._write_run("finished", calibrations)
+        record = self.write_record("finished", calibrations)
         return Finished(saes, evaluation, record, self.out, calibrations)
 
     def _calibrate(self, saes: Mapping[str, SAE]) -> dict[str, Calibration]:
@@ -274,7 +337,11 @@ class _Run:
         whole = self.stream.state()
         tensors = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
         plain = {key: value for key, value in whole.items() if not isinstance(value, Tensor)}
-        parts = {"stream": tensors} | {f"arm.{s.arm.name}": s.tensors() for s in self.states}
+        for lines in self._lines:
+            lines.sync()
+        parts = {"stream": tensors, "random": generator_state()} | {
+            f"arm.{s.arm.name}": s.tensors() for s in self.states
+        }
         numbers = {s.arm.name: s.numbers() for s in self.states}
         facts_of_it = {"seconds": seconds, "recipe": to_plain(self.recipe), "stream": plain, "arms": numbers}
         write_checkpoint(self.out, step, parts, facts_of_it)
@@ -321,7 +388,7 @@ class _Run:
             "packages": facts.packages(),
         }
 
-    def _write_run(self, status: str, calibrations: Mapping[str, Calibration] | None = None) -> dict[str, Any]:
+    def write_record(self, status: str, calibrations: Mapping[str, Calibration] | None = None) -> dict[str, Any]:
         recipe = self.recipe
         moving = self._moving() if status == "finished" else {}
         record = {
@@ -331,7 +398,8 @@ class _Run:
             "name": recipe.name,
             "setting": describe_setting(recipe),
             "began": self.began,
-            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "written": _now(),
+            "resumed": self.resumed,
             "seconds": self.seconds,
             "commit": facts.commit(),
             "packages": facts.packages(),
@@ -394,6 +462,10 @@ def _variance(sae: SAE, sample_ND: Tensor) -> float:
     framed = frames.take(sae.cfg.frame, sample_ND.to(sae.centre_D), sae.centre_D.detach())
     z_ND = framed.z_BD[framed.live_B].double()
     return float((z_ND - z_ND.mean(0)).square().sum(-1).mean())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _decides(path: str) -> bool:

@@ -4,16 +4,18 @@
         checkpoint.json        step, numbers of every arm, stream cursor, digests of the files beside it, and
                                its own
         stream.safetensors     shuffle buffer and generator
+        random.safetensors     the process' global generators
         arm.NAME.safetensors   parameters, optimiser moments, feature ages
 
-Written to a hidden folder, flushed, then renamed. The one before stays until the new one stands.
+Written to a hidden folder, flushed, then renamed, and the folder above flushed. The one before stays until the new one
+stands.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cosae.train.durable import sync_file, sync_folder
 from cosae.types import CosaeError
 
 FOLDER = "checkpoints"
 FACTS = "checkpoint.json"
 VERSION = 1
 KEEP = 2
+NAME = re.compile(r"step_\d{9}")
 
 
 def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> Path:
@@ -39,34 +43,73 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], 
     place = root / f"step_{step:09d}"
     staged = root / f".step_{step:09d}.partial"
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
+        for torn in root.glob(".step_*"):
+            shutil.rmtree(torn)
+        staged.mkdir()
         digests = {}
         for stem, tensors in parts.items():
             file = staged / f"{stem}.safetensors"
-            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, file)
+            save_file(_apart(tensors), file)
             digests[file.name] = _digest(file)
         record = {"version": VERSION, "step": step, "files": digests, **facts}
         text = json.dumps({"sha256": _record_digest(record), "record": record})
         (staged / FACTS).write_text(text, encoding="utf-8")
         for file in staged.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(place, ignore_errors=True)
+            sync_file(file)
+        sync_folder(staged)
+        if place.exists():
+            place.rename(staged.with_suffix(".old"))
         staged.rename(place)
+        sync_folder(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
+        stands = checkpoints(run)
+        before = f"the one before it ({stands[-1].name}) still stands" if stands else "there is none before it"
         raise CosaeError(
-            f"the checkpoint at step {step} could not be written to {root} ({error}); the one before it still stands."
+            f"the checkpoint at step {step} could not be written to {root} ({error}); {before}. Make room, then go on "
+            f"with `cosae resume {run}`."
         ) from None
-    for old in checkpoints(run)[:-KEEP]:
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    for old in (*checkpoints(run)[:-KEEP], *root.glob(".step_*.old")):
         shutil.rmtree(old, ignore_errors=True)
     return place
 
 
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, no two in the same memory; copied only where that needs it."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in tensors.items():
+        there = value.detach().cpu().contiguous()
+        whole = there.untyped_storage().nbytes() == there.numel() * there.element_size()
+        if there.untyped_storage().data_ptr() in taken or not whole:
+            there = there.clone()
+        taken.add(there.untyped_storage().data_ptr())
+        apart[name] = there
+    return apart
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    return sorted((run / FOLDER).glob("step_*"))
+    return sorted(p for p in (run / FOLDER).glob("step_*") if NAME.fullmatch(p.name))
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether anything lies where checkpoints do, whole or not."""
+    return any((run / FOLDER).glob("step_*")) or any((run / FOLDER).glob("damaged_step_*"))
+
+
+def set_aside(run: Path, step: int) -> None:
+    """Rename checkpoints after `step`, which were found damaged: none of them is counted again, or takes a place."""
+    for place in checkpoints(run):
+        if place.name > f"step_{step:09d}":
+            aside = place.with_name(f"damaged_{place.name}")
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            place.rename(aside)
 
 
 def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list[str]]:
@@ -75,7 +118,7 @@ def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     Raises CosaeError where the run has no whole checkpoint.
     """
     remarks: list[str] = []
-    for place in reversed(checkpoints(run)):
+    for place in sorted((run / FOLDER).glob("step_*"), reverse=True):
         try:
             return (*_read(place), remarks)
         except CosaeError:
@@ -92,6 +135,8 @@ def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     facts: dict[str, Any] = whole["record"]
     if _record_digest(facts) != whole["sha256"]:
         raise ValueError(f"{FACTS} differs from what was written")
+    if place.name != f"step_{facts['step']:09d}":
+        raise ValueError(f"it holds step {facts['step']}, and was renamed")
     if facts["version"] > VERSION:
         raise CosaeError(f"{place} was written by a later cosae (version {facts['version']}): upgrade cosae.")
     parts = {}

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from cosae.types import CosaeError
+
+TIMING = "timing.jsonl"
 
 
 class Logger(Protocol):
@@ -23,32 +27,78 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
-class JsonLines:
-    """metrics.jsonl: one line per logged step, flushed. On resume, lines after `step` are dropped."""
+class Lines:
+    """A file of JSON lines that each hold a "step", flushed one by one.
+
+    Opening it to go on after `resume_step` steps drops the lines after that step, and what a crash tore; a run that
+    starts (0) starts an empty file. The file is replaced in one step: a crash while resuming loses no line.
+    """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        kept = []
-        self._path = path
-        if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    whole = json.loads(line)["step"] <= resume_step
-                except (ValueError, KeyError, TypeError):
-                    continue  # the line a crash tore
-                if whole:
-                    kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self.path = path
+        staged = path.with_name(f".{path.name}.partial")
+        try:
+            with staged.open("w", encoding="utf-8") as kept:
+                if path.exists() and resume_step > 0:
+                    with path.open(encoding="utf-8", errors="replace") as before:
+                        kept.writelines(line for line in before if _until(line, resume_step))
+                kept.flush()
+                os.fsync(kept.fileno())
+            staged.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            staged.unlink(missing_ok=True)
+            raise CosaeError(f"{path} cannot be written ({error}): make room and resume the run.") from None
 
-    def log(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
+        """One more line; NaN and infinity become null. Raises CosaeError where the disk refuses."""
         try:
             self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise CosaeError(f"{self._path} cannot be written ({error}): make room and resume the run.") from None
+            raise CosaeError(f"{self.path} cannot be written ({error}): make room and resume the run.") from None
+
+    def sync(self) -> None:
+        """All lines so far survive a power cut: before a checkpoint stands. Raises CosaeError."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise CosaeError(f"{self.path} cannot be written ({error}): make room and resume the run.") from None
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk was told when the line was written
+            self._file.close()
+
+
+def _until(line: str, last_step: int) -> bool:
+    """Whether a line is whole and of a step up to the last."""
+    try:
+        return line.endswith("\n") and bool(json.loads(line)["step"] <= last_step)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+class JsonLines:
+    """metrics.jsonl: what was measured, the same to the bit however often the run was interrupted; timing.jsonl beside
+    it: {"step", "seconds"}, which no two runs share."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self._metrics = Lines(path, resume_step)
+        self._timing = Lines(path.with_name(TIMING), resume_step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._metrics.write({key: value for key, value in record.items() if key != "seconds"})
+        self._timing.write({"step": record["step"], "seconds": record["seconds"]})
+
+    def sync(self) -> None:
+        """As `Lines.sync`."""
+        self._metrics.sync()
+        self._timing.sync()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._timing.close()
 
 
 def finite(value: Any) -> Any:
@@ -136,6 +186,7 @@ class Progress:
                 name: tqdm(total=0, bar_format="{desc}", position=i + 1, leave=True) for i, name in enumerate(arms)
             }
         self._next_line = 0.0
+        self._n_events = 0
 
     def step(self) -> None:
         self._bar.update(1)
@@ -143,7 +194,7 @@ class Progress:
     def log(self, record: dict[str, Any]) -> None:
         rate = self._bar.format_dict["rate"] if self._terminal else None
         if rate:
-            self._bar.set_postfix_str(f"{rate * self._tokens:,.0f} tokens/s")
+            self._bar.set_postfix_str(f"{rate * self._tokens:,.0f} tokens/s{self._events()}")
         for name, line in self._lines.items():
             numbers = record["arms"].get(name)
             line.set_description_str(
@@ -153,9 +204,20 @@ class Progress:
             self._next_line = record["seconds"] + 15
             rate = record["tokens"] / max(record["seconds"], 1e-9)
             left = (self._bar.total - record["step"]) * record["seconds"] / max(record["step"], 1)
-            lines = [f"step {record['step']}/{self._bar.total}  {rate:,.0f} tokens/s  about {left:,.0f} s left"]
+            head = f"step {record['step']}/{self._bar.total}  {rate:,.0f} tokens/s  about {left:,.0f} s left"
+            lines = [head + self._events()]
             lines += [f"  {name:<{self._width}}  {describe(numbers)}" for name, numbers in record["arms"].items()]
             print("\n".join(lines), file=sys.stderr, flush=True)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Something worth a line: above the bars, and counted beside them."""
+        self._n_events += 1
+        who = "" if event["arm"] is None else f"{event['arm']}: "
+        if event["kind"] != "stopped":  # was said already
+            self.say(f"step {event['step']}: {who}{event['text']}")
+
+    def _events(self) -> str:
+        return f"  {self._n_events} event{'s' if self._n_events > 1 else ''}" if self._n_events else ""
 
     def say(self, text: str) -> None:
         """A line above the bars."""

@@ -7,13 +7,9 @@ any step continues to the bit. Ctrl-C and SIGTERM end the step in progress, save
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +18,10 @@ from cosae.activations.digest import chain, fingerprint
 from cosae.train.arm import check_seed
 from cosae.train.log import Logger
 from cosae.train.step import ArmState, Batch, NonFiniteError, OptimizerConfig, lr_scale, train_step
+from cosae.train.stop import Interrupted, Stop, stop_on_signals
 from cosae.types import Activations, CosaeError
+
+__all__ = ["MOVING", "Interrupted", "Stream", "TrainingConfig", "exponent_moving", "train"]
 
 MOVING = 0.01
 """A mean exponent that changed by more than this over the last tenth of the steps at full rate is still moving."""
@@ -65,14 +64,6 @@ class Stream(Protocol):
     def next_batch(self) -> Activations: ...
 
 
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop and has saved; `step` steps are done."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"interrupted after step {step}")
-        self.step = step
-
-
 def train(
     states: Sequence[ArmState],
     stream: Stream,
@@ -84,49 +75,72 @@ def train(
     save: Callable[[int, float], None] | None = None,
     on_step: Callable[[], None] | None = None,
     say: Callable[[str], None] | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    stop: Stop | None = None,
 ) -> float:
     """Run steps start … config.steps − 1 for every arm; returns the seconds spent, earlier ones included.
 
-    save(step, seconds) is called every `checkpoint_every` steps and on interruption. An arm whose loss turns
+    save(step, seconds) is called every `checkpoint_every` steps and on interruption; on_event(event) with whatever the
+    stream's guard or an arm's watch noticed: {"step", "kind", "arm" (None: the stream), numbers, "text"}. stop: who
+    listens for Ctrl-C and SIGTERM; None listens here. An arm whose loss turns
     non-finite stops with a reason in `ArmState.stopped`; the others go on. Raises Interrupted after saving, CosaeError
     when no arm is left.
     """
+    if stop is None:
+        with stop_on_signals() as stop:
+            return train(
+                states,
+                stream,
+                config,
+                start=start,
+                seconds=seconds,
+                loggers=loggers,
+                save=save,
+                on_step=on_step,
+                say=say,
+                on_event=on_event,
+                stop=stop,
+            )
+    tell = on_event or (lambda event: None)
+    guard = getattr(stream, "guard", None)
     begun = time.perf_counter() - seconds
     saved = start
-    with _stop_requested() as stop_requested:
-        for step in range(start, config.steps):
-            batch = stream.next_batch()
-            scale = lr_scale(step, config.steps, config.optimizer)
-            logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps or step == 0
-            numbers = {}
-            rows, print_ = Batch.of(batch.x_ND), fingerprint(batch)
-            for state in states:
-                if state.stopped is None:
-                    state.digest = chain(state.digest, print_)
-                    measured = _advance(state, batch, rows, step, scale, config, say)
-                    if logged and measured is not None:
-                        numbers[state.arm.name] = _record(state, measured, scale, step, config)
-            if all(state.stopped for state in states):
-                raise CosaeError("every arm stopped: " + "; ".join(f"{s.arm.name}: {s.stopped}" for s in states))
-            done = step + 1
-            if on_step is not None:
-                on_step()
+    for step in range(start, config.steps):
+        batch = stream.next_batch()
+        done = step + 1
+        for event in guard.take_events() if guard is not None else ():
+            tell({"step": done, "arm": None, **event})
+        scale = lr_scale(step, config.steps, config.optimizer)
+        logged = done % config.log_every == 0 or done == config.steps or step == 0
+        numbers = {}
+        rows, print_ = Batch.of(batch.x_ND), fingerprint(batch)
+        for state in states:
+            if state.stopped is not None:
+                continue
+            state.digest = chain(state.digest, print_)
+            measured = _advance(state, batch, rows, step, scale, config, say)
+            if measured is None:
+                tell({"step": done, "arm": state.arm.name, "kind": "stopped", "text": f"stopped: {state.stopped}"})
+                continue
+            for event in state.watch.look(measured):
+                tell({"step": done, "arm": state.arm.name, **event})
             if logged:
-                elapsed = time.perf_counter() - begun
-                record = {
-                    "step": done,
-                    "tokens": done * config.batch_tokens,
-                    "seconds": elapsed,
-                    "arms": numbers,
-                }
-                for logger in loggers:
-                    logger.log(record)
-            due = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
-            if save is not None and (due or (stop_requested() and saved != done)):
-                save(done, time.perf_counter() - begun)
-                saved = done
-            if stop_requested():
-                raise Interrupted(done)
+                numbers[state.arm.name] = _record(state, measured, scale, step, config)
+        if all(state.stopped for state in states):
+            raise CosaeError("every arm stopped: " + "; ".join(f"{s.arm.name}: {s.stopped}" for s in states))
+        if on_step is not None:
+            on_step()
+        if logged:
+            elapsed = time.perf_counter() - begun
+            record = {"step": done, "tokens": done * config.batch_tokens, "seconds": elapsed, "arms": numbers}
+            for logger in loggers:
+                logger.log(record)
+        due = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
+        if save is not None and (due or (stop.asked and saved != done)):
+            save(done, time.perf_counter() - begun)
+            saved = done
+        if stop.asked:
+            raise Interrupted(done)
     return time.perf_counter() - begun
 
 
@@ -184,25 +198,3 @@ def exponent_moving(path: Sequence[tuple[int, float]], config: TrainingConfig) -
     end = config.steps * (1 - config.optimizer.decay_frac)
     late = [a for step, a in path if 0.9 * end <= step <= end]
     return late[-1] - late[0] if len(late) >= 2 and all(math.isfinite(a) for a in late) else None
-
-
-@contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM set a flag that is read between steps; a second SIGINT interrupts at once."""
-    asked = False
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

@@ -7,7 +7,7 @@ clip, Adam, unit decoder rows (cosae.train.optimizer) → sparsity controller.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from cosae.sae.model import SAE, TrainOutput
 from cosae.sae.selector import PENALISED_SELECTORS
 from cosae.train.arm import Arm, input_noise
 from cosae.train.optimizer import UnitRowAdam
+from cosae.train.watch import Watch
 from cosae.types import CosaeError
 
 CONTROLLER_START = 20
@@ -83,6 +84,7 @@ class ArmState:
     weight  λ of the sparsity term;  shift_mean, typical_gate  what its controller remembers
     stopped why this arm stopped, None while it runs
     digest  chained over the batches this arm was handed: equal digests mean the same batches in the same order
+    watch   what tells spikes and jumps from what was usual (cosae.train.watch)
     """
 
     arm: Arm
@@ -97,6 +99,7 @@ class ArmState:
     seconds: float = 0.0
     stopped: str | None = None
     digest: bytes = bytes(32)
+    watch: Watch = field(default_factory=Watch)
 
     @classmethod
     def start(cls, arm: Arm, sae: SAE, variance: float, config: OptimizerConfig) -> ArmState:
@@ -140,6 +143,7 @@ class ArmState:
             "seconds": self.seconds,
             "stopped": self.stopped,
             "digest": self.digest.hex(),
+            "watch": asdict(self.watch),
         }
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -154,6 +158,7 @@ class ArmState:
         self.typical_gate = numbers["typical_gate"]
         self.stopped = numbers["stopped"]
         self.digest = bytes.fromhex(numbers["digest"])
+        self.watch = Watch(**numbers.get("watch", {}))
 
 
 @dataclass(frozen=True)
