@@ -119,3 +119,37 @@ def test_what_is_not_served_is_said(change: dict[str, Tensor], reason: str) -> N
     message = screen.unserved(replace(make_terms("cosine"), **change))
     assert message is not None
     assert reason in message
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(FAMILY),
+    seed=st.integers(0, 10_000),
+    width=st.sampled_from([3, 16, 130]),
+    side=st.sampled_from([1.0, -1.0]),
+    bias=st.sampled_from([None, 1.0, 1e3]),
+    rank=st.floats(0.0, 1.0),
+    loops=st.booleans(),
+)
+def test_the_search_itself_loses_nothing(
+    kind: str, seed: int, width: int, side: float, bias: float | None, rank: float, loops: bool
+) -> None:
+    """The whole bf16 path, both ways of it, on coordinates next to rounding boundaries; a threshold per feature, each
+    just below one of its own scores."""
+    z_BD, rows_FD = aligned(19, width, seed, side), aligned(23, width, seed + 1, side)
+    rows_FD[:19] = z_BD.sign() * rows_FD[:19].abs()
+    terms = replace(make_terms(kind, 19, width, 23, seed, bias), z_BD=z_BD, rows_FD=rows_FD)
+    exact_BF = reference.scores(in_double(terms))
+    cut_F = exact_BF.sort(dim=0).values[int(rank * 18)]
+    threshold_F = (cut_F - 4e-6 * (cut_F.abs() + exact_BF.abs().amax(0))).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(survivors, "screen_dtype", lambda: torch.bfloat16)
+        if not loops:
+            patch.setattr(native, "AVAILABLE", False)
+        found = survivors.survivors(terms, threshold_F, 19 * 23 * 2)
+    assert found is not None
+    kept_BF = torch.zeros(19, 23, dtype=torch.bool)
+    kept_BF[found.token_S, torch.repeat_interleave(found.count_F)] = True
+    wanted_BF = exact_BF > threshold_F.double() + 2e-6 * (threshold_F.abs() + exact_BF.abs().amax(0))
+    assert bool(wanted_BF.any())
+    assert not bool((wanted_BF & ~kept_BF).any())
