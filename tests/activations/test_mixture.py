@@ -123,6 +123,8 @@ def test_specs_and_weights(tmp_path: Any) -> None:
     )
     odd = tmp_path / "a:2"
     odd.mkdir()
+    with pytest.raises(CosaeError, match="once"):
+        parse_corpus([f"{tmp_path}:1", f"{tmp_path}/:2"])
     assert parse_corpus(str(odd)) == (Weighted(str(odd), 1.0),)
 
 

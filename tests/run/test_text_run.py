@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from test_resume import interrupt_after
 from tiny_models import make_model
 from tiny_runs import QUIET, assert_same_run
 
-from cosae.cli import build_recipe, main
+from cosae.activations.capture import StreamedModelSource
+from cosae.cli import Train, build_recipe, main
 from cosae.recipe import Recipe
 from cosae.run.data import open_data
 from cosae.run.execute import execute, resume
+from cosae.train.checkpoint import checkpoints
 from cosae.train.loop import Interrupted
-from cosae.types import CosaeError
+from cosae.types import Activations, CosaeError
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +56,18 @@ def mixed(model: Path, sources: tuple[str, str], **changes: Any) -> Recipe:
     return recipe(model, "pylib", **settings)
 
 
+@pytest.fixture(scope="module")
+def whole(model: Path, sources: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain run: tokenised and captured in step, never stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finished = execute(mixed(model, sources), out, logs=QUIET)
+    assert finished.run["source"]["corpus"] == [[sources[0], 0.7], [sources[1], 0.3]]
+    return out
+
+
 def test_a_mixture_is_the_same_run_however_it_is_read_and_wherever_it_is_stopped(
-    model: Path, sources: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, sources: tuple[str, str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = execute(mixed(model, sources), tmp_path / "whole", logs=QUIET)
-    assert whole.run["source"]["corpus"] == [[sources[0], 0.7], [sources[1], 0.3]]
     busy = mixed(model, sources, **{"data.n_workers": 2, "data.ahead_chunks": 2})
     interrupt_after(monkeypatch, 17)
     with pytest.raises(Interrupted):
@@ -67,7 +78,29 @@ def test_a_mixture_is_the_same_run_however_it_is_read_and_wherever_it_is_stopped
             thread.join(10)
             assert not thread.is_alive()
     resume(tmp_path / "run", QUIET)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_data_set_that_breaks_in_the_middle_takes_no_step_with_it(
+    model: Path, sources: tuple[str, str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = mixed(model, sources, **{"data.n_workers": 2, "data.ahead_chunks": 2})
+    broken, real = tmp_path / "broken", StreamedModelSource.chunks
+
+    def breaking(self: StreamedModelSource, start: int = 0) -> Iterator[Activations]:
+        yield from islice(real(self, start), 3)
+        raise CosaeError("the data set failed at row 7")
+
+    monkeypatch.setattr(StreamedModelSource, "chunks", breaking)
+    with pytest.raises(CosaeError, match="failed at row 7"):
+        execute(busy, broken, logs=QUIET)
+    monkeypatch.undo()
+    steps = [int(path.name.removeprefix("step_")) for path in checkpoints(broken)]
+    assert steps
+    assert steps[-1] % 5  # not where one was due, but where the data ended
+    resume(broken, QUIET)
+    assert_same_run(whole, broken)
 
 
 def test_shares_and_sides_of_a_mixture(model: Path, sources: tuple[str, str]) -> None:
@@ -86,8 +119,6 @@ def test_shares_and_sides_of_a_mixture(model: Path, sources: tuple[str, str]) ->
 
 
 def test_the_command_line_names_several_sources() -> None:
-    from cosae.cli import Train
-
     assert build_recipe(Train(Path("x"), corpus=("a/:0.7", "b:0.3"))).data.corpus == ("a/:0.7", "b:0.3")
     assert build_recipe(Train(Path("x"), corpus=("a",))).data.corpus == "a"
     assert build_recipe(Train(Path("x"))).data.corpus == "pylib"

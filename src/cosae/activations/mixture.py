@@ -9,6 +9,7 @@ out starts over by itself while the others go on where they are: shares hold for
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ def parse_corpus(corpus: str | Sequence[str]) -> tuple[Weighted, ...]:
     if not entries or not all(entries):
         raise CosaeError("the corpus must name at least one source, such as 'pylib' or a folder. Got none instead.")
     found = tuple(_parse(entry) for entry in entries)
-    specs = [source.spec for source in found]
+    specs = [os.path.normpath(s.spec) if Path(s.spec).exists() else s.spec for s in found]
     for spec in specs:
         if specs.count(spec) > 1:
             raise CosaeError(

@@ -80,7 +80,8 @@ def read_path(path: Path, reading: Reading, tally: Tally, order_key: Sequence[in
     if not path.is_file():
         raise CosaeError(
             "The corpus must be 'pylib', an existing folder or .txt, .jsonl or .parquet file, or "
-            f"'hf:DATASET[:CONFIG][:SPLIT]'. Got {str(path)!r}, which does not exist, instead."
+            "'hf:DATASET[:CONFIG][:SPLIT]', with a weight behind it in a mixture (code/:0.7). "
+            f"Got {str(path)!r}, which does not exist, instead."
         )
     suffix = path.suffix.lower()
     if suffix not in _READERS and suffix not in reading.suffixes:

@@ -84,7 +84,7 @@ def train(
     stream's guard or an arm's watch noticed: {"step", "kind", "arm" (None: the stream), numbers, "text"}. stop: who
     listens for Ctrl-C and SIGTERM; None listens here. An arm whose loss turns
     non-finite stops with a reason in `ArmState.stopped`; the others go on. Raises Interrupted after saving, CosaeError
-    when no arm is left.
+    when no arm is left, and what the stream raises, after saving.
     """
     if stop is None:
         with stop_on_signals() as stop:
@@ -106,7 +106,12 @@ def train(
     begun = time.perf_counter() - seconds
     saved = start
     for step in range(start, config.steps):
-        batch = stream.next_batch()
+        try:
+            batch = stream.next_batch()
+        except CosaeError:  # a source that broke takes no steps with it
+            if save is not None and saved != step:
+                save(step, time.perf_counter() - begun)
+            raise
         done = step + 1
         for event in guard.take_events() if guard is not None else ():
             tell({"step": done, "arm": None, **event})
