@@ -311,6 +311,8 @@ def build_recipe(command: Train) -> Any:
     recipe = Recipe.read(command.recipe) if command.recipe is not None else preset(command.preset)
     if command.arms:
         recipe = replace(recipe, arms=tuple(parse_arm(text) for text in command.arms))
+    if command.store is not None and (command.model or command.corpus or command.dtype):
+        raise CosaeError("a store holds activations already: drop --model, --corpus and --dtype, or --store.")
     named = {
         "data.model": command.model,
         "data.site": command.site if command.store is None else None,

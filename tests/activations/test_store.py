@@ -181,6 +181,16 @@ def test_chunks_are_repeatable_and_epochs_differ(tmp_path: Path) -> None:
     assert int((steps == 1).sum()) < 20  # rows of a block do not stay neighbours
 
 
+def test_a_guard_is_told_the_norms_of_the_whole_store_and_the_names_of_documents(tmp_path: Path) -> None:
+    given_rows = rows(2000, 4)
+    source = StoreSource(Store(write_store(tmp_path / "s", given_rows, rows(3, 4, 1, 0), shard_tokens=300)))
+    reference = source.norm_reference()
+    wanted = np.quantile(given_rows.activations.norm_N.double().numpy(), [0.05, 0.25, 0.5, 0.75, 0.95])
+    assert reference.quantiles == pytest.approx(wanted.tolist(), rel=1e-12)
+    assert reference.tokens == 2000
+    assert [source.document_name(doc) for doc in (-1, 0, 1, 2, 3)] == [None, "doc a", "doc b", "doc c", None]
+
+
 def test_a_stream_from_a_store_resumes_to_the_bit(tmp_path: Path) -> None:
     def stream() -> ActivationStream:
         source = StoreSource(Store(tmp_path / "s"), seed=0, chunk_tokens=256)

@@ -350,6 +350,28 @@ def test_killed_at_random_moments_and_gone_on_with_a_store_is_the_same_to_the_by
     assert fingerprint(out) == fingerprint(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the system")
+def test_a_write_that_the_system_refuses_is_one_sentence_and_the_same_command_goes_on(
+    corpus: Path, tmp_path: Path
+) -> None:
+    import resource
+
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
+
+    out = tmp_path / "s"
+    command = [sys.executable, "-m", "cosae", *COMMAND, "--corpus", str(corpus), "--out", str(out), "--quiet"]
+    done = subprocess.run(command, preexec_fn=no_large_files, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"could not be written .*File too large.*give the same command again", done.stderr), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(out.glob("*.safetensors")) == []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert list(Store(out).faults()) == []
+
+
 def test_ctrl_c_ends_after_the_shard_in_progress_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     process = start(corpus, out)
@@ -383,6 +405,8 @@ def test_the_command_line_from_capture_to_verify(
     assert json.loads(shown)[0]["rows"]["train"] == 3000
     status, _, error = run("verify", str(tmp_path / "nowhere"))
     assert (status, "holds no store" in error) == (2, True)
+    status, _, error = run("train", "--store", str(plain), "--model", "embedded", "--out", str(tmp_path / "run"))
+    assert (status, "a store holds activations already: drop --model" in error) == (2, True)
     bad = shutil.copytree(plain, tmp_path / "bad")
     for name in ("train-00001.safetensors", "held_out-00000.safetensors"):
         content = bytearray((bad / name).read_bytes())

@@ -8,7 +8,7 @@ B batch, D width, F features, R rows of the buffer, W of the window, H of the he
     sample         16 384 D                   what weights are initialised on
     model, text    weights; 36 bytes a token  held corpora: ids, offsets, places
     one of these at a time, the largest counts:
-      window       3 W (s D + 21)             the first window: in parts, joined, and read
+      window       4 W (s D + 21)             the first window: in parts, joined, and read
       step         2 F D + B (8 D + F)        gradients and scores; the reference kernel 9 B F
       refill       2 chunks, and the forward pass of one batch of sequences
       checkpoint   the live buffer three times, or one arm's parameters and moments twice
@@ -29,7 +29,7 @@ from cosae.activations.shards import ShardShape
 from cosae.activations.stream import SAMPLE_ROWS
 from cosae.recipe import DataConfig, Recipe
 from cosae.run.capture import Capture
-from cosae.run.room import Item, total
+from cosae.run.room import Item, human, total
 from cosae.train.checkpoint import KEEP
 
 FLOAT = 4
@@ -139,7 +139,7 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
     buffer = Item("the shuffle buffer", rows * row)
     sample = Item("the sample for initialisation", SAMPLE_ROWS * FLOAT * d)
     moment = MOMENT_BYTES[training.optimizer.state_dtype]
-    arms = [_arm(arm.name, _width(arm), d, moment) for arm in recipe.arms]
+    arms = [_arm(arm, d, moment, _step(arm, recipe.kernel, batch, d)) for arm in recipe.arms]
     widest = max(recipe.arms, key=_width)
     held_out = recipe.evaluation.held_out_tokens
     probed = recipe.evaluation.probe_tokens if recipe.evaluation.probing and _labelled(recipe) else 0
@@ -147,7 +147,7 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
     codes = sum(12 * _k(arm) for arm in recipe.arms)
     measured = held_out + recipe.evaluation.calibration_tokens + probed
     passing = (
-        Item("the first window", 3 * recipe.filter.window_tokens * row),
+        Item("the first window", 4 * recipe.filter.window_tokens * row),
         Item(f"one step of {widest.name}", _step(widest, recipe.kernel, batch, d)),
         Item("a refill of the buffer", 2 * sizes.chunk_rows * row + sizes.chunk_work),
         Item("a checkpoint being written", max(3 * rows * row, int(2 * 2 * _width(widest) * d * (FLOAT + 2 * moment)))),
@@ -159,8 +159,11 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
     return MemoryPlan((*sizes.resident, buffer, sample, *arms), passing)
 
 
-def _arm(name: str, width: int, d: int, moment: float) -> Item:
-    return Item(f"arm {name}: parameters, gradients, two moments", int(2 * width * d * (2 * FLOAT + 2 * moment)))
+def _arm(arm: Any, d: int, moment: float, work: int) -> Item:
+    values = 2 * _width(arm) * d
+    weights, moments = values * FLOAT, int(2 * values * moment)
+    parts = f"parameters {human(weights)}, gradients {human(weights)}, moments {human(moments)}"
+    return Item(f"arm {arm.name}: {parts}; a step works on {human(work)} more", 2 * weights + moments)
 
 
 def _step(arm: Any, kernel: str, batch: int, d: int) -> int:
