@@ -21,7 +21,6 @@ from torch import Tensor
 
 from cosae.activations.arrays import seeded
 from cosae.activations.guard import MARKS, NormReference
-from cosae.activations.guard import MARKS, NormReference
 from cosae.activations.records import digest, read_record
 from cosae.activations.rounding import STORE_DTYPES, restore_rows
 from cosae.activations.shards import COLUMNS, MappedShard, ShardShape, ShardTag, digest_file, find_fault
@@ -265,17 +264,6 @@ class StoreSource:
             rows = self.store.read("train", pieces)
             order = torch.randperm(len(rows), generator=seeded("store rows", self.seed, number))
             yield Activations(**{name: column.index_select(0, order) for name, column in vars(rows).items()})
-
-    def norm_reference(self) -> NormReference:
-        """The norms of all train rows, against which a stream's guard holds what it reads."""
-        norms = dict(self.store.statistics["norm"]["quantiles"])
-        return NormReference(tuple(norms[mark] for mark in MARKS), self.store.n_rows("train"), "the store")
-
-    def document_name(self, doc: int) -> str | None:
-        """The name of a row's document."""
-        held_out, train = self.store.documents("held_out"), self.store.documents("train")
-        place = doc - len(held_out)
-        return held_out[doc] if 0 <= doc < len(held_out) else train[place] if 0 <= place < len(train) else None
 
     def describe(self) -> dict[str, Any]:
         """Where the activations come from, in plain values; the store by its digest, not by its place."""
