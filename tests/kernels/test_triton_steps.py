@@ -1,0 +1,45 @@
+"""Whole training steps of the Triton path and of the definition, from one start, stay together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cosae.kernels import Kernel, describe, search
+from cosae.sae.model import SAE
+from cosae.train.arm import Arm
+from cosae.train.step import ArmState, OptimizerConfig, train_step
+
+
+def train(kernel: str, device: torch.device, score: str, selector: str, steps: int) -> list[float]:
+    """Losses, aux-k on a dead feature and a masked token included."""
+    draw = torch.Generator().manual_seed(3)
+    x_BD = torch.randn(4, 14, 9, generator=draw) * torch.exp(0.5 * torch.randn(4, 14, 1, generator=draw))
+    x_BD[0, 5] = 0.0
+    sae = SAE.build(9, 12, score=score, selector=selector, k=2, seed=0, sample=x_BD[1], device=device)
+    sae.kernel = kernel
+    # a large eps: Adam's first steps otherwise turn a gradient's rounding into its sign
+    config = OptimizerConfig(lr=3e-3, warmup_steps=2, eps=1e-3)
+    state = ArmState.start(Arm("a", score, selector=selector, k=2, seed=0), sae, 5.0, config)
+    state.age_F[4] = 10**6
+    losses = []
+    for step in range(steps):
+        losses.append(float(train_step(state, x_BD[step % 4].to(device), step, 1.0, 60)["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("score", "selector"),
+    [("cosine_per_feature", "batch_topk"), ("inner", "jumprelu"), ("cosine", "gated"), ("inner", "abs_topk")],
+)
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_steps_stay_together(
+    steps: int, score: str, selector: str, device: torch.device, triton_path: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "DENSE_SHARE", 1)
+    fast, slow = (train(kernel, device, score, selector, steps) for kernel in ("triton", "reference"))
+    assert fast == pytest.approx(slow, rel=1e-4)
+
+
+def test_the_record_says_so(device: torch.device, triton_path: Kernel) -> None:
+    assert describe("triton", device).startswith("triton: ")
