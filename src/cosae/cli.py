@@ -285,6 +285,8 @@ def _parse(given: list[str]) -> Any:
 
 def _how_to_go_on(command: Any) -> str:
     """What a person can do after an interruption."""
+    if isinstance(command, Export):
+        return share_verbs.after_interruption(command)
     if isinstance(command, Capture):
         return store_verbs.go_on_capturing(command.out)
     from cosae.train.checkpoint import checkpoints

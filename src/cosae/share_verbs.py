@@ -152,6 +152,12 @@ def export(command: Export) -> int:
     return 0
 
 
+def after_interruption(command: Export) -> str:
+    """What a person can do after an interruption: a folder holds all of an export or none, an upload goes on."""
+    sending = isinstance(command.to, ExportNeuronpedia) and command.to.upload and command.to.out.is_dir()
+    return "The same command goes on where it stopped." if sending else "Nothing new was kept: start again."
+
+
 def push(command: Push) -> int:
     from cosae.share import hub
 

@@ -206,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return None
         if repository.gated and self.token != WRITER:
-            return self.send(403, headers={"X-Error-Code": "GatedRepo"})
+            return self.send(401 if self.token is None else 403, headers={"X-Error-Code": "GatedRepo"})
         found = repository.files(revision)
         if found is None:
             return self.send(404, headers={"X-Error-Code": "RevisionNotFound"})

@@ -241,9 +241,11 @@ def test_who_may_not(hub: Hub, sae: cosae.SAE, tmp_path: Path) -> None:
         pull("me/secret", out, token="hf_wrong")
     sentence(error)
     hub.repositories["me/secret"].gated = True
-    with pytest.raises(CosaeError, match="the repository is gated: ask for access") as error:
-        pull("me/secret", out, token=READER)
-    sentence(error)
+    hub.repositories["me/secret"].private = False
+    for token in (READER, None):
+        with pytest.raises(CosaeError, match="the repository is gated: ask for access") as error:
+            pull("me/secret", out, token=token)
+        sentence(error)
     assert list(tmp_path.iterdir()) == []
     assert same(cosae.load(pull("me/secret", out, token=WRITER)), sae)
 

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hub_stand_in import WRITER, running
@@ -151,3 +152,39 @@ def test_saelens_loads_what_was_pushed(score: str, tmp_path: Path, monkeypatch: 
     assert torch.allclose(torch.tensor(got["codes"]), codes, rtol=1e-5, atol=1e-5)
     assert torch.allclose(torch.tensor(got["rebuilt"]), rebuilt, rtol=1e-5, atol=1e-5)
     assert int((codes != 0).sum()) > 20
+
+
+@pytest.mark.slow
+@needs("neuronpedia")
+def test_the_numbers_of_a_dashboard_are_saedashboards_own(tmp_path: Path) -> None:
+    model, sequences = make_model("llama"), whole_sequences(300, 24)
+    sae = make_sae(model)
+    found = [f for batch in export(model, sae, tmp_path / "out", sequences) for f in batch["features"]]
+    codes, x = dense(model, sae, sequences, SITE)
+    np.savez(
+        tmp_path / "numbers.npz",
+        codes=codes,
+        x=x,
+        read=~sequences.special_ST.numpy(),
+        decoder=sae.W_dec.detach().numpy(),
+        unembedding=model.lm_head.weight.detach().numpy(),
+    )
+    theirs = answer("dashboard", tmp_path / "numbers.npz", peer="neuronpedia")
+    for ours, want in zip(found, theirs, strict=True):
+        bins = list(dict.fromkeys((a["bin_min"], a["bin_max"], a["bin_contains"]) for a in ours["activations"]))
+        assert bins[0] == pytest.approx(want["bins"][0], abs=1.1e-3)
+        # an interval without a token has no window, here as there
+        filled = [one for one in want["bins"][1:] if one[2] > 0]
+        assert np.allclose(np.array(bins[1:]), np.array(filled), atol=1.1e-3)
+        for name, mine in (("freq", "freq_hist_data_bar"), ("logits", "logits_hist_data_bar")):
+            heights, values = want[name]
+            assert np.abs(np.subtract(ours[f"{mine}_heights"], heights)).max() <= 1  # a value on an edge
+            assert ours[f"{mine}_values"] == pytest.approx(values, abs=1.1e-3)
+        for name, mine in (("pos", "pos_values"), ("neg", "neg_values")):
+            assert ours[mine] == pytest.approx(want[name], abs=1.1e-3)
+        for name in ("neuron_alignment_values", "neuron_alignment_l1", "correlated_neurons_pearson"):
+            assert ours[name] == pytest.approx(want[name], abs=1.1e-3)
+        assert ours["correlated_features_pearson"] == pytest.approx(want["correlated_features_pearson"], abs=1.1e-3)
+        assert ours["correlated_neurons_l1"] == pytest.approx(want["correlated_neurons_cossim"], abs=2e-3)
+        assert ours["correlated_features_l1"] == pytest.approx(want["correlated_features_cossim"], abs=2e-3)
+        assert ours["neuron_alignment_indices"] == want["neuron_alignment_indices"]
