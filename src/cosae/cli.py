@@ -394,6 +394,8 @@ def _demo(command: Demo) -> int:
 def _resume(command: Resume) -> int:
     from cosae.run.execute import Logs, resume
 
+    if _finished(command.run) and not (command.run / "report.html").exists():
+        return _report(Report((command.run,)))  # ended while its page was written
     return _conclude([resume(command.run, Logs(not command.quiet))], command.run)
 
 

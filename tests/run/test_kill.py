@@ -73,7 +73,7 @@ LATER = {"opening": 2.0, "evaluation": 0.3, "calibration": 0.05}
 """Seconds within which the kill falls after it; 0.02 for the others."""
 
 
-def recipe(data: str) -> Recipe:
+def recipe(data: str, texts: Path) -> Recipe:
     arms = (
         *ARMS,
         Arm("topk", "inner_unit", selector="topk"),
@@ -100,7 +100,10 @@ def recipe(data: str) -> Recipe:
     if data == "world":
         small["data.world"] = World(d_in=16, n_features=32, l0=3, norm="log_normal+sinks", sink_frac=0.02)
     else:
-        small |= {"data.context": 64, "data.chunk_sequences": 4, "data.batch_sequences": 4}
+        for number, file in enumerate(sorted(Path(json.__file__).parent.parent.glob("[a-e]*.py"))[:24]):
+            texts.mkdir(exist_ok=True)
+            (texts / f"{number}.txt").write_text(file.read_text(encoding="utf-8")[:6000], encoding="utf-8")
+        small |= {"data.corpus": str(texts), "data.context": 64, "data.chunk_sequences": 4, "data.batch_sequences": 4}
     return Recipe(name="kill", arms=arms).changed(small)
 
 
@@ -118,7 +121,7 @@ def start(file: Path, out: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("data", ["world", "embedded"])
 def test_killed_twenty_times(tmp_path: Path, data: str) -> None:
     file, whole, out = tmp_path / "recipe.json", tmp_path / "whole", tmp_path / "killed"
-    recipe(data).write(file)
+    recipe(data, tmp_path / "texts").write(file)
     untouched = start(file, whole)
     _, said = untouched.communicate(timeout=600)
     assert untouched.returncode == 0, said

@@ -20,12 +20,14 @@ FORMAT, VERSION = "cosae-run", 1
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: its directory, run.json, the lines of metrics.jsonl, evaluation.json (empty without one)."""
+    """One run: its directory, run.json, the lines of metrics.jsonl and events.jsonl, evaluation.json (empty
+    without one)."""
 
     path: Path
     run: Mapping[str, Any]
     metrics: tuple[Mapping[str, Any], ...]
     evaluation: Mapping[str, Any]
+    events: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -80,7 +82,8 @@ def read_run(path: Path | str) -> RunRecord:
             "use the cosae that wrote the run"
         )
     evaluation = path / "evaluation.json"
-    return RunRecord(path, run, _lines(path / "metrics.jsonl"), _object(evaluation) if evaluation.is_file() else {})
+    measured = _object(evaluation) if evaluation.is_file() else {}
+    return RunRecord(path, run, _lines(path / "metrics.jsonl"), measured, _lines(path / "events.jsonl"))
 
 
 def _object(path: Path) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ In: a RunRecord and the looks of its arms. Out: pieces of Markup in the order th
 from __future__ import annotations
 
 from cosae.evaluate.report_data import RunRecord, number
+from cosae.evaluate.report_events import events_section
 from cosae.evaluate.report_figures import (
     Looks,
     exponent_figure,
@@ -55,7 +56,7 @@ def run_section(record: RunRecord, looks: Looks) -> list[object]:
     curves = training_figure(record, looks)
     parts.append(tag("h3", "Training"))
     parts += _figure(curves, _CURVES) if curves else [tag("p", "The run logged no training metrics.")]
-    return [*parts, tag("h3", "Provenance"), provenance(record)]
+    return [*parts, *events_section(record), tag("h3", "Provenance"), provenance(record)]
 
 
 def _heading(record: RunRecord) -> Markup:
