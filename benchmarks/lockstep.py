@@ -1,0 +1,94 @@
+"""What arms in lockstep cost each other: `python -m benchmarks.lockstep`.
+
+Time: one arm's step taken alone, and the same arm's step between those of the others, by turns; the batch's shared
+facts are timed beside them. Memory: the peak of one process that trains n arms, above what it held before they were
+built; expected are n times an arm's parameters and moments, and one arm's work on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.cosae_steps import LR, NEVER
+from benchmarks.shapes import SHAPES, Shape, draw_batches
+from benchmarks.timing import CLOCKS, describe_machine, interleave, median_ratio
+from benchmarks.worker import forget_peak, memory_kib
+from cosae.activations.digest import fingerprint
+from cosae.kernels import keep_memory
+from cosae.sae.model import SAE
+from cosae.train.arm import Arm
+from cosae.train.step import ArmState, Batch, OptimizerConfig, train_step
+from cosae.types import Activations
+
+SCORES = ("inner", "cosine", "cosine_per_feature", "inner_unit")
+
+
+def start(score: str, shape: Shape, x_ND: torch.Tensor) -> ArmState:
+    """A fresh arm."""
+    sae = SAE.build(d_in=shape.d, d_sae=shape.m, score=score, k=shape.k, seed=0, sample=x_ND)
+    return ArmState.start(Arm(score, score, k=shape.k, seed=0), sae, float(x_ND.var(0).sum()), OptimizerConfig(lr=LR))
+
+
+def time_company(shape: Shape, rounds: int, clock: str) -> None:
+    """Print each arm's step in company over the same step alone."""
+    x_ND = draw_batches(shape, 1)[0]
+    states = [start(score, shape, x_ND) for score in SCORES]
+    batch, bare = Batch.of(x_ND), Activations.bare(x_ND)
+
+    def step(state: ArmState) -> None:
+        train_step(state, batch, 0, 1.0, NEVER)
+
+    company = {state.arm.name: (lambda state=state: step(state)) for state in states}
+    together = interleave(company, rounds, clock)
+    facts = interleave({"facts": lambda: (Batch.of(x_ND), fingerprint(bare))}, rounds, clock)["facts"]
+    print(f"facts of the batch, once for all arms: {1e3 * statistics.median(facts):.2f} ms ({clock})")
+    for state in states:
+        alone = interleave({"alone": lambda state=state: step(state)}, rounds, clock)["alone"]
+        ms, ratio = 1e3 * statistics.median(together[state.arm.name]), median_ratio(together[state.arm.name], alone)
+        print(f"{state.arm.name:20} {ms:8.1f} ms in company, {ratio:5.2f} × alone")
+
+
+def measure_memory(shape: Shape, n_arms: int) -> dict[str, float]:
+    """MiB: peak of n arms' steps, and what their parameters and moments take."""
+    x_ND = draw_batches(shape, 1)[0]
+    tiny = Shape(16, 64, 4, 32)
+    train_step(start("cosine", tiny, draw_batches(tiny, 1)[0]), draw_batches(tiny, 1)[0], 0, 1.0, NEVER)
+    forget_peak()
+    before = memory_kib("VmRSS")
+    states = [start(SCORES[i % len(SCORES)], shape, x_ND) for i in range(n_arms)]
+    for _ in range(3):
+        for state in states:
+            train_step(state, Batch.of(x_ND), 0, 1.0, NEVER)
+    state_bytes = sum(t.nbytes for state in states for t in state.tensors().values())
+    return {"peak": (memory_kib("VmHWM") - before) / 1024, "states": state_bytes / 2**20}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="A")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--memory-of", type=int, help="only print, as JSON, the memory that this many arms take")
+    args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    if args.memory_of:
+        print(json.dumps(measure_memory(shape, args.memory_of)))
+        return
+    keep_memory()
+    print(f"lockstep, {shape}; {describe_machine()}")
+    time_company(shape, args.rounds, args.clock)
+    for n_arms in (1, 2, 4):
+        command = [sys.executable, "-m", "benchmarks.lockstep", "--shape", args.shape, "--memory-of", str(n_arms)]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        work = found["peak"] - found["states"]
+        print(f"{n_arms} arms: peak {found['peak']:.0f} MiB = {found['states']:.0f} of states + {work:.0f} of work")
+
+
+if __name__ == "__main__":
+    main()
