@@ -115,8 +115,8 @@ def rebuild(
     sets = {name: _Set.of(_checked(kept_N, n) & live_N, length_N, sae.d_sae) for name, kept_N in keep.items()}
     for rows in row_slices(n, batch_tokens):
         codes = sae.encode(activations.x_ND[rows].float())
-        x_BD = activations.x_ND[rows].double()
         rebuilt_BD = sae.decode(codes).double()
+        x_BD = activations.x_ND[rows].to(rebuilt_BD.device).double()
         residual_BD = x_BD - rebuilt_BD
         error_N[rows] = residual_BD.square().sum(-1).cpu()
         norm_N[rows] = rebuilt_BD.norm(dim=-1).cpu()

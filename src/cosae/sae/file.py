@@ -128,7 +128,7 @@ def _load_score(sae: SAE, state: dict[str, Tensor]) -> None:
 
 def _group_values(sae: SAE, value_F: Tensor) -> Tensor:
     """(F,) that is constant within groups → (G,)."""
-    first = torch.searchsorted(sae.score.group_F, torch.arange(sae.cfg.n_groups))
+    first = torch.searchsorted(sae.score.group_F, torch.arange(sae.cfg.n_groups, device=sae.device))
     return value_F[first]
 
 
@@ -314,8 +314,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "au
         raise CosaeError(f"{path / CONFIG}: {error}") from None
     sae = from_disk(cfg, state, str(path / WEIGHTS))
     sae.facts = config.get("facts", {})
-    sae.kernel = kernel
+    sae.kernel = "auto" if kernel == "triton" else kernel  # the probes are encoded on the CPU
     _check_probe(sae, probe, path)
+    sae.kernel = kernel
     return sae.to(device)
 
 
