@@ -67,7 +67,7 @@ class Train:
     """Precision the model runs in: float32, bfloat16 or float16. SAEs are always trained in float32."""
     device: str | None = None
     kernel: str | None = None
-    """auto, or reference for the dense definition."""
+    """auto; reference for the dense definition; cpu or triton to insist on that path."""
     set: tuple[str, ...] = ()
     """Any other field of the recipe, by dotted path: training.log_every=50 evaluation.probing=false."""
     tensorboard: bool = False

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from cosae.kernels import Kernel, describe, search
+from cosae.sae.file import load, save
 from cosae.sae.model import SAE
 from cosae.train.arm import Arm
 from cosae.train.step import ArmState, OptimizerConfig, train_step
+from cosae.types import CosaeError
 
 
 def train(kernel: str, device: torch.device, score: str, selector: str, steps: int) -> list[float]:
@@ -43,3 +47,15 @@ def test_steps_stay_together(
 
 def test_the_record_says_so(device: torch.device, triton_path: Kernel) -> None:
     assert describe("triton", device).startswith("triton: ")
+
+
+def test_a_saved_sae_is_checked_on_the_cpu_and_then_asks_for_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = SAE.build(9, 12, k=2, sample=torch.randn(50, 9, generator=torch.Generator().manual_seed(0)))
+    save(sae, tmp_path / "sae")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    loaded = load(tmp_path / "sae", kernel="triton")
+    assert loaded.kernel == "triton"
+    with pytest.raises(CosaeError, match="not on a CUDA device"):
+        loaded.encode(torch.ones(1, 9))

@@ -111,7 +111,7 @@ class SAE(nn.Module):
 
     cfg     what it is made of
     facts   JSON-able training facts: model, site, dataset, tokens, seed, filter, norm statistics, calibrated L0 ...
-    kernel  "auto" or "reference": which path computes (cosae.kernels)
+    kernel  "auto", "reference", "cpu" or "triton": which path computes (cosae.kernels.choose)
     """
 
     def __init__(self, cfg: SAEConfig) -> None:

@@ -18,7 +18,17 @@ OURS = ("torch==2.13.0", "transformers", "scipy", "safetensors", "tyro", "tqdm",
 """What cosae needs of a peer's environment; torch pinned, so that no newer build comes."""
 PACKAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "neuronpedia": (
-        (*OURS, "neuronpedia==1.2.1", "einops", "eindex-callum", "jaxtyping", "dataclasses-json", "rich", "matplotlib", "datasets"),
+        (
+            *OURS,
+            "neuronpedia==1.2.1",
+            "einops",
+            "eindex-callum",
+            "jaxtyping",
+            "dataclasses-json",
+            "rich",
+            "matplotlib",
+            "datasets",
+        ),
         ("--no-deps", "sae-dashboard==0.8.0"),
     ),
     # vllm, faiss, bitsandbytes and sentence-transformers have no part in loading a cache and stay out
