@@ -98,8 +98,11 @@ def main() -> None:
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
     while True:
         texts = requests.get()
-        pickle.dump(answer or encode(tokenizer, texts), answers, protocol=pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+        try:
+            pickle.dump(answer or encode(tokenizer, texts), answers, protocol=pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(0)  # nobody is left to answer
 
 
 def _read(requests: SimpleQueue[list[str]]) -> None:
