@@ -38,7 +38,7 @@ paper, by their section.
 """
 FOOT = """
 A claim's command trains the runs that are not there yet, measures them and writes its RESULT.md, figure.svg and
-numbers.json; `python -m studies --all` does so for all ten, in some hours on two cores. Runs (three seeds of each set) are
+numbers.json; `python -m studies --all` does so for all ten, in some hours on two cores. Runs (three seeds a set) are
 kept under `runs/studies/` by the digest of their recipe and are not part of the repository. `python -m studies` writes
 this page again from the numbers that are there, in a second; tests/test_studies.py judges every verdict again from
 numbers.json. Why a learned exponent ends where it does, without training:
