@@ -26,7 +26,7 @@ from cosae.types import Activations, CosaeError
 
 NonFinite = Literal["fatal", "drop"]
 MARKS = (0.05, 0.25, 0.5, 0.75, 0.95)
-SHIFT = 1.5
+SHIFT = 1.25
 MARGIN = 0.02
 ERRORS = 6.0
 LOCATED = 20  # rows kept by place; all are counted
