@@ -1,9 +1,8 @@
-"""The plug-in and the readers against the real sae-lens, in an environment of its own ($COSAE_PEERS/saelens)."""
+"""Readers, writers and the plug-in against the real packages, each in an environment of its own ($COSAE_PEERS)."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,22 +10,29 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PYTHON = Path(os.environ.get("COSAE_PEERS", "/nonexistent")) / "saelens" / "bin" / "python"
+_spec = importlib.util.spec_from_file_location("peers_all", HERE / "peers" / "all.py")
+assert _spec is not None
+assert _spec.loader is not None
+peers = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(peers)
+BUILT = [name for name in peers.CHECKS if peers.find_python(name) is not None]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYTHON.exists(), reason="set COSAE_PEERS to a folder whose saelens/ has sae-lens and cosae")
-def test_every_architecture_agrees_with_the_real_package() -> None:
-    spec = importlib.util.spec_from_file_location("peers_interop", HERE / "peers" / "interop.py")
-    assert spec is not None
-    assert spec.loader is not None
-    interop = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(interop)
-    found = interop.measure(str(PYTHON))
-    assert len(found["rows"]) > 40
-    assert {row["architecture"]: row["difference"] for row in found["rows"] if row["difference"] > 1e-5} == {}
-    written = interop.PAGE.read_text(encoding="utf-8")
-    assert [row["architecture"] for row in found["rows"] if row["architecture"] not in written] == []
+@pytest.mark.skipif(not BUILT, reason="build them with tests/share/peers/environments.py")
+@pytest.mark.parametrize("name", BUILT)
+def test_every_architecture_agrees_with_the_real_package(name: str) -> None:
+    rows = peers.measure(name)
+    assert {row["architecture"]: row["difference"] for row in rows if not row["difference"] <= 1e-5} == {}
+    written = peers.PAGE.read_text(encoding="utf-8")
+    missing = [f"{row['direction']} | {row['architecture']} " for row in rows]
+    assert [one for one in missing if one not in written] == [], "write the page again: peers/all.py"
+
+
+def test_the_paper_s_files_agree_with_its_formulae() -> None:
+    rows = peers.paper()
+    assert len(rows) == 3
+    assert max(row["difference"] for row in rows) <= 1e-5
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is not None, reason="sae-lens is here")

@@ -9,27 +9,28 @@
     BatchTopKSAE             s > threshold (−1: all positive)   batch_topk
     MatryoshkaBatchTopKSAE   the same, all groups               batch_topk with prefixes
 
-Writing: the inner product in the raw frame under batch_topk, topk, jumprelu and gated.
+`write` is in `dictionary_learning_write`, the drop-in for their `load_dictionary` in `dictionary_learning_drop_in`;
+both are names of this module too.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cosae.sae.fold import fold_decoder_norm
 from cosae.sae.model import SAE
+from cosae.share.dictionary_learning_drop_in import Dictionary, load_dictionary
+from cosae.share.dictionary_learning_write import CONFIG, WEIGHTS, write
 from cosae.share.linear import Linear, linear_sae
-from cosae.share.untrusted import read_json, read_pickled, take, tensors, whole
+from cosae.share.untrusted import number, read_json, read_pickled, take, tensors, whole
 from cosae.types import CosaeError
 
-WEIGHTS, CONFIG = "ae.pt", "config.json"
+__all__ = ["CLASSES", "CONFIG", "WEIGHTS", "Dictionary", "load_dictionary", "read", "write"]
+
 CLASSES = (
     "AutoEncoder",
     "AutoEncoderNew",
@@ -53,7 +54,10 @@ def read(folder: str | Path) -> SAE:
         raise CosaeError(f"{folder}: dict_class must be one of {', '.join(CLASSES)}. Got {kind!r} instead.")
     path = folder / WEIGHTS
     state = tensors(read_pickled(path), path)
-    sae = linear_sae(_linear(kind, state, trainer, path), str(path), _facts(config, trainer, kind))
+    facts = _facts(config, trainer, kind)
+    if kind == "AutoEncoderTopK" and "threshold" in state:
+        facts["topk_threshold"] = number(state["threshold"], "threshold", path)  # their encode(use_threshold=True)
+    sae = linear_sae(_linear(kind, state, trainer, path), str(path), facts)
     return fold_decoder_norm(sae) if kind == "AutoEncoder" else sae
 
 
@@ -64,9 +68,8 @@ def _linear(kind: str, state: dict[str, Tensor], trainer: dict[str, Any], path: 
         )
         if kind == "JumpReluAutoEncoder":
             rows_FD = _transposed(enc_DF, path)
-            return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", None, threshold, centred=False)
-        (sizes,) = take(state, ("group_sizes",), path)
-        prefixes = tuple(int(p) for p in torch.cumsum(sizes.long(), 0))
+            return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", _aim(trainer), threshold, centred=False)
+        prefixes = _prefixes(state, path)
         k = _k(state, trainer, path)
         rows_FD = _transposed(enc_DF, path)
         return Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, threshold, prefixes=prefixes)
@@ -96,10 +99,31 @@ def _transposed(matrix: Tensor, path: Path) -> Tensor:
     return matrix.T
 
 
+def _aim(trainer: dict[str, Any]) -> int | None:
+    """Features per token that JumpReLU was trained for, where the configuration says it."""
+    aim = trainer.get("target_l0")
+    if isinstance(aim, int | float) and not isinstance(aim, bool) and 1 <= aim < 2**31:
+        return round(aim)
+    return None
+
+
+def _prefixes(state: dict[str, Tensor], path: Path) -> tuple[int, ...]:
+    """Feature counts of the groups, summed up."""
+    (sizes,) = take(state, ("group_sizes",), path)
+    d_sae = state["W_dec"].shape[0] if state["W_dec"].ndim else 0
+    if sizes.ndim != 1 or sizes.is_floating_point() or sizes.numel() > max(d_sae, 1):
+        raise CosaeError(
+            f"{path}: group_sizes must be a list of whole numbers. Got {sizes.dtype} {tuple(sizes.shape)}."
+        )
+    if not bool((sizes > 0).all()) or int(sizes.long().sum()) != d_sae:
+        raise CosaeError(f"{path}: group_sizes must be positive and add up to the {d_sae} features.")
+    return tuple(int(p) for p in torch.cumsum(sizes.long(), 0))
+
+
 def _k(state: dict[str, Tensor], trainer: dict[str, Any], path: Path) -> int:
     """k of the configuration, which must be the weights' own where both have one."""
     asked = trainer.get("k")
-    stored = int(state["k"]) if "k" in state and state["k"].numel() == 1 else None
+    stored = whole(number(state["k"], "k", path), "k", path) if "k" in state else None
     if asked is not None and stored is not None and whole(asked, "k", path) != stored:
         raise CosaeError(f"{path}: k is {asked} in {CONFIG} but {stored} in the weights: they do not belong together.")
     return whole(asked if asked is not None else stored, "k", path)
@@ -126,134 +150,3 @@ def _facts(config: dict[str, Any], trainer: dict[str, Any], kind: str) -> dict[s
 def _is_residual(trainer: dict[str, Any], layer: int) -> bool:
     """Whether the submodule's name says the residual stream after that block (their convention)."""
     return str(trainer.get("submodule_name", "")) in (f"resid_post_layer_{layer}", f"model.layers.{layer}")
-
-
-def write(
-    sae: SAE, folder: str | Path, *, layer: int | None = None, model: str | None = None, context: int = 128
-) -> Path:
-    """Write a folder that dictionary_learning's own `load_dictionary` reads, with the same outputs.
-
-    layer, model: what their configuration asks for; the SAE's facts by default. Raises CosaeError for an SAE their
-    classes cannot express (any score but the inner product, frames, norm restoring, abs_topk), an uncalibrated
-    batch_topk, or a place that holds something else or cannot be written.
-    """
-    folder = Path(folder)
-    kind, state = _state(sae)
-    config = {
-        "trainer": {
-            "trainer_class": f"{kind}Trainer",
-            "dict_class": kind,
-            "activation_dim": sae.d_in,
-            "dict_size": sae.d_sae,
-            "k": sae.k,
-            "layer": layer if layer is not None else sae.facts.get("layer"),
-            "lm_name": model if model is not None else sae.facts.get("model"),
-            "submodule_name": sae.facts.get("hf_hook_name"),
-            "seed": sae.facts.get("seed"),
-        },
-        "buffer": {"ctx_len": sae.facts.get("context", context)},
-    }
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CosaeError(f"{folder} is not an empty folder: choose another place to write to.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            torch.save(state, staged / WEIGHTS)
-            (staged / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            staged.chmod(0o755)
-            if folder.exists():
-                folder.rmdir()
-            staged.replace(folder)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
-    except (OSError, RuntimeError) as error:
-        raise CosaeError(f"{folder} cannot be written ({error}): choose another place.") from None
-    return folder
-
-
-def _state(sae: SAE) -> tuple[str, dict[str, Tensor]]:
-    """Their class and its state dict."""
-    cfg = sae.cfg
-    if cfg.score != "inner" or cfg.frame != "raw" or cfg.norm_restoring or cfg.selector == "abs_topk":
-        raise CosaeError(
-            "dictionary_learning has classes for inner-product SAEs on raw activations under batch_topk, topk, "
-            f"jumprelu and gated only. Got {cfg.score} × {cfg.selector}, frame {cfg.frame}: keep it in cosae's format."
-        )
-    if not sae.calibrated:
-        raise CosaeError("an uncalibrated batch_topk SAE has no threshold to write: calibrate it first.")
-    rows_FD, decoder_FD = sae.score.rows_FD.detach(), sae.W_dec.detach()
-    zero_F = torch.zeros(sae.d_sae)
-    bias_F = zero_F if sae.b_enc is None else sae.b_enc.detach()
-    centre_D = sae.b_dec.detach()
-    k = torch.tensor(sae.k, dtype=torch.int32)
-    if cfg.selector == "jumprelu":
-        state = {
-            "W_enc": rows_FD.T,
-            "b_enc": bias_F - (rows_FD.double() @ centre_D.double()).float(),
-            "W_dec": decoder_FD,
-            "b_dec": centre_D,
-            "threshold": sae.threshold.detach(),
-        }
-        return "JumpReluAutoEncoder", _plain(state)
-    state = {"encoder.weight": rows_FD, "decoder.weight": decoder_FD.T}
-    if cfg.selector == "gated":
-        threshold = torch.nan_to_num(sae.selector.threshold, nan=0.0)
-        gate = {"decoder_bias": centre_D, "gate_bias": bias_F - threshold, "r_mag": sae.selector.r_mag_F.detach()}
-        return "GatedAutoEncoder", _plain({**state, **gate, "mag_bias": sae.selector.b_mag_F.detach()})
-    state |= {"encoder.bias": bias_F, "b_dec": centre_D, "k": k}
-    if not bool((sae.selector.rank_gain_F == 1).all()):
-        raise CosaeError("an SAE whose decoder norms were folded ranks features by gains that theirs cannot hold.")
-    if cfg.selector == "topk":
-        return "AutoEncoderTopK", _plain({**state, "threshold": torch.tensor(-1.0)})
-    if sae.threshold.numel() != 1:
-        raise CosaeError("their BatchTopK has one threshold; this SAE has one per feature.")
-    return "BatchTopKSAE", _plain({**state, "threshold": sae.threshold.detach().reshape(())})
-
-
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.cpu().contiguous().clone() for name, value in state.items()}
-
-
-class Dictionary(nn.Module):
-    """A cosae SAE with the methods of dictionary_learning's `Dictionary`: dense features, `output_features=`.
-
-    activation_dim, dict_size   widths;  sae   the SAE itself
-    """
-
-    def __init__(self, sae: SAE) -> None:
-        super().__init__()
-        self.sae = sae
-        self.activation_dim, self.dict_size = sae.d_in, sae.d_sae
-
-    def encode(self, x: Tensor, **_: Any) -> Tensor:
-        """x (..., activation_dim) → dense features (..., dict_size) at the inference rule."""
-        return self.sae.encode(x).to_dense()
-
-    def decode(self, f: Tensor) -> Tensor:
-        """Dense features → reconstruction. An SAE that takes the norm out needs it: use `forward`, or `sae.decode`."""
-        return self.sae.decode(f)
-
-    def forward(self, x: Tensor, output_features: bool = False, **_: Any) -> Any:
-        """Reconstruction, or (reconstruction, features) with output_features=True."""
-        codes = self.sae.encode(x)
-        x_hat = self.sae.decode(codes)
-        return (x_hat, codes.to_dense()) if output_features else x_hat
-
-
-def load_dictionary(base_path: str | Path, device: str | torch.device = "cpu") -> tuple[Dictionary, dict[str, Any]]:
-    """Drop-in for dictionary_learning's function of that name: (dictionary, config), for their folders and cosae's own.
-
-    Raises CosaeError, in one sentence, where the folder is neither.
-    """
-    from cosae.share.read import read_sae
-
-    folder = Path(base_path)
-    sae = read_sae(folder, device=device)
-    sae.requires_grad_(False)
-    if (folder / CONFIG).is_file():
-        return Dictionary(sae), read_json(folder / CONFIG)
-    trainer = {"dict_class": "cosae.SAE", "activation_dim": sae.d_in, "dict_size": sae.d_sae, "k": sae.k}
-    trainer |= {"lm_name": sae.facts.get("model"), "submodule_name": sae.facts.get("hf_hook_name")}
-    return Dictionary(sae), {"trainer": trainer, "buffer": {}}

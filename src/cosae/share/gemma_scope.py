@@ -19,6 +19,7 @@ from cosae.types import CosaeError
 ARCHIVE, WEIGHTS, CONFIG = "params.npz", "params.safetensors", "config.json"
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "threshold")
 FOLDER = re.compile(r"layer_(\d+)/width_(\w+)/average_l0_(\d+)")
+EMBEDDING = re.compile(r"(^|/)embedding(/|$)")
 
 
 def read(path: str | Path) -> SAE:
@@ -36,6 +37,8 @@ def read(path: str | Path) -> SAE:
         raise CosaeError(f"{file}: W_enc must be a matrix. Got shape {tuple(enc_DF.shape)} instead.")
     config = read_json(file.parent / CONFIG) if (file.parent / CONFIG).is_file() else {}
     _check(config, file.parent, lower)
+    if EMBEDDING.search(file.parent.as_posix()):  # scaled as the model scales its embeddings: by the root of the width
+        enc_DF, decoder_FD = enc_DF / len(enc_DF) ** 0.5, decoder_FD * len(enc_DF) ** 0.5
     weights = Linear(enc_DF.T, bias_F, decoder_FD, centre_D, "jumprelu", _k(file), theta_F, centred=False)
     return linear_sae(weights, str(file), _facts(config, file))
 
@@ -43,6 +46,8 @@ def read(path: str | Path) -> SAE:
 def _check(config: dict[str, Any], folder: Path, state: dict[str, Tensor]) -> None:
     if str(config.get("type", "sae")) not in ("sae", "SAE") or "affine_skip_connection" in state:
         raise CosaeError(f"{folder} holds a {config.get('type', 'transcoder')}: cosae reads autoencoders only.")
+    if "scaling_factor" in state and not bool((state["scaling_factor"] == 1).all()):
+        raise CosaeError(f"{folder} holds a scaling_factor of finetuned features, which cosae does not express.")
     architecture = str(config.get("architecture", "jump_relu")).replace("_", "").lower()
     if architecture != "jumprelu":
         raise CosaeError(f"{folder}: architecture must be jump_relu. Got {config['architecture']!r} instead.")

@@ -7,6 +7,7 @@ What differs is which scores fire:
     JumpReLU           s > θ_i and s > 0           jumprelu
     threshold (t)      s > max(t, 0)               batch_topk, calibrated; −1 stands for "not set" and lets all pass
     TopK               k largest positive s        topk
+    AbsTopK            k largest |s|               abs_topk
     Gated              π > 0, ReLU(e^ρ·content + m)  gated
 
 Enters plain tensors, checked here; leaves fp32. Sums are made in float64.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.sae.model import SAE, SAEConfig
+from cosae.sae.model import DTYPES, SAE, SAEConfig
 from cosae.types import CosaeError
 
 NO_THRESHOLD = 1e-30
@@ -33,7 +34,7 @@ GUESSED_K = 32
 class Linear:
     """Weights of one SAE. rows_FD, decoder_FD (F, D); bias_F (F,); centre_D (D,), what the decoder adds.
 
-    selector   one of batch_topk, topk, jumprelu, gated
+    selector   one of batch_topk, topk, abs_topk, jumprelu, gated
     k          None where the file does not say
     threshold  () or (F,): θ of jumprelu, the inference threshold of batch_topk; None where there is none
     centred    whether the encoder subtracts the centre
@@ -108,8 +109,10 @@ def _check(weights: Linear, source: str) -> tuple[int, int]:
                 f"{source}: the {name} must have shape {' or '.join(map(str, allowed))}, features × width of the "
                 f"encoder. Got {tuple(value.shape)} instead."
             )
-        if not value.is_floating_point():
-            raise CosaeError(f"{source}: the {name} must hold floating point numbers. Got {value.dtype} instead.")
+        if value.dtype not in DTYPES or value.is_meta or value.is_nested:
+            raise CosaeError(
+                f"{source}: the {name} must hold plain numbers of 16, 32 or 64 bits. Got {value.dtype} instead."
+            )
         if not bool(torch.isfinite(value).all()):
             raise CosaeError(f"{source}: the {name} holds NaN or infinity; the file is damaged.")
     if d_sae < 1 or d_in < 1:

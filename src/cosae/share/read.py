@@ -33,7 +33,11 @@ def read_sae(path: str | Path, *, format: str = "auto", device: str | torch.devi
     path = Path(path)
     if format != "auto" and format not in DOORS:
         raise CosaeError(f"format must be auto or one of {', '.join(FORMATS)}. Got {format!r} instead.")
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise CosaeError(f"{str(path)[:80]}… cannot be looked at ({error.strerror}): give an SAE's path.") from None
+    if not there:
         raise CosaeError(f"{path} does not exist: give the folder or file of an SAE.")
     return DOORS[detect(path) if format == "auto" else format](path).to(device)
 
@@ -49,7 +53,10 @@ def detect(path: Path) -> str:
             f"{path} is a file of no format known here: give the SAE's folder, a params.npz of Gemma Scope or an "
             f"{authors.NAME} of the paper."
         )
-    there = {child.name for child in path.iterdir()}
+    try:
+        there = {child.name for child in path.iterdir()}
+    except OSError as error:
+        raise CosaeError(f"{path} cannot be read ({error.strerror}): it must be a file or a folder.") from None
     if saelens_files.CONFIG in there and saelens_files.WEIGHTS in there:
         marked = read_json(path / saelens_files.CONFIG).get("format") == own.FORMAT
         return "cosae" if marked else "saelens"

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cosae.sae import file
@@ -28,6 +26,7 @@ from cosae.sae.model import SAE, SAEConfig
 from cosae.sae.score import SCORES
 from cosae.sae.selector import SELECTORS
 from cosae.share.saelens_folds import fold_decoder_norm, fold_input_scale
+from cosae.share.untrusted import read_safetensors
 from cosae.types import CosaeError
 
 GENERIC = "cosae"
@@ -61,14 +60,8 @@ def read(folder: str | Path) -> SAE:
     if config.get("format") == file.FORMAT:
         return file.load(folder)
     weights = folder / file.WEIGHTS
-    if not weights.is_file():
-        raise CosaeError(f"{folder} lacks {file.WEIGHTS}: the SAE is incomplete, copy the whole folder again.")
-    try:
-        state = load_file(weights)
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise CosaeError(f"{weights} is not a whole safetensors file ({reason}): copy it again.") from None
-    return assemble(config, state, str(weights), _scaling_factor(folder))
+    state = read_safetensors(weights)
+    return assemble(config, state, str(weights), scaling_factor(folder))
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -88,7 +81,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _scaling_factor(folder: Path) -> float | None:
+def scaling_factor(folder: Path) -> float | None:
     """What a checkpoint's activations were multiplied by while it trained; None where it says nothing."""
     path = folder / SCALER
     if not path.is_file():

@@ -4,12 +4,15 @@
     standard                   s > 0                    jumprelu, θ = 0
     jumprelu                   s > θ_i and s > 0        jumprelu
     topk                       k largest positive       topk
+    abstopk                    k largest |s|            abs_topk
     gated                      π > 0                    gated
     batchtopk                  s > topk_threshold       batch_topk           training checkpoints
     matryoshka_batchtopk       the same                 batch_topk, prefixes training checkpoints
 
 With rescale_acts_by_decoder_norm the scores are those times |d_i| and the decoder rows have length 1; without
-apply_b_dec_to_input the encoder subtracts no centre. cosae's cosine architectures: see `saelens_cosine`.
+apply_b_dec_to_input the encoder subtracts no centre. A training checkpoint's scale of activations
+(`activation_scaler.json`) is folded; configurations older than SAELens 6 are read by their old names.
+cosae's cosine architectures: see `saelens_cosine`.
 """
 
 from __future__ import annotations
@@ -17,16 +20,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from cosae.sae.fold import fold_input_scale
 from cosae.sae.model import SAE
 from cosae.share import saelens_cosine
 from cosae.share.linear import Linear, linear_sae
-from cosae.share.untrusted import read_json, read_safetensors, take, whole
+from cosae.share.untrusted import number, read_json, read_safetensors, take, whole
 from cosae.types import CosaeError
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-ARCHITECTURES = ("standard", "jumprelu", "topk", "gated", "batchtopk", "matryoshka_batchtopk")
+ARCHITECTURES = ("standard", "jumprelu", "topk", "abstopk", "gated", "batchtopk", "matryoshka_batchtopk")
 TRAINING = ("batchtopk", "matryoshka_batchtopk")
 EXPRESSED = ("none", "expected_average_only_in")
 """normalize_activations that leave an inference SAE's input as it is: the second one's scale is folded when saved."""
@@ -35,7 +40,7 @@ EXPRESSED = ("none", "expected_average_only_in")
 def read(folder: str | Path) -> SAE:
     """The SAE in a SAELens folder. Raises CosaeError, in one sentence, for what cosae cannot express or cannot read."""
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
+    config = _modern(read_json(folder / CONFIG))
     kind = config.get("architecture", "standard")
     if kind in saelens_cosine.ARCHITECTURES:
         return saelens_cosine.read(folder)
@@ -47,7 +52,33 @@ def read(folder: str | Path) -> SAE:
     path = folder / WEIGHTS
     state = read_safetensors(path)
     _check_conventions(config, kind, folder)
-    return linear_sae(_linear(kind, config, state, path), str(path), _facts(config, kind))
+    sae = linear_sae(_linear(kind, config, state, path), str(path), _facts(config, kind))
+    scale = _training_scale(config, kind, folder)
+    return sae if scale is None else fold_input_scale(sae, scale)
+
+
+def _modern(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration from before SAELens 6 under today's names: there topk was an activation of standard."""
+    if isinstance(config.get("normalize_activations"), bool | None):
+        scaled = config.get("normalize_activations") is True
+        config = {**config, "normalize_activations": "expected_average_only_in" if scaled else "none"}
+    details = config.get("activation_fn_kwargs")
+    if config.get("activation_fn_str", config.get("activation_fn")) == "topk" and isinstance(details, dict):
+        config = {**config, "architecture": "topk", "k": details.get("k")}
+    return config
+
+
+def _training_scale(config: dict[str, Any], kind: str, folder: Path) -> float | None:
+    """What a checkpoint's activations were multiplied by; None where the weights are for activations as they are."""
+    if config.get("normalize_activations") != "expected_average_only_in":
+        return None
+    scale = saelens_cosine.scaling_factor(folder)
+    if scale is None and kind in TRAINING:
+        raise CosaeError(
+            f"{folder} is a checkpoint of activations that were rescaled, and {saelens_cosine.SCALER} does not say by "
+            "how much: copy the whole checkpoint."
+        )
+    return scale
 
 
 def _check_conventions(config: dict[str, Any], kind: str, folder: Path) -> None:
@@ -83,15 +114,22 @@ def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: P
         return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", None, theta_F, centred)
     k = whole(config.get("k"), "k", path)
     if config.get("rescale_acts_by_decoder_norm", kind in TRAINING):
+        if decoder_FD.shape != rows_FD.shape or bias_F.shape != rows_FD.shape[:1]:
+            raise CosaeError(
+                f"{path}: W_dec and b_enc do not fit W_enc: {tuple(decoder_FD.shape)}, {tuple(bias_F.shape)}."
+            )
         length_F = decoder_FD.double().norm(dim=-1)
         if not bool((length_F > 0).all()):
             raise CosaeError(f"{path}: decoder rows of length 0 cannot be rescaled to length 1; the file is damaged.")
         rows_FD, bias_F = rows_FD.double() * length_F[:, None], bias_F.double() * length_F
         decoder_FD = decoder_FD.double() / length_F[:, None]
-    if kind == "topk":
-        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "topk", k, centred=centred)
+    if kind in ("topk", "abstopk"):
+        selector = "topk" if kind == "topk" else "abs_topk"
+        return Linear(rows_FD, bias_F, decoder_FD, centre_D, selector, k, centred=centred)
     (threshold,) = take(state, ("topk_threshold",), path)
     widths = config.get("matryoshka_widths") or ()
+    if not isinstance(widths, list | tuple):
+        raise CosaeError(f"{path.parent / CONFIG}: matryoshka_widths must be a list. Got {widths!r} instead.")
     prefixes = tuple(whole(width, "a Matryoshka width", path) for width in widths)
     return Linear(
         rows_FD,
@@ -100,7 +138,7 @@ def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: P
         centre_D,
         "batch_topk",
         k,
-        threshold.reshape(()).float(),
+        torch.tensor(number(threshold, "topk_threshold", path)),
         centred,
         prefixes=prefixes,
     )

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from cosae.types import CosaeError
 
-MAX_RATIO = 200
-"""An archive may unpack to at most so many times its size on disk: weights hardly compress, bombs do."""
+MAX_RATIO, FREE_BYTES = 16, 16 * 2**20
+"""A file may unpack to at most FREE_BYTES and so many times its size: weights hardly compress, bombs do."""
+MAX_HEADER_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 16 * 2**20
 
 
@@ -43,6 +44,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU. Raises CosaeError."""
     _there(path)
+    with path.open("rb") as handle:
+        header = int.from_bytes(handle.read(8), "little")
+    if header > MAX_HEADER_BYTES:
+        raise CosaeError(f"{path} claims a header of {header} bytes: that is no file of weights, not opened.")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -68,9 +73,23 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     _check_archive(path)
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
-            return {name: torch.from_numpy(np.ascontiguousarray(archive[name])) for name in archive.files}
+            return {name: _array(archive, name) for name in archive.files}
     except Exception as error:  # zip, numpy and torch each have their own ways to refuse
         raise CosaeError(f"{path} is not a whole archive of plain number arrays ({_line(error)}).") from None
+
+
+def _array(archive: Any, name: str) -> Tensor:
+    """One array, as large as the archive's directory says: a header that claims more would be allocated first."""
+    member = name if name in archive.zip.namelist() else f"{name}.npy"
+    with archive.zip.open(member) as handle:
+        major, _ = np.lib.format.read_magic(handle)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(handle)
+        if dtype.kind not in "fiub":
+            raise ValueError(f"{name} holds {dtype}, no plain numbers")
+        if int(np.prod(shape, dtype=object)) * dtype.itemsize > archive.zip.getinfo(member).file_size:
+            raise ValueError(f"{name} claims the shape {shape}, more than there is")
+    return torch.from_numpy(np.ascontiguousarray(archive[name]))
 
 
 def tensors(value: Any, path: Path) -> dict[str, Tensor]:
@@ -80,8 +99,10 @@ def tensors(value: Any, path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, one in value.items():
         if isinstance(one, Tensor):
-            if one.layout != torch.strided:
+            if one.layout != torch.strided or one.is_complex() or one.is_meta or one.is_nested or one.is_quantized:
                 raise CosaeError(f"{path}: {name!r} is not a plain dense tensor.")
+            if one.numel() * one.element_size() > FREE_BYTES + MAX_RATIO * path.stat().st_size:
+                raise CosaeError(f"{path}: {name!r} claims the shape {tuple(one.shape)}, more than the file holds.")
             found[str(name)] = one.detach()
         elif isinstance(one, bool | int | float):
             found[str(name)] = torch.tensor(one)
@@ -106,6 +127,13 @@ def whole(value: Any, name: str, path: Path) -> int:
     return value
 
 
+def number(value: Tensor, name: str, path: Path) -> float:
+    """The one finite number in a tensor. Raises CosaeError."""
+    if value.numel() != 1 or value.is_complex() or not bool(torch.isfinite(value).all()):
+        raise CosaeError(f"{path}: {name} must be one finite number. Got {value.dtype} of shape {tuple(value.shape)}.")
+    return float(value)
+
+
 def _there(path: Path) -> None:
     if not path.is_file():
         raise CosaeError(f"{path} does not exist: the SAE's folder is incomplete, copy it whole.")
@@ -123,7 +151,7 @@ def _check_archive(path: Path) -> None:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise CosaeError(f"{path} is a damaged archive ({_line(error)}): copy it again.") from None
-    if unpacked > MAX_RATIO * size:
+    if unpacked > FREE_BYTES + MAX_RATIO * size:
         raise CosaeError(
             f"{path} would unpack from {size} to {unpacked} bytes: that is no file of weights, not opened."
         )

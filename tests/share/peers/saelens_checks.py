@@ -12,11 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sae_lens
 import torch
 from sae_lens import SAE, SAETrainer
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
+from safetensors.torch import save_file
 
 import cosae
 import cosae.share.saelens as plugin
@@ -62,6 +64,7 @@ def inference_architectures() -> dict[str, Any]:
         "jumprelu, no centre": sae_lens.JumpReLUSAEConfig(**shape, apply_b_dec_to_input=False),
         "topk": sae_lens.TopKSAEConfig(**shape, k=K),
         "topk, rescaled": sae_lens.TopKSAEConfig(**shape, k=K, rescale_acts_by_decoder_norm=True),
+        "abstopk": sae_lens.AbsTopKSAEConfig(**shape, k=K),
         "gated": sae_lens.GatedSAEConfig(**shape),
     }
 
@@ -132,6 +135,186 @@ def round_trip(rows: list[dict[str, Any]]) -> None:
         rows.append(row("SAELens", "trained there, and back", name, max(first, second, same)))
 
 
+def trained_theirs(rows: list[dict[str, Any]]) -> None:
+    """SAELens' own architectures trained by its trainer: the inference SAE it saves, and a checkpoint's weights."""
+    shape = {"d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu"}
+    scaled = {**shape, "normalize_activations": "expected_average_only_in"}
+    configs = {
+        "standard": sae_lens.StandardTrainingSAEConfig(**shape),
+        "standard, scaled activations": sae_lens.StandardTrainingSAEConfig(**scaled),
+        "topk": sae_lens.TopKTrainingSAEConfig(**shape, k=K),
+        "batchtopk → jumprelu": sae_lens.BatchTopKTrainingSAEConfig(**shape, k=K),
+        "batchtopk → jumprelu, scaled activations": sae_lens.BatchTopKTrainingSAEConfig(**scaled, k=K),
+        "jumprelu": sae_lens.JumpReLUTrainingSAEConfig(**shape),
+        "gated": sae_lens.GatedTrainingSAEConfig(**shape),
+        "matryoshka_batchtopk → jumprelu": sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(
+            **shape, k=K, matryoshka_widths=[10, F]
+        ),
+    }
+    for name, config in configs.items():
+        trained = train(config)
+        with tempfile.TemporaryDirectory() as place:
+            trained.save_inference_model(Path(place) / "saved")
+            theirs = SAE.load_from_disk(Path(place) / "saved")
+            rows.append(row("SAELens", "read, trained there", name, compare(read_sae(Path(place) / "saved"), theirs)))
+            if "→" in name:
+                trained.save_model(Path(place) / "checkpoint")
+                worst = compare(read_sae(Path(place) / "checkpoint"), theirs)
+                rows.append(row("SAELens", "read, a checkpoint", name.partition(" →")[0], worst))
+
+
+def scaled_checkpoint(rows: list[dict[str, Any]]) -> None:
+    """A checkpoint in the middle of training on rescaled activations, its scale in a file beside it."""
+    config = sae_lens.BatchTopKTrainingSAEConfig(
+        d_in=D, d_sae=F, k=K, dtype="float32", device="cpu", normalize_activations="expected_average_only_in"
+    )
+    theirs = sae_lens.TrainingSAE.from_dict(config.to_dict())
+    randomise(theirs)
+    theirs.topk_threshold = torch.tensor(0.8, dtype=theirs.topk_threshold.dtype)
+    scale, x = 1.7, inputs(9)
+    with tempfile.TemporaryDirectory() as place, torch.no_grad():
+        theirs.save_model(place)
+        (Path(place) / "activation_scaler.json").write_text(json.dumps({"scaling_factor": scale}))
+        mine = read_sae(place)
+        pre = theirs.encode_with_hidden_pre(scale * x)[1]
+        features = pre * (pre > 0.8)
+        codes = mine.encode(x)
+        rebuilt = theirs.decode(features) / scale
+        worst = max(difference(codes.to_dense(), features), difference(mine.decode(codes), rebuilt))
+    rows.append(row("SAELens", "read, a checkpoint", "batchtopk, scaled activations", worst))
+
+
+def gemma_scope(rows: list[dict[str, Any]]) -> None:
+    """Files in both of Gemma Scope's forms through SAELens' own loaders, which find them where a hub would put them."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    g = torch.Generator().manual_seed(3)
+    shapes = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "threshold": (F,)}
+    state = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    state["threshold"].abs_()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+
+        def fetch(repo_id: str, filename: str, subfolder: str | None = None, **_: Any) -> str:
+            return str(root / (subfolder or "") / filename)
+
+        npz = root / "layer_3" / "width_16k" / "average_l0_9"
+        later = root / "resid_post" / "layer_3_width_16k_l0_medium"
+        embedding = root / "embedding" / "width_4k" / "average_l0_6"
+        for folder in (npz, embedding):
+            folder.mkdir(parents=True)
+            np.savez(folder / "params.npz", **{name: value.numpy() for name, value in state.items()})
+        later.mkdir(parents=True)
+        save_file({name.lower(): value for name, value in state.items()}, later / "params.safetensors")
+        said = {
+            "architecture": "jump_relu",
+            "model_name": "gemma-v3-1b-pt",
+            "hf_hook_point_in": "model.layers.3.output",
+        }
+        (later / "config.json").write_text(json.dumps({**said, "type": "sae", "l0": 9}))
+        kept = loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes
+        loaders.hf_hub_download = fetch
+        loaders.get_safetensors_tensor_shapes = lambda *_: {name.lower(): list(t.shape) for name, t in state.items()}
+        ways = {
+            "params.npz": (loaders.gemma_2_sae_huggingface_loader, npz, "google/gemma-scope-2b-pt-res"),
+            "params.npz, embedding": (
+                loaders.gemma_2_sae_huggingface_loader,
+                embedding,
+                "google/gemma-scope-2b-pt-res",
+            ),
+            "params.safetensors": (loaders.gemma_3_sae_huggingface_loader, later, "google/gemma-scope-2-1b-pt"),
+        }
+        try:
+            for name, (loader, folder, repo) in ways.items():
+                overrides = {"d_in": D, "d_sae": F}
+                config, weights, _ = loader(repo, str(folder.relative_to(root)), "cpu", False, overrides)
+                weights = {key: value * 1.0 for key, value in weights.items()}
+                if "embedding" in name:  # the loader takes its own table's width for the scale
+                    assert config["d_in"] == D
+                theirs = SAE.from_dict(loaders.handle_config_defaulting(config))
+                theirs.load_state_dict(weights)
+                rows.append(row("Gemma Scope", "read", name, compare(read_sae(folder), theirs)))
+        finally:
+            loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes = kept
+
+
+def from_pretrained(rows: list[dict[str, Any]]) -> None:
+    """SAE.from_pretrained on a repository that lies on disk; the fold that it offers keeps the outputs."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    x = inputs()
+    sae = cosae.SAE.build(d_in=D, d_sae=F, score="cosine", selector="batch_topk", k=K, seed=0, sample=x)
+    calibrate(sae, x)
+    with tempfile.TemporaryDirectory() as scratch:
+        cosae.save(sae, Path(scratch) / "layer_3")
+
+        def fetch(repo_id: str, filename: str, **_: Any) -> str:
+            place = Path(scratch) / filename
+            if not place.exists():
+                raise loaders.EntryNotFoundError(filename)
+            return str(place)
+
+        kept, loaders.hf_hub_download = loaders.hf_hub_download, fetch
+        try:
+            theirs = SAE.from_pretrained("someone/some-saes", "layer_3")
+            assert type(theirs).__name__ == "CosaeSAE"
+            worst = compare(sae, theirs)
+            folded = SAE.from_pretrained_with_cfg_and_sparsity("someone/some-saes", "layer_3", fold_W_dec_norm=True)[0]
+            with torch.no_grad():
+                worst = max(worst, difference(folded(x), theirs(x)))
+        finally:
+            loaders.hf_hub_download = kept
+    rows.append(row("SAELens", "from_pretrained", "cosine × batch_topk", worst))
+
+
+def language_model_runner(rows: list[dict[str, Any]]) -> None:
+    """LanguageModelSAETrainingRunner on the embedded model: activations, training, checkpoint, reading."""
+    from datasets import Dataset
+    from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
+    from sae_lens.load_model import HookedProxyLM
+
+    from cosae.activations import embedded
+
+    model, tokenizer = embedded.load()
+    texts = [Path(json.__file__).read_text()[i : i + 4000] for i in range(0, 12000, 2000)] * 20
+    with tempfile.TemporaryDirectory() as place:
+        config = LanguageModelSAERunnerConfig(
+            sae=plugin.CosineBatchTopKTrainingSAEConfig(
+                d_in=model.config.hidden_size, d_sae=256, k=8.0, dtype="float32", device="cpu"
+            ),
+            model_name="embedded",
+            model_class_name="AutoModelForCausalLM",
+            hook_name="model.layers.3",
+            training_tokens=4096,
+            train_batch_size_tokens=256,
+            context_size=64,
+            store_batch_size_prompts=4,
+            n_batches_in_buffer=8,
+            dataset_path="local",
+            streaming=False,
+            is_dataset_tokenized=False,
+            prepend_bos=True,
+            lr=1e-3,
+            device="cpu",
+            dtype="float32",
+            logger=LoggingConfig(log_to_wandb=False),
+            checkpoint_path=None,
+            output_path=str(Path(place) / "out"),
+        )
+        runner = LanguageModelSAETrainingRunner(
+            config, override_dataset=Dataset.from_dict({"text": texts}), override_model=HookedProxyLM(model, tokenizer)
+        )
+        trained = runner.run()
+        there = SAE.load_from_disk(Path(place) / "out")
+        x = 3 * torch.randn(200, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+        here = read_sae(Path(place) / "out")
+        with torch.no_grad():
+            worst = difference(here(x), there(x))
+    assert here.facts["hook_name"] == "model.layers.3"
+    assert trained.cfg.d_sae == 256
+    rows.append(row("SAELens", "LanguageModelSAETrainingRunner", "cosine_batchtopk", worst))
+
+
 def train(config: Any) -> Any:
     sae = sae_lens.TrainingSAE.from_dict(config.to_dict())
 
@@ -179,5 +362,10 @@ if __name__ == "__main__":
     write_ours(found)
     round_trip(found)
     synthetic_runner(found)
+    trained_theirs(found)
+    scaled_checkpoint(found)
+    gemma_scope(found)
+    from_pretrained(found)
+    language_model_runner(found)
     plugin.register()  # twice: harmless
     print(json.dumps({"package": f"sae-lens {sae_lens.__version__}", "rows": found}))

@@ -1,0 +1,90 @@
+"""One environment for each outside package, as its own pins want it; cosae is lent to them, never installed there.
+
+python tests/share/peers/environments.py [NAME …]     builds the named ones (all by default), prints their interpreters
+
+They lie in $COSAE_PEERS (~/.cache/cosae-peers by default) and are built once. pip resolves everything a package asks
+for; left out are NVIDIA's libraries (a CPU needs none) and torchvision (nothing here imports it, and a build for
+another torch breaks transformers).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TORCH = "torch==2.13.0"
+COSAE_NEEDS = ("numpy", "safetensors", "scipy", "tqdm")
+"""What `import cosae` and its readers take from the environment that borrows it."""
+WANTED: dict[str, tuple[str, ...]] = {
+    "saelens": (TORCH, "sae-lens==6.54.12"),
+    "dictionary_learning": (TORCH, "dictionary-learning==0.1.0"),
+    "sparsify": (TORCH, "eai-sparsify==1.3.3"),
+    "saebench": (TORCH, "sae-bench==0.6.0", "sae-probes==0.4.2"),
+}
+LEFT_OUT = ("nvidia", "torchvision", "triton")
+SOURCE = Path(__file__).resolve().parents[3] / "src"
+MARK = ".complete"
+
+
+def folder_of(name: str) -> Path:
+    """$COSAE_PEERS/NAME, or a folder in the user's cache."""
+    return Path(os.environ.get("COSAE_PEERS", Path.home() / ".cache" / "cosae-peers")) / name
+
+
+def find_python(name: str) -> Path | None:
+    """The interpreter: $COSAE_NAME_PYTHON, or that of the default folder; None where it was never built whole."""
+    if named := os.environ.get(f"COSAE_{name.upper()}_PYTHON"):
+        return Path(named) if Path(named).is_file() else None
+    place = folder_of(name)
+    return place / "bin" / "python" if (place / MARK).is_file() else None
+
+
+def build(name: str, folder: Path | None = None) -> Path:
+    """The interpreter of NAME's environment, built afresh where it is missing, unfinished or of other versions."""
+    folder = folder or folder_of(name)
+    python, wanted = folder / "bin" / "python", (*WANTED[name], *COSAE_NEEDS)
+    if (folder / MARK).is_file() and (folder / MARK).read_text("utf-8").split() == list(wanted):
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        subprocess.run([*pip, "--dry-run", "--report", str(report), *wanted], check=True)
+        found = [entry["metadata"] for entry in json.loads(report.read_text("utf-8"))["install"]]
+    pins = [f"{one['name']}=={one['version']}" for one in found if not one["name"].lower().startswith(LEFT_OUT)]
+    subprocess.run([*pip, "--no-deps", *pins], check=True)
+    (folder / MARK).write_text("\n".join(wanted), encoding="utf-8")
+    return python
+
+
+def run(python: Path, script: Path, *arguments: str, seconds: float = 1500) -> str:
+    """What a script prints in that environment, with this checkout's cosae lent to it and no hub to wait for.
+
+    Raises RuntimeError with the end of what it said where it fails.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as place:  # some packages write beside where they are run
+        done = subprocess.run(
+            [str(python), str(script), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+            env=environment,
+            cwd=place,
+        )
+    if done.returncode:
+        raise RuntimeError(f"{script.name} {' '.join(arguments)}\n{done.stdout[-1000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    for asked in sys.argv[1:] or WANTED:
+        print(asked, build(asked), flush=True)
