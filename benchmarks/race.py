@@ -32,7 +32,9 @@ class Contestant:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Plain torch is the path where numba is not used."""
+        """Plain torch is the path where numba is not used; a floor never pays for fresh memory."""
+        if self.who[0] == "floor":
+            return KEPT
         return {"COSAE_NATIVE": "0"} if "plain torch" in self.who else {}
 
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cosae.activations.digest import chain, fingerprint
 from cosae.kernels import native, search
+from cosae.kernels.memory import keep_spares, spare_like
 from cosae.sae import loss as losses
 from cosae.sae.model import SAE
 from cosae.sae.score import SCORES
@@ -214,5 +215,18 @@ def test_between_steps_an_arm_holds_its_parameters_and_moments_alone() -> None:
             assert all(p.grad is None for p in state.sae.parameters())
     matrix = 2048 * 32 * 4
     assert built >= n_arms * 6 * matrix
-    scores = 64 * 2048 * 4  # the search's buffer, one for all arms
-    assert held_bytes() - before - built < scores + matrix
+    work = 64 * 2048 * 4 + 2 * matrix  # the search's buffer and the last arm's gradients, for the next to write over
+    assert held_bytes() - before - built < work + matrix
+    keep_spares([])
+    assert held_bytes() - before - built < work - matrix
+
+
+def test_spares_are_written_over_only_where_they_fit() -> None:
+    a, b = torch.ones(3, 4), torch.ones(5, 4)
+    keep_spares([a, b[1:], torch.ones(3), torch.ones(4, 3).T])
+    place = a.data_ptr()
+    assert spare_like(torch.zeros(3, 4, dtype=torch.float64)).dtype == torch.float64
+    assert spare_like(torch.zeros(4, 4)).data_ptr() != b[1:].data_ptr()
+    assert spare_like(torch.zeros(3, 4)).data_ptr() == place
+    assert spare_like(torch.zeros(3, 4)).data_ptr() != place
+    keep_spares([])

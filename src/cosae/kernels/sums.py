@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from cosae.kernels import native
+from cosae.kernels.memory import spare_like
 from cosae.kernels.terms import Entries
 
 GATHER = 1 << 21
@@ -81,7 +82,7 @@ def feature_sums(
     """(F, D) Σ over a feature's entries of value · x_token, plus pull_i · rows_i."""
     order_E, offset_F1 = by_feature(entries, rows_FD.shape[0])
     if compiled(value_E, x_BD, rows_FD):
-        out_FD = torch.empty_like(rows_FD, memory_format=torch.contiguous_format)
+        out_FD = spare_like(rows_FD)
         pull_F = rows_FD.new_zeros(rows_FD.shape[0]) if pull_F is None else pull_F
         arrays = (value_E, x_BD, entries.token_E, order_E, offset_F1, pull_F, rows_FD, out_FD)
         _run("feature_sums", len(entries) * x_BD.shape[1], *arrays)
@@ -97,7 +98,7 @@ def feature_sums_and_dots(value_E: Tensor, x_BD: Tensor, entries: Entries, rows_
     if not compiled(value_E, x_BD, rows_FD):
         return feature_sums(value_E, x_BD, entries, rows_FD), entry_dots(x_BD, rows_FD, entries)
     order_E, offset_F1 = by_feature(entries, rows_FD.shape[0])
-    out_FD = torch.empty_like(rows_FD, memory_format=torch.contiguous_format)
+    out_FD = spare_like(rows_FD)
     dot_E = x_BD.new_empty(len(entries))
     arrays = (value_E, x_BD, entries.token_E, order_E, offset_F1, rows_FD, out_FD, dot_E)
     _run("feature_sums_and_dots", 2 * len(entries) * x_BD.shape[1], *arrays)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from cosae.activations.digest import chain, fingerprint
+from cosae.kernels.memory import keep_spares
 from cosae.train.arm import check_seed
 from cosae.train.log import Logger
 from cosae.train.step import ArmState, Batch, NonFiniteError, OptimizerConfig, lr_scale, train_step
@@ -146,6 +147,7 @@ def train(
             saved = done
         if stop.asked:
             raise Interrupted(done)
+    keep_spares([])
     return time.perf_counter() - begun
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosae.kernels.memory import keep_spares
 from cosae.kernels.moments import STATE_DTYPES
 from cosae.kernels.search import carried
 from cosae.sae import loss as losses
@@ -188,8 +189,8 @@ def train_step(
     """Change `state` by one step on x (B, d_in) fp32, or its `Batch`; `scale` multiplies the learning rate.
 
     Returns loss, its terms and what `measure` reads, as 0-d tensors or numbers. Raises NonFiniteError, with nothing
-    changed, where the loss or a gradient is not finite. No gradient outlives the step, so that arms in lockstep need
-    the memory of one arm's.
+    changed, where the loss or a gradient is not finite. No gradient outlives the step; the last arm's matrices are kept
+    as memory for the next one's, so that arms in lockstep need one arm's.
     """
     sae, arm = state.sae, state.arm
     batch = x_BD if isinstance(x_BD, Batch) else Batch.of(x_BD)
@@ -220,6 +221,7 @@ def train_step(
     except FloatingPointError:
         raise NonFiniteError(f"a gradient became non-finite at step {step}") from None
     finally:
+        keep_spares([p.grad for p in state.optimizer.parameters.values() if p.grad is not None])
         state.optimizer.zero_grad()
     state.age_F = age_F
     state.hint = carried(state.hint, output.selection.hint)
