@@ -16,7 +16,8 @@ from tiny_models import make_model
 from tiny_runs import QUIET, assert_same_run
 
 from cosae.activations.capture import StreamedModelSource
-from cosae.cli import Train, build_recipe, main
+from cosae.cli import main
+from cosae.cli.training import Train, build_recipe
 from cosae.recipe import Recipe
 from cosae.run.data import open_data
 from cosae.run.execute import execute, resume

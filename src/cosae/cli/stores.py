@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from cosae.cli.options import changes_of, speaker
 from cosae.types import CosaeError
 
 
@@ -76,7 +77,6 @@ class Verify:
 
 def build_capture(command: Capture) -> Any:
     """What a `capture` command line asks for. Raises CosaeError for what it does not allow."""
-    from cosae.cli import changes_of
     from cosae.recipe import Recipe, preset
     from cosae.run.capture import Capture as Wanted
 
@@ -189,8 +189,3 @@ def _bar(total: int) -> Callable[[int], None]:
             bar.close()
 
     return more
-
-
-def speaker(quiet: bool) -> Callable[[str], None]:
-    """What says things on standard error, or keeps them."""
-    return (lambda _: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from cosae.cli.options import speaker
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def export(command: Export) -> int:
     from cosae.run import export as exports
 
     to = command.to
-    say = said(to.quiet)
+    say = speaker(to.quiet)
     reading = exports.Reading(**{f.name: getattr(to, f.name) for f in fields(exports.Reading)})
     if isinstance(to, ExportDelphi):
         written = exports.export_delphi(to.sae, to.out, reading, to.n_splits, say)
@@ -162,17 +162,12 @@ def push(command: Push) -> int:
     from cosae.share import hub
 
     options = {name: getattr(command, name) for name in ("license", "private", "revision", "message")}
-    print(hub.push(command.source, command.to, **options, say=said(command.quiet)))
+    print(hub.push(command.source, command.to, **options, say=speaker(command.quiet)))
     return 0
 
 
 def pull(command: Pull) -> int:
     from cosae.share import hub
 
-    print(hub.pull(command.source, command.out, revision=command.revision, say=said(command.quiet)))
+    print(hub.pull(command.source, command.out, revision=command.revision, say=speaker(command.quiet)))
     return 0
-
-
-def said(quiet: bool) -> Callable[[str], None]:
-    """Progress on standard error, or nowhere."""
-    return (lambda _: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))

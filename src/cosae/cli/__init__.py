@@ -1,0 +1,95 @@
+"""`cosae VERB`: each verb is one call into a room. A user's mistake is one sentence on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from cosae.cli import judging, sharing, stores, training
+from cosae.types import CosaeError
+
+VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
+    "train": (training.Train, training.train),
+    "demo": (training.Demo, training.demo),
+    "resume": (training.Resume, training.resume),
+    "report": (training.Report, training.report),
+    "inspect": (judging.Inspect, judging.inspect),
+    "audit": (judging.Audit, judging.audit),
+    "eval": (judging.Eval, judging.evaluate),
+    "plan": (training.Plan, training.train),
+    "capture": (stores.Capture, stores.capture),
+    "verify": (stores.Verify, stores.verify),
+    "export": (sharing.Export, sharing.export),
+    "push": (sharing.Push, sharing.push),
+    "pull": (sharing.Pull, sharing.pull),
+}
+"""Name → (its options, what it does with them and returns as exit status)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `cosae` command."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] in (["--version"], ["-V"], ["version"]):
+        from cosae import __version__
+
+        print(f"cosae {__version__}")
+        return
+    command = _parse(given)
+    from cosae.kernels import keep_memory
+    from cosae.train.loop import Interrupted
+
+    keep_memory()
+    try:
+        sys.exit(_call_of(command)(command))
+    except CosaeError as error:
+        print(f"cosae: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"cosae: stopped after step {stop.step}; saved. {_how_to_go_on(command)}", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print(f"\ncosae: interrupted. {_how_to_go_on(command)}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _parse(given: list[str]) -> Any:
+    """A verb's options. `plan` is asked of train, or of capture where that is named."""
+    if given[:2] == ["plan", "capture"]:
+        return tyro.cli(stores.PlanCapture, args=given[2:], prog="cosae plan capture", use_underscores=False)
+    if given[:2] == ["plan", "train"]:
+        given = ["plan", *given[2:]]
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: options for name, (options, _) in VERBS.items()},
+        args=given or ["--help"],
+        prog="cosae",
+        description="Train and judge sparse autoencoders with inner-product and cosine scores, side by side.",
+        use_underscores=False,
+    )
+
+
+def _call_of(command: Any) -> Callable[..., int]:
+    """What a parsed command line asks for; the options of `plan capture` are those of `capture`."""
+    return next(call for options, call in reversed(VERBS.values()) if isinstance(command, options))
+
+
+def _how_to_go_on(command: Any) -> str:
+    """What a person can do after an interruption."""
+    if isinstance(command, sharing.Export):
+        return sharing.after_interruption(command)
+    if isinstance(command, stores.Capture):
+        return stores.go_on_capturing(command.out)
+    from cosae.train.checkpoint import checkpoints
+
+    place = command.run if isinstance(command, training.Resume) else getattr(command, "out", None)
+    runs = [place, place / "natural", place / "injected"] if isinstance(place, Path) else []
+    unfinished = [run for run in runs if run.is_dir() and checkpoints(run) and not training.finished(run)]
+    return f"Go on with: cosae resume {unfinished[0]}" if unfinished else "Nothing was saved yet: start again."

@@ -1,0 +1,34 @@
+"""What several verbs do with their options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cosae.types import CosaeError
+
+
+def changes_of(named: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Dotted path → value of the options that were given, and of PATH=VALUE texts."""
+    changes = {path: value for path, value in named.items() if value is not None}
+    for text in settings:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise CosaeError(f"--set takes field=value, with a dotted path for the field. Got {text!r} instead.")
+        changes[path] = _literal(value)
+    return changes
+
+
+def _literal(text: str) -> Any:
+    """JSON where it is JSON (numbers, true, null, lists), else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def speaker(quiet: bool) -> Callable[[str], None]:
+    """What says things on standard error, or keeps them."""
+    return (lambda _: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
