@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import cosae
+from cosae.cli import main
 from cosae.sae.model import SAE
 from cosae.share import saebench
+from cosae.share.dictionary_learning_write import write
 from cosae.share.saebench import EVALS, run, run_evals
 from cosae.share.saebench_evals import Job, known_model, model_digest
 from cosae.share.saebench_reasons import chain, errors_logged, one_sentence
@@ -96,6 +98,26 @@ class TestResults:
         assert "their output" in (tmp_path / "out" / "saebench.log").read_text()
         names = sorted(file.name for file in (tmp_path / "out").iterdir())
         assert names == ["meta_structure", "saebench.log", "summary.json"], "nothing else is left behind"
+
+    def test_the_command_reads_any_format_and_prints_the_table(self, bench, tmp_path, capsys):
+        linear = SAE.build(8, 16, "inner", "topk", 3, sample=torch.randn(64, 8))
+        write(linear, tmp_path / "theirs")  # as dictionary_learning writes it
+        cosae.save(make(), tmp_path / "mine")
+        place = ["--model-name", "some-model", "--hook-name", PLACE["hook_name"]]
+        saes = [str(tmp_path / "mine"), str(tmp_path / "theirs")]
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", *saes, "--evals", "meta_structure", "--out", str(tmp_path / "out"), *place])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert [line.split()[:2] for line in shown] == [["meta_structure", "mine"], ["meta_structure", "theirs"]]
+
+    def test_the_command_says_what_failed(self, bench, tmp_path, capsys):
+        cosae.save(make(), tmp_path / "mine")
+        place = ["--model-name", "some-model", "--hook-name", PLACE["hook_name"]]
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", str(tmp_path / "mine"), "--evals", "sparse_probing", "--out", str(tmp_path / "out"), *place])
+        assert ended.value.code == 2
+        assert "could not be downloaded" in capsys.readouterr().err
 
     def test_saved_saes_and_a_table(self, bench, tmp_path, capsys):
         cosae.save(make(), tmp_path / "mine")

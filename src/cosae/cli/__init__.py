@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
     "capture": (stores.Capture, stores.capture),
     "verify": (stores.Verify, stores.verify),
     "export": (sharing.Export, sharing.export),
+    "bench": (sharing.Bench, sharing.bench),
     "push": (sharing.Push, sharing.push),
     "pull": (sharing.Pull, sharing.pull),
 }
@@ -40,12 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"cosae {__version__}")
         return
-    command = _parse(given)
     from cosae.kernels import keep_memory
     from cosae.train.loop import Interrupted
 
-    keep_memory()
+    command = None
     try:
+        command = _parse(given)
+        keep_memory()
         sys.exit(_call_of(command)(command))
     except CosaeError as error:
         print(f"cosae: {error}", file=sys.stderr)

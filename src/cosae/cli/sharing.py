@@ -1,4 +1,4 @@
-"""The verbs of `cosae` that hand SAEs and their features to others: export, push, pull."""
+"""The verbs of `cosae` that hand SAEs and their features to others: export, bench, push, pull."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from cosae.cli.options import speaker
+from cosae.types import CosaeError
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,39 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """SAEBench's evals of SAEs, results under its own keys and file names.
+
+    SAEBench is called in an environment of its own (--python) or in this one. What fails stops none of the others.
+    Example: cosae bench runs/first/arms/cosine --evals meta_structure --python saebench/bin/python --out evals
+    """
+
+    saes: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders or files of SAEs of one model and site, of any format cosae reads."""
+    evals: tuple[str, ...]
+    """core, sparse_probing, sparse_probing_sae_probes, scr, tpp, absorption, meta_structure."""
+    out: Path
+    """Folder for results, summary.json and SAEBench's log; what is there stays unless --force."""
+    python: Path | None = None
+    """Interpreter of an environment with sae-bench 0.6; default: this one."""
+    model_name: str | None = None
+    """embedded, or a name TransformerLens knows; default: what the SAEs' files say."""
+    model_path: Path | None = None
+    """Folder of a Hugging Face model: then no hub is needed for the model."""
+    hook_name: str | None = None
+    hook_layer: int | None = None
+    """Where the SAEs read; default: what their files say."""
+    data: Path | None = None
+    """Folder with copies of the data sets the hub would give, under their names there."""
+    dtype: str = "float32"
+    llm_batch_size: int = 32
+    device: str = "cpu"
+    seed: int = 42
+    force: bool = False
+    """Replace results that are there."""
+
+
+@dataclass(frozen=True)
 class Push:
     """Push an SAE, or all arms of a run, to the Hugging Face hub with a model card.
 
@@ -156,6 +190,16 @@ def after_interruption(command: Export) -> str:
     """What a person can do after an interruption: a folder holds all of an export or none, an upload goes on."""
     sending = isinstance(command.to, ExportNeuronpedia) and command.to.upload and command.to.out.is_dir()
     return "The same command goes on where it stopped." if sending else "Nothing new was kept: start again."
+
+
+def bench(command: Bench) -> int:
+    from cosae.share.saebench import run
+
+    if not command.saes:
+        raise CosaeError("bench needs at least one SAE: cosae bench SAE… --evals core --out DIR")
+    settings = {f.name: getattr(command, f.name) for f in fields(command) if f.name not in ("saes", "evals", "out")}
+    print(run(command.saes, command.evals, command.out, **settings))
+    return 0
 
 
 def push(command: Push) -> int:

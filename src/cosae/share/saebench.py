@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosae.sae.file import load
 from cosae.sae.model import SAE
+from cosae.share.read import read_sae
 from cosae.share.saebench_adapter import DTYPES, SAEBenchConfig, SAEBenchMetadata, SAEBenchSAE, tl_hook_name
 from cosae.share.saebench_environment import run_elsewhere
 from cosae.share.saebench_evals import EVALS, Job, Named, call, result_file
@@ -62,7 +62,7 @@ def run_evals(
 ) -> dict[str, Any]:
     """SAEBench's evals of these SAEs; one that cannot run stops none of the others.
 
-    saes            by name (it becomes part of file names): SAEs, or folders of saved ones
+    saes            by name (it becomes part of file names): SAEs, or folders or files of any format cosae reads
     evals           names from EVALS
     out             results go to out/{eval}/; what SAEBench prints, to out/saebench.log
     model_name      default: what the SAEs' facts say. "embedded" is the model in the package
@@ -79,7 +79,7 @@ def run_evals(
     the same is in out/summary.json. Raises CosaeError for anything that can be told before an eval runs.
     """
     out = Path(out)
-    loaded = {name: sae if isinstance(sae, SAE) else load(sae) for name, sae in saes.items()}
+    loaded = {name: sae if isinstance(sae, SAE) else read_sae(sae) for name, sae in saes.items()}
     if isinstance(evals, str):
         evals = [evals]
     _check(loaded, evals, out, dtype, force)
