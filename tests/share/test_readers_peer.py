@@ -1,4 +1,4 @@
-"""Exports and plain hooks against the real packages, each in an environment of its own (peers/build_readers.py)."""
+"""Exports and plain hooks against the real packages, each in an environment of its own (peers/environments.py)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hub_stand_in import WRITER, running
+from peers.environments import find_python, run
 from small_exports import dense, make_model, make_sae, whole_sequences
 from test_delphi import MODULE
 from test_delphi import write as write_cache
@@ -23,19 +24,20 @@ from cosae.sae.calibrate import calibrate
 from cosae.share.hub import push
 
 HERE = Path(__file__).parent
+WITH_EXAMPLES = ("nnsight", "transformer_lens", "saelens", "dictionary_learning", "sparsify", "saebench")
+"""Peers whose pages have a block that needs them; each begins with ```python NAME."""
 ROOT = HERE.parents[1]
-PEERS = Path(os.environ.get("COSAE_PEERS", "/nonexistent"))
 
 
 def needs(name: str) -> Any:
-    there = (PEERS / name / "bin" / "python").exists()
-    return pytest.mark.skipif(not there, reason=f"set COSAE_PEERS to a folder that build_readers.py made {name} in")
+    reason = f"build it with tests/share/peers/environments.py {name}"
+    return pytest.mark.skipif(find_python(name) is None, reason=reason)
 
 
 def answer(name: str, *arguments: object, peer: str | None = None, **more: str) -> Any:
     """What a check prints, run by its peer's Python with this cosae lent to it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **more}
-    command = [PEERS / (peer or name) / "bin" / "python", HERE / "peers" / f"{name}_checks.py", *arguments]
+    command = [find_python(peer or name), HERE / "peers" / f"{name}_checks.py", *arguments]
     done = subprocess.run(
         [str(part) for part in command], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
@@ -120,15 +122,14 @@ def test_the_plain_hook_in_a_transformer_bridge_is_the_splice() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in ("nnsight", "transformer_lens")])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in WITH_EXAMPLES])
 def test_the_pages_example(name: str, tmp_path: Path) -> None:
     page = (ROOT / "docs" / f"{name}.md").read_text("utf-8")
     (block,) = re.findall(rf"^```python {name}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "example.py").write_text(block, "utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [str(PEERS / name / "bin" / "python"), str(tmp_path / "example.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
+    python = find_python(name)
+    assert python is not None
+    run(python, tmp_path / "example.py")
 
 
 @pytest.mark.slow

@@ -1,9 +1,8 @@
 """Every eval of the real SAEBench 0.6.0 to its end, offline, on cosae SAEs; and to the download where one is needed.
 
-Needs the environment that tests/share/peers/saebench.py builds ($COSAE_PEERS or $COSAE_SAEBENCH_PYTHON).
+Needs the environment that tests/share/peers/environments.py builds ($COSAE_PEERS or $COSAE_SAEBENCH_PYTHON).
 """
 
-import importlib.util
 import json
 import os
 import random
@@ -13,20 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from peers.environments import find_python
 
 import cosae
 from cosae.share.saebench import run, run_evals
 from cosae.types import CosaeError
 
 HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("peers_saebench", HERE / "peers" / "saebench.py")
-peers = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(peers)
-PYTHON = peers.find_python()
+PYTHON = find_python("saebench")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(PYTHON is None, reason="build it with tests/share/peers/saebench.py"),
+    pytest.mark.skipif(PYTHON is None, reason="build it with tests/share/peers/environments.py saebench"),
 ]
 
 

@@ -1,6 +1,7 @@
 """SAEBench's runner against a stand-in for the package: what is called, what is written, what is said when it fails."""
 
 import importlib.machinery
+import importlib.util
 import json
 import logging
 import sys
@@ -323,3 +324,45 @@ class TestReasons:
             logging.getLogger("elsewhere").error("other")
         logging.getLogger("sae_bench").error("later")
         assert said == ["Failed here"]
+
+
+class TestCommand:
+    @pytest.fixture
+    def command(self, tmp_path, capsys):
+        cosae.save(make(), tmp_path / "mine")
+
+        def call(*arguments):
+            place = ("--model-name", "some-model", "--hook-name", PLACE["hook_name"], "--out", str(tmp_path / "out"))
+            with pytest.raises(SystemExit) as ended:
+                main(["bench", str(tmp_path / "mine"), "--evals", *arguments, *place])
+            return ended.value.code, capsys.readouterr()
+
+        return call
+
+    def test_options_of_evals_and_force(self, bench, command):
+        code, said = command("meta_structure", "--set", "meta_structure.train_steps=4", "--seed", "7")
+        assert code == 0
+        assert said.out.split() == ["meta_structure", "mine", "fraction", "=", "1"]
+        assert [(one.train_steps, one.random_seed) for one in bench["configs"]] == [(4, 7)]
+        assert command("meta_structure")[0] == 2
+        assert command("meta_structure", "--force")[0] == 0
+
+    @pytest.mark.parametrize(
+        ("given", "sentence"),
+        [
+            (["nothing"], "evals must be one or more of core, "),
+            (["core", "--python", "/nowhere/python"], "python must be an interpreter that can be run"),
+            (["core", "--data", "/nowhere"], "data must be a folder with copies of data sets"),
+            (["core", "--dtype", "int8"], "dtype must be one of float32, "),
+            (["core", "--set", "train_steps=4"], "--set takes EVAL.FIELD=VALUE"),
+            (["core", "--set", "cores.train_steps=4"], "options must be a mapping for each eval of core, "),
+            (["core"], "SAEBench's evals need sae_bench, which is not installed here"),
+        ],
+    )
+    def test_mistakes_are_one_sentence(self, command, given, sentence):
+        if given == ["core"] and importlib.util.find_spec("sae_bench"):
+            pytest.skip("sae-bench is here")
+        code, said = command(*given)
+        assert code == 2
+        assert said.err.startswith(f"cosae: {sentence}")
+        assert said.err.count("\n") == 1

@@ -85,7 +85,7 @@ def _call_of(command: Any) -> Callable[..., int]:
 
 def _how_to_go_on(command: Any) -> str:
     """What a person can do after an interruption."""
-    if isinstance(command, sharing.Export):
+    if isinstance(command, sharing.Export | sharing.Bench):
         return sharing.after_interruption(command)
     if isinstance(command, stores.Capture):
         return stores.go_on_capturing(command.out)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from cosae.cli.options import speaker
+from cosae.cli.options import changes_of, speaker
 from cosae.types import CosaeError
 
 
@@ -118,6 +118,8 @@ class Bench:
     """Where the SAEs read; default: what their files say."""
     data: Path | None = None
     """Folder with copies of the data sets the hub would give, under their names there."""
+    set: tuple[str, ...] = ()
+    """Fields of SAEBench's own configurations: meta_structure.train_steps=200 core.eval_batch_size_prompts=4."""
     dtype: str = "float32"
     llm_batch_size: int = 32
     device: str = "cpu"
@@ -186,8 +188,10 @@ def export(command: Export) -> int:
     return 0
 
 
-def after_interruption(command: Export) -> str:
+def after_interruption(command: Export | Bench) -> str:
     """What a person can do after an interruption: a folder holds all of an export or none, an upload goes on."""
+    if isinstance(command, Bench):
+        return f"Results that were finished are in {command.out}: name the other evals, or start again with --force."
     sending = isinstance(command.to, ExportNeuronpedia) and command.to.upload and command.to.out.is_dir()
     return "The same command goes on where it stopped." if sending else "Nothing new was kept: start again."
 
@@ -197,8 +201,14 @@ def bench(command: Bench) -> int:
 
     if not command.saes:
         raise CosaeError("bench needs at least one SAE: cosae bench SAE… --evals core --out DIR")
-    settings = {f.name: getattr(command, f.name) for f in fields(command) if f.name not in ("saes", "evals", "out")}
-    print(run(command.saes, command.evals, command.out, **settings))
+    options: dict[str, dict[str, Any]] = {}
+    for path, value in changes_of({}, command.set).items():
+        name, dot, field = path.partition(".")
+        if not (dot and field):
+            raise CosaeError(f"--set takes EVAL.FIELD=VALUE, such as meta_structure.train_steps=200. Got {path!r}.")
+        options.setdefault(name, {})[field] = value
+    left = {f.name: getattr(command, f.name) for f in fields(command) if f.name not in ("saes", "evals", "out", "set")}
+    print(run(command.saes, command.evals, command.out, options=options, **left))
     return 0
 
 

@@ -232,7 +232,7 @@ def _check(saes: Mapping[str, SAE], evals: Sequence[str], out: Path, dtype: str,
     job = Job(out=out, artifacts=out, model_name="")
     there = [file for name in evals for sae in saes if (file := result_file(name, job, sae)).exists()]
     if there and not force:
-        raise CosaeError(f"{there[0]} exists already: choose another out, or pass force=True to replace it.")
+        raise CosaeError(f"{there[0]} exists already: choose another out, or force its replacement.")
     for file in there:
         file.unlink()
 

@@ -1,6 +1,8 @@
 """Build the peers' environments, run every check in them, and write docs/INTEROP.md from what they say.
 
 python tests/share/peers/all.py        minutes; environments that exist already are used as they are
+
+environments.py builds them, and those of the other slow tests, one by one; it lists which test needs which.
 """
 
 from __future__ import annotations

@@ -2,9 +2,13 @@
 
 python tests/share/peers/environments.py [NAME …]     builds the named ones (all by default), prints their interpreters
 
-They lie in $COSAE_PEERS (~/.cache/cosae-peers by default) and are built once. pip resolves everything a package asks
-for; left out are NVIDIA's libraries (a CPU needs none) and torchvision (nothing here imports it, and a build for
-another torch breaks transformers).
+They lie in $COSAE_PEERS (~/.cache/cosae-peers by default) and are built once; COSAE_NAME_PYTHON names another
+interpreter. pip resolves everything a package asks for; left out are NVIDIA's libraries (a CPU needs none) and
+torchvision (nothing here imports it, and a build for another torch breaks transformers).
+
+    saelens, dictionary_learning, sparsify      test_saelens_peer.py, and all.py, which writes docs/INTEROP.md
+    saebench                                    test_saebench_peer.py, and `cosae bench --python`
+    neuronpedia, delphi, nnsight, transformer_lens    test_readers_peer.py
 """
 
 from __future__ import annotations
@@ -20,14 +24,29 @@ from pathlib import Path
 TORCH = "torch==2.13.0"
 COSAE_NEEDS = ("numpy", "safetensors", "scipy", "tqdm")
 """What `import cosae` and its readers take from the environment that borrows it."""
+WHOLE = ("transformers", "tyro", "numba")
+"""What the models, exports and splices of cosae take beside that; of cosae's own pinned versions."""
 WANTED: dict[str, tuple[str, ...]] = {
     "saelens": (TORCH, "sae-lens==6.54.12"),
     "dictionary_learning": (TORCH, "dictionary-learning==0.1.0"),
     "sparsify": (TORCH, "eai-sparsify==1.3.3"),
     "saebench": (TORCH, "sae-bench==0.6.0", "sae-probes==0.4.2"),
+    "neuronpedia": (
+        *(TORCH, *WHOLE, "neuronpedia==1.2.1"),
+        *("einops", "eindex-callum", "jaxtyping", "dataclasses-json", "rich", "matplotlib", "datasets"),
+    ),
+    "delphi": (
+        *(TORCH, *WHOLE),
+        *("jaxtyping", "simple_parsing", "asyncer", "orjson", "blobfile", "beartype", "anyio"),
+    ),
+    "nnsight": (TORCH, *WHOLE, "nnsight==0.8.1", "accelerate"),
+    "transformer_lens": (TORCH, *WHOLE, "transformer-lens==4.3.0"),
 }
+ALONE: dict[str, tuple[str, ...]] = {"neuronpedia": ("sae-dashboard==0.8.0",), "delphi": ("eai-delphi==0.1.3",)}
+"""Installed without what they ask for: the rest of a dashboard; vllm, faiss, bitsandbytes, sentence-transformers."""
 LEFT_OUT = ("nvidia", "torchvision", "triton")
-SOURCE = Path(__file__).resolve().parents[3] / "src"
+ROOT = Path(__file__).resolve().parents[3]
+SOURCE = ROOT / "src"
 MARK = ".complete"
 
 
@@ -47,19 +66,20 @@ def find_python(name: str) -> Path | None:
 def build(name: str, folder: Path | None = None) -> Path:
     """The interpreter of NAME's environment, built afresh where it is missing, unfinished or of other versions."""
     folder = folder or folder_of(name)
-    python, wanted = folder / "bin" / "python", (*WANTED[name], *COSAE_NEEDS)
-    if (folder / MARK).is_file() and (folder / MARK).read_text("utf-8").split() == list(wanted):
+    python, wanted, alone = folder / "bin" / "python", (*WANTED[name], *COSAE_NEEDS), ALONE.get(name, ())
+    if (folder / MARK).is_file() and (folder / MARK).read_text("utf-8").split() == [*wanted, *alone]:
         return python
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
-        subprocess.run([*pip, "--dry-run", "--report", str(report), *wanted], check=True)
+        ours = ("-c", str(ROOT / "constraints.txt")) if "transformers" in wanted else ()
+        subprocess.run([*pip, "--dry-run", "--report", str(report), *ours, *wanted], check=True)
         found = [entry["metadata"] for entry in json.loads(report.read_text("utf-8"))["install"]]
     pins = [f"{one['name']}=={one['version']}" for one in found if not one["name"].lower().startswith(LEFT_OUT)]
-    subprocess.run([*pip, "--no-deps", *pins], check=True)
-    (folder / MARK).write_text("\n".join(wanted), encoding="utf-8")
+    subprocess.run([*pip, "--no-deps", *pins, *alone], check=True)
+    (folder / MARK).write_text("\n".join((*wanted, *alone)), encoding="utf-8")
     return python
 
 
@@ -86,5 +106,7 @@ def run(python: Path, script: Path, *arguments: str, seconds: float = 1500) -> s
 
 
 if __name__ == "__main__":
+    if unknown := [asked for asked in sys.argv[1:] if asked not in WANTED]:
+        sys.exit(f"NAME must be one of {', '.join(WANTED)}. Got {unknown[0]!r} instead.")
     for asked in sys.argv[1:] or WANTED:
         print(asked, build(asked), flush=True)
