@@ -32,10 +32,15 @@ class Contestant:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Plain torch is the path where numba is not used; a floor never pays for fresh memory."""
-        if self.who[0] == "floor":
-            return KEPT
-        return {"COSAE_NATIVE": "0"} if "plain torch" in self.who else {}
+        """Plain torch is the path where numba is not used; a floor never pays for fresh memory.
+
+        cosae's threads wait as `import cosae` lets them wait where it comes before torch, as its command line does.
+        """
+        if self.who[0] == "peer":
+            return {}
+        own = KEPT if self.who[0] == "floor" else {}
+        native = {"COSAE_NATIVE": "0"} if "plain torch" in self.who else {}
+        return {"OMP_WAIT_POLICY": "PASSIVE", **own, **native}
 
 
 @dataclass
