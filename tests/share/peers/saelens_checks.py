@@ -267,42 +267,50 @@ def from_pretrained(rows: list[dict[str, Any]]) -> None:
     rows.append(row("SAELens", "from_pretrained", "cosine × batch_topk", worst))
 
 
+TEXTS = [Path(json.__file__).read_text()[i : i + 4000] for i in range(0, 12000, 2000)] * 20
+READING: dict[str, Any] = {
+    "model_name": "embedded",
+    "model_class_name": "AutoModelForCausalLM",
+    "training_tokens": 4096,
+    "train_batch_size_tokens": 256,
+    "context_size": 64,
+    "store_batch_size_prompts": 4,
+    "n_batches_in_buffer": 8,
+    "dataset_path": "local",
+    "streaming": False,
+    "prepend_bos": True,
+    "lr": 1e-3,
+    "device": "cpu",
+    "dtype": "float32",
+    "logger": LoggingConfig(log_to_wandb=False),
+    "checkpoint_path": None,
+}
+"""What the runners on the embedded model share."""
+
+
 def language_model_runner(rows: list[dict[str, Any]]) -> None:
-    """LanguageModelSAETrainingRunner on the embedded model: activations, training, checkpoint, reading."""
+    """LanguageModelSAETrainingRunner on the embedded model: activations, training, checkpoint, reading, run_evals."""
     from datasets import Dataset
     from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
+    from sae_lens.evals import get_eval_everything_config, run_evals
     from sae_lens.load_model import HookedProxyLM
+    from sae_lens.training.activation_scaler import ActivationScaler
 
     from cosae.activations import embedded
 
     model, tokenizer = embedded.load()
-    texts = [Path(json.__file__).read_text()[i : i + 4000] for i in range(0, 12000, 2000)] * 20
     with tempfile.TemporaryDirectory() as place:
         config = LanguageModelSAERunnerConfig(
             sae=plugin.CosineBatchTopKTrainingSAEConfig(
                 d_in=model.config.hidden_size, d_sae=256, k=8.0, dtype="float32", device="cpu"
             ),
-            model_name="embedded",
-            model_class_name="AutoModelForCausalLM",
             hook_name="model.layers.3",
-            training_tokens=4096,
-            train_batch_size_tokens=256,
-            context_size=64,
-            store_batch_size_prompts=4,
-            n_batches_in_buffer=8,
-            dataset_path="local",
-            streaming=False,
             is_dataset_tokenized=False,
-            prepend_bos=True,
-            lr=1e-3,
-            device="cpu",
-            dtype="float32",
-            logger=LoggingConfig(log_to_wandb=False),
-            checkpoint_path=None,
             output_path=str(Path(place) / "out"),
+            **READING,
         )
         runner = LanguageModelSAETrainingRunner(
-            config, override_dataset=Dataset.from_dict({"text": texts}), override_model=HookedProxyLM(model, tokenizer)
+            config, override_dataset=Dataset.from_dict({"text": TEXTS}), override_model=HookedProxyLM(model, tokenizer)
         )
         trained = runner.run()
         there = SAE.load_from_disk(Path(place) / "out")
@@ -313,6 +321,42 @@ def language_model_runner(rows: list[dict[str, Any]]) -> None:
     assert here.facts["hook_name"] == "model.layers.3"
     assert trained.cfg.d_sae == 256
     rows.append(row("SAELens", "LanguageModelSAETrainingRunner", "cosine_batchtopk", worst))
+    everything = get_eval_everything_config(4, 2, 2)
+    found, of_features = run_evals(there, runner.activations_store, runner.model, ActivationScaler(), everything)
+    assert 0 < found["sparsity"]["l0"] < 256
+    assert -1 < found["reconstruction_quality"]["explained_variance"] < 1
+    assert 0 < found["model_performance_preservation"]["ce_loss_with_sae"] < 100
+    assert all(len(values) == 256 for values in of_features.values())
+    rows.append(row("SAELens", "run_evals runs", "cosine_batchtopk", 0.0))
+
+
+def several_runner(rows: list[dict[str, Any]]) -> None:
+    """MultiSAETrainingRunner: two cosine architectures and one of SAELens' own on one stream of the embedded model."""
+    from datasets import Dataset
+    from sae_lens.load_model import HookedProxyLM
+    from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
+
+    from cosae.activations import embedded
+
+    model, tokenizer = embedded.load()
+    d_in = model.config.hidden_size
+    shape = {"d_in": d_in, "d_sae": 256, "dtype": "float32", "device": "cpu"}
+    saes = {
+        "cosine_batchtopk": plugin.CosineBatchTopKTrainingSAEConfig(**shape, k=8.0, score="cosine_per_feature"),
+        "cosine_jumprelu": plugin.CosineJumpReLUTrainingSAEConfig(**shape),
+        "batchtopk": sae_lens.BatchTopKTrainingSAEConfig(**shape, k=8.0),
+    }
+    with tempfile.TemporaryDirectory() as place:
+        config = MultiSAETrainingRunnerConfig(saes=saes, hook_names="model.layers.3", output_path=place, **READING)
+        MultiSAETrainingRunner(
+            config, override_dataset=Dataset.from_dict({"text": TEXTS}), override_model=HookedProxyLM(model, tokenizer)
+        ).run()
+        x = 3 * torch.randn(200, d_in, generator=torch.Generator().manual_seed(1))
+        for name in saes:
+            there, here = SAE.load_from_disk(Path(place) / name), read_sae(Path(place) / name)
+            with torch.no_grad():
+                worst = max(difference(here(x), there(x)), difference(here.encode(x).to_dense(), there.encode(x)))
+            rows.append(row("SAELens", "MultiSAETrainingRunner", name, worst))
 
 
 def train(config: Any) -> Any:
@@ -367,5 +411,6 @@ if __name__ == "__main__":
     gemma_scope(found)
     from_pretrained(found)
     language_model_runner(found)
+    several_runner(found)
     plugin.register()  # twice: harmless
     print(json.dumps({"package": f"sae-lens {sae_lens.__version__}", "rows": found}))
