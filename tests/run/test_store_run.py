@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cosae.run.capture import Capture, capture_stores
 from cosae.run.data import ModelData, open_data
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.fit import fit
+from cosae.run.folder import hold
 from cosae.types import CosaeError
 
 sys.path.append(str(Path(__file__).parents[1] / "activations"))
@@ -92,6 +94,23 @@ def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("plain") / "store"
     capture_stores(wanted(corpus), out)
     return out
+
+
+def test_a_folder_takes_one_capture_at_a_time(plain: Path, corpus: Path, tmp_path: Path) -> None:
+    with hold(tmp_path / "store"), pytest.raises(CosaeError, match="is being written"):
+        capture_stores(wanted(corpus), tmp_path / "store")
+    capture_stores(wanted(corpus), tmp_path / "store")
+    assert sorted(p.name for p in (tmp_path / "store").iterdir()) == sorted(p.name for p in plain.iterdir())
+
+
+def test_a_batch_that_was_measured_is_not_measured_anew(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = wanted(corpus, data=replace(wanted(corpus).data, batch_sequences="auto"))
+    for chosen in (3, 5):  # as on a machine with other memory the second time
+        monkeypatch.setattr(captures, "batch_size", lambda *_, n=chosen: n)
+        (store,) = capture_stores(asked, tmp_path / "store")
+        assert Store(store).record["request"]["batch_sequences"] == 3
 
 
 def test_a_store_holds_what_a_live_run_captures(stored: Path) -> None:

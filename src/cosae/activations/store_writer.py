@@ -143,7 +143,8 @@ class StoreWriter:
 
     def _begin(self) -> None:
         try:
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            there = self.folder.exists()
+            if there and not (self.folder.is_dir() and all(path.name[0] == "." for path in self.folder.iterdir())):
                 raise CosaeError(f"{self.folder} is not empty and holds no store: choose another place.")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write_capture()

@@ -30,6 +30,7 @@ from cosae.recipe import DataConfig, to_plain
 from cosae.run import facts
 from cosae.run.capture_text import CaptureText, Part
 from cosae.run.data import batch_size, open_model
+from cosae.run.folder import LOCK, hold
 from cosae.run.text import check_corpus
 from cosae.types import Activations, CosaeError
 
@@ -92,8 +93,9 @@ def capture_stores(
     """Write, or go on writing, the stores; returns their folders.
 
     progress: given the number of rows in all, makes what is told of more. Raises CosaeError for a model, site or
-    corpus that cannot be read, a folder that holds something else, and a disk that refuses; KeyboardInterrupt after
-    Ctrl-C or SIGTERM, when the shard in progress is written. All that is whole then is gone on from.
+    corpus that cannot be read, a folder that holds something else or that another capture is writing, and a disk that
+    refuses; KeyboardInterrupt after Ctrl-C or SIGTERM, when the shard in progress is written. All that is whole then
+    is gone on from.
     """
     from cosae.activations.capture import capture, resolve_site
 
@@ -102,8 +104,6 @@ def capture_stores(
     sites = [resolve_site(model, name) for name in wanted.sites]
     if len(set(sites)) < len(sites):
         raise CosaeError(f"each site may be named once. Got {', '.join(wanted.sites)} instead.")
-    batch_sequences = batch_size(wanted.data, model, sites, "float32" if wanted.dtype == "int8" else wanted.dtype)
-    wanted = replace(wanted, data=replace(wanted.data, batch_sequences=batch_sequences))
     dtype = "float32" if wanted.dtype == "int8" else wanted.dtype
     if wanted.data.batch_sequences == "auto":
         at_once = begun_with(out, "batch_sequences") or batch_size(wanted.data, model, sites, dtype)
@@ -111,6 +111,26 @@ def capture_stores(
     text = CaptureText(wanted.data, tokenizer, wanted.seed, wanted.held_out_tokens)
     first = next(text.parts("train", 1)).sequences[:1]
     widths = {site: int(capture(model, first, site)[site.name].x_ND.shape[1]) for site in sites}
+    with hold(out):  # two captures into one folder would take each other's shards for their own
+        try:
+            return _write(wanted, out, model, text, widths, progress, say)
+        finally:
+            (out / LOCK).unlink(missing_ok=True)  # a store is its own files, the same bytes whoever wrote them
+
+
+def _write(
+    wanted: Capture,
+    out: Path,
+    model: Any,
+    text: CaptureText,
+    widths: Mapping[Site, int],
+    progress: Callable[[int], Progress] | None,
+    say: Callable[[str], None],
+) -> list[Path]:
+    """The stores' folders, written to their end."""
+    from cosae.activations.capture import capture
+
+    sites = list(widths)
     writers = _writers(wanted, out, model, text, widths, say)
     folders = [writer.folder for writer in writers.values()]
     if all(writer.finished for writer in writers.values()):
@@ -118,7 +138,7 @@ def capture_stores(
         return folders
     report = (lambda _: None) if progress is None else progress(wanted.tokens + wanted.held_out_tokens)
     options: dict[str, Any] = {
-        "batch_sequences": batch_sequences,
+        "batch_sequences": wanted.data.batch_sequences,
         "store_dtype": getattr(torch, "float32" if wanted.dtype == "int8" else wanted.dtype),
     }
     documents: dict[str, Sequence[str]] = {}

@@ -59,14 +59,14 @@ def check_free(out: Path) -> None:
 
 @contextmanager
 def hold(out: Path) -> Iterator[None]:
-    """Make the folder `out` where there is none, and be the only process that writes a run there.
+    """Make the folder `out` where there is none, and be the only process that writes a run or a store there.
 
     The lock goes with its process, however that ends. Raises CosaeError where another one holds it, or the disk
     refuses. Systems without POSIX locks get none.
     """
     key = str(out.resolve())
     if key in _HELD:
-        raise CosaeError(f"{out} is being written by this very process: wait for that run, or choose another folder.")
+        raise CosaeError(f"{out} is being written by this very process: wait for it, or choose another folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / LOCK).open("a+", encoding="utf-8")
