@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from test_model_run import WORDS, save_tokenizer
@@ -17,6 +20,7 @@ from cosae.cli import main
 from cosae.run.judge import MEASURES
 from cosae.run.judge_screen import TABLES
 from cosae.sae.calibrate import calibrate
+from cosae.share import sae_probes
 
 from tiny_models import make_model, make_sequences  # isort: skip
 
@@ -85,7 +89,7 @@ def test_every_measurement_has_a_table() -> None:
     assert MEASURES.keys() == TABLES.keys()
 
 
-@pytest.mark.parametrize("measurement", ["reconstruction", "norms", "sinks", "geometry", "matching"])
+@pytest.mark.parametrize("measurement", ["reconstruction", "norms", "sinks", "geometry", "matching", "gradients"])
 def test_on_a_file_of_vectors(
     measurement: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,11 +110,12 @@ def test_on_a_file_of_vectors(
         assert shares["B"] == 0 < shares["A"]
 
 
-@pytest.mark.parametrize("measurement", ["splice", "causal"])
+@pytest.mark.parametrize("measurement", ["splice", "causal", "patching"])
 def test_on_the_model_itself(measurement: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, printed, said = run([measurement, *pair(world), *model(world)], capsys)
     assert status == 0, said
-    assert ("loss increase" if measurement == "splice" else "relative size") in printed
+    said_of = {"splice": "loss increase", "causal": "relative size", "patching": "direction / norm"}
+    assert said_of[measurement] in printed
 
 
 def test_a_class_of_texts_is_probed_beside_its_floors(
@@ -129,6 +134,37 @@ def test_a_class_of_texts_is_probed_beside_its_floors(
     assert means["A"]["mean_difference/top_1"]["auroc"]["mean"] > 0.5
     for words in ("auroc", "mean difference", "standardised difference", "bag of tokens (ceiling)", "sinks in"):
         assert words in printed
+
+
+def test_a_set_of_sae_probes_is_probed(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, of a small folder in the package's layout."""
+    rows = [json.loads(line) for line in (world / "set.jsonl").read_text().splitlines()]
+    master = ["Dataset Tag,Dataset save name,Data type"]
+    for name in ("7_self", "8_other"):
+        master.append(f"{name},cleaned_data/{name}.csv,Binary Classification")
+        written = io.StringIO()
+        csv.writer(written).writerows([("prompt", "target"), *((row["text"], row["label"]) for row in rows)])
+        _compress(tmp_path / f"cleaned_data/{name}.csv.zst", written.getvalue().splitlines())
+    _compress(tmp_path / sae_probes.MASTER, master)
+    monkeypatch.setattr(sae_probes, "data_folder", lambda path=None: tmp_path)
+    out = tmp_path / "found.json"
+    given = ["probing", *pair(world), *model(world), "--seeds", "2", "--out", str(out)]
+    status, _, said = run([*given, "--texts", "sae-probes:7_self"], capsys)
+    assert status == 0, said
+    found = json.loads(out.read_text())["found"]
+    assert [(one["name"], one["texts"]) for one in found["sets"]] == [("7_self", 120)]
+    assert found["summary"]["sinks_out"]["bag_of_tokens"]["ceiling"]["accuracy"]["mean"] == 1
+    status, _, said = run([*given, "--texts", "sae-probes:absent"], capsys)
+    assert status == 2
+    assert "binary data sets of sae-probes" in said
+
+
+def _compress(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pyarrow.output_stream(str(path), compression="zstd") as stream:
+        stream.write("\n".join(lines).encode())
 
 
 def test_a_saved_text_set_is_pooled_alike_whatever_the_chunk(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +196,8 @@ def test_a_saved_text_set_is_pooled_alike_whatever_the_chunk(world: Path, monkey
         (["probation", "absent"], "a measurement must be one of"),
         (["norms", "absent"], "does not exist"),
         (["matching", "{inner_0}", "--activations", "{x.npy}"], "matching takes two arms"),
+        (["discovery", "{inner_0}", "--activations", "{x.npy}"], "discovery takes two arms"),
+        (["discovery", "{inner_0}", "{inner_1}", "--activations", "{x.npy}"], "needs token-level concepts"),
         (["splice", "{inner_0}", "--activations", "{x.npy}"], "runs the model itself"),
         (["norms", "a={inner_0}", "a={inner_1}", "--activations", "{x.npy}"], "two SAEs were given one name"),
         (["norms", "{inner_0}", "--activations", "{x.npy}", "--out", "/nowhere/at/all.json"], "cannot be written"),

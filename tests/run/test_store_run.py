@@ -438,3 +438,49 @@ def test_the_command_line_from_capture_to_verify(
     status, _, error = run("train", "--store", str(bad), "--out", str(tmp_path / "run"), "--quiet", "--steps", "2")
     assert (status, "train-00001.safetensors is damaged" in error) == (2, True)
     assert not (tmp_path / "run").exists()
+
+
+def test_saved_saes_are_judged_on_a_store_alone(
+    stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """audit, eval reconstruction, probing and discovery: neither model nor text is opened, the store is not changed."""
+    import cosae
+    from cosae.run import data as runs_data
+    from cosae.sae.calibrate import calibrate
+
+    monkeypatch.setattr(runs_data, "ModelData", lambda *_: pytest.fail("the model was opened"))
+    x_ND = Store(stored).take("train", torch.arange(1000)).x_ND.float()
+    paths = []
+    for name, score, seed in (("s0", "inner", 0), ("s1", "inner", 1), ("c0", "cosine_fixed", 2)):
+        sae = cosae.SAE.build(d_in=x_ND.shape[1], d_sae=64, k=8, score=score, seed=0, sample=x_ND)
+        noise_FD = torch.randn(sae.score.rows_FD.shape, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            sae.score.rows_FD += 0.01 * noise_FD  # near enough for features to have a match
+        calibrate(sae, x_ND)
+        paths.append(str(cosae.save(sae, tmp_path / name)))
+    before = fingerprint(stored)
+    options = ["--store", str(stored), "--tokens", "2000", "--quiet"]
+    pair = [f"A={paths[0]},{paths[1]}", f"B={paths[2]}"]
+
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as done:
+            main([*arguments, *options])
+        printed = capsys.readouterr()
+        assert done.value.code == 0, printed.err
+        return printed.out
+
+    assert "fooled by norm" in said("audit", paths[0], "--out", str(tmp_path / "audit"))
+    assert str(stored) in (tmp_path / "audit" / "audit.json").read_text()
+    out = tmp_path / "found.json"
+    said("eval", "reconstruction", *pair, "--out", str(out))
+    assert 0 < json.loads(out.read_text())["found"]["saes"]["A"]["sinks_out"]["fve"] < 1
+    assert "One latent per concept" in said("eval", "probing", *pair)
+    said("eval", "discovery", *pair, "--out", str(out))
+    found = json.loads(out.read_text())["found"]
+    assert found["concepts"] > 3
+    for by in ("correlation", "cosine"):
+        (one,), (floor,) = found["by"][by]["pairs"], found["by"][by]["yardsticks"]
+        gap_C = np.subtract(one["per_concept"]["full_b"], one["per_concept"]["full_a"])
+        assert one["gap_full"]["mean"] == pytest.approx(gap_C.mean())
+        assert one["per_concept"]["full_a"] == floor["per_concept"]["full_a"]
+    assert fingerprint(stored) == before

@@ -62,9 +62,9 @@ class Audit:
 class Eval:
     """One measurement of SAEs that exist already, side by side; nothing is trained.
 
-    MEASUREMENT is reconstruction, norms, sinks, geometry, probing, matching, splice or causal; an SAE is
-    [NAME=]PATH[,PATH…], several paths being SAEs of several seeds. Example: cosae eval probing A=run/arms/standard
-    B=run/arms/cosine --texts reviews.jsonl
+    MEASUREMENT is reconstruction, norms, sinks, geometry, probing, matching, discovery, splice, causal, patching or
+    gradients; an SAE is [NAME=]PATH[,PATH…], several paths being SAEs of several seeds. Example: cosae eval probing
+    A=run/arms/standard B=run/arms/cosine --texts reviews.jsonl
     """
 
     measurement: Annotated[str, tyro.conf.Positional]
@@ -94,7 +94,7 @@ class Eval:
     """A folder of stored activations (cosae capture) instead of a model."""
     store_site: str | None = None
     tokens: int | None = None
-    """Held-out tokens; default 32 768, for splice and causal 4096."""
+    """Held-out tokens; default 32 768, for splice, causal and patching 4096."""
     context: int | None = None
     """Tokens per sequence; of a labelled text its first 128 by default."""
     inject: str | None = None

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from cosae.activations import filter as filters
 from cosae.activations.labelled import LabelledTexts, read_labelled
-from cosae.evaluate import causal, geometry, matching, norm_driven, probing, reconstruction, sinks, splice
+from cosae.evaluate import (
+    causal,
+    geometry,
+    gradients,
+    matching,
+    norm_driven,
+    patching,
+    probing,
+    reconstruction,
+    sinks,
+    splice,
+)
 from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.ranking import EVERY_RULE
 from cosae.evaluate.rebuilt import rebuild_with_sinks
@@ -25,6 +36,7 @@ from cosae.run import facts
 from cosae.run.data import ModelData
 from cosae.run.existing import Sampled, Samples, Wanted, calibrated, names_of
 from cosae.run.folder import write_json
+from cosae.run.judge_discovery import measure_discovery
 from cosae.run.texts import Reading, encode_texts
 from cosae.sae.model import SAE
 from cosae.share import sae_probes
@@ -33,7 +45,7 @@ from cosae.types import CosaeError
 
 FORMAT, VERSION = "cosae-eval", 1
 SPLICED_TOKENS = 4096
-"""Tokens of splice and causal where none are asked for: every SAE and ablation costs passes of the whole model."""
+"""Tokens of splice, causal and patching where none are asked for: each SAE or change costs the model's passes."""
 PROBES = "sae-probes"
 
 
@@ -62,6 +74,7 @@ class Opened:
     median: float
     remarks: dict[str, str]
     seed: int
+    sink_factor: float = 10.0
 
     @property
     def firsts(self) -> dict[str, SAE]:
@@ -84,7 +97,7 @@ def tokens_of(measurement: str, asked: int | None) -> int:
     """How many tokens to sample where none were asked for."""
     if asked is not None:
         return asked
-    return SPLICED_TOKENS if measurement in ("splice", "causal") else Wanted.tokens
+    return SPLICED_TOKENS if measurement in ("splice", "causal", "patching") else Wanted.tokens
 
 
 @torch.no_grad()
@@ -101,7 +114,7 @@ def judge(
     """One measurement of the SAEs asked for; returns what the JSON file `out` holds, and writes it if given.
 
     asked     [NAME=]PATH[,PATH…] for each arm: several paths are SAEs of several seeds (probing averages over them,
-              matching takes the second as the yardstick, all else reads the first)
+              matching and discovery take the second as the yardstick, all else reads the first)
     features  those that causal ablates; the eight that fire most by default
 
     Raises CosaeError for an unknown measurement, a path that holds no SAE, SAEs of different sites, a measurement that
@@ -155,7 +168,7 @@ def _open(asked: Sequence[str], wanted: Wanted, say: Callable[[str], None]) -> O
             if remark is not None:
                 remarks[name] = remark
     assert sample is not None
-    return Opened(arms, sample, _sinks(sample, median, wanted), median, remarks, wanted.seed)
+    return Opened(arms, sample, _sinks(sample, median, wanted), median, remarks, wanted.seed, wanted.sink_factor)
 
 
 def _sinks(sample: Sampled, median: float, wanted: Wanted) -> Tensor:
@@ -292,6 +305,13 @@ def _matching(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[s
     return found
 
 
+def _discovery(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[str, Any]:
+    sample = opened.sample
+    return measure_discovery(
+        opened.arms, sample.data, len(sample.activations), opened.median, opened.sink_factor, opened.seed
+    )
+
+
 def _splice(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[str, Any]:
     data = opened.model
     batch = data.sequences("held_out", len(opened.sample.activations))
@@ -313,6 +333,25 @@ def _causal(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[str
     return {"saes": found}
 
 
+def _patching(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[str, Any]:
+    """Of the model at the SAEs' site: no SAE enters but for its site."""
+    data = opened.model
+    options: dict[str, Any] = {"median_norm": opened.median, "factor": opened.sink_factor, "seed": opened.seed}
+    batch = data.sequences("held_out", len(opened.sample.activations))
+    return patching.measure_patching(data.model, data.site, batch, **options)
+
+
+def _gradients(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[str, Any]:
+    x = opened.sample.activations
+    sides = {"sinks_in": x, "sinks_out": x[~opened.sink_N]}
+    return {
+        "saes": {
+            name: {which: gradients.measure_gradients(sae, one, seed=opened.seed) for which, one in sides.items()}
+            for name, sae in opened.firsts.items()
+        }
+    }
+
+
 def _most_firing(codes: Any, n: int = 8) -> list[int]:
     counts = torch.bincount(codes.feature_E, minlength=codes.d_sae)
     return sorted(torch.argsort(counts, descending=True, stable=True)[:n].tolist())
@@ -325,6 +364,9 @@ MEASURES: Mapping[str, Callable[[Opened, Texts, tuple[int, ...]], dict[str, Any]
     "geometry": _geometry,
     "probing": _probing,
     "matching": _matching,
+    "discovery": _discovery,
     "splice": _splice,
     "causal": _causal,
+    "patching": _patching,
+    "gradients": _gradients,
 }

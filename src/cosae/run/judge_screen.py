@@ -130,6 +130,18 @@ def _matching(found: Mapping[str, Any]) -> Iterator[Table]:
     yield f"Features of {found['a']} that {found['b']} has", rows
 
 
+def _discovery(found: Mapping[str, Any]) -> Iterator[Table]:
+    head = ["pairs by", "of", "shared", "gap, all features", "shared ones", "as many at random", "separability"]
+    rows = [head]
+    names = {"pairs": f"{found['b']} − {found['a']}", "yardsticks": f"{found['a']}, another seed − {found['a']}"}
+    for by, both in found["by"].items():
+        for kind, name in names.items():
+            for one in both[kind]:
+                gaps = [_estimate(one[f"gap_{which}"]) for which in ("full", "matched", "random")]
+                rows.append([by, name, str(one["matched"]), *gaps, _n(one["separability_frac"])])
+    yield f"Gap in AUROC over {found['concepts']} concepts, sinks out; features chosen on training files", rows
+
+
 def _splice(found: Mapping[str, Any]) -> Iterator[Table]:
     for place in ("everywhere", "off_sinks"):
         rows = [["SAE", "KL", "loss increase", "recovered (mean)", "recovered (zero)", "KL by norm quartile"]]
@@ -150,6 +162,29 @@ def _causal(found: Mapping[str, Any]) -> Iterator[Table]:
                 ends = [_n(one["on"]["kl"], 5), _n(one["off"]["kl"], 5), _n(one["on_share"])]
                 rows.append([name, feature, _n(one["relative_size"]), *ends])
         yield f"{kind.capitalize()} of single features, on and off the tokens where they fire", rows
+
+
+def _patching(found: Mapping[str, Any]) -> Iterator[Table]:
+    rows = [["size", "degrees", "KL of direction", "norm up", "norm down", "direction / norm", "direction / random"]]
+    for one in found["by_size"]:
+        here = [_n(one["kinds"][kind]["kl_here"], 5) for kind in ("direction", "norm_up", "norm_down")]
+        ratios = [_ratio(one["direction_over_norm"]), _ratio(one["direction_over_random"])]
+        rows.append([_n(one["size"], 2), _n(one["degrees"], 1), *here, *ratios])
+    yield f"Changes of equal size at {found['site']}, {found['pairs']} tokens; no SAE enters", rows
+
+
+def _gradients(found: Mapping[str, Any]) -> Iterator[Table]:
+    for which in ("sinks_out", "sinks_in"):
+        rows = [["SAE", "competition", "gradient by norm quartile", "loss by norm quartile", "feature's Q4 / Q1"]]
+        for name, both in found["saes"].items():
+            for how, one in both[which]["selections"].items():
+                shares = [" ".join(_n(v, 2) for v in one[key] or ()) for key in ("share", "loss_share")]
+                rows.append([name, how.replace("_", " "), *shares, _n(one["feature_ratio"], 2)])
+        yield f"Gradient shares, {_said(which)}", rows
+
+
+def _ratio(one: Mapping[str, float] | None) -> str:
+    return "–" if one is None else f"{_n(one['ratio'], 2)} {_range(one['low'], one['high'], 2)}"
 
 
 def _paired(what: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str] = ("sinks",)) -> Iterator[Table]:
@@ -187,6 +222,9 @@ TABLES = {
     "geometry": _geometry,
     "probing": _probing,
     "matching": _matching,
+    "discovery": _discovery,
     "splice": _splice,
     "causal": _causal,
+    "patching": _patching,
+    "gradients": _gradients,
 }

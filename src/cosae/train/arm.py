@@ -216,7 +216,7 @@ def parse_arm(text: str) -> Arm:
         else:
             changes[key] = _typed(Arm, key, value)
     if parts and "name" not in changes:
-        changes["name"] = "-".join([base, *parts])
+        changes["name"] = re.sub(r"[^A-Za-z0-9._=+-]+", "-", "-".join([base, *parts]))  # start= is a path
         if len(changes["name"]) > NAME_LENGTH:
             raise CosaeError(f"an arm with this many changes needs a name of its own: add name=… to {text!r}.")
     return replace(arm, loss=loss, **changes)
