@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 from cosae.activations.concepts import Concept
 from cosae.evaluate import baselines
@@ -103,6 +104,34 @@ def test_a_latent_against_the_concept_is_turned_by_its_sign() -> None:
     assert "random_sae" not in out["baselines"]
     assert out["summary"]["standard"]["auroc"]["contextual"]["auroc"] == {"mean": None, "low": None, "high": None}
     assert out["paired"] == []
+
+
+def test_two_latents_know_what_neither_knows_alone() -> None:
+    """Concept 0 is "latent 0 or latent 1"; a probe of two finds both, and is scikit-learn's regression on them."""
+    (train, at, yt), (held_out, ah, yh) = side(N, 1), side(M, 2)
+    for codes, label in ((train, yt), (held_out, yh)):
+        dense = codes["standard"].to_dense().numpy().copy()
+        half = np.random.default_rng(3).random(len(label)) < 0.5
+        dense[:, 20], dense[:, 21] = dense[:, 0] * half, dense[:, 0] * ~half
+        dense[:, 0] = 0
+        codes["standard"] = Codes.from_dense(torch.from_numpy(dense))
+    sides = (train, held_out, at, ah, yt, yh, CONCEPTS)
+    found = probe(*sides, rules=("auroc", "mean_difference"), tops=(1, 2), n_bootstrap=50)["arms"]["standard"]
+    assert list(found) == ["auroc", "auroc/top_2", "mean_difference", "mean_difference/top_2"]
+    for rule in ("auroc", "mean_difference"):
+        two = found[f"{rule}/top_2"]
+        assert sorted(two["latent"][0]) == [20, 21]
+        assert found[rule]["auroc"][0] < 0.8
+        assert two["auroc"][0] == 1.0
+        assert [latents[0] for latents in two["latent"]] == found[rule]["latent"]
+    dense_t, dense_h = (one["standard"].to_dense().numpy()[:, two["latent"][4]] for one in (train, held_out))
+    mean, scale = dense_t.mean(0), dense_t.std(0)
+    theirs = (
+        LogisticRegression(tol=1e-8).fit((dense_t - mean) / scale, yt[:, 4]).decision_function((dense_h - mean) / scale)
+    )
+    assert two["auroc"][4] == pytest.approx(roc_auc_score(yh[:, 4], theirs), abs=2e-3)
+    with pytest.raises(CosaeError, match="tops must be counts"):
+        probe(*sides, tops=(0,))
 
 
 def test_each_baseline_knows_what_it_can_know(result: dict) -> None:

@@ -474,7 +474,7 @@ def test_saved_saes_are_judged_on_a_store_alone(
     out = tmp_path / "found.json"
     said("eval", "reconstruction", *pair, "--out", str(out))
     assert 0 < json.loads(out.read_text())["found"]["saes"]["A"]["sinks_out"]["fve"] < 1
-    assert "One latent per concept" in said("eval", "probing", *pair)
+    assert "auroc, top 2" in said("eval", "probing", *pair, "--top", "1", "2")
     said("eval", "discovery", *pair, "--out", str(out))
     found = json.loads(out.read_text())["found"]
     assert found["concepts"] > 3

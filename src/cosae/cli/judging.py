@@ -79,6 +79,9 @@ class Eval:
     """probing texts: splits drawn."""
     max_texts: int = 2000
     """probing texts: of one question, train and test together."""
+    top: tuple[int, ...] = ()
+    """probing: features of a probe; default 1 2 5 for texts, 1 for token-level concepts, where each other number is a
+    regression for every concept and rule."""
     pooling: str = "mean"
     """probing texts: mean over tokens, or last."""
     features: tuple[int, ...] = ()
@@ -144,7 +147,8 @@ def evaluate(command: Eval) -> int:
     given = {f.name: getattr(command, f.name) for f in fields(Wanted) if f.name != "tokens"}
     wanted = Wanted(tokens=tokens_of(command.measurement, command.tokens), **given)
     reading = Reading(command.context or Reading.context, command.pooling, command.sink_factor)
-    texts = Texts(command.texts, command.text_column, command.label_column, command.max_texts, command.seeds, reading)
+    drawn = (command.max_texts, command.seeds, command.top)
+    texts = Texts(command.texts, command.text_column, command.label_column, *drawn, reading)
     say = speaker(command.quiet)
     options: dict[str, Any] = {"texts": texts, "features": command.features, "out": command.out, "say": say}
     print(screen(judge(command.measurement, command.saes, wanted, **options)))

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from cosae.activations.concepts import Concept
-from cosae.evaluate import baselines
+from cosae.evaluate import baselines, logistic
 from cosae.evaluate.intervals import RESAMPLES, mean_interval, paired_mean_interval
 from cosae.evaluate.ranking import (
     RULES,
     Labels,
     Rule,
     latent_columns,
+    quality_of_latents,
     rank_quality,
     select,
     take_tokens,
@@ -61,6 +62,7 @@ def probe(
     random_arm: tuple[Codes, Codes] | None = None,
     baseline_arm: str | None = "standard",
     rules: Sequence[Rule] = RULES,
+    tops: Sequence[int] = (1,),
     min_positives: int = 200,
     n_bootstrap: int = RESAMPLES,
     seed: int = 0,
@@ -74,6 +76,8 @@ def probe(
     random_arm         (train, held-out) codes of an SAE with random weights: the baseline "random_sae"
     baseline_arm       the arm that all others are compared with, pair by pair; None for no comparison
     rules              how latents are chosen: those of `ranking`
+    tops               latents for each concept: one is scored as it is; n > 1 through a logistic regression, fitted on
+                       train, on the rule's n best, and stand under "RULE/top_n"
     min_positives      a concept is probed if it has this many tokens, and this many others, on both sides
     keep_*             (N,) bool masks of tokens to look at (without sinks, say); all by default
 
@@ -85,6 +89,8 @@ def probe(
     Raises CosaeError when sides, sizes or names do not fit, or no concept is frequent enough.
     """
     _check_names(train, held_out, baseline_arm)
+    if not tops or min(tops) < 1:
+        raise CosaeError(f"tops must be counts of latents, each at least 1. Got {list(tops)} instead.")
     kept = _frequent(labels_train_NC, labels_held_out_NC, keep_train, keep_held_out, concepts, min_positives)
     probed = [concepts[c] for c in kept]
     if random_arm is not None:
@@ -94,7 +100,7 @@ def probe(
         _split(held_out, activations_held_out, labels_held_out_NC[:, kept], keep_held_out),
     )
     arms: dict[str, dict[str, Table]]
-    arms = {arm: {rule: probe_arm(*sides, arm, rule) for rule in rules} for arm in train if arm != RANDOM}
+    arms = {arm: _readings(*sides, arm, rules, tops) for arm in train if arm != RANDOM}
     floors = _baselines(*sides)
     rows = arms | {name: {"baseline": row} for name, row in floors.items()}
     return {
@@ -113,11 +119,33 @@ def probe(
     }
 
 
+def _readings(train: Split, held_out: Split, arm: str, rules: Sequence[Rule], tops: Sequence[int]) -> dict[str, Table]:
+    found: dict[str, Table] = {}
+    for rule in rules:
+        for n in tops:
+            if n == 1:
+                found[rule] = probe_arm(train, held_out, arm, rule)
+            else:
+                found[f"{rule}/top_{n}"] = probe_top(train, held_out, arm, rule, n)
+    return found
+
+
 def probe_arm(train: Split, held_out: Split, arm: str, rule: Rule) -> Table:
     """One latent for each concept, chosen by `rule` on train and scored, with its sign, on held-out tokens."""
     chosen = select(train.codes[arm], train.label_NC, rule)
     score_NC = latent_columns(held_out.codes[arm], chosen.latent_C) * chosen.sign_C
     return {"latent": chosen.latent_C.tolist(), **_score(score_NC, held_out.label_NC)}
+
+
+def probe_top(train: Split, held_out: Split, arm: str, rule: Rule, n: int) -> Table:
+    """A logistic regression on the n best latents of each concept, chosen and fitted on train; "latent": n ids each."""
+    value_FC = quality_of_latents(train.codes[arm], train.label_NC, rule)
+    best_FC = (-value_FC if rule == "auroc" else -np.abs(value_FC)).argsort(axis=0, kind="stable")[:n]
+    score_NC = np.empty(held_out.label_NC.shape)
+    for c, latent_n in enumerate(best_FC.T):
+        fitted, judged = (latent_columns(side.codes[arm], latent_n).astype(np.float64) for side in (train, held_out))
+        score_NC[:, c] = logistic.scores(fitted, train.label_NC[:, c], judged)
+    return {"latent": best_FC.T.tolist(), **_score(score_NC, held_out.label_NC)}
 
 
 def summarise(row: Table, concepts: Sequence[Concept], seed: int, n_bootstrap: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from cosae.evaluate import (
 from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.ranking import EVERY_RULE
 from cosae.evaluate.rebuilt import rebuild_with_sinks
-from cosae.evaluate.text_probing import probe_texts
+from cosae.evaluate.text_probing import TOPS, probe_texts
 from cosae.run import facts
 from cosae.run.data import ModelData
 from cosae.run.existing import Sampled, Samples, Wanted, calibrated, names_of
@@ -61,6 +61,8 @@ class Texts:
     label: str = "label"
     max_texts: int = 2000
     seeds: int = 3
+    tops: tuple[int, ...] = ()
+    """Features of a probe; () is 1, 2 and 5 for texts, 1 for tokens (each concept more is a regression more)."""
     reading: Reading = field(default_factory=Reading)
 
 
@@ -234,8 +236,11 @@ def _probing(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[st
     if texts.specs:
         sets = [one for spec in texts.specs for one in _labelled(spec, texts)]
         pooled = encode_texts(sets, opened.arms, opened.model, texts.reading)
-        return {"kind": "texts", **probe_texts(pooled, seeds=texts.seeds, max_texts=texts.max_texts, seed=opened.seed)}
-    return {"kind": "tokens", **_token_probing(opened)}
+        found = probe_texts(
+            pooled, tops=texts.tops or TOPS, seeds=texts.seeds, max_texts=texts.max_texts, seed=opened.seed
+        )
+        return {"kind": "texts", **found}
+    return {"kind": "tokens", **_token_probing(opened, texts.tops or (1,))}
 
 
 def _labelled(spec: str, texts: Texts) -> list[LabelledTexts]:
@@ -246,7 +251,7 @@ def _labelled(spec: str, texts: Texts) -> list[LabelledTexts]:
     return [read_labelled(spec, text=texts.text, label=texts.label)]
 
 
-def _token_probing(opened: Opened) -> dict[str, Any]:
+def _token_probing(opened: Opened, tops: Sequence[int]) -> dict[str, Any]:
     """Concepts of the embedded corpus: latents chosen on training files, scored on held-out ones."""
     from cosae.activations.concepts import CONCEPTS
 
@@ -273,6 +278,7 @@ def _token_probing(opened: Opened) -> dict[str, Any]:
             CONCEPTS,
             baseline_arm=next(iter(opened.arms)),
             rules=EVERY_RULE,
+            tops=tops,
             min_positives=min(200, max(10, n_tokens // 500)),
             seed=opened.seed,
             keep_train=keep[0],

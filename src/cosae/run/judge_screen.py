@@ -111,10 +111,11 @@ def _token_probing(found: Mapping[str, Any]) -> Iterator[Table]:
     for which in ("sinks_out", "sinks_in"):
         summary = found[which]["summary"]
         rules = list(dict.fromkeys(rule for by in summary.values() for rule in by))
-        rows = [["AUROC, contextual concepts", *(rule.replace("_", " ") for rule in rules)]]
+        rows = [["AUROC, contextual concepts", *(rule.replace("_", " ").replace("/", ", ") for rule in rules)]]
         for name, by in summary.items():
             rows.append([name, *(_estimate(by[r]["contextual"]["auroc"]) if r in by else "" for r in rules)])
-        yield f"One latent per concept, {_said(which)}; 95 % over {len(found[which]['concepts'])} concepts", rows
+        over = f"95 % over {len(found[which]['concepts'])} concepts"
+        yield f"One latent per concept, or as many as stand there, {_said(which)}; {over}", rows
 
 
 def _matching(found: Mapping[str, Any]) -> Iterator[Table]:
