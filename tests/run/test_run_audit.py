@@ -123,7 +123,7 @@ def test_mistakes_get_one_sentence(vectors: Path, tmp_path: Path, capsys: pytest
     assert "does not exist" in says([str(tmp_path / "nowhere"), *data], capsys)
     assert "does not say which model" in says([own], capsys)
     assert "of width 5; those given have width 12" in says([narrow, *data], capsys)
-    assert "from a file or from a model" in says([own, *data, "--model", "embedded"], capsys)
+    assert "from a file or store, or from a model" in says([own, *data, "--model", "embedded"], capsys)
     assert "at least 64 tokens" in says([own, *data, "--tokens", "3"], capsys)
     assert "nuisance must be one of" in says([own, *data, "--inject", "earthquake"], capsys)
     assert "is a file" in says([own, *data, "--out", str(vectors)], capsys)

@@ -41,6 +41,7 @@ from cosae.run.folder import (
 )
 from cosae.run.measure import evaluate
 from cosae.run.plan import check_run
+from cosae.run.room import check_device
 from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
@@ -90,6 +91,7 @@ def execute(
     checkpoint was written.
     """
     recipe.check()
+    check_device(recipe.device)
     if out is not None:
         check_free(out)
     if data is None and tensor is None:
@@ -162,7 +164,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, data: Data, out: Path | None, logs: Logs) -> None:
         torch.manual_seed(recipe.training.seed)
-        _check_device(recipe.device)
+        check_device(recipe.device)
         self.data, self.out, self.logs = data, out, logs
         recipe = recipe.resolved(data.source.d_in)
         if isinstance(data, ModelData):
@@ -480,17 +482,6 @@ def _decides(path: str) -> bool:
         "training.checkpoint_every",
     )
     return path not in free and not path.startswith("evaluation.")
-
-
-def _check_device(device: str) -> None:
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        wanted = None
-    if wanted is None or wanted.type not in ("cpu", "cuda"):
-        raise CosaeError(f"device must be cpu, cuda or cuda:N. Got {device!r} instead.")
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise CosaeError("device cuda was asked for, but this torch sees no CUDA device: use --device cpu.")
 
 
 def describe_setting(recipe: Recipe) -> str:

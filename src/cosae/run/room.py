@@ -51,8 +51,21 @@ def total(items: Sequence[Item]) -> int:
     return sum(item.n_bytes for item in items)
 
 
+def check_device(device: str) -> None:
+    """Raises CosaeError for a device that is not, or that no run can use."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise CosaeError(f"device must be cpu, cuda or cuda:N. Got {device!r} instead.")
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise CosaeError("device cuda was asked for, but this torch sees no CUDA device: use --device cpu.")
+
+
 def free_memory(device: str = "cpu") -> int:
     """Bytes that can still be had on a device: available memory within this process' limits, or the GPU's free part."""
+    check_device(device)
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     available = 1 << 62
