@@ -89,6 +89,8 @@ def test_no_measurement_changes_an_sae_nor_depends_on_the_batch(
         assert other.keys() == found[0].keys()
         for key, value in found[0].items():
             if isinstance(value, int | float | np.ndarray) and not isinstance(value, bool):
-                assert other[key] == pytest.approx(value, abs=1e-6, rel=1e-6, nan_ok=True), key
+                # an audit's numbers have six decimals: the last of them may fall to either side
+                close = 1.5e-6 if name == "audit" else 1e-6
+                assert other[key] == pytest.approx(value, abs=close, rel=1e-6, nan_ok=True), key
             else:
                 assert other[key] == value, key

@@ -74,8 +74,8 @@ def test_a_mixture_is_the_same_run_however_it_is_read_and_wherever_it_is_stopped
     with pytest.raises(Interrupted):
         execute(busy, tmp_path / "run", logs=QUIET)
     monkeypatch.undo()
-    for thread in threading.enumerate():  # those that fed the processes, which are gone
-        if thread.name.startswith("cosae"):
+    for thread in threading.enumerate():  # those that read ahead or feed processes; the loops' pool stays
+        if thread.name.startswith("cosae "):
             thread.join(10)
             assert not thread.is_alive()
     resume(tmp_path / "run", QUIET)
