@@ -475,6 +475,13 @@ def test_saved_saes_are_judged_on_a_store_alone(
     said("eval", "reconstruction", *pair, "--out", str(out))
     assert 0 < json.loads(out.read_text())["found"]["saes"]["A"]["sinks_out"]["fve"] < 1
     assert "auroc, top 2" in said("eval", "probing", *pair, "--top", "1", "2")
+    counts = []
+    for factor in ("10", "1.2"):
+        said("eval", "probing", *pair, "--sink-factor", factor, "--out", str(out))
+        probed = json.loads(out.read_text())["found"]
+        counts.append((probed["sinks_in"]["n_held_out"], probed["sinks_out"]["n_held_out"]))
+    assert counts[0][0] == counts[1][0]
+    assert counts[0][1] > counts[1][1], "the factor that was asked for makes the sinks"
     said("eval", "discovery", *pair, "--out", str(out))
     found = json.loads(out.read_text())["found"]
     assert found["concepts"] > 3

@@ -23,13 +23,11 @@ from cosae.evaluate import (
     matching,
     norm_driven,
     patching,
-    probing,
     reconstruction,
     sinks,
     splice,
 )
 from cosae.evaluate.encoding import encode_all
-from cosae.evaluate.ranking import EVERY_RULE
 from cosae.evaluate.rebuilt import rebuild_with_sinks
 from cosae.evaluate.text_probing import TOPS, probe_texts
 from cosae.run import facts
@@ -37,6 +35,7 @@ from cosae.run.data import ModelData
 from cosae.run.existing import Sampled, Samples, Wanted, calibrated, names_of
 from cosae.run.folder import write_json
 from cosae.run.judge_discovery import measure_discovery
+from cosae.run.measure import probe_concepts
 from cosae.run.texts import Reading, encode_texts
 from cosae.sae.model import SAE
 from cosae.share import sae_probes
@@ -253,38 +252,24 @@ def _labelled(spec: str, texts: Texts) -> list[LabelledTexts]:
 
 def _token_probing(opened: Opened, tops: Sequence[int]) -> dict[str, Any]:
     """Concepts of the embedded corpus: latents chosen on training files, scored on held-out ones."""
-    from cosae.activations.concepts import CONCEPTS
-
     data = opened.sample.data
     if data is None or not data.has_concepts:
         raise CosaeError("token-level concepts are known for the corpus pylib alone: give labelled texts with --texts.")
     n_tokens = len(opened.sample.activations)
     train, held_out = data.sample("train", n_tokens), data.sample("held_out", n_tokens)
-    sides = (train, held_out)
-    codes = [{name: encode_all(sae, one.activations) for name, sae in opened.firsts.items()} for one in sides]
-    found = {}
-    for which in ("sinks_in", "sinks_out"):
-        keep = [one.labelled_N.copy() for one in sides]
-        if which == "sinks_out":
-            for keep_N, one in zip(keep, sides, strict=True):
-                keep_N &= ~filters.sinks(one.activations, opened.median).numpy()
-        found[which] = probing.probe(
-            codes[0],
-            codes[1],
-            train.activations,
-            held_out.activations,
-            train.labels_NC,
-            held_out.labels_NC,
-            CONCEPTS,
-            baseline_arm=next(iter(opened.arms)),
-            rules=EVERY_RULE,
-            tops=tops,
-            min_positives=min(200, max(10, n_tokens // 500)),
-            seed=opened.seed,
-            keep_train=keep[0],
-            keep_held_out=keep[1],
-        )
-    return found
+    on_train, on_held_out = (
+        {name: encode_all(sae, side.activations) for name, sae in opened.firsts.items()} for side in (train, held_out)
+    )
+    return probe_concepts(
+        (on_train, on_held_out),
+        (train, held_out),
+        opened.median,
+        opened.sink_factor,
+        baseline_arm=next(iter(opened.arms)),
+        tops=tops,
+        min_positives=min(200, max(10, n_tokens // 500)),
+        seed=opened.seed,
+    )
 
 
 def _matching(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[str, Any]:

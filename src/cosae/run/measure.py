@@ -23,7 +23,7 @@ from cosae.recipe import Recipe
 from cosae.run.data import Data, Sample, WorldData
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
-from cosae.types import Activations
+from cosae.types import Activations, Codes
 
 
 @torch.no_grad()
@@ -88,8 +88,6 @@ def _probe(
     say: Callable[[str], None],
 ) -> None:
     """Probing with sinks out (under "probing") and in, on the same codes."""
-    from cosae.activations.concepts import CONCEPTS
-
     config = recipe.evaluation
     say("probing concepts")
     train = data.sample("train", config.probe_tokens)
@@ -99,31 +97,54 @@ def _probe(
     }
     untrained = random_twin(saes[baseline], recipe, train.activations, fitted)
     random_codes = (encode_all(untrained, train.activations), encode_all(untrained, held_out.activations))
-    for key, sinks_out in (("probing", True), ("probing_sinks_in", False)):
-        keep = {}
-        for side, sample in (("train", train), ("held_out", held_out)):
-            keep_N = sample.labelled_N.copy()
-            if sinks_out:
-                sink_N = filters.sinks(sample.activations, fitted.median_norm, fitted.policy.factor)
-                keep_N &= ~sink_N.numpy()
-            keep[side] = keep_N
-        result[key] = probing.probe(
-            codes["train"],
-            codes["held_out"],
+    found = probe_concepts(
+        (codes["train"], codes["held_out"]),
+        (train, held_out),
+        fitted.median_norm,
+        fitted.policy.factor,
+        random_arm=random_codes,
+        baseline_arm=baseline if len(saes) > 1 else None,
+        min_positives=config.min_positives,
+        n_bootstrap=config.resamples,
+        seed=config.seed,
+    )
+    result["probing"], result["probing_sinks_in"] = found["sinks_out"], found["sinks_in"]
+
+
+def probe_concepts(
+    codes: tuple[Mapping[str, Codes], Mapping[str, Codes]],
+    sides: tuple[Sample, Sample],
+    median: float,
+    sink_factor: float,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """`probing.probe` of the token-level concepts by every rule: {"sinks_out", "sinks_in"}, on the same codes.
+
+    codes, sides  of the train and of the held-out side; options go to `probing.probe`
+    median        what `sink_factor` times makes a sink, beside position 0 and special ids
+    """
+    from cosae.activations.concepts import CONCEPTS
+
+    train, held_out = sides
+    found = {}
+    for which in ("sinks_out", "sinks_in"):
+        keep = [side.labelled_N.copy() for side in sides]
+        if which == "sinks_out":
+            for keep_N, side in zip(keep, sides, strict=True):
+                keep_N &= ~filters.sinks(side.activations, median, sink_factor).numpy()
+        found[which] = probing.probe(
+            *codes,
             train.activations,
             held_out.activations,
             train.labels_NC,
             held_out.labels_NC,
             CONCEPTS,
-            random_arm=random_codes,
-            baseline_arm=baseline if len(saes) > 1 else None,
             rules=EVERY_RULE,
-            min_positives=config.min_positives,
-            n_bootstrap=config.resamples,
-            seed=config.seed,
-            keep_train=keep["train"],
-            keep_held_out=keep["held_out"],
+            keep_train=keep[0],
+            keep_held_out=keep[1],
+            **options,
         )
+    return found
 
 
 def random_twin(sae: SAE, recipe: Recipe, activations: Activations, fitted: Filter) -> SAE:
