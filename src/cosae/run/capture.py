@@ -74,6 +74,11 @@ class Capture:
             raise CosaeError("capture runs a model on a corpus; activations in files need no capture.")
         object.__setattr__(self, "dtype", store_dtype(self.dtype))
 
+    @property
+    def captured_dtype(self) -> str:
+        """Of rows before they are rounded for the disk: int8 takes its scales from float32."""
+        return "float32" if self.dtype == "int8" else self.dtype
+
     def rows_per_shard(self, d_in: int, label_bytes: int) -> int:
         """`shard_tokens`, or what fills about SHARD_BYTES."""
         return self.shard_tokens or max(1024, SHARD_BYTES // ShardShape(1, d_in, self.dtype, label_bytes).row_bytes())
@@ -104,9 +109,8 @@ def capture_stores(
     sites = [resolve_site(model, name) for name in wanted.sites]
     if len(set(sites)) < len(sites):
         raise CosaeError(f"each site may be named once. Got {', '.join(wanted.sites)} instead.")
-    dtype = "float32" if wanted.dtype == "int8" else wanted.dtype
     if wanted.data.batch_sequences == "auto":
-        at_once = begun_with(out, "batch_sequences") or batch_size(wanted.data, model, sites, dtype)
+        at_once = begun_with(out, "batch_sequences") or batch_size(wanted.data, model, sites, wanted.captured_dtype)
         wanted = replace(wanted, data=replace(wanted.data, batch_sequences=at_once))
     text = CaptureText(wanted.data, tokenizer, wanted.seed, wanted.held_out_tokens)
     first = next(text.parts("train", 1)).sequences[:1]
@@ -139,7 +143,7 @@ def _write(
     report = (lambda _: None) if progress is None else progress(wanted.tokens + wanted.held_out_tokens)
     options: dict[str, Any] = {
         "batch_sequences": wanted.data.batch_sequences,
-        "store_dtype": getattr(torch, "float32" if wanted.dtype == "int8" else wanted.dtype),
+        "store_dtype": getattr(torch, wanted.captured_dtype),
     }
     documents: dict[str, Sequence[str]] = {}
     with _stop_requested() as stop_requested:

@@ -203,7 +203,7 @@ def run_disk(recipe: Recipe, d_in: int) -> tuple[Item, ...]:
 
 def capture_memory(wanted: Capture, sizes: Sequence[Sizes], label_bytes: int) -> MemoryPlan:
     """Memory of a capture of one or several sites: two shards' rows of each, one chunk, one forward pass."""
-    value = STORE_DTYPES["float32" if wanted.dtype == "int8" else wanted.dtype].itemsize
+    value = STORE_DTYPES[wanted.captured_dtype].itemsize
     shards = [
         Item(
             f"rows of {site} on their way to a shard, twice",

@@ -176,7 +176,7 @@ def save(sae: SAE, path: str | Path, probes: Tensor | None = None) -> Path:
         raise CosaeError(f"{path} cannot be written ({error.strerror}); choose a folder you can write to.") from None
     try:
         _write(sae, staged, probes)
-        _swap(staged, path)
+        swap_in(staged, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CosaeError(f"{path} could not be written ({reason}); what was there before is kept.") from None
@@ -230,7 +230,7 @@ def _jsonable(value: object) -> object:
     raise TypeError(f"got {type(value).__name__}")
 
 
-def _swap(staged: Path, path: Path) -> None:
+def swap_in(staged: Path, path: Path) -> None:
     """Put the staged directory in place; the old one steps aside first and is removed last."""
     staged.chmod(0o755)
     aside = staged.with_name(staged.name + ".old")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from cosae.sae.file import swap_in
 from cosae.types import CosaeError
 
 
@@ -41,17 +42,7 @@ def filled(out: Path, mark: str) -> Iterator[Path]:
         raise CosaeError(f"{out} cannot be written ({error.strerror}): choose another --out.") from None
     try:
         yield staged
-        staged.chmod(0o755)
-        aside = staged.with_name(staged.name + ".old")
-        if out.exists():
-            out.rename(aside)
-        try:
-            staged.rename(out)
-        except OSError:
-            if aside.exists():
-                aside.rename(out)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        swap_in(staged, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CosaeError(f"{out} could not be written ({reason}); what was there before is kept.") from None
