@@ -23,12 +23,16 @@ from cosae.evaluate import baselines, logistic
 from cosae.evaluate.intervals import RESAMPLES, mean_interval, paired_mean_interval
 from cosae.evaluate.ranking import (
     RULES,
+    Array,
     Labels,
     Rule,
+    Selection,
+    columns_of,
     latent_columns,
-    quality_of_latents,
+    qualities_of_latents,
     rank_quality,
     select,
+    select_by,
     take_tokens,
 )
 from cosae.types import Activations, Codes, CosaeError
@@ -120,31 +124,31 @@ def probe(
 
 
 def _readings(train: Split, held_out: Split, arm: str, rules: Sequence[Rule], tops: Sequence[int]) -> dict[str, Table]:
+    value_FC = qualities_of_latents(train.codes[arm], train.label_NC, rules)
     found: dict[str, Table] = {}
     for rule in rules:
         for n in tops:
             if n == 1:
-                found[rule] = probe_arm(train, held_out, arm, rule)
+                found[rule] = probe_arm(held_out, arm, select_by(value_FC[rule], rule))
             else:
-                found[f"{rule}/top_{n}"] = probe_top(train, held_out, arm, rule, n)
+                found[f"{rule}/top_{n}"] = probe_top(train, held_out, arm, value_FC[rule], rule, n)
     return found
 
 
-def probe_arm(train: Split, held_out: Split, arm: str, rule: Rule) -> Table:
-    """One latent for each concept, chosen by `rule` on train and scored, with its sign, on held-out tokens."""
-    chosen = select(train.codes[arm], train.label_NC, rule)
+def probe_arm(held_out: Split, arm: str, chosen: Selection) -> Table:
+    """The latent chosen for each concept on train, scored, with its sign, on held-out tokens."""
     score_NC = latent_columns(held_out.codes[arm], chosen.latent_C) * chosen.sign_C
     return {"latent": chosen.latent_C.tolist(), **_score(score_NC, held_out.label_NC)}
 
 
-def probe_top(train: Split, held_out: Split, arm: str, rule: Rule, n: int) -> Table:
-    """A logistic regression on the n best latents of each concept, chosen and fitted on train; "latent": n ids each."""
-    value_FC = quality_of_latents(train.codes[arm], train.label_NC, rule)
+def probe_top(train: Split, held_out: Split, arm: str, value_FC: Array, rule: Rule, n: int) -> Table:
+    """A logistic regression, fitted on train, on the n latents of each concept that are best by `rule`'s values."""
     best_FC = (-value_FC if rule == "auroc" else -np.abs(value_FC)).argsort(axis=0, kind="stable")[:n]
+    fitted, judged = (columns_of(side.codes[arm]) for side in (train, held_out))
     score_NC = np.empty(held_out.label_NC.shape)
     for c, latent_n in enumerate(best_FC.T):
-        fitted, judged = (latent_columns(side.codes[arm], latent_n).astype(np.float64) for side in (train, held_out))
-        score_NC[:, c] = logistic.scores(fitted, train.label_NC[:, c], judged)
+        known = fitted[:, latent_n].toarray(), train.label_NC[:, c]
+        score_NC[:, c] = logistic.scores(*known, judged[:, latent_n].toarray())
     return {"latent": best_FC.T.tolist(), **_score(score_NC, held_out.label_NC)}
 
 
@@ -197,7 +201,7 @@ def _baselines(train: Split, held_out: Split) -> dict[str, Table]:
         "logistic": _score(baselines.logistic(*known), held_out.label_NC),
     }
     if RANDOM in train.codes:
-        row = probe_arm(train, held_out, RANDOM, "auroc")
+        row = probe_arm(held_out, RANDOM, select(train.codes[RANDOM], train.label_NC, "auroc"))
         rows[RANDOM] = {metric: row[metric] for metric in METRICS}
     return rows
 

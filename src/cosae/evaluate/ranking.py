@@ -12,6 +12,7 @@ give all F latents × C concepts: Σ rank₊ = Σ over codes (rank − silent ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,7 +60,11 @@ def select(codes: Codes, label_NC: Labels, rule: Rule) -> Selection:
 
     Raises CosaeError for labels of another length, or a concept without both kinds of token.
     """
-    value_FC = quality_of_latents(codes, label_NC, rule)
+    return select_by(quality_of_latents(codes, label_NC, rule), rule)
+
+
+def select_by(value_FC: Array, rule: Rule) -> Selection:
+    """`select` where what the rule looks at is known: (F, C) as `quality_of_latents` gives it."""
     latent_C = (value_FC if rule == "auroc" else np.abs(value_FC)).argmax(axis=0)
     value_C = np.take_along_axis(value_FC, latent_C[None], axis=0)[0]
     sign_C = np.ones(len(latent_C)) if rule == "auroc" else np.where(value_C < 0, -1.0, 1.0)
@@ -68,12 +73,21 @@ def select(codes: Codes, label_NC: Labels, rule: Rule) -> Selection:
 
 def quality_of_latents(codes: Codes, label_NC: Labels, rule: Rule) -> Array:
     """(F, C) float64: what a rule looks at: the AUROC, or mean₊ − mean₋, raw or over the standard deviation."""
-    if rule == "auroc":
-        return auroc_of_latents(codes, label_NC)
-    if rule not in EVERY_RULE:
-        raise CosaeError(f"rule must be one of {', '.join(EVERY_RULE)}. Got {rule!r} instead.")
-    value_FC = mean_difference_of_latents(codes, label_NC)
-    return value_FC / _deviations(codes)[:, None] if rule == "standardised_difference" else value_FC
+    return qualities_of_latents(codes, label_NC, (rule,))[rule]
+
+
+def qualities_of_latents(codes: Codes, label_NC: Labels, rules: Sequence[Rule]) -> dict[Rule, Array]:
+    """`quality_of_latents` by rule; the two rules that look at the mean difference share it."""
+    if wrong := [rule for rule in rules if rule not in EVERY_RULE]:
+        raise CosaeError(f"rule must be one of {', '.join(EVERY_RULE)}. Got {wrong[0]!r} instead.")
+    found: dict[Rule, Array] = {}
+    if "auroc" in rules:
+        found["auroc"] = auroc_of_latents(codes, label_NC)
+    if "mean_difference" in rules or "standardised_difference" in rules:
+        found["mean_difference"] = mean_difference_of_latents(codes, label_NC)
+    if "standardised_difference" in rules:
+        found["standardised_difference"] = found["mean_difference"] / _deviations(codes)[:, None]
+    return found
 
 
 def auroc_of_latents(codes: Codes, label_NC: Labels) -> Array:
@@ -106,8 +120,13 @@ def _deviations(codes: Codes) -> Array:
 
 def latent_columns(codes: Codes, latent_C: NDArray[np.int64]) -> NDArray[np.float32]:
     """(N, C) float32: the codes of the named latents, 0 where silent."""
-    columns: NDArray[np.float32] = _matrix(codes).tocsc()[:, latent_C].toarray().astype(np.float32)
+    columns: NDArray[np.float32] = columns_of(codes)[:, latent_C].toarray().astype(np.float32)
     return columns
+
+
+def columns_of(codes: Codes) -> sparse.csc_matrix:
+    """(N, F) codes as columns, float64, of which any few are quickly had."""
+    return _matrix(codes).tocsc()
 
 
 def rank_quality(score_NC: NDArray[Any], label_NC: Labels) -> tuple[Array, Array]:
