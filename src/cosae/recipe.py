@@ -346,12 +346,13 @@ def _demo() -> Recipe:
         name="demo",
         arms=tuple(ARMS[name] for name in DEMO_ARMS),
         training=TrainingConfig(
-            steps=800,
+            steps=500,
+            buffer_tokens=65_536,
             optimizer=OptimizerConfig(lr=4e-3, warmup_steps=50),
             dead_after_tokens=150_000,
-            checkpoint_every=400,
+            checkpoint_every=250,
         ),
-        evaluation=EvaluationConfig(held_out_tokens=98_304, probe_tokens=98_304),
+        evaluation=EvaluationConfig(held_out_tokens=98_304, probe_tokens=65_536),
     )
 
 

@@ -203,6 +203,16 @@ class Codes:
         return replace(self, value_E=value_E)
 
     @classmethod
+    def cat(cls, parts: Sequence[Codes]) -> Codes:
+        """The parts' tokens one after another as (N,), on the CPU, without `taken` and gradients; at least one part."""
+        counts = torch.cat([part.count_B for part in parts]).cpu()
+        offset = torch.zeros(len(counts) + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=offset[1:])
+        feature_E = torch.cat([part.feature_E for part in parts]).cpu()
+        value_E = torch.cat([part.value_E.detach() for part in parts]).cpu()
+        return cls(offset, feature_E, value_E, parts[0].d_sae, (len(counts),))
+
+    @classmethod
     def from_dense(cls, dense: Tensor, taken: Taken | None = None) -> Codes:
         """Codes of a dense (..., d_sae) tensor: its non-zero entries."""
         flat = dense.reshape(-1, dense.shape[-1])

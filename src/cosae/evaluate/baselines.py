@@ -15,7 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from cosae.evaluate.ranking import Array, Labels, auroc_of_dimensions
+from cosae.evaluate.rebuilt import row_slices
 from cosae.types import Activations
+
+BLOCK = 4096
+"""Tokens whose logits are held at once while a logistic probe is fitted."""
 
 
 def token_identity(train: Activations, label_NC: Labels, held_out: Activations, smoothing: float = 1.0) -> Array:
@@ -94,15 +98,20 @@ def fit_logistic(x_ND: Tensor, label_NC: Tensor, l2: float = 1.0, max_iterations
     )
 
     def loss() -> float:
-        with torch.no_grad():  # the gradient by hand: autograd would keep several (N, C) buffers
+        fit = 0.0
+        with (
+            torch.no_grad()
+        ):  # the gradient by hand, block by block: no (N, C) buffer is made, and a block stays cached
             scaled_VC = v_VC * scale_C
-            logit_NC = torch.addmm(start_C, turned_NV, scaled_VC)
+            gradient_VC = torch.zeros_like(scaled_VC)
+            for rows in row_slices(n, BLOCK):
+                logit_BC = torch.addmm(start_C, turned_NV[rows], scaled_VC)
+                fit += float(functional.softplus(logit_BC).sub_(logit_BC * target_NC[rows]).sum())
+                gradient_VC.addmm_(turned_NV[rows].T, logit_BC.sigmoid_().sub_(target_NC[rows]))
             weight_DC = turn_DD @ scaled_VC[:-1]
-            fit = functional.softplus(logit_NC).sub_(logit_NC * target_NC).sum()
-            gradient_VC = turned_NV.T @ logit_NC.sigmoid_().sub_(target_NC)
             gradient_VC[:-1] += l2 * (turn_DD.T @ weight_DC)
             v_VC.grad = gradient_VC * (scale_C / n)
-            return float(fit + l2 / 2 * weight_DC.square().sum()) / n
+            return (fit + l2 / 2 * float(weight_DC.square().sum())) / n
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
     solution_VC = v_VC.detach() * scale_C

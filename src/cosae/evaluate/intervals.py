@@ -7,6 +7,7 @@ every arm, so a difference between arms is paired: what a unit does to both arms
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TypedDict
 
 import numpy as np
@@ -16,6 +17,8 @@ from cosae.types import CosaeError
 
 RESAMPLES = 2000
 LEVEL = 0.95
+KEPT_UNITS = 512
+"""Largest number of units whose resamples are kept between calls: 8 MB at 2000 resamples."""
 
 Array = NDArray[np.float64]
 
@@ -39,11 +42,21 @@ class Difference(TypedDict):
 def resample_counts(n_units: int, seed: int = 0, n_resamples: int = RESAMPLES) -> NDArray[np.int64]:
     """(R, n_units) int64: how often each unit is drawn in each resample; every row sums to n_units.
 
-    Depends on the three arguments only. Raises CosaeError when there is nothing to draw from.
+    Depends on the three arguments only; not to be written to, since a small table is kept for the next call. Raises
+    CosaeError when there is nothing to draw from.
     """
     if n_units < 1:
         raise CosaeError("an interval needs at least one document, block or concept; got none instead")
-    return np.random.default_rng(seed).multinomial(n_units, np.full(n_units, 1 / n_units), size=n_resamples)
+    return _kept_draw(n_units, seed, n_resamples) if n_units <= KEPT_UNITS else _draw(n_units, seed, n_resamples)
+
+
+def _draw(n_units: int, seed: int, n_resamples: int) -> NDArray[np.int64]:
+    counts_RU = np.random.default_rng(seed).multinomial(n_units, np.full(n_units, 1 / n_units), size=n_resamples)
+    counts_RU.flags.writeable = False
+    return counts_RU
+
+
+_kept_draw = lru_cache(maxsize=4)(_draw)
 
 
 def percentile_interval(estimates_R: ArrayLike, level: float = LEVEL) -> tuple[float, float]:

@@ -11,12 +11,15 @@ Intervals are percentile bootstrap over concepts; all arms meet the same resampl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
 
 from cosae.activations.concepts import Concept
 from cosae.evaluate import baselines, logistic
@@ -28,9 +31,9 @@ from cosae.evaluate.ranking import (
     Rule,
     Selection,
     columns_of,
-    latent_columns,
     qualities_of_latents,
     rank_quality,
+    rank_quality_of_latents,
     select,
     select_by,
     take_tokens,
@@ -40,6 +43,8 @@ from cosae.types import Activations, Codes, CosaeError
 GROUPS = ("all", "lexical", "contextual")
 METRICS = ("auroc", "average_precision")
 RANDOM = "random_sae"
+AT_ONCE = 4
+"""Arms and baselines that are ranked side by side where there are cores: an arm holds (F, C) values of every rule."""
 
 Table = dict[str, Any]
 """One row of results: "auroc" and "average_precision", a list over concepts each, and "latent" for arms."""
@@ -103,9 +108,11 @@ def probe(
         _split(train, activations_train, labels_train_NC[:, kept], keep_train),
         _split(held_out, activations_held_out, labels_held_out_NC[:, kept], keep_held_out),
     )
-    arms: dict[str, dict[str, Table]]
-    arms = {arm: _readings(*sides, arm, rules, tops) for arm in train if arm != RANDOM}
-    floors = _baselines(*sides)
+    names = [arm for arm in train if arm != RANDOM]
+    readings = {arm: partial(_readings, *sides, arm, rules, tops) for arm in names}
+    found = _side_by_side({**_baselines(*sides), **readings})
+    arms: dict[str, dict[str, Table]] = {name: found.pop(name) for name in names}
+    floors: dict[str, Table] = found
     rows = arms | {name: {"baseline": row} for name, row in floors.items()}
     return {
         "n_train": len(sides[0].activations),
@@ -125,20 +132,21 @@ def probe(
 
 def _readings(train: Split, held_out: Split, arm: str, rules: Sequence[Rule], tops: Sequence[int]) -> dict[str, Table]:
     value_FC = qualities_of_latents(train.codes[arm], train.label_NC, rules)
+    judged_NF = columns_of(held_out.codes[arm])
     found: dict[str, Table] = {}
     for rule in rules:
         for n in tops:
             if n == 1:
-                found[rule] = probe_arm(held_out, arm, select_by(value_FC[rule], rule))
+                found[rule] = probe_arm(judged_NF, held_out.label_NC, select_by(value_FC[rule], rule))
             else:
                 found[f"{rule}/top_{n}"] = probe_top(train, held_out, arm, value_FC[rule], rule, n)
     return found
 
 
-def probe_arm(held_out: Split, arm: str, chosen: Selection) -> Table:
-    """The latent chosen for each concept on train, scored, with its sign, on held-out tokens."""
-    score_NC = latent_columns(held_out.codes[arm], chosen.latent_C) * chosen.sign_C
-    return {"latent": chosen.latent_C.tolist(), **_score(score_NC, held_out.label_NC)}
+def probe_arm(columns_NF: sparse.csc_matrix, label_NC: Labels, chosen: Selection) -> Table:
+    """The latent chosen for each concept on train, scored, with its sign, on held-out tokens (`ranking.columns_of`)."""
+    found = rank_quality_of_latents(columns_NF, chosen.latent_C, chosen.sign_C, label_NC)
+    return {"latent": chosen.latent_C.tolist(), **_named(found)}
 
 
 def probe_top(train: Split, held_out: Split, arm: str, value_FC: Array, rule: Rule, n: int) -> Table:
@@ -192,22 +200,40 @@ def compare(
     return rows
 
 
-def _baselines(train: Split, held_out: Split) -> dict[str, Table]:
+def _baselines(train: Split, held_out: Split) -> dict[str, Callable[[], Table]]:
+    """What makes the row of each baseline."""
     known = (train.activations, train.label_NC, held_out.activations)
-    rows = {
-        "token_identity": _score(baselines.token_identity(*known), held_out.label_NC),
-        "norm": _score(baselines.norm_alone(*known), held_out.label_NC),
-        "best_dimension": _score(baselines.best_dimension(*known), held_out.label_NC),
-        "logistic": _score(baselines.logistic(*known), held_out.label_NC),
+
+    def scored(scores: Callable[..., Any]) -> Table:
+        return _score(scores(*known), held_out.label_NC)
+
+    def untrained() -> Table:
+        chosen = select(train.codes[RANDOM], train.label_NC, "auroc")
+        row = probe_arm(columns_of(held_out.codes[RANDOM]), held_out.label_NC, chosen)
+        return {metric: row[metric] for metric in METRICS}
+
+    return {
+        "logistic": partial(scored, baselines.logistic),
+        "best_dimension": partial(scored, baselines.best_dimension),
+        "token_identity": partial(scored, baselines.token_identity),
+        "norm": partial(scored, baselines.norm_alone),
+        **({RANDOM: untrained} if RANDOM in train.codes else {}),
     }
-    if RANDOM in train.codes:
-        row = probe_arm(held_out, RANDOM, select(train.codes[RANDOM], train.label_NC, "auroc"))
-        rows[RANDOM] = {metric: row[metric] for metric in METRICS}
-    return rows
+
+
+def _side_by_side(tasks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What the tasks return, by name; on several threads, since sorting and sparse sums let go of the lock."""
+    with ThreadPoolExecutor(max(1, min(AT_ONCE, torch.get_num_threads()))) as pool:
+        waiting = {name: pool.submit(task) for name, task in tasks.items()}
+        return {name: one.result() for name, one in waiting.items()}
 
 
 def _score(score_NC: Any, label_NC: Labels) -> Table:
-    return {name: column.tolist() for name, column in zip(METRICS, rank_quality(score_NC, label_NC), strict=True)}
+    return _named(rank_quality(score_NC, label_NC))
+
+
+def _named(found: tuple[Array, Array]) -> Table:
+    return {name: column.tolist() for name, column in zip(METRICS, found, strict=True)}
 
 
 def _describe(concepts: Sequence[Concept], train_NC: Labels, held_out_NC: Labels) -> list[dict[str, Any]]:

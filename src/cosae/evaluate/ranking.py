@@ -31,6 +31,9 @@ RULES: tuple[Rule, ...] = ("auroc", "mean_difference")
 EVERY_RULE: tuple[Rule, ...] = (*RULES, "standardised_difference")
 """The rules of every run's evaluation."""
 
+DIMENSIONS = 16
+"""Dimensions of dense vectors that are ranked before the labels are read once for all of them."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -94,7 +97,7 @@ def auroc_of_latents(codes: Codes, label_NC: Labels) -> Array:
     """(F, C) float64: the exact AUROC of every latent for every concept; 0.5 where one never fires."""
     positives_C, negatives_C = _counts(codes.n_tokens, label_NC)
     rank_FN, silent_F = _ranks(codes)
-    rank_sum_FC = rank_FN @ label_NC.astype(np.float64) + silent_F[:, None] * positives_C
+    rank_sum_FC = _by_concept(rank_FN, label_NC) + silent_F[:, None] * positives_C
     area_FC: Array = (rank_sum_FC - positives_C * (positives_C + 1) / 2) / (positives_C * negatives_C)
     return area_FC
 
@@ -103,7 +106,7 @@ def mean_difference_of_latents(codes: Codes, label_NC: Labels) -> Array:
     """(F, C) float64: mean code on the concept's tokens minus mean code on the others; silent is 0."""
     positives_C, negatives_C = _counts(codes.n_tokens, label_NC)
     value_FN = _matrix(codes).T.tocsr()
-    positive_FC = value_FN @ label_NC.astype(np.float64)
+    positive_FC = _by_concept(value_FN, label_NC)
     total_F = np.asarray(value_FN.sum(axis=1)).ravel()
     difference_FC: Array = positive_FC / positives_C - (total_F[:, None] - positive_FC) / negatives_C
     return difference_FC
@@ -140,22 +143,61 @@ def rank_quality(score_NC: NDArray[Any], label_NC: Labels) -> tuple[Array, Array
         raise CosaeError("scores must be numbers; got NaN instead: is the SAE or the probe diverged?")
     area_C, precision_C = np.empty(len(positives_C)), np.empty(len(positives_C))
     for c, (n_positive, n_negative) in enumerate(zip(positives_C, negatives_C, strict=True)):
-        order_N = np.argsort(score_NC[:, c])[::-1]
-        score_N = score_NC[order_N, c]
-        last_K = np.append(np.flatnonzero(score_N[1:] != score_N[:-1]), len(score_N) - 1)  # ends of runs of ties
-        hit_K = np.cumsum(label_NC[order_N, c], dtype=np.int64)[last_K]
-        new_hit_K = np.diff(hit_K, prepend=0)
-        new_miss_K = np.diff(last_K + 1 - hit_K, prepend=0)
-        area_C[c] = (new_miss_K * (hit_K - new_hit_K / 2)).sum() / (n_positive * n_negative)
-        precision_C[c] = (new_hit_K * (hit_K / (last_K + 1))).sum() / n_positive
+        score_N = np.ascontiguousarray(score_NC[:, c])
+        _, count_K, hit_K = _runs(score_N, np.ascontiguousarray(label_NC[:, c]))
+        area_C[c], precision_C[c] = _areas(count_K, hit_K, n_positive, n_negative)
     return area_C, precision_C
+
+
+def rank_quality_of_latents(
+    columns_NF: sparse.csc_matrix, latent_C: NDArray[np.int64], sign_C: Array, label_NC: Labels
+) -> tuple[Array, Array]:
+    """`rank_quality` of sign · code of one latent per concept; only codes are sorted, the silent tie among themselves.
+
+    columns_NF  (N, F) codes as `columns_of` gives them
+    """
+    positives_C, negatives_C = _counts(columns_NF.shape[0], label_NC)
+    area_C, precision_C = np.empty(len(positives_C)), np.empty(len(positives_C))
+    for c, (latent, n_positive, n_negative) in enumerate(zip(latent_C, positives_C, negatives_C, strict=True)):
+        own = slice(columns_NF.indptr[latent], columns_NF.indptr[latent + 1])
+        label_E = label_NC[columns_NF.indices[own], c]
+        score_K, count_K, hit_K = _runs(columns_NF.data[own] * sign_C[c], label_E)
+        silent = columns_NF.shape[0] - len(label_E)
+        if silent:  # 0 stands between the positive and the negative scores; no code is 0
+            place = int((score_K > 0).sum())
+            count_K = np.insert(count_K, place, silent)
+            hit_K = np.insert(hit_K, place, int(n_positive) - int(label_E.sum()))
+        area_C[c], precision_C[c] = _areas(count_K, hit_K, n_positive, n_negative)
+    return area_C, precision_C
+
+
+def _runs(score_N: NDArray[Any], label_N: Labels) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+    """Distinct scores, falling; how many tokens have each, and how many of those the concept."""
+    order_N = np.argsort(score_N)[::-1]
+    sorted_N = score_N[order_N]
+    last_K = np.flatnonzero(np.append(sorted_N[1:] != sorted_N[:-1], len(sorted_N) > 0))
+    hit_K = np.cumsum(label_N[order_N], dtype=np.int64)[last_K]
+    return sorted_N[last_K], np.diff(last_K, prepend=-1), np.diff(hit_K, prepend=0)
+
+
+def _areas(
+    count_K: NDArray[np.int64], hit_K: NDArray[np.int64], n_positive: float, n_negative: float
+) -> tuple[float, float]:
+    """AUROC and average precision from the runs of equal scores, falling."""
+    found_K, passed_K = np.cumsum(hit_K), np.cumsum(count_K)
+    area = ((count_K - hit_K) * (found_K - hit_K / 2)).sum() / (n_positive * n_negative)
+    precision = (hit_K * (found_K / passed_K)).sum() / n_positive
+    return float(area), float(precision)
 
 
 def auroc_of_dimensions(x_ND: NDArray[Any], label_NC: Labels) -> Array:
     """(D, C) float64: the exact AUROC of every dimension of dense vectors for every concept."""
     positives_C, negatives_C = _counts(len(x_ND), label_NC)
     label_CN = np.ascontiguousarray(label_NC.T, dtype=np.float64)
-    rank_sum_DC = np.stack([label_CN @ _midranks(np.asarray(x_ND[:, d])) for d in range(x_ND.shape[1])])
+    rank_sum_DC = np.empty((x_ND.shape[1], len(label_CN)))
+    for first in range(0, len(rank_sum_DC), DIMENSIONS):
+        some = range(first, min(first + DIMENSIONS, len(rank_sum_DC)))
+        rank_sum_DC[some] = np.stack([_midranks(np.ascontiguousarray(x_ND[:, d])) for d in some]) @ label_CN.T
     area_DC: Array = (rank_sum_DC - positives_C * (positives_C + 1) / 2) / (positives_C * negatives_C)
     return area_DC
 
@@ -196,6 +238,15 @@ def _matrix(codes: Codes) -> sparse.csr_matrix:
     matrix = sparse.csr_matrix((value_E, index_E, offset_N1), shape=(codes.n_tokens, codes.d_sae))
     matrix.eliminate_zeros()
     return matrix
+
+
+def _by_concept(value_FN: sparse.csr_matrix, label_NC: Labels) -> Array:
+    """(F, C) float64: each latent's values summed over each concept's tokens.
+
+    Few tokens have a given concept: labels are sparse too, and only pairs of a code and a label are visited.
+    """
+    summed_FC: Array = (value_FN @ sparse.csr_matrix(label_NC, dtype=np.float64)).toarray()
+    return summed_FC
 
 
 def _ranks(codes: Codes) -> tuple[sparse.csr_matrix, Array]:

@@ -47,6 +47,7 @@ class Rebuilt:
     first   name -> (F,) int64, tokens of the set before the first on which a feature fired; the set's size if none
     within  name -> residual and total sum of squares about each batch's own mean
     within_quartile  name -> the same for each norm quartile, about its own mean in the batch
+    codes   of all N tokens, on the CPU, where they were asked for
     """
 
     error_N: Tensor
@@ -59,6 +60,7 @@ class Rebuilt:
     within: Mapping[str, tuple[float, float]]
     within_quartile: Mapping[str, list[tuple[float, float]]]
     batch_tokens: int
+    codes: Codes | None = None
 
 
 @dataclass
@@ -104,7 +106,11 @@ class _Set:
 
 @torch.no_grad()
 def rebuild(
-    sae: Autoencoder, activations: Activations, keep: Mapping[str, Tensor], batch_tokens: int = 4096
+    sae: Autoencoder,
+    activations: Activations,
+    keep: Mapping[str, Tensor],
+    batch_tokens: int = 4096,
+    keep_codes: bool = False,
 ) -> Rebuilt:
     """One pass of encode and decode over all tokens, for any number of sets of them. Changes no state."""
     n = len(activations)
@@ -113,8 +119,11 @@ def rebuild(
     live_N = (activations.x_ND != 0).any(-1).cpu()
     length_N = activations.norm_N.cpu().double()
     sets = {name: _Set.of(_checked(kept_N, n) & live_N, length_N, sae.d_sae) for name, kept_N in keep.items()}
+    kept: list[Codes] = []
     for rows in row_slices(n, batch_tokens):
         codes = sae.encode(activations.x_ND[rows].float())
+        if keep_codes:
+            kept.append(Codes.cat([codes]))
         rebuilt_BD = sae.decode(codes).double()
         x_BD = activations.x_ND[rows].to(rebuilt_BD.device).double()
         residual_BD = x_BD - rebuilt_BD
@@ -138,13 +147,16 @@ def rebuild(
         within={name: one.within_5[0] for name, one in sets.items()},
         within_quartile={name: one.within_5[1:] for name, one in sets.items()},
         batch_tokens=batch_tokens,
+        codes=Codes.cat(kept) if kept else None,
     )
 
 
-def rebuild_with_sinks(sae: Autoencoder, activations: Activations, sink_N: Tensor, batch_tokens: int = 4096) -> Rebuilt:
+def rebuild_with_sinks(
+    sae: Autoencoder, activations: Activations, sink_N: Tensor, batch_tokens: int = 4096, keep_codes: bool = False
+) -> Rebuilt:
     """`rebuild` with the sets "in" (all tokens but padding) and "out" (those of them where sink_N is False)."""
     sink_N = _checked(sink_N, len(activations))
-    return rebuild(sae, activations, {"in": torch.ones_like(sink_N), "out": ~sink_N}, batch_tokens)
+    return rebuild(sae, activations, {"in": torch.ones_like(sink_N), "out": ~sink_N}, batch_tokens, keep_codes)
 
 
 def norm_quartiles(norm_N: Tensor, kept_N: Tensor) -> tuple[Tensor, list[float]]:

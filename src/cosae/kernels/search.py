@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,6 +189,16 @@ def _search(terms: ScoreTerms, n_keep: int, hint: float | None, finder: Finder) 
     raise AssertionError("a search with room for every score always ends")
 
 
+def _cut(score_S: Tensor, rank: int) -> tuple[float, int, int]:
+    """The score of ascending rank `rank` (from 0); how many scores are above it, and how many equal to it."""
+    if score_S.device.type == "cpu":  # numpy's partition is vectorised: a tenth of kthvalue's time
+        score_N = score_S.numpy()
+        lowest = np.partition(score_N, rank)[rank]
+        return float(lowest), int(np.count_nonzero(score_N > lowest)), int(np.count_nonzero(score_N == lowest))
+    lowest = float(score_S.kthvalue(rank + 1).values)
+    return lowest, int((score_S > lowest).sum()), int((score_S == lowest).sum())
+
+
 @torch.no_grad()
 def select_batch_topk(
     terms: ScoreTerms, n_keep: int, hint: float | None = None, *, finder: Finder = CPU
@@ -211,11 +222,10 @@ def select_batch_topk(
     if len(found) <= n_keep:
         lowest = float(found.score_S.min())
     else:
-        lowest = float(found.score_S.kthvalue(len(found) - n_keep + 1).values)
-        n_ties = n_keep - int((found.score_S > lowest).sum())
-        tied_S = found.score_S == lowest
-        if int(tied_S.sum()) > n_ties:
-            last_flat = int(flat(found, terms.n_features)[tied_S].sort().values[n_ties - 1])
+        lowest, n_above, n_tied = _cut(found.score_S, len(found) - n_keep)
+        if n_above + n_tied > n_keep:
+            tied_S = found.score_S == lowest
+            last_flat = int(flat(found, terms.n_features)[tied_S].sort().values[n_keep - n_above - 1])
     return _entries(terms, found, lowest, last_flat), lowest
 
 

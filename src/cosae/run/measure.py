@@ -54,9 +54,13 @@ def evaluate(
         "recovery": None,
     }
     sums: dict[str, dict[str, reconstruction.DocumentSums]] = {"in": {}, "out": {}}
+    probed = config.probing and data.has_concepts
+    codes: dict[str, Codes] = {}
     for name, sae in saes.items():
         say(f"measuring reconstruction of {name}")
-        rebuilt = rebuild_with_sinks(sae, activations, sink_N)
+        rebuilt = rebuild_with_sinks(sae, activations, sink_N, keep_codes=probed)
+        if rebuilt.codes is not None:
+            codes[name] = rebuilt.codes
         result["reconstruction"][name] = reconstruction.measure_with_and_without_sinks(
             sae, activations, sink_N, median_norm=fitted.median_norm, rebuilt=rebuilt
         )
@@ -72,14 +76,15 @@ def evaluate(
             name: recovery(sae.W_dec.detach(), encode_all(sae, activations), data.feature_FD, held_out.truth)
             for name, sae in saes.items()
         }
-    if config.probing and data.has_concepts:
-        _probe(result, saes, recipe, data, held_out, fitted, baseline, say)
+    if probed:
+        _probe(result, saes, codes, recipe, data, held_out, fitted, baseline, say)
     return result
 
 
 def _probe(
     result: dict[str, Any],
     saes: Mapping[str, SAE],
+    held_out_codes: Mapping[str, Codes],
     recipe: Recipe,
     data: Data,
     held_out: Sample,
@@ -91,14 +96,11 @@ def _probe(
     config = recipe.evaluation
     say("probing concepts")
     train = data.sample("train", config.probe_tokens)
-    codes = {
-        side: {name: encode_all(sae, sample.activations) for name, sae in saes.items()}
-        for side, sample in (("train", train), ("held_out", held_out))
-    }
+    train_codes = {name: encode_all(sae, train.activations) for name, sae in saes.items()}
     untrained = random_twin(saes[baseline], recipe, train.activations, fitted)
     random_codes = (encode_all(untrained, train.activations), encode_all(untrained, held_out.activations))
     found = probe_concepts(
-        (codes["train"], codes["held_out"]),
+        (train_codes, held_out_codes),
         (train, held_out),
         fitted.median_norm,
         fitted.policy.factor,

@@ -241,9 +241,10 @@ def train_step(
 
 def _fired(sae: SAE, output: TrainOutput) -> tuple[Tensor, int]:
     """((F,) bool, number of firings): liveness by value ≠ 0, so that signed codes count."""
-    on_E = output.selection.value_E.detach() != 0
-    counts_F = torch.bincount(output.selection.entries.feature_E[on_E], minlength=sae.d_sae)
-    return counts_F > 0, int(on_E.sum())
+    feature_E, on_E = output.selection.entries.feature_E, output.selection.value_E.detach() != 0
+    n_fired = int(on_E.sum())
+    fired_E = feature_E if n_fired == len(feature_E) else feature_E[on_E]
+    return torch.zeros(sae.d_sae, dtype=torch.bool, device=fired_E.device).index_fill_(0, fired_E, True), n_fired
 
 
 @torch.no_grad()
