@@ -21,9 +21,7 @@ from cosae.train.loop import TrainingConfig
 from cosae.train.step import OptimizerConfig
 from cosae.types import CosaeError
 
-FAST = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FAST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 counts = st.integers(1, 10**9)
 rates = st.floats(1e-9, 1e3)

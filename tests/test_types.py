@@ -19,7 +19,7 @@ def dense_codes(draw: st.DrawFn) -> torch.Tensor:
     return full * (torch.rand(full.shape, generator=generator) < draw(st.floats(0, 1)))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(dense_codes())
 def test_dense_and_sparse_are_inverse(dense: torch.Tensor) -> None:
     codes = Codes.from_dense(dense)

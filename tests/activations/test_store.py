@@ -71,7 +71,7 @@ def test_rounding_stays_within_its_stated_bounds(values: list[list[float]]) -> N
         assert bool(((back - exact).abs() <= share * exact.abs() + least)[ok].all())
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n=st.integers(1, 70),
     d=st.integers(1, 9),
@@ -222,7 +222,7 @@ def read_all(folder: Path) -> None:
         everything(store, side)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_flipped_bit_is_refused_and_the_file_named(sound: Path, data: st.DataObject) -> None:
     with TemporaryDirectory() as temporary:
@@ -239,7 +239,7 @@ def test_any_flipped_bit_is_refused_and_the_file_named(sound: Path, data: st.Dat
             assert [path.name in fault for fault in faults] == [True]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_any_truncation_is_refused_at_opening_and_the_file_named(sound: Path, data: st.DataObject) -> None:
     with TemporaryDirectory() as temporary:

@@ -217,15 +217,15 @@ def test_folds_leave_outputs(combination: Combination, shelf: Path) -> None:
         codes_factor_F = torch.ones(D_SAE) if combination.norm_restoring else length_F
         smaller = fold_input_scale(sae, 3.7)
         assert state_bytes(sae) == before
+        codes = sae.encode(x_BD)
+        wanted, x_hat = codes.to_dense().detach(), sae.decode(codes).detach()
+        kept = sae.train_forward(x_BD).selection.fired().entries.feature_E
         for folded, scale, factor in ((unit, 1.0, codes_factor_F), (smaller, 3.7, torch.ones(D_SAE))):
-            wanted, found = sae.encode(x_BD), folded.encode(x_BD / scale)
-            assert torch.equal(wanted.to_dense() != 0, found.to_dense() != 0)
-            assert_near(found.to_dense(), (wanted.to_dense() * factor).detach(), 2e-5)
-            assert_near(folded(x_BD / scale) * scale, sae(x_BD).detach(), 5e-5)
-            trained, original = folded.train_forward(x_BD / scale), sae.train_forward(x_BD)
-            assert torch.equal(
-                trained.selection.fired().entries.feature_E, original.selection.fired().entries.feature_E
-            )
+            codes = folded.encode(x_BD / scale)
+            assert torch.equal(wanted != 0, codes.to_dense() != 0)
+            assert_near(codes.to_dense(), wanted * factor, 2e-5)
+            assert_near(folded.decode(codes) * scale, x_hat, 5e-5)
+            assert torch.equal(folded.train_forward(x_BD / scale).selection.fired().entries.feature_E, kept)
         if combination.decoder == "plain":
             stored = load(save(unit, shelf))
             assert_same_codes(stored.encode(x_BD), unit.encode(x_BD))
@@ -234,7 +234,7 @@ def test_folds_leave_outputs(combination: Combination, shelf: Path) -> None:
                 == unit.train_forward(x_BD).selection.entries.feature_E.tolist()
             )
         again = fold_decoder_norm(fold_input_scale(unit, 0.5))
-        assert_near(again(x_BD * 2) / 2, sae(x_BD).detach(), 5e-5)
+        assert_near(again(x_BD * 2) / 2, x_hat, 5e-5)
 
 
 @every_combination

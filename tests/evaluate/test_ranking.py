@@ -43,7 +43,7 @@ worlds = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 @given(worlds)
 def test_all_latents_at_once_equal_scikit_learn_one_by_one(drawn: tuple[torch.Tensor, np.ndarray]) -> None:
     dense, label = drawn
@@ -53,7 +53,7 @@ def test_all_latents_at_once_equal_scikit_learn_one_by_one(drawn: tuple[torch.Te
     np.testing.assert_allclose(auroc_of_dimensions(dense.numpy(), label), expected, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 @given(worlds)
 def test_dense_scores_equal_scikit_learn(drawn: tuple[torch.Tensor, np.ndarray]) -> None:
     dense, label = drawn

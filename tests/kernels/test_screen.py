@@ -33,7 +33,7 @@ def bound(terms: ScoreTerms, threshold_F: Tensor, dtype: torch.dtype) -> tuple[T
     return in_order.T, exact > threshold_F.double()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(FAMILY),
     seed=st.integers(0, 10_000),
@@ -121,7 +121,7 @@ def test_what_is_not_served_is_said(change: dict[str, Tensor], reason: str) -> N
     assert reason in message
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(FAMILY),
     seed=st.integers(0, 10_000),

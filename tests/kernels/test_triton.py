@@ -127,7 +127,7 @@ def test_not_served_is_the_definition(device: torch.device, triton_path: Kernel)
     assert_same(triton_path.select_batch_topk(terms, 9)[0], REFERENCE.select_batch_topk(terms, 9)[0])
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(FAMILY),
     seed=st.integers(0, 10_000),

@@ -68,7 +68,7 @@ def raw_state(sae: SAE) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in sae.state_dict().items()}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     configs(), st.integers(0, 2**31), st.dictionaries(st.text(), json_values, max_size=3), st.booleans(), st.booleans()
 )
@@ -89,7 +89,7 @@ def test_any_sae_round_trips(cfg: SAEConfig, seed: int, facts: dict[str, Any], c
     assert raw_state(back) == raw_state(sae)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(configs(), st.integers(0, 2**31))
 def test_folded_saes_round_trip(cfg: SAEConfig, seed: int) -> None:
     """A fold may turn a shared gain into one per feature and leaves rank gains and thresholds per feature."""

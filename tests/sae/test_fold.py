@@ -50,7 +50,7 @@ def near(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(saes())
 def test_decoder_norms(sae: SAE) -> None:
     x_BD, length_F = batch(sae), sae.W_dec.detach().norm(dim=-1)
@@ -63,7 +63,7 @@ def test_decoder_norms(sae: SAE) -> None:
     near(fold_decoder_norm(folded)(x_BD), sae(x_BD))
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(saes(), st.floats(1e-3, 1e3))
 def test_input_scale(sae: SAE, s: float) -> None:
     x_BD = batch(sae)
@@ -74,7 +74,7 @@ def test_input_scale(sae: SAE, s: float) -> None:
     near(back(x_BD), sae(x_BD))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(saes(), st.floats(0.1, 10))
 def test_folds_follow_one_another(sae: SAE, s: float) -> None:
     x_BD = batch(sae)

@@ -47,7 +47,7 @@ def weight_file(folder: Path, format_: str) -> Path:
     return file if file.exists() else folder / "params.safetensors"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=st.sampled_from(KINDS), seed=st.integers(0, 2**32 - 1))
 def test_bytes_tensors_and_settings_changed_at_random(case: tuple[str, str], seed: int) -> None:
     draw = random.Random(seed)

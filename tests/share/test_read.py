@@ -89,16 +89,16 @@ def test_a_written_dictionary_reads_back_the_same(selector: str, tmp_path: Path)
         write_dictionary(sae, tmp_path / "out")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     d_in=st.integers(1, 9), d_sae=st.integers(1, 30), seed=st.integers(0, 2**31), selector=st.sampled_from(SELECTORS)
 )
 def test_any_inner_product_sae_survives_the_round_trip(
     d_in: int, d_sae: int, seed: int, selector: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    x = torch.randn(50, d_in, generator=torch.Generator().manual_seed(seed))
-    k = 1 + seed % d_sae
-    sae = cosae.SAE.build(d_in=d_in, d_sae=d_sae, score="inner", selector=selector, k=k, seed=seed, sample=x)
+    sample, x = torch.randn(2, 50, d_in, generator=torch.Generator().manual_seed(seed))
+    k = 1 + seed % d_sae  # jumprelu begins with θ at a score of its sample, which rounding may push over: x is another
+    sae = cosae.SAE.build(d_in=d_in, d_sae=d_sae, score="inner", selector=selector, k=k, seed=seed, sample=sample)
     if selector == "batch_topk":
         sae.selector.threshold = torch.tensor(0.1)
     place = tmp_path_factory.mktemp("trip")
