@@ -19,7 +19,7 @@ from cosae.recipe import DataConfig, Recipe, preset
 from cosae.run import plan as plans
 from cosae.run import room
 from cosae.run.capture import Capture, capture_stores
-from cosae.run.execute import Logs, execute
+from cosae.run.execute import Logs, execute, resume
 from cosae.run.plan import check_capture, check_run, plan_run, screen
 from cosae.run.room import Choice, Item, check_memory, human, total
 from cosae.types import CosaeError
@@ -179,6 +179,50 @@ def test_what_cannot_fit_on_disk_is_refused_before_anything_is_written(
         assert stopped.value.code == 2
         assert "Lower --tokens from 100000 to" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_a_capture_from_python_looks_at_the_room_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "free_disk", lambda _: 1_000_000)
+    asked = Capture(DataConfig(), ("resid_post.0",), tokens=100_000, held_out_tokens=0)
+    with pytest.raises(CosaeError, match=r"of the disk at .*Lower --tokens from 100000 to"):
+        capture_stores(asked, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_run_goes_on_only_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints take no further room, and a buffer whose size decides the weights is not to be lowered."""
+    out, recipe = tmp_path / "run", small(buffer=4096).changed({"training.checkpoint_every": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr("cosae.run.execute.calibrate", _no_room)
+        with pytest.raises(OSError, match="no room"):
+            execute(recipe, out, logs=Logs(False))
+    kept = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*.safetensors"))
+    needed = total(check_run(recipe, out).disk)
+    assert 0 < kept < needed
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "free_memory", lambda _: 1000)
+        with pytest.raises(CosaeError, match="of the memory") as caught:
+            resume(out, Logs(False))
+        assert "training." not in str(caught.value)
+        assert str(caught.value).endswith("Choose a machine or a moment with more memory free.")
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "free_disk", lambda _: needed - kept - 1)
+        with pytest.raises(CosaeError, match=r"of the disk at .*Choose another place"):
+            resume(out, Logs(False))
+    assert contents(out) == before
+    monkeypatch.setattr(plans, "free_disk", lambda _: needed - kept)
+    assert set(resume(out, Logs(False)).saes) == {arm.name for arm in recipe.arms}
+
+
+def _no_room(*_: object) -> None:
+    raise OSError("no room")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the lock."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_rows_that_are_already_on_disk_need_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from cosae.cli import main
 from cosae.recipe import DataConfig, Recipe
 from cosae.run import capture as captures
 from cosae.run.capture import Capture, capture_stores
-from cosae.run.data import ModelData, open_data
+from cosae.run.data import ModelData, open_data, open_model
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.fit import fit
 from cosae.run.folder import hold
@@ -111,6 +111,21 @@ def test_a_batch_that_was_measured_is_not_measured_anew(
         monkeypatch.setattr(captures, "batch_size", lambda *_, n=chosen: n)
         (store,) = capture_stores(asked, tmp_path / "store")
         assert Store(store).record["request"]["batch_sequences"] == 3
+
+
+def test_the_cpu_captures_and_trains_on_a_model_in_half_precision(
+    plain: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captures, "open_model", open_model)
+    asked = wanted(corpus, data=replace(wanted(corpus).data, model_dtype="float16"), tokens=1000)
+    (folder,) = capture_stores(asked, tmp_path / "store")
+    half, full = (Store(place).take("train", torch.arange(1000)) for place in (folder, plain))
+    assert torch.equal(half.token_N, full.token_N)
+    error = float((half.x_ND - full.x_ND).norm() / full.x_ND.norm())
+    assert 0 < error < 0.01  # another precision, the same model
+    recipe = small_recipe(**{"data.corpus": str(corpus), "data.model_dtype": "float16", "data.site": "resid_post.1"})
+    done = execute(recipe.changed({"filter.window_tokens": 1024}), tmp_path / "run", logs=Logs(False))
+    assert all(bool(sae.decoder.rows_FD.isfinite().all()) for sae in done.saes.values())
 
 
 def test_a_store_holds_what_a_live_run_captures(stored: Path) -> None:

@@ -106,13 +106,12 @@ def build_capture(command: Capture) -> Any:
 def capture(command: Capture) -> int:
     """Write the stores, or say what they would take."""
     from cosae.run.capture import capture_stores
-    from cosae.run.plan import check_capture, plan_capture, screen
+    from cosae.run.plan import plan_capture, screen
 
     wanted, say = build_capture(command), speaker(command.quiet)
     if command.dry_run or isinstance(command, PlanCapture):
         print(screen(plan_capture(wanted, command.out, say)))
         return 0
-    check_capture(wanted, command.out)
     stores = capture_stores(wanted, command.out, progress=None if command.quiet else _bar, say=say)
     for store in stores:
         print(f"{store}: {_summary(store)}")

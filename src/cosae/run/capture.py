@@ -98,13 +98,15 @@ def capture_stores(
     """Write, or go on writing, the stores; returns their folders.
 
     progress: given the number of rows in all, makes what is told of more. Raises CosaeError for a model, site or
-    corpus that cannot be read, a folder that holds something else or that another capture is writing, and a disk that
-    refuses; KeyboardInterrupt after Ctrl-C or SIGTERM, when the shard in progress is written. All that is whole then
-    is gone on from.
+    corpus that cannot be read, what cannot fit in memory or on disk, a folder that holds something else or that
+    another capture is writing, and a disk that refuses; KeyboardInterrupt after Ctrl-C or SIGTERM, when the shard in
+    progress is written. All that is whole then is gone on from.
     """
     from cosae.activations.capture import capture, resolve_site
+    from cosae.run.plan import check_capture
 
     check_corpus(wanted.data)
+    check_capture(wanted, out)
     model, tokenizer = open_model(wanted.data, wanted.device)
     sites = [resolve_site(model, name) for name in wanted.sites]
     if len(set(sites)) < len(sites):

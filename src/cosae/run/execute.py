@@ -117,7 +117,8 @@ def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = No
 
     tensor: the activations (N, D) of a run that was started on a tensor in memory; None for all others.
     Raises CosaeError where there is no run, none of its checkpoints is whole, the run is finished, another process
-    writes it, or its recipe or data are no longer those it was started with.
+    writes it, what is left to do cannot fit in memory or on disk, or its recipe or data are no longer those it was
+    started with.
     """
     out = Path(out)
     if not (out / RECIPE).is_file() and not (out / RUN).is_file():
@@ -135,6 +136,8 @@ def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = No
             recipe = Recipe.read(out / RECIPE)
         else:  # ended between the writing of the two
             recipe = from_plain(Recipe, record.get("recipe"), str(out / RUN))
+        if tensor is None:
+            check_run(recipe, out, begun=True)
         run = _Run(recipe, open_data(recipe, tensor), out, logs or Logs())
         try:
             run.restore(record)

@@ -35,8 +35,12 @@ class Plan:
     time: TimePlan | None = None
 
 
-def check_run(recipe: Recipe, out: Path | None) -> Plan:
-    """The plan of a run without its time. Raises CosaeError, saying what to lower to what, where it cannot fit."""
+def check_run(recipe: Recipe, out: Path | None, *, begun: bool = False) -> Plan:
+    """The plan of a run without its time. Raises CosaeError, saying what to lower to what, where it cannot fit.
+
+    begun: of a run that lies in `out` and is gone on with. Its checkpoints take no further room, and only what has no
+    say in the weights can be lowered.
+    """
     training = recipe.training
     tokens = training.steps * training.batch_tokens + training.buffer_tokens + recipe.filter.window_tokens
     sizes = data_sizes(recipe.data, recipe.device, tokens)
@@ -49,15 +53,18 @@ def check_run(recipe: Recipe, out: Path | None) -> Plan:
 
     recipe = recipe.changed({"d_sae": recipe.d_sae or 16 * sizes.d_in})
     plan = Plan(memory(recipe), disk(recipe), free_memory(recipe.device), free_disk(out or Path()))
-    in_memory = _choices(recipe, lambda changed: memory(changed).n_bytes)
-    check_memory(plan.memory.peak, in_memory, plan.free_memory, recipe.device)
+    in_memory = _choices(recipe, lambda changed: memory(changed).n_bytes, begun)
+    otherwise = "a machine or a moment with more memory free" if begun else "a smaller model"
+    check_memory(plan.memory.peak, in_memory, plan.free_memory, recipe.device, otherwise)
     if out is not None:
-        check_disk(plan.disk, _choices(recipe, lambda changed: total(disk(changed))), plan.free_disk, out)
+        there = sum(p.stat().st_size for p in (out / "checkpoints").rglob("*.safetensors")) if begun else 0
+        on_disk = _choices(recipe, lambda changed: total(disk(changed)), begun)
+        check_disk(plan.disk, on_disk, plan.free_disk + there, out)
     return plan
 
 
-def _choices(recipe: Recipe, needed: Callable[[Recipe], int]) -> list[Choice]:
-    """The numbers of a recipe that decide how much it takes."""
+def _choices(recipe: Recipe, needed: Callable[[Recipe], int], begun: bool) -> list[Choice]:
+    """The numbers of a recipe that decide how much it takes, as far as they can still be changed."""
     batch, k = recipe.training.batch_tokens, max(recipe.k, *(arm.k or 0 for arm in recipe.arms))
     now = {
         "d_sae": (recipe.d_sae or 0, 2 * k),
@@ -70,7 +77,8 @@ def _choices(recipe: Recipe, needed: Callable[[Recipe], int]) -> list[Choice]:
     def with_value(setting: str) -> Callable[[int], int]:
         return lambda value: needed(recipe.changed({setting: value}))
 
-    found = [Choice(setting, value, least, with_value(setting)) for setting, (value, least) in now.items()]
+    free = [setting for setting in now if not begun or setting.startswith("evaluation.")]
+    found = [Choice(setting, now[setting][0], now[setting][1], with_value(setting)) for setting in free]
     return [choice for choice in found if choice.needed(choice.least) < needed(recipe)]
 
 

@@ -98,10 +98,13 @@ def free_disk(place: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def check_memory(items: Sequence[Item], choices: Sequence[Choice], available: int, device: str) -> None:
-    """Raises CosaeError, saying what to lower to what, where `items` take more memory than there is."""
+def check_memory(
+    items: Sequence[Item], choices: Sequence[Choice], available: int, device: str, otherwise: str = "a smaller model"
+) -> None:
+    """Raises CosaeError, saying what to lower to what or what to choose `otherwise`, where `items` take more memory
+    than there is."""
     of_what = "the memory" if torch.device(device).type == "cpu" else f"the memory of {device}"
-    _check(items, choices, available, of_what, "a smaller model")
+    _check(items, choices, available, of_what, otherwise)
 
 
 def check_disk(items: Sequence[Item], choices: Sequence[Choice], available: int, place: Path) -> None:
