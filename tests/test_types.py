@@ -95,3 +95,12 @@ def test_codes_are_cut_by_token() -> None:
     assert codes[4:].n_tokens == 0
     with pytest.raises(CosaeError, match="plain slice"):
         codes[::2]
+
+
+def test_parts_of_codes_are_put_together() -> None:
+    dense = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, -3.0]], requires_grad=True)
+    whole = Codes.from_dense(dense)
+    again = Codes.cat([whole[:1], whole[1:1], whole[1:]])
+    assert again.shape == (3,)
+    assert not again.value_E.requires_grad
+    assert torch.equal(again.to_dense(), dense.detach())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cosae.evaluate.intervals import (
+    KEPT_UNITS,
     mean_interval,
     paired_mean_interval,
     percentile_interval,
@@ -21,6 +22,8 @@ def test_every_resample_draws_as_many_units_as_there_are():
 
 def test_resamples_depend_on_the_seed_alone():
     assert np.array_equal(resample_counts(20, seed=1), resample_counts(20, seed=1))
+    assert np.array_equal(resample_counts(KEPT_UNITS + 1, seed=1), resample_counts(KEPT_UNITS + 1, seed=1))
+    assert not resample_counts(20, seed=1).flags.writeable
     assert not np.array_equal(resample_counts(20, seed=1), resample_counts(20, seed=2))
 
 

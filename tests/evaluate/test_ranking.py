@@ -12,9 +12,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from cosae.evaluate.ranking import (
     auroc_of_dimensions,
     auroc_of_latents,
+    columns_of,
     latent_columns,
     mean_difference_of_latents,
     rank_quality,
+    rank_quality_of_latents,
     select,
     take_tokens,
 )
@@ -63,6 +65,19 @@ def test_dense_scores_equal_scikit_learn(drawn: tuple[torch.Tensor, np.ndarray])
     np.testing.assert_allclose(area, [roc_auc_score(label[:, c], score[:, c]) for c in range(n)], atol=1e-12)
     expected = [average_precision_score(label[:, c], score[:, c]) for c in range(n)]
     np.testing.assert_allclose(precision, expected, atol=1e-12)
+
+
+@settings(max_examples=80)
+@given(worlds)
+def test_sorting_the_codes_alone_equals_sorting_all_scores(drawn: tuple[torch.Tensor, np.ndarray]) -> None:
+    """Of either sign, with and without silent tokens, to the last bit."""
+    dense, label = drawn
+    latent_C = np.arange(label.shape[1]) % dense.shape[1]
+    sign_C = np.where(np.arange(len(latent_C)) % 2, -1.0, 1.0)
+    expected = rank_quality(dense.numpy()[:, latent_C] * sign_C, label)
+    found = rank_quality_of_latents(columns_of(Codes.from_dense(dense)), latent_C, sign_C, label)
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_auroc_counts_pairs() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import cosae
+from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.reconstruction import (
     measure,
     measure_with_and_without_sinks,
@@ -277,6 +278,17 @@ def test_paired_difference_is_exact_for_a_uniform_gain_and_zero_for_a_twin():
     assert 0 < better["median_token_low"] <= better["median_token_difference"] <= better["median_token_high"]
     assert (better["unit"], better["units"], better["seed"], better["resamples"]) == ("documents", 10, 5, 300)
     assert paired_fve_differences(sums, "standard", seed=5, n_resamples=300)[1] == better
+
+
+def test_the_pass_leaves_its_codes_where_they_are_asked_for():
+    activations, sink_N = some_activations()
+    sae = Planted()
+    kept = rebuild_with_sinks(sae, activations, sink_N, batch_tokens=64, keep_codes=True).codes
+    expected = encode_all(sae, activations)
+    assert kept.shape == expected.shape == (500,)
+    for name in ("offset_B1", "feature_E", "value_E"):
+        assert torch.equal(getattr(kept, name), getattr(expected, name))
+    assert rebuild_with_sinks(sae, activations, sink_N).codes is None
 
 
 def test_rows_are_resampled_in_blocks_where_there_are_no_documents():

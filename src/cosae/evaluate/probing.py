@@ -223,9 +223,12 @@ def _baselines(train: Split, held_out: Split) -> dict[str, Callable[[], Table]]:
 
 def _side_by_side(tasks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     """What the tasks return, by name; on several threads, since sorting and sparse sums let go of the lock."""
-    with ThreadPoolExecutor(max(1, min(AT_ONCE, torch.get_num_threads()))) as pool:
+    pool = ThreadPoolExecutor(max(1, min(AT_ONCE, torch.get_num_threads())))
+    try:
         waiting = {name: pool.submit(task) for name, task in tasks.items()}
         return {name: one.result() for name, one in waiting.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a fault or Ctrl-C only what is being ranked is waited for
 
 
 def _score(score_NC: Any, label_NC: Labels) -> Table:
