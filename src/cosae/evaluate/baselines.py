@@ -99,9 +99,7 @@ def fit_logistic(x_ND: Tensor, label_NC: Tensor, l2: float = 1.0, max_iterations
 
     def loss() -> float:
         fit = 0.0
-        with (
-            torch.no_grad()
-        ):  # the gradient by hand, block by block: no (N, C) buffer is made, and a block stays cached
+        with torch.no_grad():  # the gradient by hand and in blocks: autograd would keep several (N, C) buffers
             scaled_VC = v_VC * scale_C
             gradient_VC = torch.zeros_like(scaled_VC)
             for rows in row_slices(n, BLOCK):
