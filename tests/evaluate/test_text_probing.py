@@ -12,7 +12,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 from cosae.evaluate.logistic import fit, scores
-from cosae.evaluate.pooling import matrix_of, pool, pool_vectors, stack
+from cosae.evaluate.pooling import matrix_of, pool, pool_vectors
 from cosae.evaluate.ranking import EVERY_RULE
 from cosae.evaluate.text_probing import SINKS, PooledSet, choose, probe_texts, split_of
 from cosae.types import Codes, CosaeError
@@ -114,7 +114,7 @@ def test_pooling_by_hand_with_sinks_in_and_out() -> None:
     )
     assert matrix_of(pool(codes, text_N, 3, everything, "last")).toarray().tolist() == [[4, 0, 0], [0, 0, 0], [0, 0, 3]]
     assert pool_vectors(dense, text_N, 3, keep_N).tolist() == [[2, 1, 0], [0, 0, 0], [0, 0, 3]]
-    both = stack([pool(codes, text_N, 3, keep_N), pool(codes, text_N, 3, keep_N)])
+    both = Codes.cat([pool(codes, text_N, 3, keep_N), pool(codes, text_N, 3, keep_N)])
     assert both.n_tokens == 6
     with pytest.raises(CosaeError, match="pooling must be one of"):
         pool(codes, text_N, 3, keep_N, "max")

@@ -75,20 +75,6 @@ def weights(text_N: NDArray[np.int64], n_texts: int, keep_N: NDArray[np.bool_], 
     return sparse.csr_matrix((1.0 / count_S[text_E], (text_E, token_E)), shape=(n_texts, len(text_N)))
 
 
-def stack(parts: list[Codes]) -> Codes:
-    """Rows of several parts, one after the other."""
-    counts = torch.cat([part.count_B for part in parts])
-    offset = torch.zeros(len(counts) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=offset[1:])
-    return Codes(
-        offset,
-        torch.cat([part.feature_E for part in parts]),
-        torch.cat([part.value_E for part in parts]),
-        parts[0].d_sae,
-        (len(counts),),
-    )
-
-
 def matrix_of(codes: Codes, rows: NDArray[np.int64] | None = None) -> Any:
     """(S, F) float64 sparse; the chosen rows in the order given."""
     value_E = codes.value_E.detach().cpu().double().numpy()

@@ -24,7 +24,7 @@ from cosae.activations.corpus import iterate_sequences, tokenize_documents
 from cosae.activations.labelled import LabelledTexts
 from cosae.activations.pylib import Document
 from cosae.evaluate.encoding import encode_all
-from cosae.evaluate.pooling import POOLINGS, pool, pool_vectors, stack
+from cosae.evaluate.pooling import POOLINGS, pool, pool_vectors
 from cosae.evaluate.read_time import remove_norm
 from cosae.evaluate.rebuilt import Autoencoder
 from cosae.evaluate.text_probing import SINKS, PooledSet
@@ -135,7 +135,7 @@ def _encode(
         name=one.name,
         classes=one.classes,
         class_S=one.class_N[rows],
-        codes={s: {name: [stack(parts) for parts in listed] for name, listed in codes[s].items()} for s in SINKS},
+        codes={s: {name: [Codes.cat(parts) for parts in listed] for name, listed in codes[s].items()} for s in SINKS},
         dense={s: {name: np.concatenate(parts) for name, parts in dense[s].items()} for s in SINKS},
         tokens_SV=sparse.vstack(tokens).tocsr(),
     )
