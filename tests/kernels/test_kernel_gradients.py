@@ -10,6 +10,7 @@ from score_worlds import FAMILY, make_terms
 from torch import Tensor
 
 from cosae.kernels import Kernel, ScoreTerms, choose, native
+from cosae.sae.model import SAE
 
 CPU, REFERENCE = choose("cpu", "cpu"), choose("reference", "cpu")
 
@@ -102,3 +103,35 @@ def test_remembered_products_are_dropped_for_another_batch() -> None:
             found, wanted = CPU.entry_content(terms, entries), REFERENCE.entry_content(terms, entries)
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         kept.append(CPU.select_batch_topk(terms, 60)[0])
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squared_errors_match_autograd(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(6)
+    z_BD, rebuilt_BD = (torch.randn(23, 17, generator=draw, dtype=torch.float64) for _ in range(2))
+    weight_B = torch.randn(23, generator=draw, dtype=torch.float64)
+    answers = []
+    for kernel, kind in ((REFERENCE, torch.float64), (CPU, dtype)):
+        leaves = [x.to(kind).clone().requires_grad_() for x in (z_BD, rebuilt_BD)]
+        error_B = kernel.squared_errors(*leaves)
+        (error_B * weight_B.to(kind)).sum().backward()
+        answers.append((error_B.detach(), *(leaf.grad for leaf in leaves)))
+    for wanted, found in zip(*answers, strict=True):
+        assert relative_error(found, wanted) < (1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("score", ["inner", "cosine", "cosine_per_feature"])
+def test_the_centre_learns_from_sums_alone(score: str) -> None:
+    """With x fixed the centre's gradient is made of column sums; it equals float64 dense autograd's."""
+    x_BD = torch.randn(64, 16, generator=torch.Generator().manual_seed(7)) + 1.0
+    found = {}
+    for kernel, dtype in (("reference", torch.float64), ("cpu", torch.float32)):
+        sae = SAE.build(d_in=16, d_sae=200, score=score, k=4, seed=0, sample=x_BD, kernel=kernel).to(dtype)
+        output = sae.train_forward(x_BD.to(dtype))
+        (output.error[0] * torch.linspace(0.5, 2.0, 64, dtype=dtype)).sum().backward()
+        found[kernel] = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
+    assert any("centre" in name for name in found["cpu"])
+    for name, wanted in found["reference"].items():
+        assert relative_error(found["cpu"][name], wanted) < 1e-4, name

@@ -21,12 +21,16 @@ U_BF16 = 2.0**-8
 def bound(terms: ScoreTerms, threshold_F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(B, F) in token order: whether the screen keeps an entry, and whether its float64 score is above threshold."""
     tokens = screen.prepare_tokens(terms, dtype)
-    unit_FD, norm_F, error_F = screen.unit_rows(terms.rows_FD, ROW_MIN, dtype)
-    base, slope = screen.lines(terms, tokens, slice(0, terms.n_features), threshold_F, norm_F, error_F)
-    product = (unit_FD @ tokens.unit_BD.T).float()
+    norm_F = screen.row_norms(terms.rows_FD)
+    rows = screen.prepare_rows(terms.rows_FD, norm_F, dtype)
+    base, slope = screen.lines(terms, tokens, threshold_F, norm_F)
+    product = (rows.factor_RD @ tokens.factor_BD.T).float()
     top = product + product.abs() * U_BF16 if dtype == torch.bfloat16 else product
     which = torch.repeat_interleave(tokens.edge_N1.diff())
-    kept = ~(top <= base.T[:, which] + slope.T[:, which] * tokens.delta_B - tokens.margin_B)
+    loss_F = torch.zeros_like(norm_F) if rows.loss_R is None else rows.loss_R
+    delta_B, margin_B = tokens.by_column(tokens.delta), tokens.by_column(tokens.margin)
+    limit = base.T[:, which] - loss_F[:, None] + slope.T[:, which] * delta_B - margin_B
+    kept = ~(top <= rows.scale_R[:, None] * limit)
     in_order = torch.empty_like(kept)
     in_order[:, tokens.position_B] = kept
     exact = reference.scores(in_double(terms))
@@ -72,8 +76,8 @@ def test_margin_is_needed_and_tight() -> None:
     """Without the margin entries are lost (so the test above can fail); with it, it stays within 2 units of bf16."""
     z_BD = aligned(16, 64, 1, 1.0)
     rows_FD = z_BD.sign() * aligned(16, 64, 2, 1.0).abs()
-    unit_z, _, error_B = screen.unit_rows(z_BD, R_MIN, torch.bfloat16)
-    unit_w, _, error_F = screen.unit_rows(rows_FD, ROW_MIN, torch.bfloat16)
+    unit_z, error_B = screen.rounded(z_BD, 1.0 / screen.norms(z_BD, R_MIN), torch.bfloat16)
+    unit_w, error_F = screen.rounded(rows_FD, 1.0 / screen.norms(rows_FD, ROW_MIN), torch.bfloat16)
     exact = (
         torch.nn.functional.normalize(z_BD.double(), dim=-1) @ torch.nn.functional.normalize(rows_FD.double(), dim=-1).T
     )
@@ -85,17 +89,49 @@ def test_margin_is_needed_and_tight() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
-def test_unit_rows_by_both_paths(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_rounded_alike_by_both_paths(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native.AVAILABLE:
         pytest.skip("numba is not installed")
-    x_RD = scale * torch.randn(9, 33, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    x_RD, by_R, place_R = (
+        scale * torch.randn(9, 33, generator=draw),
+        torch.rand(9, generator=draw),
+        torch.arange(8, -1, -1),
+    )
     x_RD[3] = 0.0
-    compiled = screen.unit_rows(x_RD, R_MIN, torch.bfloat16)
+    compiled = (screen.norms(x_RD, R_MIN), *screen.rounded(x_RD, by_R, torch.bfloat16, place_R))
     monkeypatch.setattr(native, "AVAILABLE", False)
-    plain = screen.unit_rows(x_RD, R_MIN, torch.bfloat16)
-    torch.testing.assert_close(compiled[0].float(), plain[0].float(), rtol=0.01, atol=0)
-    torch.testing.assert_close(compiled[1], plain[1], rtol=1e-6, atol=0)
-    torch.testing.assert_close(compiled[2], plain[2], rtol=1e-2, atol=1e-6)
+    plain = (screen.norms(x_RD, R_MIN), *screen.rounded(x_RD, by_R, torch.bfloat16, place_R))
+    torch.testing.assert_close(compiled[0], plain[0], rtol=1e-6, atol=0)
+    assert torch.equal(compiled[1], plain[1])
+    assert torch.equal(compiled[1], (x_RD[place_R] * by_R[:, None]).bfloat16())
+    torch.testing.assert_close(compiled[2], plain[2], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("norm", [1e18, 3e18])
+def test_rows_of_any_length_are_screened(norm: float, dtype: torch.dtype) -> None:
+    """Rows longer than RAW_MAX are normalised first; their chunk loses nothing either."""
+    terms = make_terms("cosine", 23, 16, 31, seed=5, bias=None)
+    terms = replace(terms, rows_FD=terms.rows_FD * torch.where(torch.arange(31) == 4, norm, 1.0)[:, None])
+    assert bool(screen.prepare_rows(terms.rows_FD, screen.row_norms(terms.rows_FD), dtype).scale_R.max() == 1.0)
+    exact_BF = reference.scores(in_double(terms))
+    kept, wanted = bound(terms, (0.9 * exact_BF.amax(0)).float(), dtype)
+    assert bool(wanted.any())
+    assert not bool((wanted & ~kept).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["inner", "cosine"])
+def test_one_giant_token_does_not_blunt_the_screen(kind: str, dtype: torch.dtype) -> None:
+    """A sink has a bin of its own: what passes of the other tokens stays near what is above the threshold."""
+    terms = make_terms(kind, 256, 128, 512, seed=1, bias=None, spread=0.3)
+    terms.z_BD[17] *= 300.0
+    exact_BF = reference.scores(in_double(terms))
+    threshold = float(exact_BF.flatten().sort().values[-2048])
+    kept, wanted = bound(terms, torch.full((512,), threshold), dtype)
+    assert not bool((wanted & ~kept).any())
+    assert int(kept.sum()) < 1.6 * int(wanted.sum())
 
 
 def test_search_passes_few_more_than_wanted() -> None:

@@ -288,21 +288,19 @@ def test_the_same_bits_twice(device: torch.device, triton_path: Kernel) -> None:
 
 
 def test_prepared_rows_are_for_the_same_state_only(device: torch.device, triton_path: Kernel) -> None:
-    from cosae.kernels import triton_rows
+    from cosae.kernels import kept, triton_rows
 
     weight = torch.nn.Parameter(torch.randn(6, 5, device=device))
     rows = triton_rows.unit_rows(weight.detach(), 1e-12, torch.bfloat16)
-    triton_rows.leave(weight, rows)
+    kept.leave(weight, rows)
     assert triton_rows.prepared(weight.detach(), torch.bfloat16) is rows
     assert triton_rows.prepared(weight.detach(), torch.float32) is None
     assert triton_rows.prepared(weight.detach()[:3], torch.bfloat16) is None
     with torch.no_grad():
         weight.mul_(2.0)
     assert triton_rows.prepared(weight.detach(), torch.bfloat16) is None
-    triton_rows.leave(weight, rows)
-    address = weight.data_ptr()
-    del weight
-    assert address not in triton_rows._left
+    assert triton_rows.left(weight, torch.bfloat16) is rows
+    assert triton_rows.left(weight, torch.float32) is not rows
 
 
 def test_where_it_cannot_run_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

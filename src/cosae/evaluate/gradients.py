@@ -127,7 +127,7 @@ def _add(sums: _Sums, sae: SAE, x_BD: Tensor, quartile_B: Tensor, batch_tokens: 
         return
     with torch.enable_grad():
         output = sae.train_forward(x_BD)
-        loss_B = torch.stack([squared_error(output, rebuilt, "raw") for rebuilt in output.rebuilt]).mean(0)
+        loss_B = torch.stack([squared_error(output, error_B, "raw") for error_B in output.error]).mean(0)
         rows_FD = sae.score.rows_FD
         for q in range(4):
             inside_B = (quartile_B == q).to(loss_B.device)

@@ -8,33 +8,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from cosae.kernels.loops import compile_loop
+from cosae.kernels.loops import compile_loop, measure_row, row_norm
 
 
 @compile_loop
 def measure_rows(part, n_parts, grad_RD, weight_RD, unit, along_R, square_R):
-    """along = ⟨g, d⟩/⟨d, d⟩ where rows are unit (else 0); square = |g − along·d|², summed in float64."""
-    n_rows, width = grad_RD.shape
+    """along and square of every row (`loops.measure_row`)."""
+    n_rows = grad_RD.shape[0]
     for r in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
-        along = np.float32(0.0)
-        if unit:
-            inner, length = np.float32(0.0), np.float32(0.0)
-            for j in range(width):
-                inner += grad_RD[r, j] * weight_RD[r, j]
-                length += weight_RD[r, j] * weight_RD[r, j]
-            along = inner / max(length, np.float32(1e-16))
-        square = 0.0
-        for j in range(width):
-            gradient = np.float64(grad_RD[r, j] - along * weight_RD[r, j]) if unit else np.float64(grad_RD[r, j])
-            square += gradient * gradient
-        along_R[r], square_R[r] = along, square
+        along_R[r], square_R[r] = measure_row(grad_RD, weight_RD, r, unit)
 
 
 @compile_loop
 def step_rows(
-    part, n_parts, grad_RD, weight_RD, mean_RD, square_RD, along_R, unit, clip, beta1, beta2, rate, root_bias2, eps
+    part, n_parts, grad_RD, weight_RD, mean_RD, square_RD, along_R, unit, clip, beta1, beta2, rate, root_bias2, eps,
+    norm_floor, norm_R,
 ):  # fmt: skip
-    """One sweep: projection, clip, Adam, renormalisation. All scalars fp32; rate = lr / (1 − β1^t)."""
+    """One sweep: projection, clip, Adam, renormalisation, and the new rows' norms where norm_R has room for them.
+
+    All scalars fp32; rate = lr / (1 − β1^t); norm = max(|row|, norm_floor), to the bit what `loops.row_norms` says.
+    """
     n_rows, width = grad_RD.shape
     one = np.float32(1.0)
     for r in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
@@ -53,3 +46,5 @@ def step_rows(
             inverse = one / max(np.sqrt(length), np.float32(1e-8))
             for j in range(width):
                 weight_RD[r, j] *= inverse
+        if norm_R.shape[0] > 0:
+            norm_R[r] = row_norm(weight_RD, r, norm_floor)

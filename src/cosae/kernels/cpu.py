@@ -12,10 +12,20 @@ from cosae.kernels import gradients, sums
 from cosae.kernels.search import select_above, select_batch_topk
 from cosae.kernels.topk import select_topk
 
-__all__ = ["NAME", "at_feature", "decode", "entry_content", "select_above", "select_batch_topk", "select_topk"]
+__all__ = [
+    "NAME",
+    "at_feature",
+    "decode",
+    "entry_content",
+    "select_above",
+    "select_batch_topk",
+    "select_topk",
+    "squared_errors",
+]
 
 NAME = "cpu"
 
 entry_content = partial(gradients.entry_content, sums)
 at_feature = partial(gradients.at_feature, sums)
 decode = partial(gradients.decode, sums)
+squared_errors = partial(gradients.squared_errors, sums)

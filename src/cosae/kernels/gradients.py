@@ -30,9 +30,14 @@ class Sums(Protocol):
     def feature_sums(
         self, value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
     ) -> Tensor: ...
+    def feature_sums_and_total(
+        self, value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
     def feature_sums_and_dots(
         self, value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor
     ) -> tuple[Tensor, Tensor]: ...
+    def squared_errors(self, x_BD: Tensor, y_BD: Tensor) -> Tensor: ...
+    def scaled_gaps(self, x_BD: Tensor, y_BD: Tensor, scale_B: Tensor) -> Tensor: ...
     def entries_by_feature_sum(self, value_E: Tensor, entries: Entries, n_features: int) -> Tensor: ...
     def entries_by_token_sum(self, value_E: Tensor, entries: Entries, n_tokens: int) -> Tensor: ...
 
@@ -92,24 +97,20 @@ class _Content(torch.autograd.Function):
         grad_E = grads[0].contiguous()
         if ctx.plain:
             z_BD, rows_FD = ctx.saved_tensors
-            grad_z = _grad_z(ctx, grad_E, rows_FD, z_BD) if need_z else None
-            grad_rows = sums.feature_sums(grad_E, z_BD, entries, rows_FD) if need_rows else None
+            grad_z, grad_rows = _grad_z_and_rows(ctx, grad_E, z_BD, rows_FD, None, None)
             return grad_z, grad_rows, None, None, None, None, None
         z_BD, rows_FD, exponent, log_gain, log_r_B, row_norm_F, scale_E, content_E = ctx.saved_tensors
         n_tokens, n_features = z_BD.shape[0], rows_FD.shape[0]
         dot_grad_E, tangent_E = grad_E * scale_E, grad_E * content_E
-        grad_z = grad_rows = grad_exponent = grad_gain = None
-        if need_rows:
-            pull_F = None
-            if ctx.row_power == 0:
-                pull_F = -sums.entries_by_feature_sum(tangent_E, entries, n_features) / row_norm_F.square()
-                pull_F = torch.where(row_norm_F > ROW_MIN, pull_F, 0.0)
-            grad_rows = sums.feature_sums(dot_grad_E, z_BD, entries, rows_FD, pull_F)
+        grad_exponent = grad_gain = pull_F = pull_B = None
+        if need_rows and ctx.row_power == 0:
+            pull_F = -sums.entries_by_feature_sum(tangent_E, entries, n_features) / row_norm_F.square()
+            pull_F = torch.where(row_norm_F > ROW_MIN, pull_F, 0.0)
         if need_z:
             power_E = tangent_E * _at_feature(exponent - 1.0, entries)
             pull_B = sums.entries_by_token_sum(power_E, entries, n_tokens) * (-2.0 * log_r_B).exp()
             pull_B = torch.where(log_r_B > torch.tensor(R_MIN, dtype=log_r_B.dtype).log(), pull_B, 0.0)
-            grad_z = _grad_z(ctx, dot_grad_E, rows_FD, z_BD, pull_B)
+        grad_z, grad_rows = _grad_z_and_rows(ctx, dot_grad_E, z_BD, rows_FD, pull_B, pull_F)
         if need_exponent:
             grad_exponent = _summed_to(sums, exponent.shape, tangent_E * log_r_B[entries.token_E], entries, n_features)
         if need_gain:
@@ -121,17 +122,34 @@ def _at_feature(parameter: Tensor, entries: Entries) -> Tensor:
     return parameter if parameter.dim() == 0 else parameter[entries.feature_E]
 
 
-def _grad_z(ctx: Any, value_E: Tensor, rows_FD: Tensor, z_BD: Tensor, pull_B: Tensor | None = None) -> Tensor:
-    """(B, D) gradient of z; with `centre_only` every row is the mean row, which takes one product with sums."""
-    n_tokens = z_BD.shape[0]
+def _grad_z_and_rows(
+    ctx: Any, value_E: Tensor, z_BD: Tensor, rows_FD: Tensor, pull_B: Tensor | None, pull_F: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients (B, D) of z and (F, D) of rows, those that are wanted; value is ∂L/∂⟨z, w⟩, pulls are radial parts.
+
+    With `centre_only` every row of the first is the mean row: a sum over entries that comes along with the second.
+    """
+    need_z, need_rows, *_ = ctx.needs_input_grad
     sums: Sums = ctx.sums
-    if ctx.centre_only:
-        total_D = sums.entries_by_feature_sum(value_E, ctx.entries, rows_FD.shape[0]) @ rows_FD
+    if need_z and ctx.centre_only:
+        grad_rows = None
+        if need_rows:
+            grad_rows, total_D = sums.feature_sums_and_total(value_E, z_BD, ctx.entries, rows_FD, pull_F)
+        else:
+            total_D = sums.entries_by_feature_sum(value_E, ctx.entries, rows_FD.shape[0]) @ rows_FD
         if pull_B is not None:
             total_D = total_D + pull_B @ z_BD
-        return (total_D / n_tokens).expand(n_tokens, -1)
-    grad_z = sums.token_sums(value_E, rows_FD, ctx.entries, n_tokens)
-    return grad_z if pull_B is None else grad_z.addcmul_(pull_B[:, None], z_BD)
+        return _alike(total_D, len(z_BD)), grad_rows
+    grad_rows = sums.feature_sums(value_E, z_BD, ctx.entries, rows_FD, pull_F) if need_rows else None
+    if not need_z:
+        return None, grad_rows
+    grad_z = sums.token_sums(value_E, rows_FD, ctx.entries, len(z_BD))
+    return grad_z if pull_B is None else grad_z.addcmul_(pull_B[:, None], z_BD), grad_rows
+
+
+def _alike(total_D: Tensor, n_rows: int) -> Tensor:
+    """(n_rows, D) rows that are all alike and sum to total."""
+    return (total_D / max(1, n_rows)).expand(n_rows, -1)
 
 
 class _AtFeature(torch.autograd.Function):
@@ -167,6 +185,33 @@ class _Decode(torch.autograd.Function):
         grad_value_E = sums.entry_dots(grad_BD, decoder_FD, entries) if need_value else None
         grad_rows_FD = sums.feature_sums(value_E, grad_BD, entries, decoder_FD) if need_rows else None
         return grad_value_E, grad_rows_FD, None, None, None
+
+
+class _SquaredErrors(torch.autograd.Function):
+    """|z_b − ẑ_b|²; backward makes one (B, D) matrix, ẑ's gradient, whose negative is z's."""
+
+    @staticmethod
+    def forward(ctx: Any, z_BD: Tensor, rebuilt_BD: Tensor, centre_only: bool, sums: Sums) -> Tensor:
+        ctx.centre_only, ctx.sums = centre_only, sums
+        ctx.save_for_backward(z_BD, rebuilt_BD)
+        return sums.squared_errors(z_BD, rebuilt_BD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z_BD, rebuilt_BD = ctx.saved_tensors
+        need_z, need_rebuilt, *_ = ctx.needs_input_grad
+        grad_rebuilt = ctx.sums.scaled_gaps(z_BD, rebuilt_BD, -2.0 * grads[0])
+        grad_z = None
+        if need_z:
+            grad_z = _alike(-grad_rebuilt.sum(0), len(z_BD)) if ctx.centre_only else -grad_rebuilt
+        return grad_z, grad_rebuilt if need_rebuilt else None, None, None
+
+
+def squared_errors(sums: Sums, z_BD: Tensor, rebuilt_BD: Tensor, centre_only: bool = False) -> Tensor:
+    """(B,) |z − ẑ|², differentiable in both; `centre_only` as in ScoreTerms."""
+    apply: Callable[..., Tensor] = _SquaredErrors.apply
+    return apply(z_BD, rebuilt_BD, centre_only, sums)
 
 
 def entry_content(sums: Sums, terms: ScoreTerms, entries: Entries) -> Tensor:

@@ -92,3 +92,8 @@ def decode(value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int)
     dense = value_E.new_zeros(n_tokens, decoder_FD.shape[0])
     dense = dense.index_put((entries.token_E, entries.feature_E), value_E)
     return dense @ decoder_FD
+
+
+def squared_errors(z_BD: Tensor, rebuilt_BD: Tensor, centre_only: bool = False) -> Tensor:
+    """(B,) |z − ẑ|², differentiable in both; `centre_only` as in ScoreTerms."""
+    return (z_BD - rebuilt_BD).square().sum(-1)

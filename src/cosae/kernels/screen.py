@@ -11,10 +11,19 @@ with δ_b = l_b − c and y_i = (t − β_i) exp(−g_i − a_i c)|w_i|^{−u}, 
 U + V δ: for y ≥ 0 the tangent y(1 − aδ), since e^x ≥ 1 + x; for y < 0 the chord y(cosh(ah) − sinh(ah) δ/h), since
 e^x is convex. So κ ≤ U + V δ − (errors of κ) proves s ≤ t, and nothing above t is lost.
 
-**Errors of κ.** Let e_z = bf16(ẑ) − ẑ and e_w likewise; both are known vectors, so their lengths are computed, not
-guessed. Cauchy–Schwarz:
+**Level bins.** With one a, and no thresholds of tokens' own, the comparison needs one number a feature and bin: tokens
+are cut into bins of width ≤ LEVEL_BIN in a·l, and g_b ẑ_b is multiplied, g_b = e^{a (l_b)} / max of the bin ≤ 1. Then
+κ > V_i δ_b ⇔ g_b κ > V_i δ, δ = e^{−max a l} the bin's own, and since g_b ≤ 1 an error of κ is one of g_b κ at most as
+large. What a bin loses is that its margin is that of its largest g: at most e^{LEVEL_BIN} times what a token needs.
 
-    |⟨bf16 ẑ, bf16 ŵ⟩ − κ| = |⟨e_z, ŵ⟩ + ⟨bf16 ẑ, e_w⟩| ≤ |e_z| + (1 + 2⁻⁸)|e_w|
+**Rows as they are.** Rows are not normalised but multiplied with their length in them: both sides of the comparison are
+|w_i| times what is written here, which is rounded twice more (2⁻²³). Where a chunk holds a row longer than RAW_MAX,
+whose products could leave fp32's range, its rows are normalised first.
+
+**Errors of κ.** Let e_z = bf16(g ẑ) − g ẑ, and e_w = (bf16(w) − w)/|w|; both are known vectors, so their lengths are
+computed, not guessed. Cauchy–Schwarz:
+
+    |⟨bf16(g ẑ), bf16(w)⟩/|w| − g κ| = |⟨e_z, ŵ⟩ + ⟨bf16(g ẑ), e_w⟩| ≤ |e_z| + (1 + 2⁻⁸)|e_w|
 
 (each about 0.4·2⁻⁸; never above 2⁻⁸). A product accumulated in fp32 in any order errs by at most d·2⁻²³ on unit
 vectors (|γ_d| with both roundings of a step), and so does the exact fp32 re-scoring; the product rounded to bf16
@@ -23,24 +32,30 @@ a division, a normalisation, θ's own rounding) err by less than 2e-5 relative w
 comparison is decided either way. Adding β cannot lift a rounded score above t when the exact one is not (rounding is
 monotone and t is an fp32 number). Together
 
-    margin_b = |e_z,b| + slack,  U_i −= 1.01 |e_w,i|,  slack = 2 (d + 32)·2⁻²³ + 4e-5
+    margin_b = |e_z,b| + slack,  loss_i = 1.01 |e_w,i|,  slack = 2 (d + 32)·2⁻²³ + 4e-5
 
-and an entry is a survivor when not (κ̃ + |κ̃|·2⁻⁸ ≤ U + Vδ − margin): a NaN survives, and is judged by its exact score.
+and an entry is a survivor when not (κ̃ + |κ̃|·2⁻⁸ ≤ U + Vδ − margin − loss): a NaN survives where the bound is a NaN or
+negative, and is judged by its exact score; tokens that are not finite are not served at all (`unserved_numbers`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cosae.kernels import native
+from cosae.kernels import kept, native
 from cosae.kernels.sums import compiled
-from cosae.kernels.terms import R_MIN, ScoreTerms
+from cosae.kernels.terms import R_MIN, ROW_MIN, ScoreTerms
 
 BIN = 0.25
 """Width in ln r of one bin of tokens where exponents differ between features."""
+LEVEL_BIN = 0.4
+"""Width in a ln r of one bin of tokens where all features have one exponent."""
+RAW_MAX = 2.0**60
+"""Longest row that is multiplied as it is; longer ones are normalised first."""
 FLOOR_BIN = 0.04
 """Width in ln t of one bin of tokens where thresholds differ between tokens."""
 LOG_MAX = 80.0
@@ -78,113 +93,154 @@ def unserved_numbers(terms: ScoreTerms) -> str | None:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The batch as the screen sees it: tokens sorted into bins of r where exponents differ.
+    """The batch as the screen sees it: tokens in bins, one after the other.
 
-    unit_BD (B, D) unit vectors in screen order, bf16 or fp32;  position_B (B,) int64 token of each screen column
-    edge_N1 (N + 1,) int64 first column of each bin;  centre_N, half_N (N,) float64 its middle and half width in ln r
-    delta_B, margin_B (B,) fp32 in screen order;  log_r_B (B,) fp32 in token order
+    factor_BD (B, D) what is multiplied, in screen order, bf16 or fp32: unit vectors, in a level bin times g_b ≤ 1
+    position_B (B,) int64 token of each screen column;  edge_N1 (N + 1,) int64 first column of each bin
+    level     True where a bin's columns share one δ and one margin
+    delta, margin  (N,) fp32 where level, else (B,) in screen order
+    centre_N, half_N (N,) float64 a bin's middle and half width in ln r;  log_r_B (B,) fp32 in token order
     floor_N (N,) float64 smallest threshold of each bin's tokens, where tokens have their own thresholds
     """
 
-    unit_BD: Tensor
+    factor_BD: Tensor
     position_B: Tensor
     edge_N1: Tensor
+    level: bool
+    delta: Tensor
+    margin: Tensor
     centre_N: Tensor
     half_N: Tensor
-    delta_B: Tensor
-    margin_B: Tensor
     log_r_B: Tensor
     floor_N: Tensor | None = None
 
+    def by_column(self, value: Tensor) -> Tensor:
+        """delta or margin as (B,), in screen order."""
+        return torch.repeat_interleave(value, self.edge_N1.diff()) if self.level else value
 
-def unit_rows(x_RD: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x / max(|x|, floor) rounded to dtype (R, D), that divisor (R,), and the rounding's length (R,), fp32."""
+
+def norms(x_RD: Tensor, floor: float) -> Tensor:
+    """(R,) max(|x|, floor)."""
+    if not compiled(x_RD):
+        length_R: Tensor = torch.linalg.vector_norm(x_RD, dim=-1)
+        return length_R.clamp_min(floor)
+    norm_R = x_RD.new_empty(len(x_RD))
+    views = (x_RD.contiguous().numpy(), np.float32(floor), norm_R.numpy())
+    native.run_parts(native.loops().row_norms, native.parts_for(x_RD.numel()), *views)
+    return norm_R
+
+
+def rounded(x_RD: Tensor, by_R: Tensor, dtype: torch.dtype, place_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """by · x[place] in dtype (R, D), and the length (R,) fp32 of what rounding to it changed; fp32 is not rounded."""
     if dtype == torch.bfloat16 and compiled(x_RD):
-        unit_RD = torch.empty(x_RD.shape, dtype=dtype)
-        norm_R, error_R = x_RD.new_empty(len(x_RD)), x_RD.new_empty(len(x_RD))
-        views = (x_RD.contiguous().numpy(), torch.tensor(floor, dtype=torch.float32).numpy()[()])
-        outs = (unit_RD.view(torch.uint16).numpy(), norm_R.numpy(), error_R.numpy())
-        native.run_parts(native.loops().unit_rows_bf16, native.parts_for(x_RD.numel()), *views, *outs)
-        return unit_RD, norm_R, error_R
-    norm_R = torch.linalg.vector_norm(x_RD, dim=-1).clamp_min(floor)
-    exact_RD = x_RD / norm_R[:, None]
+        place_R = torch.arange(len(x_RD)) if place_R is None else place_R
+        short_RD, error_R = torch.empty(x_RD.shape, dtype=dtype), x_RD.new_empty(len(x_RD))
+        views = (x_RD.contiguous().numpy(), place_R.numpy(), by_R.numpy())
+        outs = (short_RD.view(torch.uint16).numpy(), error_R.numpy())
+        native.run_parts(native.loops().round_rows_bf16, native.parts_for(x_RD.numel()), *views, *outs)
+        return short_RD, error_R
+    exact_RD = (x_RD if place_R is None else x_RD.index_select(0, place_R)) * by_R[:, None]
     if dtype == x_RD.dtype:
-        return exact_RD, norm_R, torch.zeros_like(norm_R)
-    unit_RD = exact_RD.to(dtype)
-    return unit_RD, norm_R, torch.linalg.vector_norm(exact_RD.sub_(unit_RD), dim=-1)
+        return exact_RD, torch.zeros_like(by_R)
+    short_RD = exact_RD.to(dtype)
+    return short_RD, torch.linalg.vector_norm(exact_RD.sub_(short_RD), dim=-1)
 
 
 def prepare_tokens(terms: ScoreTerms, dtype: torch.dtype, floor_B: Tensor | None = None) -> Tokens:
-    """Normalise, sort into bins where needed, and bound the errors of one batch.
+    """Normalise, sort into bins, and bound the errors of one batch.
 
     floor_B (B,): each token's own threshold; tokens are then binned by it too (FLOOR_BIN), and each bin is screened
     at its smallest.
     """
-    n_tokens, width = terms.z_BD.shape
-    unit_BD, norm_B, error_B = unit_rows(terms.z_BD, R_MIN, dtype)
-    slack = 2.0 * (width + 32) * 2.0**-23 + 4e-5
-    margin_B = error_B + slack
+    norm_B = norms(terms.z_BD, R_MIN)
     log_r_B = norm_B.log()
     log_r64_B = log_r_B.double()
     shared = terms.exponent.dim() == 0
-    if shared and floor_B is None:
-        delta_B = torch.exp(-terms.exponent.double() * log_r64_B).float()
-        none_N = torch.zeros(1, dtype=torch.float64)
-        edge_N1 = torch.tensor([0, n_tokens])
-        return Tokens(unit_BD, torch.arange(n_tokens), edge_N1, none_N, none_N, delta_B, margin_B, log_r_B)
-    bin_B = torch.zeros(n_tokens, dtype=torch.int64)
-    if not shared:
-        bin_B = ((log_r64_B - log_r64_B.min()) / BIN).floor().long()
+    level = shared and floor_B is None
+    height_B = terms.exponent.double() * log_r64_B if level else log_r64_B
+    bin_B = torch.zeros_like(height_B, dtype=torch.int64)
+    if level or not shared:
+        bin_B = ((height_B - height_B.min()) / (LEVEL_BIN if level else BIN)).floor().long()
     if floor_B is not None:
-        level_B = (floor_B.double().clamp_min(torch.finfo(torch.float32).tiny).log() / FLOOR_BIN).floor().long()
-        bin_B = bin_B * 100_000 + level_B
-    sorted_B, position_B = bin_B.sort(stable=True)
-    _, count_N = torch.unique_consecutive(sorted_B, return_counts=True)
+        step_B = (floor_B.double().clamp_min(torch.finfo(torch.float32).tiny).log() / FLOOR_BIN).floor().long()
+        bin_B = bin_B * 100_000 + step_B
+    bin_B, position_B = bin_B.sort(stable=True)
+    _, count_N = torch.unique_consecutive(bin_B, return_counts=True)
     edge_N1 = torch.cat([count_N.new_zeros(1), count_N.cumsum(0)])
     which_B = torch.repeat_interleave(count_N)
-    log_r64_B = log_r64_B[position_B]
 
-    def smallest(value_B: Tensor) -> Tensor:
-        return value_B.new_full((len(count_N),), torch.inf).scatter_reduce_(0, which_B, value_B, "amin")
+    def most(value_B: Tensor, how: str) -> Tensor:
+        start = -torch.inf if how == "amax" else torch.inf
+        return value_B.new_full((len(count_N),), start).scatter_reduce_(0, which_B, value_B, how)
 
-    low_N, high_N = smallest(log_r64_B), -smallest(-log_r64_B)
+    height_B = height_B[position_B]
+    low_N, high_N = most(height_B, "amin"), most(height_B, "amax")
+    by_B = 1.0 / norm_B[position_B]
+    if level:
+        by_B = by_B * torch.exp(height_B - high_N[which_B]).float()
+    factor_BD, error_B = rounded(terms.z_BD, by_B, dtype, None if len(count_N) == 1 else position_B)
+    margin = error_B + (2.0 * (terms.z_BD.shape[1] + 32) * 2.0**-23 + 4e-5)
     centre_N, half_N = (low_N + high_N) / 2, (high_N - low_N) / 2
-    delta_B = torch.exp(-terms.exponent.double() * log_r64_B) if shared else log_r64_B - centre_N[which_B]
-    floor_N = None if floor_B is None else smallest(floor_B.double()[position_B])
-    return Tokens(
-        unit_BD[position_B], position_B, edge_N1, centre_N, half_N, delta_B.float(), margin_B[position_B], log_r_B,
-        floor_N,
-    )  # fmt: skip
+    if level:
+        delta, margin = torch.exp(-high_N).float(), most(margin, "amax")
+    elif shared:
+        delta = torch.exp(-terms.exponent.double() * height_B).float()
+    else:
+        delta = (height_B - centre_N[which_B]).float()
+    floor_N = None if floor_B is None else most(floor_B.double()[position_B], "amin")
+    return Tokens(factor_BD, position_B, edge_N1, level, delta, margin, centre_N, half_N, log_r_B, floor_N)
 
 
-def lines(
-    terms: ScoreTerms, tokens: Tokens, rows: slice, threshold_F: Tensor, norm_R: Tensor, error_R: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(N, R) base and slope: κ ≤ base + slope·δ_b − margin_b proves s ≤ t for the features of `rows`.
+@dataclass(frozen=True)
+class Rows:
+    """Encoder rows as the screen multiplies them: factor (R, D), of which scale · κ is the product with a unit vector.
+
+    scale_R (R,);  loss_R (R,) bound of what rounding the row takes from κ, or None where it was not rounded
+    """
+
+    factor_RD: Tensor
+    scale_R: Tensor
+    loss_R: Tensor | None
+
+
+def row_norms(rows_FD: Tensor) -> Tensor:
+    """(F,) max(|w|, ROW_MIN): what the optimiser left for these very rows (`kept`), or found now."""
+    norm_F = kept.found(rows_FD)
+    return norm_F if isinstance(norm_F, Tensor) else norms(rows_FD, ROW_MIN)
+
+
+def prepare_rows(rows_RD: Tensor, norm_R: Tensor, dtype: torch.dtype) -> Rows:
+    """Rows (R, D) fp32 and their norms → what is multiplied: the rows as they are, where no product can overflow."""
+    if not bool(norm_R.max() <= RAW_MAX):  # not so for a NaN
+        unit_RD, error_R = rounded(rows_RD, 1.0 / norm_R, dtype)
+        return Rows(unit_RD, torch.ones_like(norm_R), 1.01 * error_R)
+    if dtype == rows_RD.dtype:
+        return Rows(rows_RD, norm_R, None)
+    short_RD, error_R = rounded(rows_RD, torch.ones_like(norm_R), dtype)
+    return Rows(short_RD, norm_R, 1.01 * error_R / norm_R)
+
+
+def lines(terms: ScoreTerms, tokens: Tokens, threshold_F: Tensor, norm_F: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, F) base and slope: κ ≤ base + slope·δ_b − margin_b − loss_i proves s ≤ t.
 
     t is the larger of the feature's threshold and the bin's floor.
     """
-    bias_R = 0.0 if terms.bias_F is None else terms.bias_F[rows].double()
-    log_R = _at(terms.log_gain, rows).double()
+    bias_F = 0.0 if terms.bias_F is None else terms.bias_F.double()
+    log_F = terms.log_gain.double()
     if terms.row_power == 1:
-        log_R = log_R + norm_R.double().log()
-    lift_NR = threshold_F[rows].double()[None]
+        log_F = log_F + norm_F.double().log()
+    lift_NF = threshold_F.double().expand(len(tokens.centre_N), -1)
     if tokens.floor_N is not None:
-        lift_NR = torch.maximum(lift_NR, tokens.floor_N[:, None])
-    lift_NR = lift_NR - bias_R
-    loss_R = 1.01 * error_R
-    if terms.exponent.dim() == 0:
-        slope_NR = (lift_NR * torch.exp(-log_R)).float()
-        return (-loss_R).expand_as(slope_NR).contiguous(), slope_NR.contiguous()
-    exponent_R = _at(terms.exponent, rows).double()
-    y_NR = lift_NR * torch.exp(-log_R - exponent_R * tokens.centre_N[:, None])
-    reach_NR = exponent_R * tokens.half_N[:, None]
-    below = y_NR < 0
-    chord_NR = torch.where(tokens.half_N[:, None] > 0, reach_NR.sinh() / tokens.half_N[:, None], exponent_R)
-    base_NR = torch.where(below, y_NR * reach_NR.cosh(), y_NR)
-    slope_NR = torch.where(below, -y_NR * chord_NR, -y_NR * exponent_R)
-    return (base_NR - loss_R).float().contiguous(), slope_NR.float().contiguous()
-
-
-def _at(parameter: Tensor, rows: slice) -> Tensor:
-    return parameter if parameter.dim() == 0 else parameter[rows]
+        lift_NF = torch.maximum(lift_NF, tokens.floor_N[:, None])
+    lift_NF = lift_NF - bias_F
+    exponent_F = terms.exponent.double()
+    if exponent_F.dim() == 0:
+        slope_NF = (lift_NF * torch.exp(-log_F)).float()
+        return torch.zeros_like(slope_NF), slope_NF.contiguous()
+    y_NF = lift_NF * torch.exp(-log_F - exponent_F * tokens.centre_N[:, None])
+    reach_NF = exponent_F * tokens.half_N[:, None]
+    below = y_NF < 0
+    chord_NF = torch.where(tokens.half_N[:, None] > 0, reach_NF.sinh() / tokens.half_N[:, None], exponent_F)
+    base_NF = torch.where(below, y_NF * reach_NF.cosh(), y_NF)
+    slope_NF = torch.where(below, -y_NF * chord_NF, -y_NF * exponent_F)
+    return base_NF.float().contiguous(), slope_NF.float().contiguous()

@@ -33,6 +33,9 @@ DENSE_SHARE = 8
 SAMPLE = 64
 """Tokens scored densely to guess a threshold where no hint came."""
 
+KEEPING = 16
+"""Multiply-adds that keeping one survivor costs as much time as."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -97,7 +100,10 @@ def _entries(terms: ScoreTerms, found: Survivors, lowest: float, last_flat: int)
         arrays = [t.numpy() for t in (found.token_S, found.dot_S, found.score_S, found.count_F)]
         outs = [t.numpy() for t in (token_E, feature_E, dot_E, order_E, offset_F1)]
         lowest32 = torch.tensor(lowest, dtype=torch.float32).numpy()[()]
-        kept = native.loops().keep_and_sort(*arrays, lowest32, last_flat, terms.n_tokens, *outs)
+        n_parts = native.parts_for(KEEPING * size)
+        kept, *_ = native.run_parts(
+            native.loops().keep_and_sort, n_parts, *arrays, lowest32, last_flat, terms.n_tokens, *outs
+        )
         entries = Entries(token_E[:kept], feature_E[:kept])
         entries.memo["by_feature"] = (order_E[:kept], offset_F1)
         dot_E = dot_E[:kept]

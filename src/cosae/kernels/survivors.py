@@ -8,13 +8,14 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosae.kernels import native, screen
 from cosae.kernels.sums import GATHER, compiled
-from cosae.kernels.terms import ROW_MIN, ScoreTerms
+from cosae.kernels.terms import ScoreTerms
 
 CHUNK = 1 << 22
 """Screen scores made at a time: 8 MB of bf16."""
@@ -87,23 +88,25 @@ def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor
     tokens = screen.prepare_tokens(terms, dtype, floor_B)
     scales = _scales(terms, tokens.log_r_B, floor_B)
     n_tokens, n_features = terms.n_tokens, terms.n_features
-    norm_F = terms.rows_FD.new_empty(n_features)
+    norm_F = screen.row_norms(terms.rows_FD)
+    line = screen.lines(terms, tokens, threshold_F, norm_F)
     count_F = torch.zeros(n_features, dtype=torch.int64)
     room += 2 * n_tokens * torch.get_num_threads()  # a part of a chunk begins a row only with room for all of it
     found = Survivors(
         torch.empty(room, dtype=torch.int64), torch.empty(room), torch.empty(room), count_F, tokens.log_r_B, norm_F
     )
     step = max(1, min(4096, CHUNK // n_tokens))
+    scan = _scan_compiled if compiled(terms.z_BD, terms.rows_FD) else _scan_plain
     place = 0
     for first in range(0, n_features, step):
         rows = slice(first, min(first + step, n_features))
-        unit_RD, norm_R, error_R = screen.unit_rows(terms.rows_FD[rows], ROW_MIN, dtype)
-        norm_F[rows] = norm_R
-        line = screen.lines(terms, tokens, rows, threshold_F, norm_R, error_R)
-        product_RB = _buffer(len(norm_R) * n_tokens, dtype).view(len(norm_R), n_tokens)
-        torch.mm(unit_RD, tokens.unit_BD.T, out=product_RB)
-        scan = _scan_compiled if compiled(terms.z_BD, terms.rows_FD) else _scan_plain
-        written = scan(terms, tokens, scales, rows, product_RB, line, threshold_F, norm_F, found, place)
+        part = screen.prepare_rows(terms.rows_FD[rows], norm_F[rows], dtype)
+        product_RB = _buffer(len(part.factor_RD) * n_tokens, dtype).view(-1, n_tokens)
+        torch.mm(part.factor_RD, tokens.factor_BD.T, out=product_RB)
+        base_NR, slope_NR = (x_NF[:, rows] for x_NF in line)
+        base_NR = base_NR if part.loss_R is None else base_NR - part.loss_R
+        bounds = (part.scale_R, base_NR.contiguous(), slope_NR.contiguous())
+        written = scan(terms, tokens, scales, rows, product_RB, bounds, threshold_F, norm_F, found, place)
         if written is None:
             return None
         place += written
@@ -113,18 +116,14 @@ def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor
 
 def _scan_compiled(
     terms: ScoreTerms, tokens: screen.Tokens, scales: _Scales, rows: slice, product_RB: Tensor,
-    line: tuple[Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
+    bounds: tuple[Tensor, Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
 ) -> int | None:  # fmt: skip
     """One chunk by the compiled loop: written behind `place`; None where it does not fit."""
-    bf16 = product_RB.dtype == torch.bfloat16
-    loops = native.loops()
-    raw = product_RB.view(torch.uint16) if bf16 else product_RB
     n_parts = native.parts_for(product_RB.numel())
     outs = [t.numpy() for t in (found.token_S, found.dot_S, found.score_S)]
     share = (found.count_F.numpy(), place, len(found))
-    bounds = [t.numpy() for t in (tokens.edge_N1, *line, tokens.delta_B, tokens.margin_B)]
-    find = loops.find_bf16 if bf16 else loops.find_fp32
-    sizes = native.run_parts(find, n_parts, raw.numpy(), rows.start, *bounds, outs[0], *share)
+    find, screened, limits = _finder(tokens, product_RB, bounds)
+    sizes = native.run_parts(find, n_parts, screened, rows.start, *limits, outs[0], *share)
     if min(sizes) < 0:
         return None
     inputs = [
@@ -132,7 +131,7 @@ def _scan_compiled(
     ]
     factors = (scales.sigma_B, scales.log_r_B, scales.exponent_F, scales.log_gain_F, norm_F)
     exact = (*inputs, scales.mode, *(t.numpy() for t in factors), terms.row_power == 0, scales.bias_F.numpy())
-    sizes = native.run_parts(loops.rescore, n_parts, len(product_RB), rows.start, *exact, *outs, *share)
+    sizes = native.run_parts(native.loops().rescore, n_parts, len(product_RB), rows.start, *exact, *outs, *share)
     room = (len(found) - place) // n_parts
     end = place + sizes[0]
     for part in range(1, n_parts):
@@ -143,19 +142,34 @@ def _scan_compiled(
     return int(end - place)
 
 
+def _finder(
+    tokens: screen.Tokens, product_RB: Tensor, bounds: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Any, Any, list[Any]]:
+    """The compiled loop that compares this product, the product and the bounds as it wants them."""
+    loops, scale_R, *line = native.loops(), *bounds
+    limits = [scale_R, tokens.edge_N1, *line, tokens.delta, tokens.margin]
+    if product_RB.dtype != torch.bfloat16:
+        find, screened = loops.find_level_fp32 if tokens.level else loops.find_fp32, product_RB
+    elif tokens.level:
+        find, screened = loops.find_level_bf16, product_RB.view(torch.int16)
+    else:
+        find, screened = loops.find_bf16, product_RB.view(torch.uint16)
+    return find, screened.numpy(), [t.numpy() for t in limits]
+
+
 def _scan_plain(
     terms: ScoreTerms, tokens: screen.Tokens, scales: _Scales, rows: slice, product_RB: Tensor,
-    line: tuple[Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
+    bounds: tuple[Tensor, Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
 ) -> int | None:  # fmt: skip
     """One chunk in PyTorch."""
-    base_NR, slope_NR = line
-    edges = tokens.edge_N1.tolist()
+    scale_R, base_NR, slope_NR = bounds
+    edges, delta_B, margin_B = tokens.edge_N1.tolist(), tokens.by_column(tokens.delta), tokens.by_column(tokens.margin)
     bound_RB = torch.empty(product_RB.shape)
     for n, (first, last) in enumerate(pairwise(edges)):
         column_R3 = torch.stack([base_NR[n], slope_NR[n], torch.full_like(base_NR[n], -1.0)], dim=1)
         ones_B = torch.ones(last - first)
-        row_3B = torch.stack([ones_B, tokens.delta_B[first:last], tokens.margin_B[first:last]])
-        torch.mm(column_R3, row_3B, out=bound_RB[:, first:last])
+        row_3B = torch.stack([ones_B, delta_B[first:last], margin_B[first:last]])
+        torch.mm(scale_R[:, None] * column_R3, row_3B, out=bound_RB[:, first:last])
     if product_RB.dtype == torch.bfloat16:
         # κ̃ + u|κ̃| > t implies κ̃ > t − 1.01 u|t|, which spares a copy of κ̃
         bound_RB.sub_(bound_RB.abs(), alpha=1.01 * 2.0**-8)

@@ -14,7 +14,16 @@ import torch
 from cosae.kernels import gradients, search, topk, triton_sums
 from cosae.kernels.triton_survivors import survivors, unserved
 
-__all__ = ["NAME", "at_feature", "decode", "entry_content", "select_above", "select_batch_topk", "select_topk"]
+__all__ = [
+    "NAME",
+    "at_feature",
+    "decode",
+    "entry_content",
+    "select_above",
+    "select_batch_topk",
+    "select_topk",
+    "squared_errors",
+]
 
 NAME = "triton"
 
@@ -26,3 +35,4 @@ select_topk = partial(topk.select_topk, finder=FINDER)
 entry_content = partial(gradients.entry_content, triton_sums)
 at_feature = partial(gradients.at_feature, triton_sums)
 decode = partial(gradients.decode, triton_sums)
+squared_errors = partial(gradients.squared_errors, triton_sums)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosae.kernels import kept
 from cosae.kernels import triton_adam_loops as loops
 from cosae.kernels.moments import Moment
 from cosae.kernels.terms import ROW_MIN
-from cosae.kernels.triton_rows import leave, left
+from cosae.kernels.triton_rows import left
 from cosae.kernels.triton_sums import rows_block
 from cosae.kernels.triton_survivors import screen_dtype
 
@@ -69,4 +70,4 @@ def step(
     )  # fmt: skip
     torch.autograd.graph.increment_version(weight)
     if rows is not None and screened is not None:
-        leave(screened, rows)
+        kept.leave(screened, rows)

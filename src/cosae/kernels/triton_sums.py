@@ -14,6 +14,8 @@ from torch import Tensor
 
 from cosae.kernels import triton_loops
 from cosae.kernels.sums import by_feature, token_offsets
+from cosae.kernels.sums import scaled_gaps as scaled_gaps  # one or two passes over (B, D): torch's own do
+from cosae.kernels.sums import squared_errors as squared_errors
 from cosae.kernels.terms import Entries
 
 TILE = 1024
@@ -96,6 +98,14 @@ def feature_sums(
     return _row_sums(
         x_BD, entries.token_E, offset_F1, order_E=order_E, value_E=value_E, pull=pull_F, base=rows_FD
     )[0]  # fmt: skip
+
+
+def feature_sums_and_total(
+    value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`feature_sums`, and (D,) Σ over all entries of value · rows_feature: one product of a vector with the rows."""
+    total_D = entries_by_feature_sum(value_E, entries, rows_FD.shape[0]) @ rows_FD
+    return feature_sums(value_E, x_BD, entries, rows_FD, pull_F), total_D
 
 
 def feature_sums_and_dots(value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,9 @@ not only out of the score; layer-normed inputs are what OpenAI's TopK autoencode
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +30,34 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def live_rows(x_BD: Tensor) -> Tensor:
     """(B,) bool: False where a whole row is zero, which is how padding looks."""
-    return (x_BD != 0).any(dim=-1)
+    if x_BD.device.type != "cpu":
+        return (x_BD != 0).any(dim=-1)
+    # one pass; a row whose squares are too small for fp32 is looked at again
+    live_B: Tensor = torch.linalg.vector_norm(x_BD, dim=-1) != 0
+    odd = (~live_B).nonzero(as_tuple=True)
+    if len(odd[0]):
+        live_B[odd] = (x_BD[odd] != 0).any(dim=-1)
+    return live_B
+
+
+class _LessCentre(torch.autograd.Function):
+    """x − c for x without gradient: −Σ_b of the gradient is c's, with no (B, D) matrix of it made."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BD: Tensor, centre_D: Tensor) -> Tensor:
+        return x_BD - centre_D
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, -grads[0].sum(0)
+
+
+def less_centre(x_BD: Tensor, centre_D: Tensor) -> Tensor:
+    """(B, D) x − c, differentiable."""
+    if x_BD.requires_grad or not centre_D.requires_grad:
+        return x_BD - centre_D
+    apply: Callable[..., Tensor] = _LessCentre.apply
+    return apply(x_BD, centre_D)
 
 
 def take(frame: str, x_BD: Tensor, centre_D: Tensor, live_B: Tensor | None = None) -> Framed:
@@ -43,10 +73,10 @@ def take(frame: str, x_BD: Tensor, centre_D: Tensor, live_B: Tensor | None = Non
         shift_B = x_BD.mean(dim=-1)
         deviation_BD = x_BD - shift_B[:, None]
         scale_B = deviation_BD.square().mean(dim=-1).sqrt().clamp_min(SCALE_MIN)
-        z_BD = deviation_BD / scale_B[:, None] - centre_D
+        z_BD = less_centre(deviation_BD / scale_B[:, None], centre_D)
         taken = Taken(scale_B, shift_B, torch.linalg.vector_norm(z_BD, dim=-1))
         return Framed(z_BD, taken, live_B)
-    z_BD = x_BD - centre_D
+    z_BD = less_centre(x_BD, centre_D)
     r_B = torch.linalg.vector_norm(z_BD, dim=-1)
     if frame == "unit":
         scale_B = r_B.clamp_min(SCALE_MIN)

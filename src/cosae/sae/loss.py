@@ -67,16 +67,15 @@ def token_weights(output: TrainOutput, power: float) -> Tensor:
     return weight_B * (live_B.sum() / weight_B.sum().clamp_min(torch.finfo(weight_B.dtype).tiny))
 
 
-def squared_error(output: TrainOutput, rebuilt_BD: Tensor, space: str) -> Tensor:
-    """(B,) |x − x̂|² in raw units or |z − ẑ|² in the frame's."""
-    error_B = (output.framed.z_BD - rebuilt_BD).square().sum(-1)
+def squared_error(output: TrainOutput, error_B: Tensor, space: str) -> Tensor:
+    """(B,) |x − x̂|² in raw units, or |z − ẑ|² in the frame's, from one of the output's own errors."""
     return error_B * output.framed.taken.scale_B.square() if space == "raw" else error_B
 
 
 def reconstruction(output: TrainOutput, config: LossConfig, variance: float) -> Tensor:
     """() mean over live tokens and prefixes of the weighted squared error over `variance`."""
     weight_B = token_weights(output, config.reweight)
-    per_prefix = [(weight_B * squared_error(output, rebuilt, config.space)).sum() for rebuilt in output.rebuilt]
+    per_prefix = [(weight_B * squared_error(output, error_B, config.space)).sum() for error_B in output.error]
     n_live = output.framed.live_B.sum().clamp_min(1)
     return torch.stack(per_prefix).mean() / n_live / variance
 
@@ -152,8 +151,8 @@ def terms_of(
     `aux_k`; only where the sum of all terms is what backward is called on.
     """
     terms = {"reconstruction": reconstruction(output, config, variance)}
-    if output.gate_rebuilt is not None:
-        error_B = squared_error(output, output.gate_rebuilt, config.space) * output.framed.live_B
+    if output.gate_error is not None:
+        error_B = squared_error(output, output.gate_error, config.space) * output.framed.live_B
         terms["gate"] = error_B.sum() / output.framed.live_B.sum().clamp_min(1) / variance
     if sae.cfg.selector in ("jumprelu", "gated"):
         terms["sparsity"] = sparsity_weight * sparsity(sae, output)

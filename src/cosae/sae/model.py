@@ -96,14 +96,16 @@ class TrainOutput:
     """What one training-mode forward pass leaves for the loss.
 
     rebuilt  one (B, D) reconstruction of z for each prefix
-    gate_rebuilt  gated only: reconstruction of z from ReLU(π) through the detached decoder
+    error    (B,) |z − ẑ|² of each of them, in the frame's units
+    gate_error  gated only: (B,) |z − ẑ|² of ReLU(π) through the detached decoder
     """
 
     framed: Framed
     terms: ScoreTerms
     selection: Selection
     rebuilt: tuple[Tensor, ...]
-    gate_rebuilt: Tensor | None = None
+    error: tuple[Tensor, ...]
+    gate_error: Tensor | None = None
 
 
 class SAE(nn.Module):
@@ -335,11 +337,13 @@ class SAE(nn.Module):
         entries = selection.entries
         n_tokens = terms.n_tokens
         rebuilt = self.decoder.rebuild(kernel, selection.value_E, entries, n_tokens, framed.taken)
-        gate = None
+        error = tuple(kernel.squared_errors(framed.z_BD, part, terms.centre_only) for part in rebuilt)
+        gate_error = None
         if self.cfg.selector == "gated":
             rows_FD = frames.at_least_fp32(self.decoder.rows_FD).detach()
             gate = kernel.decode(selection.score_E, entries, rows_FD, n_tokens)
-        return TrainOutput(framed, terms, selection, rebuilt, gate)
+            gate_error = kernel.squared_errors(framed.z_BD, gate, terms.centre_only)
+        return TrainOutput(framed, terms, selection, rebuilt, error, gate_error)
 
     def scores(self, x: Tensor) -> Tensor:
         """Dense (..., d_sae) scores s of the definition, −inf for all-zero rows: for looking, not for speed."""

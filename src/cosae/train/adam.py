@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosae.kernels import choose, native
+from cosae.kernels import choose, kept, native, sums
 from cosae.kernels.moments import Moment
+from cosae.kernels.terms import ROW_MIN
 from cosae.types import CosaeError
 
 ROW_LENGTH_MIN = 1e-8
@@ -31,7 +32,7 @@ class Task:
     along_R     (R,) component of each gradient row along its unit row; None where rows are not unit
     rate        lr / (1 − β1^t);  root_bias2  √(1 − β2^t);  clip  factor on the gradient
     keys        of the draws that round mean and square (cosae.kernels.moments)
-    screened    the parameter itself where the next step's screen wants its unit rows
+    screened    the parameter itself where the next step's screen wants its rows' norms (on a GPU: its unit rows)
     """
 
     grad: Tensor
@@ -97,6 +98,9 @@ class Compiled:
     """The same for fp32 matrices and moments on the CPU, by compiled loops."""
 
     def measure(self, grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]:
+        known = sums.measured(grad, weight, unit)
+        if known is not None:
+            return known.along_F, known.square
         along_R = torch.empty(len(grad))
         square_R = torch.empty(len(grad), dtype=torch.float64)
         arrays = (grad.numpy(), weight.numpy(), unit, along_R.numpy(), square_R.numpy())
@@ -110,15 +114,19 @@ class Compiled:
         unit = task.along_R is not None
         along_R = torch.zeros(len(task.grad)) if task.along_R is None else task.along_R
         tensors = (task.grad, task.weight, task.mean.data, task.square.data, along_R)
-        numbers = (task.clip, *task.betas, task.rate, task.root_bias2, task.eps)
+        numbers = (task.clip, *task.betas, task.rate, task.root_bias2, task.eps, ROW_MIN)
+        norm_R = torch.empty(0 if task.screened is None else len(task.weight))
         native.run_parts(
             native.adam_loops().step_rows,
             native.parts_for(4 * task.grad.numel()),
             *(t.numpy() for t in tensors),
             unit,
             *(np.float32(x) for x in numbers),
+            norm_R.numpy(),
         )
         torch.autograd.graph.increment_version(task.weight)
+        if task.screened is not None:
+            kept.leave(task.screened, norm_R)
 
 
 class Triton:

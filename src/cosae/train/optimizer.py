@@ -32,7 +32,8 @@ class UnitRowAdam:
     state_dtype     what the moments of matrices are kept in: float32, bfloat16 or int8 (cosae.kernels.moments)
     seed            of the stochastic rounding of compressed moments
     kernel          which path steps (cosae.kernels.choose)
-    screened        names of parameters whose unit rows the next step's screen wants; a GPU sweep leaves them behind
+    screened        names of parameters that the next step screens by: the sweep leaves their rows' norms behind
+                    (on a GPU their unit rows)
 
     Raises CosaeError for a name that is not a parameter, an unit-row parameter that is not a matrix, or a value out
     of range.

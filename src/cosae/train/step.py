@@ -180,7 +180,8 @@ class Batch:
         mean_D = x_BD.sum(0) / live_B.sum().clamp_min(1)
         # masked rows are zero and would count |mean|² each
         masked = (~live_B).sum() * mean_D.square().sum()
-        return cls(x_BD, live_B, (x_BD - mean_D).square_().sum() - masked)
+        distance_B = torch.linalg.vector_norm(x_BD - mean_D, dim=-1)
+        return cls(x_BD, live_B, distance_B.square().sum() - masked)
 
 
 def train_step(
@@ -250,7 +251,7 @@ def _fired(sae: SAE, output: TrainOutput) -> tuple[Tensor, int]:
 @torch.no_grad()
 def _batch_fve(output: TrainOutput, batch: Batch) -> Tensor:
     """1 − |x − x̂|² / |x − batch mean|² in raw units, masked rows left out: a training-time glance, not the metric."""
-    error = losses.squared_error(output, output.rebuilt[-1], "raw")[batch.live_B].sum()
+    error = losses.squared_error(output, output.error[-1], "raw")[batch.live_B].sum()
     return 1 - error / batch.spread.clamp_min(losses.DENOMINATOR_MIN)
 
 
