@@ -106,15 +106,21 @@ class _Content(torch.autograd.Function):
         if need_rows and ctx.row_power == 0:
             pull_F = -sums.entries_by_feature_sum(tangent_E, entries, n_features) / row_norm_F.square()
             pull_F = torch.where(row_norm_F > ROW_MIN, pull_F, 0.0)
-        if need_z:
+        if exponent.dim() == 0 and log_gain.dim() == 0:
+            tangent_B = sums.entries_by_token_sum(tangent_E, entries, n_tokens)
+            power_B, grad_exponent, grad_gain = tangent_B * (exponent - 1.0), tangent_B @ log_r_B, tangent_B.sum()
+        else:
             power_E = tangent_E * _at_feature(exponent - 1.0, entries)
-            pull_B = sums.entries_by_token_sum(power_E, entries, n_tokens) * (-2.0 * log_r_B).exp()
+            power_B = sums.entries_by_token_sum(power_E, entries, n_tokens)
+            slope_E = tangent_E * log_r_B[entries.token_E]
+            if need_exponent:
+                grad_exponent = _summed_to(sums, exponent.shape, slope_E, entries, n_features)
+            if need_gain:
+                grad_gain = _summed_to(sums, log_gain.shape, tangent_E, entries, n_features)
+        if need_z:
+            pull_B = power_B * (-2.0 * log_r_B).exp()
             pull_B = torch.where(log_r_B > torch.tensor(R_MIN, dtype=log_r_B.dtype).log(), pull_B, 0.0)
         grad_z, grad_rows = _grad_z_and_rows(ctx, dot_grad_E, z_BD, rows_FD, pull_B, pull_F)
-        if need_exponent:
-            grad_exponent = _summed_to(sums, exponent.shape, tangent_E * log_r_B[entries.token_E], entries, n_features)
-        if need_gain:
-            grad_gain = _summed_to(sums, log_gain.shape, tangent_E, entries, n_features)
         return grad_z, grad_rows, grad_exponent, grad_gain, None, None, None
 
 

@@ -253,10 +253,6 @@ def _make_find(flag_columns):
     return find
 
 
-find_bf16 = _make_find(_flag_bf16)
-find_fp32 = _make_find(_flag_fp32)
-
-
 @_inlined
 def _flag_level_bf16(screen_FB, row, first, last, limit, bits, value, flag):
     """flag_j = not (κ̃ + 2⁻⁸|κ̃| ≤ limit); screen values are the bits of bf16 numbers, as int16.
@@ -314,10 +310,6 @@ def _make_find_level(flag_columns):
     return find_level
 
 
-find_level_bf16 = _make_find_level(_flag_level_bf16)
-find_level_fp32 = _make_find_level(_flag_level_fp32)
-
-
 @compile_loop
 def rescore(
     part, n_parts, n_rows, first_feature, position_B, z_BD, rows_FD, live_B, threshold_F, floor_B, mode, sigma_B,
@@ -358,6 +350,27 @@ def rescore(
                     place += 1
         count_F[i] = place - before
     return place - begin
+
+
+def _make_scan(find):
+    @compile_loop
+    def scan(
+        part, n_parts, screen_FB, first_feature, limits, exact, out_token, out_dot, out_score, count_F, start, stop
+    ):  # fmt: skip
+        """`find`, then `rescore`, without meeting the other parts between them; −1 where what is found does not fit."""
+        if find(part, n_parts, screen_FB, first_feature, *limits, out_token, count_F, start, stop) < 0:
+            return -1
+        n_rows = screen_FB.shape[0]
+        outs = (out_token, out_dot, out_score)
+        return rescore(part, n_parts, n_rows, first_feature, *exact, *outs, count_F, start, stop)
+
+    return scan
+
+
+scan_bf16 = _make_scan(_make_find(_flag_bf16))
+scan_fp32 = _make_scan(_make_find(_flag_fp32))
+scan_level_bf16 = _make_scan(_make_find_level(_flag_level_bf16))
+scan_level_fp32 = _make_scan(_make_find_level(_flag_level_fp32))
 
 
 @compile_loop
@@ -498,6 +511,17 @@ def feature_sums_and_dots(
             dot_E[e] = _dot_and_add(out_FD, i, value_E[e], x_BD, token_E[e], rows_FD)
             s += 1
         along_F[i], square_F[i] = measure_row(out_FD, rows_FD, i, True)
+
+
+@compile_loop
+def segment_sums(part, n_parts, value_E, order_E, offset_S1, out_S):
+    """out_s = Σ of value_E[order_E[offset_s : offset_{s + 1}]], summed in float64."""
+    first, last = _range(part, n_parts, out_S.shape[0])
+    for s in range(first, last):
+        total = 0.0
+        for e in range(offset_S1[s], offset_S1[s + 1]):
+            total += value_E[order_E[e]]
+        out_S[s] = total
 
 
 @compile_loop

@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import Any
 
@@ -35,18 +35,34 @@ def _pool(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1)), thread_name_prefix="cosae")
 
 
-def parts_for(work: int) -> int:
-    """How many parts a loop of `work` multiply-adds is cut into."""
-    return 1 if work < SMALL_WORK else torch.get_num_threads()
+def parts_for(work: int, pieces: int = 1) -> int:
+    """How many parts a loop of `work` multiply-adds is cut into: `pieces` for each thread."""
+    return 1 if work < SMALL_WORK else pieces * torch.get_num_threads()
 
 
 def run_parts(loop: Callable[..., Any], n_parts: int, *arguments: Any) -> list[Any]:
-    """loop(part, n_parts, *arguments) for every part, the first on the calling thread; results by part."""
+    """loop(part, n_parts, *arguments) for every part; results by part.
+
+    The calling thread and as many others as torch's number allows take one part after the other, so that one which is
+    held up leaves its share to the rest.
+    """
     if n_parts <= 1:
         return [loop(0, 1, *arguments)]
-    waiting = [_pool(os.getpid()).submit(loop, part, n_parts, *arguments) for part in range(1, n_parts)]
-    first = loop(0, n_parts, *arguments)
-    return [first, *(future.result() for future in waiting)]
+    parts, results = iter(range(n_parts)), [None] * n_parts
+
+    def work() -> None:
+        for part in parts:
+            results[part] = loop(part, n_parts, *arguments)
+
+    others = range(1, min(n_parts, torch.get_num_threads()))
+    waiting = [_pool(os.getpid()).submit(work) for _ in others]
+    try:
+        work()
+    finally:
+        wait(waiting)
+    for future in waiting:
+        future.result()
+    return results
 
 
 @lru_cache(maxsize=1)

@@ -175,15 +175,26 @@ def scaled_gaps(x_BD: Tensor, y_BD: Tensor, scale_B: Tensor) -> Tensor:
 
 def entries_by_feature_sum(value_E: Tensor, entries: Entries, n_features: int) -> Tensor:
     """(F,) Σ over a feature's entries of value."""
+    if compiled(value_E):
+        return _segment_sums(value_E, *by_feature(entries, n_features))
     return torch.bincount(entries.feature_E, weights=value_E, minlength=n_features).to(value_E.dtype)
 
 
 def entries_by_token_sum(value_E: Tensor, entries: Entries, n_tokens: int) -> Tensor:
     """(B,) Σ over a token's entries of value."""
+    if compiled(value_E):
+        return _segment_sums(value_E, torch.arange(len(entries)), token_offsets(entries, n_tokens))
     return torch.bincount(entries.token_E, weights=value_E, minlength=n_tokens).to(value_E.dtype)
+
+
+def _segment_sums(value_E: Tensor, order_E: Tensor, offset_S1: Tensor) -> Tensor:
+    out_S = torch.empty(len(offset_S1) - 1)
+    _run("segment_sums", 8 * len(value_E), value_E, order_E, offset_S1, out_S)
+    return out_S
 
 
 def _run(name: str, work: int, *arguments: Tensor | int) -> None:
     """The compiled loop `name` over contiguous views of tensors (already contiguous where written to)."""
     arrays = [x.detach().contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
-    native.run_parts(getattr(native.loops(), name), native.parts_for(work), *arrays)
+    pieces = 2 if name.startswith("feature_sums") else 1  # token_sums' parts share what is in the cache: one a thread
+    native.run_parts(getattr(native.loops(), name), native.parts_for(work, pieces), *arrays)

@@ -17,8 +17,8 @@ from cosae.kernels import native, screen
 from cosae.kernels.sums import GATHER, compiled
 from cosae.kernels.terms import ScoreTerms
 
-CHUNK = 1 << 22
-"""Screen scores made at a time: 8 MB of bf16."""
+CHUNK = 1 << 24
+"""Bytes of screen scores made at a time."""
 
 _scratch = threading.local()
 
@@ -95,7 +95,7 @@ def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor
     found = Survivors(
         torch.empty(room, dtype=torch.int64), torch.empty(room), torch.empty(room), count_F, tokens.log_r_B, norm_F
     )
-    step = max(1, min(4096, CHUNK // n_tokens))
+    step = max(1, min(4096, CHUNK // (n_tokens * dtype.itemsize)))
     scan = _scan_compiled if compiled(terms.z_BD, terms.rows_FD) else _scan_plain
     place = 0
     for first in range(0, n_features, step):
@@ -119,19 +119,21 @@ def _scan_compiled(
     bounds: tuple[Tensor, Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
 ) -> int | None:  # fmt: skip
     """One chunk by the compiled loop: written behind `place`; None where it does not fit."""
-    n_parts = native.parts_for(product_RB.numel())
-    outs = [t.numpy() for t in (found.token_S, found.dot_S, found.score_S)]
-    share = (found.count_F.numpy(), place, len(found))
-    find, screened, limits = _finder(tokens, product_RB, bounds)
-    sizes = native.run_parts(find, n_parts, screened, rows.start, *limits, outs[0], *share)
+    n_parts, outs = (
+        native.parts_for(product_RB.numel()),
+        [t.numpy() for t in (found.token_S, found.dot_S, found.score_S)],
+    )
+    scan, screened, limits = _scanner(tokens, product_RB, bounds)
+    inputs = (tokens.position_B, terms.z_BD, terms.rows_FD, terms.live_B, threshold_F, scales.floor_B)
+    factors = (scales.sigma_B, scales.log_r_B, scales.exponent_F, scales.log_gain_F, norm_F)
+    exact = (
+        *(t.numpy() for t in inputs), scales.mode, *(t.numpy() for t in factors), terms.row_power == 0,
+        scales.bias_F.numpy(),
+    )  # fmt: skip
+    share = (*outs, found.count_F.numpy(), place, len(found))
+    sizes = native.run_parts(scan, n_parts, screened, rows.start, limits, exact, *share)
     if min(sizes) < 0:
         return None
-    inputs = [
-        t.numpy() for t in (tokens.position_B, terms.z_BD, terms.rows_FD, terms.live_B, threshold_F, scales.floor_B)
-    ]
-    factors = (scales.sigma_B, scales.log_r_B, scales.exponent_F, scales.log_gain_F, norm_F)
-    exact = (*inputs, scales.mode, *(t.numpy() for t in factors), terms.row_power == 0, scales.bias_F.numpy())
-    sizes = native.run_parts(native.loops().rescore, n_parts, len(product_RB), rows.start, *exact, *outs, *share)
     room = (len(found) - place) // n_parts
     end = place + sizes[0]
     for part in range(1, n_parts):
@@ -142,19 +144,19 @@ def _scan_compiled(
     return int(end - place)
 
 
-def _finder(
+def _scanner(
     tokens: screen.Tokens, product_RB: Tensor, bounds: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Any, Any, list[Any]]:
-    """The compiled loop that compares this product, the product and the bounds as it wants them."""
-    loops, scale_R, *line = native.loops(), *bounds
-    limits = [scale_R, tokens.edge_N1, *line, tokens.delta, tokens.margin]
+) -> tuple[Any, Any, tuple[Any, ...]]:
+    """The compiled loop that compares this product; the product and the bounds as it wants them."""
+    loops, (scale_R, *line) = native.loops(), bounds
+    limits = (scale_R, tokens.edge_N1, *line, tokens.delta, tokens.margin)
     if product_RB.dtype != torch.bfloat16:
-        find, screened = loops.find_level_fp32 if tokens.level else loops.find_fp32, product_RB
+        scan, screened = loops.scan_level_fp32 if tokens.level else loops.scan_fp32, product_RB
     elif tokens.level:
-        find, screened = loops.find_level_bf16, product_RB.view(torch.int16)
+        scan, screened = loops.scan_level_bf16, product_RB.view(torch.int16)
     else:
-        find, screened = loops.find_bf16, product_RB.view(torch.uint16)
-    return find, screened.numpy(), [t.numpy() for t in limits]
+        scan, screened = loops.scan_bf16, product_RB.view(torch.uint16)
+    return scan, screened.numpy(), tuple(t.numpy() for t in limits)
 
 
 def _scan_plain(
