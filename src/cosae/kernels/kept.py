@@ -37,20 +37,25 @@ def leave(x: Tensor, facts: Any) -> None:
     if x.is_inference():
         return  # it has no version counter
     if len(_notes) >= MANY:
-        for place in [place for place, note in _notes.items() if note.storage.expired()]:
-            del _notes[place]
+        for place in [place for place, note in list(_notes.items()) if note.storage.expired()]:
+            _notes.pop(place, None)
     _notes[x.data_ptr()] = _Note(_storage(x), x._version, x.shape, facts)
 
 
 def before(x: Tensor) -> Any | None:
     """What was left for this memory last, whether it still holds or not: to be overwritten."""
-    note = None if x.is_inference() else _notes.get(x.data_ptr())
-    if note is None or note.storage.expired() or note.storage != _storage(x):
-        return None
-    return note.facts if note.shape == x.shape else None
+    note = _note(x)
+    return None if note is None else note.facts
 
 
 def found(x: Tensor) -> Any | None:
     """What was left for these very numbers, or None."""
-    facts = before(x)
-    return facts if facts is not None and _notes[x.data_ptr()].version == x._version else None
+    note = _note(x)
+    return None if note is None or note.version != x._version else note.facts
+
+
+def _note(x: Tensor) -> _Note | None:
+    note = None if x.is_inference() else _notes.get(x.data_ptr())
+    if note is None or note.shape != x.shape or note.storage.expired() or note.storage != _storage(x):
+        return None
+    return note

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from numba.extending import overload
 
 # Sums may be taken in vector lanes (reassoc), multiply-adds may be fused (contract); NaN and Inf keep their meaning.
 _SUMS = {"reassoc", "contract"}
@@ -201,7 +202,6 @@ def _append_flagged(eight, out_token, place):
     return place
 
 
-@_inlined
 def _flag_bf16(screen_FB, row, first, last, scale, base, slope, delta_B, margin_B, bits, value, flag):
     """flag_j = the bound does not exclude column j of the row (screen values are the bits of bf16 numbers)."""
     rounding = np.float32(2.0**-8)
@@ -212,48 +212,53 @@ def _flag_bf16(screen_FB, row, first, last, scale, base, slope, delta_B, margin_
         flag[j] = not (value[j] + rounding * abs(value[j]) <= bound)
 
 
-@_inlined
 def _flag_fp32(screen_FB, row, first, last, scale, base, slope, delta_B, margin_B, bits, value, flag):
     for j in range(np.uint64(first), np.uint64(last)):
         flag[j] = not (screen_FB[row, j] <= scale * (base + slope * delta_B[j] - margin_B[j]))
 
 
-def _make_find(flag_columns):
-    @compile_loop
-    def find(
-        part, n_parts, screen_FB, first_feature, scale_R, edge_N1, base_NF, slope_NF, delta_B, margin_B,
-        out_token, count_F, start, stop,
-    ):  # fmt: skip
-        """Columns that the bound does not exclude, row by row, into this part's share of out_token[start : stop].
-
-        count_F gets their number per feature. Returns that of the part, or −1 when they do not fit.
-        """
-        room = (stop - start) // n_parts
-        begin = start + room * part
-        place, limit = begin, begin + room
-        n_columns = screen_FB.shape[1]
-        first, last = _range(part, n_parts, screen_FB.shape[0])
-        bits = np.empty(n_columns, np.uint32)
-        value = bits.view(np.float32)
-        flag = np.zeros((n_columns + 7) // 8 * 8, np.uint8)
-        eight = flag.view(np.uint64)
-        for row in range(first, last):
-            if limit - place < n_columns:
-                return -1
-            before = place
-            for n in range(edge_N1.shape[0] - 1):
-                flag_columns(
-                    screen_FB, row, edge_N1[n], edge_N1[n + 1], scale_R[row], base_NF[n, row], slope_NF[n, row],
-                    delta_B, margin_B, bits, value, flag,
-                )  # fmt: skip
-            place = _append_flagged(eight, out_token, place)
-            count_F[first_feature + row] = place - before
-        return place - begin
-
-    return find
+def _flag(screen_FB, row, first, last, scale, base, slope, delta_B, margin_B, bits, value, flag):
+    """`_flag_fp32` or `_flag_bf16`, by what the screen's values are."""
+    raise NotImplementedError
 
 
-@_inlined
+@overload(_flag, inline="always")
+def _flag_of(screen_FB, row, first, last, scale, base, slope, delta_B, margin_B, bits, value, flag):
+    return _flag_fp32 if screen_FB.dtype == numba.types.float32 else _flag_bf16
+
+
+@compile_loop
+def find(
+    part, n_parts, screen_FB, first_feature, scale_R, edge_N1, base_NF, slope_NF, delta_B, margin_B,
+    out_token, count_F, start, stop,
+):  # fmt: skip
+    """Columns that the bound does not exclude, row by row, into this part's share of out_token[start : stop].
+
+    count_F gets their number per feature. Returns that of the part, or −1 when they do not fit.
+    """
+    room = (stop - start) // n_parts
+    begin = start + room * part
+    place, limit = begin, begin + room
+    n_columns = screen_FB.shape[1]
+    first, last = _range(part, n_parts, screen_FB.shape[0])
+    bits = np.empty(n_columns, np.uint32)
+    value = bits.view(np.float32)
+    flag = np.zeros((n_columns + 7) // 8 * 8, np.uint8)
+    eight = flag.view(np.uint64)
+    for row in range(first, last):
+        if limit - place < n_columns:
+            return -1
+        before = place
+        for n in range(edge_N1.shape[0] - 1):
+            _flag(
+                screen_FB, row, edge_N1[n], edge_N1[n + 1], scale_R[row], base_NF[n, row], slope_NF[n, row],
+                delta_B, margin_B, bits, value, flag,
+            )  # fmt: skip
+        place = _append_flagged(eight, out_token, place)
+        count_F[first_feature + row] = place - before
+    return place - begin
+
+
 def _flag_level_bf16(screen_FB, row, first, last, limit, bits, value, flag):
     """flag_j = not (κ̃ + 2⁻⁸|κ̃| ≤ limit); screen values are the bits of bf16 numbers, as int16.
 
@@ -274,40 +279,46 @@ def _flag_level_bf16(screen_FB, row, first, last, limit, bits, value, flag):
             flag[j] = not (value[j] + rounding * abs(value[j]) <= limit)
 
 
-@_inlined
 def _flag_level_fp32(screen_FB, row, first, last, limit, bits, value, flag):
     for j in range(np.uint64(first), np.uint64(last)):
         flag[j] = not (screen_FB[row, j] <= limit)
 
 
-def _make_find_level(flag_columns):
-    @compile_loop
-    def find_level(
-        part, n_parts, screen_FB, first_feature, scale_R, edge_N1, base_NF, slope_NF, delta_N, margin_N,
-        out_token, count_F, start, stop,
-    ):  # fmt: skip
-        """`find` where one bound serves all columns of a bin."""
-        room = (stop - start) // n_parts
-        begin = start + room * part
-        place, limit = begin, begin + room
-        n_columns = screen_FB.shape[1]
-        first, last = _range(part, n_parts, screen_FB.shape[0])
-        bits = np.empty(n_columns, np.int32)
-        value = bits.view(np.float32)
-        flag = np.zeros((n_columns + 7) // 8 * 8, np.uint8)
-        eight = flag.view(np.uint64)
-        for row in range(first, last):
-            if limit - place < n_columns:
-                return -1
-            before = place
-            for n in range(edge_N1.shape[0] - 1):
-                bound = scale_R[row] * (base_NF[n, row] + slope_NF[n, row] * delta_N[n] - margin_N[n])
-                flag_columns(screen_FB, row, edge_N1[n], edge_N1[n + 1], bound, bits, value, flag)
-            place = _append_flagged(eight, out_token, place)
-            count_F[first_feature + row] = place - before
-        return place - begin
+def _flag_level(screen_FB, row, first, last, limit, bits, value, flag):
+    """`_flag_level_fp32` or `_flag_level_bf16`, by what the screen's values are."""
+    raise NotImplementedError
 
-    return find_level
+
+@overload(_flag_level, inline="always")
+def _flag_level_of(screen_FB, row, first, last, limit, bits, value, flag):
+    return _flag_level_fp32 if screen_FB.dtype == numba.types.float32 else _flag_level_bf16
+
+
+@compile_loop
+def find_level(
+    part, n_parts, screen_FB, first_feature, scale_R, edge_N1, base_NF, slope_NF, delta_N, margin_N,
+    out_token, count_F, start, stop,
+):  # fmt: skip
+    """`find` where one bound serves all columns of a bin."""
+    room = (stop - start) // n_parts
+    begin = start + room * part
+    place, limit = begin, begin + room
+    n_columns = screen_FB.shape[1]
+    first, last = _range(part, n_parts, screen_FB.shape[0])
+    bits = np.empty(n_columns, np.int32)
+    value = bits.view(np.float32)
+    flag = np.zeros((n_columns + 7) // 8 * 8, np.uint8)
+    eight = flag.view(np.uint64)
+    for row in range(first, last):
+        if limit - place < n_columns:
+            return -1
+        before = place
+        for n in range(edge_N1.shape[0] - 1):
+            bound = scale_R[row] * (base_NF[n, row] + slope_NF[n, row] * delta_N[n] - margin_N[n])
+            _flag_level(screen_FB, row, edge_N1[n], edge_N1[n + 1], bound, bits, value, flag)
+        place = _append_flagged(eight, out_token, place)
+        count_F[first_feature + row] = place - before
+    return place - begin
 
 
 @compile_loop
@@ -352,25 +363,24 @@ def rescore(
     return place - begin
 
 
-def _make_scan(find):
-    @compile_loop
-    def scan(
-        part, n_parts, screen_FB, first_feature, limits, exact, out_token, out_dot, out_score, count_F, start, stop
-    ):  # fmt: skip
-        """`find`, then `rescore`, without meeting the other parts between them; −1 where what is found does not fit."""
-        if find(part, n_parts, screen_FB, first_feature, *limits, out_token, count_F, start, stop) < 0:
-            return -1
-        n_rows = screen_FB.shape[0]
-        outs = (out_token, out_dot, out_score)
-        return rescore(part, n_parts, n_rows, first_feature, *exact, *outs, count_F, start, stop)
-
-    return scan
+@compile_loop
+def scan(part, n_parts, screen_FB, first_feature, limits, exact, out_token, out_dot, out_score, count_F, start, stop):
+    """`find`, then `rescore`, without meeting the other parts between them; −1 where what is found does not fit."""
+    if find(part, n_parts, screen_FB, first_feature, *limits, out_token, count_F, start, stop) < 0:
+        return -1
+    outs = (out_token, out_dot, out_score)
+    return rescore(part, n_parts, screen_FB.shape[0], first_feature, *exact, *outs, count_F, start, stop)
 
 
-scan_bf16 = _make_scan(_make_find(_flag_bf16))
-scan_fp32 = _make_scan(_make_find(_flag_fp32))
-scan_level_bf16 = _make_scan(_make_find_level(_flag_level_bf16))
-scan_level_fp32 = _make_scan(_make_find_level(_flag_level_fp32))
+@compile_loop
+def scan_level(
+    part, n_parts, screen_FB, first_feature, limits, exact, out_token, out_dot, out_score, count_F, start, stop
+):
+    """The same with `find_level`."""
+    if find_level(part, n_parts, screen_FB, first_feature, *limits, out_token, count_F, start, stop) < 0:
+        return -1
+    outs = (out_token, out_dot, out_score)
+    return rescore(part, n_parts, screen_FB.shape[0], first_feature, *exact, *outs, count_F, start, stop)
 
 
 @compile_loop

@@ -150,12 +150,9 @@ def _scanner(
     """The compiled loop that compares this product; the product and the bounds as it wants them."""
     loops, (scale_R, *line) = native.loops(), bounds
     limits = (scale_R, tokens.edge_N1, *line, tokens.delta, tokens.margin)
-    if product_RB.dtype != torch.bfloat16:
-        scan, screened = loops.scan_level_fp32 if tokens.level else loops.scan_fp32, product_RB
-    elif tokens.level:
-        scan, screened = loops.scan_level_bf16, product_RB.view(torch.int16)
-    else:
-        scan, screened = loops.scan_bf16, product_RB.view(torch.uint16)
+    scan, screened = loops.scan_level if tokens.level else loops.scan, product_RB
+    if product_RB.dtype == torch.bfloat16:
+        screened = product_RB.view(torch.int16 if tokens.level else torch.uint16)
     return scan, screened.numpy(), tuple(t.numpy() for t in limits)
 
 
