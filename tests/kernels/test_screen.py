@@ -28,7 +28,7 @@ def bound(terms: ScoreTerms, threshold_F: Tensor, dtype: torch.dtype) -> tuple[T
     top = product + product.abs() * U_BF16 if dtype == torch.bfloat16 else product
     which = torch.repeat_interleave(tokens.edge_N1.diff())
     loss_F = torch.zeros_like(norm_F) if rows.loss_R is None else rows.loss_R
-    delta_B, margin_B = tokens.by_column(tokens.delta), tokens.by_column(tokens.margin)
+    delta_B, margin_B = (x[which] if tokens.level else x for x in (tokens.delta, tokens.margin))
     limit = base.T[:, which] - loss_F[:, None] + slope.T[:, which] * delta_B - margin_B
     kept = ~(top <= rows.scale_R[:, None] * limit)
     in_order = torch.empty_like(kept)

@@ -114,10 +114,6 @@ class Tokens:
     log_r_B: Tensor
     floor_N: Tensor | None = None
 
-    def by_column(self, value: Tensor) -> Tensor:
-        """delta or margin as (B,), in screen order."""
-        return torch.repeat_interleave(value, self.edge_N1.diff()) if self.level else value
-
 
 def norms(x_RD: Tensor, floor: float) -> Tensor:
     """(R,) max(|x|, floor)."""

@@ -161,18 +161,7 @@ def _scan_plain(
     bounds: tuple[Tensor, Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
 ) -> int | None:  # fmt: skip
     """One chunk in PyTorch."""
-    scale_R, base_NR, slope_NR = bounds
-    edges, delta_B, margin_B = tokens.edge_N1.tolist(), tokens.by_column(tokens.delta), tokens.by_column(tokens.margin)
-    bound_RB = torch.empty(product_RB.shape)
-    for n, (first, last) in enumerate(pairwise(edges)):
-        column_R3 = torch.stack([base_NR[n], slope_NR[n], torch.full_like(base_NR[n], -1.0)], dim=1)
-        ones_B = torch.ones(last - first)
-        row_3B = torch.stack([ones_B, delta_B[first:last], margin_B[first:last]])
-        torch.mm(scale_R[:, None] * column_R3, row_3B, out=bound_RB[:, first:last])
-    if product_RB.dtype == torch.bfloat16:
-        # κ̃ + u|κ̃| > t implies κ̃ > t − 1.01 u|t|, which spares a copy of κ̃
-        bound_RB.sub_(bound_RB.abs(), alpha=1.01 * 2.0**-8)
-    row_S, column_S = (product_RB <= bound_RB).logical_not_().nonzero(as_tuple=True)
+    row_S, column_S = _passed(tokens, product_RB, bounds).nonzero(as_tuple=True)
     token_S, feature_S = tokens.position_B[column_S], row_S + rows.start
     dot_S = torch.empty(len(token_S))
     step = max(1, GATHER // terms.z_BD.shape[1])
@@ -188,6 +177,25 @@ def _scan_plain(
     found.token_S[place:end], found.dot_S[place:end], found.score_S[place:end] = token_S, dot_S, score_S
     found.count_F[rows] = torch.bincount(feature_S[keep_S] - rows.start, minlength=len(product_RB))
     return end - place
+
+
+def _passed(tokens: screen.Tokens, product_RB: Tensor, bounds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """(R, B) bool: what the bound does not exclude."""
+    scale_R, base_NR, slope_NR = bounds
+    passed_RB = torch.empty(product_RB.shape, dtype=torch.bool)
+    for n, (first, last) in enumerate(pairwise(tokens.edge_N1.tolist())):
+        columns = slice(n, n + 1) if tokens.level else slice(first, last)
+        # scale · (base + slope · δ − margin) as one product; a single column where one bound serves the bin
+        factor_R3 = scale_R[:, None] * torch.stack([base_NR[n], slope_NR[n], torch.full_like(base_NR[n], -1.0)], dim=1)
+        delta_C, margin_C = tokens.delta[columns], tokens.margin[columns]
+        bound_RC = factor_R3 @ torch.stack([torch.ones_like(delta_C), delta_C, margin_C])
+        if product_RB.dtype == torch.bfloat16:
+            # κ̃ + u|κ̃| > t implies κ̃ > t − 1.01 u|t|, which spares a copy of κ̃
+            bound_RC.sub_(bound_RC.abs(), alpha=1.01 * 2.0**-8)
+        part_RC = passed_RB[:, first:last]
+        torch.le(product_RB[:, first:last], bound_RC, out=part_RC)
+        part_RC.logical_not_()
+    return passed_RB
 
 
 def _exact(
