@@ -259,6 +259,12 @@ def test_another_request_on_a_store_is_refused_and_says_what_differs(
     assert fingerprint(plain) == before
 
 
+def test_a_capture_cannot_leave_rows_out() -> None:
+    """A store holds the row of every token, so the policy that drops some is refused, not passed over."""
+    with pytest.raises(CosaeError, match=r"non_finite must be fatal for a capture.*Got 'drop' instead"):
+        wanted(data=DataConfig(corpus="pylib", non_finite="drop"))
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(CosaeError, match="is not empty and holds no store"):

@@ -72,6 +72,11 @@ class Capture:
             raise CosaeError("capture needs at least one site, such as resid_post.5.")
         if self.data.activations is not None or self.data.world is not None or self.data.store is not None:
             raise CosaeError("capture runs a model on a corpus; activations in files need no capture.")
+        if self.data.non_finite != "fatal":
+            raise CosaeError(
+                "data.non_finite must be fatal for a capture, since a store holds the row of every token. Got "
+                f"{self.data.non_finite!r} instead: run the model in float32 or bfloat16, or train without a store."
+            )
         object.__setattr__(self, "dtype", store_dtype(self.dtype))
 
     @property
