@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from benchmarks.shapes import Shape
-from cosae.kernels import choose, survivors
+from cosae.kernels import choose
+from cosae.kernels.select import survivors
 from cosae.sae.model import SAE
 from cosae.train.arm import Arm
 from cosae.train.step import ArmState, OptimizerConfig, train_step

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from benchmarks.timing import describe_machine, median_ratio
-from cosae.activations import embedded
-from cosae.activations.corpus import sequences, tokenize_documents
-from cosae.activations.pylib import documents
-from cosae.activations.sites import resolve_site
+from cosae.models import embedded
+from cosae.models.sites import resolve_site
+from cosae.text.packing import sequences, tokenize_documents
+from cosae.text.pylib import documents
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-4

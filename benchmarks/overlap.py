@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import describe_machine, median_ratio
-from cosae.activations import embedded
-from cosae.activations.capture import ModelSource
-from cosae.activations.corpus import sequences, tokenize_documents
 from cosae.activations.filter import FilterPolicy
-from cosae.activations.pylib import documents
 from cosae.activations.stream import ActivationStream
 from cosae.kernels import keep_memory
+from cosae.models import embedded
+from cosae.models.capture import ModelSource
 from cosae.sae.model import SAE
+from cosae.text.packing import sequences, tokenize_documents
+from cosae.text.pylib import documents
 from cosae.train.arm import Arm
 from cosae.train.step import ArmState, OptimizerConfig, train_step
 

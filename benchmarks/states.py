@@ -16,9 +16,9 @@ from torch import Tensor
 
 from benchmarks.timing import describe_machine
 from cosae import recipe as recipes
-from cosae.evaluate.intervals import paired_mean_interval
+from cosae.evaluate.statistics import paired_mean_interval
 from cosae.kernels.moments import STATE_DTYPES
-from cosae.run.data import open_data
+from cosae.run.dataset.dataset import open_data
 from cosae.sae.model import SAE
 from cosae.train.arm import Arm
 from cosae.train.step import ArmState, OptimizerConfig, lr_scale, train_step

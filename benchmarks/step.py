@@ -22,7 +22,7 @@ from benchmarks.peers import find_python
 from benchmarks.race import BrokenError, Contestant, Result, Worker, best_peer, find_faults, race, ratio, started
 from benchmarks.shapes import QUICK_SWEEPS, SHAPES, SWEEPS, Shape, swept
 from benchmarks.timing import CLOCKS, describe_machine
-from cosae.kernels.screen import has_fast_bf16
+from cosae.kernels.select.screen import has_fast_bf16
 
 PEER_NAMES = ("sae-lens BatchTopK", "dictionary-learning BatchTopK", "sparsify TopK, Adam")
 REFERENCE_ROUNDS = 3

@@ -23,10 +23,10 @@ import torch
 from benchmarks.timing import CLOCKS, describe_machine, interleave, median_ratio
 from cosae.activations.filter import FilterPolicy
 from cosae.activations.memory import TensorSource
-from cosae.activations.rounding import restore_rows, round_rows
-from cosae.activations.shards import ShardRows
-from cosae.activations.store import Store, StoreSource
-from cosae.activations.store_writer import StoreWriter
+from cosae.activations.store.reader import Store, StoreSource
+from cosae.activations.store.rounding import restore_rows, round_rows
+from cosae.activations.store.shards import ShardRows
+from cosae.activations.store.writer import StoreWriter
 from cosae.activations.stream import ActivationStream, Source
 from cosae.activations.synthetic import SyntheticSource, World
 from cosae.kernels import keep_memory

@@ -6,10 +6,10 @@ python examples/hugging_face_model.py [--model FOLDER_OR_HUB_NAME] [--block 4] [
 import argparse
 
 import cosae
-from cosae.activations.capture import capture, load_model
-from cosae.activations.corpus import read_documents, sequences, tokenize_documents
-from cosae.activations.embedded import model_path
-from cosae.activations.pylib import Document
+from cosae.models.capture import capture, load_model
+from cosae.models.embedded import model_path
+from cosae.text.packing import read_documents, sequences, tokenize_documents
+from cosae.text.pylib import Document
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=str(model_path()), help="default: the model that comes with cosae")

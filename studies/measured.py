@@ -21,22 +21,22 @@ import torch
 
 import cosae
 from cosae.activations import filter as filters
-from cosae.activations import nuisance as nuisances
-from cosae.activations.concepts import CONCEPTS
+from cosae.activations import perturbation as nuisances
 from cosae.activations.filter import Filter
-from cosae.activations.nuisance import Nuisance
+from cosae.activations.perturbation import Nuisance
 from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.matching import match
-from cosae.evaluate.norm_driven import firing_norms, norm_driven
-from cosae.evaluate.ranking import EVERY_RULE, latent_columns, rank_quality, select, take_tokens
-from cosae.evaluate.read_time import remove_norm
-from cosae.evaluate.rebuilt import Autoencoder
+from cosae.evaluate.norms.driven import firing_norms, norm_driven
+from cosae.evaluate.norms.read_time import remove_norm
+from cosae.evaluate.probing.ranking import EVERY_RULE, latent_columns, rank_quality, select, take_tokens
+from cosae.evaluate.reconstruct import Autoencoder
 from cosae.evaluate.reconstruction import measure
 from cosae.recipe import Recipe
-from cosae.run.data import ModelData, Sample
+from cosae.run.dataset.dataset import ModelData, Sample
 from cosae.run.folder import read_json, write_json
 from cosae.sae.model import SAE
 from cosae.sae.swap import swap_score
+from cosae.text.concepts.labels import CONCEPTS
 from cosae.types import Activations
 from studies.runsets import RUNSETS, SEEDS, finished, folder_of
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosae.evaluate.figures import INK, Panel, drawing, label, style_of
-from cosae.evaluate.report_markup import Markup, tag
+from cosae.report.figures import INK, Panel, drawing, label, style_of
+from cosae.report.markup import Markup, tag
 from cosae.train.log import finite
 from studies.results import Estimate, record, seeds
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cosae.activations.filter import FilterPolicy
-from cosae.activations.nuisance import Nuisance
+from cosae.activations.perturbation import Nuisance
 from cosae.activations.synthetic import World
 from cosae.recipe import DataConfig, EvaluationConfig, Recipe
 from cosae.run.execute import Logs, execute, resume

@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cosae.activations.filter import FilterPolicy
-from cosae.activations.nuisance import Nuisance
+from cosae.activations.perturbation import Nuisance
 from cosae.activations.synthetic import World
+from cosae.errors import CosaeError
 from cosae.recipe import PRESETS, DataConfig, EvaluationConfig, Recipe, from_plain, preset, to_plain
 from cosae.sae.loss import LossConfig
 from cosae.train.arm import ARMS, Arm
 from cosae.train.loop import TrainingConfig
 from cosae.train.step import OptimizerConfig
-from cosae.types import CosaeError
 
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from studies.__main__ import CLAIMS, PAGE, page
 
-from studies.__main__ import CLAIMS, PAGE, page  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 NUMBERS = {claim: json.loads((ROOT / "studies" / claim / "numbers.json").read_text("utf-8")) for claim in CLAIMS}
 

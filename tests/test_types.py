@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosae.types import Activations, Codes, CosaeError, Sequences, Taken
+from cosae.errors import CosaeError
+from cosae.types import Activations, Codes, Sequences, Taken
 
 
 @st.composite

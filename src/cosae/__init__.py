@@ -20,12 +20,13 @@ if "torch" not in sys.modules:
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from cosae.errors import CosaeError
 from cosae.sae.file import load, save
 from cosae.sae.model import SAE, SAEConfig
-from cosae.types import Activations, Codes, CosaeError
+from cosae.types import Activations, Codes
 
 if TYPE_CHECKING:
-    from cosae.evaluate.spliced import spliced
+    from cosae.models.intervene.spliced import spliced
     from cosae.recipe import Recipe
     from cosae.run.execute import resume
     from cosae.run.fit import fit
@@ -56,8 +57,8 @@ _LATER = {
     "fit": "cosae.run.fit",
     "resume": "cosae.run.execute",
     "Arm": "cosae.train.arm",
-    "spliced": "cosae.evaluate.spliced",
-    "load_dictionary": "cosae.share.dictionary_learning",  # a drop-in for dictionary_learning's, not a word of ours
+    "spliced": "cosae.models.intervene.spliced",
+    "load_dictionary": "cosae.interop.dictionary_learning.read",
 }
 
 

@@ -15,17 +15,17 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cosae.activations.documents import Reading
 from cosae.activations.filter import FilterPolicy
-from cosae.activations.guard import check_policy
-from cosae.activations.mixture import parse_corpus
-from cosae.activations.nuisance import Nuisance
+from cosae.activations.monitor import check_policy
+from cosae.activations.perturbation import Nuisance
 from cosae.activations.synthetic import World
+from cosae.errors import CosaeError
 from cosae.sae.loss import LossConfig
+from cosae.text.documents import Reading
+from cosae.text.mixture import parse_corpus
 from cosae.train.arm import ARMS, Arm, check_arms
 from cosae.train.loop import TrainingConfig
 from cosae.train.step import OptimizerConfig
-from cosae.types import CosaeError
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DataConfig:
     attention: str | None = None
     """attn_implementation of transformers (the paper: eager); None for its default."""
     site: str = "resid_post.5"
-    """Short name, TransformerLens name or module path (cosae.activations.sites)."""
+    """Short name, TransformerLens name or module path (cosae.models.sites)."""
     corpus: str | tuple[str, ...] = "pylib"
     """pylib, a folder, a .txt, .jsonl or .parquet file, a data set saved to disk, or hf:DATASET[:CONFIG][:SPLIT]
     (streamed). A list is a mixture: SPEC:WEIGHT each, weights being shares of the training tokens."""

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-
-class CosaeError(ValueError):
-    """A mistake of the user's that one sentence can put right: what came, what is allowed, what to do."""
+from cosae.errors import CosaeError
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,24 @@ class Sequences:
             mask_ST=self.mask_ST[rows],
             special_ST=self.special_ST[rows],
         )
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a model where activations are read.
+
+    name         short name (`resid_post.3`), or the module path where there is no short one
+    hook_name    TransformerLens style name, as SAELens writes it to disk, or the module path
+    module_path  path as in `model.get_submodule`
+    block        index of the block the module is or lies in
+    reads        whether the module's first input or its output is meant; the input for `resid_pre` only
+    """
+
+    name: str
+    hook_name: str
+    module_path: str
+    block: int
+    reads: Literal["input", "output"] = "output"
 
 
 @dataclass(frozen=True)
@@ -265,3 +281,8 @@ class NormFacts:
     quantiles: tuple[float, ...] = field(default_factory=tuple)
     total_variance: float = 0.0
     filtered_frac: float = 0.0
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Half types become fp32; fp32 and float64 stay."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cosae.evaluate.ranking import EVERY_RULE
+from cosae.evaluate.probing.ranking import EVERY_RULE
 from studies import results
 from studies.measured import READ_TIME
 from studies.page import Claim, Result, intervals, write

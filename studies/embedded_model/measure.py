@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
-from cosae.activations import embedded, pylib
-from cosae.activations.corpus import TokenizedDocument, sequences, tokenize_documents
-from cosae.activations.pylib import Document
+from cosae.models import embedded
+from cosae.text import pylib
+from cosae.text.packing import TokenizedDocument, sequences, tokenize_documents
+from cosae.text.pylib import Document
 
 
 @torch.inference_mode()

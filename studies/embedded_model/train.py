@@ -35,8 +35,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cosae.activations import pylib
-from cosae.activations.corpus import TokenizedDocument, tokenize_documents
+from cosae.text import pylib
+from cosae.text.packing import TokenizedDocument, tokenize_documents
 
 EMBEDDED = Path(__file__).parents[2] / "src" / "cosae" / "embedded"
 

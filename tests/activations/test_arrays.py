@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosae.activations.arrays import ArraySource, epoch_order
-from cosae.types import CosaeError
+from cosae.activations.arrays import ArraySource
+from cosae.errors import CosaeError
+from cosae.io.generators import epoch_order
 
 N, D = 1000, 5
 

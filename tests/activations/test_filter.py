@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cosae.activations.filter import Filter, FilterPolicy, fit, norm_facts, sinks
-from cosae.types import Activations, CosaeError
+from cosae.errors import CosaeError
+from cosae.types import Activations
 
 
 def made(norms: list[float], positions: list[int] | None = None, special: list[bool] | None = None) -> Activations:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cosae.activations.memory import CachedSource, TensorSource
-from cosae.types import Activations, CosaeError
+from cosae.errors import CosaeError
+from cosae.types import Activations
 
 
 def numbered(n: int = 100) -> torch.Tensor:

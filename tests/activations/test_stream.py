@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from cosae.activations.filter import FilterPolicy
-from cosae.activations.nuisance import Nuisance, apply
+from cosae.activations.perturbation import Nuisance, apply
 from cosae.activations.stream import ActivationStream, Source
-from cosae.types import Activations, CosaeError
+from cosae.errors import CosaeError
+from cosae.types import Activations
 
 D, CHUNK, DOC = 3, 96, 16
 

@@ -8,7 +8,7 @@ import torch
 
 from cosae.activations.stream import Source
 from cosae.activations.synthetic import SyntheticSource, World
-from cosae.types import CosaeError
+from cosae.errors import CosaeError
 
 N = 20_000
 

@@ -6,11 +6,23 @@ import math
 import os
 from pathlib import Path
 
-import by_hand
 import numpy as np
 import pytest
 import torch
-from combinations import (
+from torch import Tensor
+
+from cosae import Codes, load, save
+from cosae.evaluate import reconstruction
+from cosae.sae import loss as losses
+from cosae.sae.calibrate import calibrate, measure_l0
+from cosae.sae.fold import fold_decoder_norm, fold_input_scale
+from cosae.sae.frame import FRAMES
+from cosae.sae.model import SAE
+from cosae.sae.score import SCORES
+from cosae.sae.selector import CALIBRATED_SELECTORS, SELECTORS
+from cosae.types import Activations
+from tests.support import by_hand
+from tests.support.combinations import (
     COMBINATIONS,
     D_IN,
     D_SAE,
@@ -24,18 +36,6 @@ from combinations import (
     make_x,
     some_combinations,
 )
-from torch import Tensor
-
-from cosae import Codes, load, save
-from cosae.evaluate import reconstruction
-from cosae.sae import loss as losses
-from cosae.sae.calibrate import calibrate, measure_l0
-from cosae.sae.fold import fold_decoder_norm, fold_input_scale
-from cosae.sae.frame import FRAMES
-from cosae.sae.model import SAE
-from cosae.sae.score import SCORES
-from cosae.sae.selector import CALIBRATED_SELECTORS, SELECTORS
-from cosae.types import Activations
 
 pytestmark = pytest.mark.filterwarnings("error")
 

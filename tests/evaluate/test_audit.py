@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import cosae
+from cosae.errors import CosaeError
 from cosae.evaluate.audit import audit, value_growth
-from cosae.evaluate.audit_page import audit_page
-from cosae.evaluate.report_markup import join
+from cosae.report.audit_page import audit_page
+from cosae.report.markup import join
 from cosae.sae.calibrate import calibrate
-from cosae.types import Activations, Codes, CosaeError
+from cosae.types import Activations, Codes
 
 D = 16
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import cosae
+from cosae.errors import CosaeError
 from cosae.evaluate import geometry as module
 from cosae.evaluate.geometry import alignment, describe_rows, effective_dimension, geometry
-from cosae.types import CosaeError
 
 
 def test_orthogonal_rows_use_every_dimension_and_have_no_neighbour() -> None:

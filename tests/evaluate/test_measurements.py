@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import cosae
-from cosae.evaluate import encoding, geometry, gradients, matching, norm_driven, read_time, reconstruction, sinks
+from cosae.evaluate import encoding, geometry, gradients, reconstruction
 from cosae.evaluate.audit import audit
+from cosae.evaluate.matching import match as matching
+from cosae.evaluate.norms import driven as norm_driven
+from cosae.evaluate.norms import read_time, sinks
 from cosae.sae.calibrate import calibrate
 from cosae.types import Activations
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import cosae
+from cosae.errors import CosaeError
 from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.reconstruction import (
     measure,
@@ -15,7 +16,7 @@ from cosae.evaluate.reconstruction import (
     rebuild_with_sinks,
 )
 from cosae.sae.calibrate import calibrate
-from cosae.types import Activations, Codes, CosaeError
+from cosae.types import Activations, Codes
 
 D = 6
 

@@ -5,8 +5,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from cosae.activations.synthetic import SyntheticSource, World
+from cosae.errors import CosaeError
 from cosae.evaluate.recovery import recovery
-from cosae.types import Codes, CosaeError
+from cosae.types import Codes
 
 G, N = 24, 3000
 

@@ -7,10 +7,13 @@ import sys
 
 import pytest
 import torch
-from score_worlds import make_terms
 
-from cosae.kernels import choose, cpu, describe, keep_memory, native, reference, search
-from cosae.types import CosaeError
+from cosae.errors import CosaeError
+from cosae.kernels import choose, describe, keep_memory, reference
+from cosae.kernels.cpu import native
+from cosae.kernels.cpu import path as cpu
+from cosae.kernels.select import search
+from tests.support.score_worlds import make_terms
 
 
 def test_names() -> None:
@@ -31,8 +34,8 @@ def test_a_numba_that_cannot_be_imported_is_done_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What a clash of numba with numpy looks like: the modules of loops do not import."""
-    monkeypatch.setitem(sys.modules, "cosae.kernels.loops", None)
-    monkeypatch.delattr("cosae.kernels.loops", raising=False)
+    monkeypatch.setitem(sys.modules, "cosae.kernels.cpu.loops", None)
+    monkeypatch.delattr("cosae.kernels.cpu.loops", raising=False)
     with caplog.at_level(logging.WARNING):
         assert native._import_loops.__wrapped__() is None
     assert "plain PyTorch serves" in caplog.text

@@ -11,10 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from score_worlds import FAMILY, make_terms
 from torch import Tensor
 
-from cosae.kernels import Entries, Kernel, ScoreTerms, choose, native, reference, search, survivors
+from cosae.kernels import Entries, Kernel, ScoreTerms, choose, reference
+from cosae.kernels.cpu import native
+from cosae.kernels.select import search, survivors
+from tests.support.score_worlds import FAMILY, make_terms
 
 B, D, F = 29, 21, 47
 CPU, REFERENCE = choose("cpu", "cpu"), choose("reference", "cpu")

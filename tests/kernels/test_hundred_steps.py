@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cosae.kernels import Kernel, ScoreTerms, choose, search
+from cosae.kernels import Kernel, ScoreTerms, choose
+from cosae.kernels.select import search
 from cosae.train.optimizer import UnitRowAdam
 
 WIDTH, N_FEATURES, N_TOKENS, K = 24, 96, 128, 4

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from score_worlds import FAMILY, make_terms
 from torch import Tensor
 
-from cosae.kernels import Kernel, ScoreTerms, choose, native
+from cosae.kernels import Kernel, ScoreTerms, choose
+from cosae.kernels.cpu import native
 from cosae.sae.model import SAE
+from tests.support.score_worlds import FAMILY, make_terms
 
 CPU, REFERENCE = choose("cpu", "cpu"), choose("reference", "cpu")
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from score_worlds import FAMILY, make_terms
 
-from cosae.kernels import Entries, ScoreTerms, choose, native, reference, search, survivors
+from cosae.kernels import Entries, ScoreTerms, choose, reference
+from cosae.kernels.cpu import native
+from cosae.kernels.select import search, survivors
+from tests.support.score_worlds import FAMILY, make_terms
 
 CPU, REFERENCE = choose("cpu", "cpu"), choose("reference", "cpu")
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from cosae.kernels import native
+from cosae.kernels.cpu import native
 
 
 @pytest.mark.skipif(not native.AVAILABLE, reason="numba is not installed")

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from score_worlds import FAMILY, aligned, in_double, make_terms
 from torch import Tensor
 
-from cosae.kernels import ScoreTerms, native, reference, screen, search, survivors
+from cosae.kernels import ScoreTerms, reference
+from cosae.kernels.cpu import native
+from cosae.kernels.select import screen, search, survivors
 from cosae.kernels.terms import R_MIN, ROW_MIN
+from tests.support.score_worlds import FAMILY, aligned, in_double, make_terms
 
 U_BF16 = 2.0**-8
 

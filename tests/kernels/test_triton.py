@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from score_worlds import FAMILY, aligned, in_double, make_terms, on
 from torch import Tensor
 
-from cosae.kernels import Entries, Kernel, ScoreTerms, choose, reference, search
-from cosae.types import CosaeError
+from cosae.errors import CosaeError
+from cosae.kernels import Entries, Kernel, ScoreTerms, choose, reference
+from cosae.kernels.select import search
+from tests.support.score_worlds import FAMILY, aligned, in_double, make_terms, on
 
 REFERENCE = choose("reference", "cpu")
 
@@ -152,7 +153,7 @@ def test_nothing_above_the_threshold_is_lost(
 
 def kept_pairs(terms: ScoreTerms, cut: float, floor: bool) -> set[int]:
     """Flat indices (token · F + feature) that the screen alone lets through at a threshold of `cut`."""
-    from cosae.kernels import triton_survivors
+    from cosae.kernels.triton import survivors as triton_survivors
 
     seen: list[Tensor] = []
     append = triton_survivors._append
@@ -196,7 +197,7 @@ def test_the_screen_is_tight(device: torch.device, triton_path: Kernel) -> None:
 
 
 def test_overflow_is_seen(device: torch.device, triton_path: Kernel) -> None:
-    from cosae.kernels import triton_survivors
+    from cosae.kernels.triton import survivors as triton_survivors
 
     terms = terms_of("cosine", device)
     zero_F = torch.zeros(35, device=device)
@@ -210,7 +211,8 @@ def test_overflow_is_seen(device: torch.device, triton_path: Kernel) -> None:
 @pytest.mark.parametrize("width", [1, 19, 1100])
 def test_sums(width: int, device: torch.device, triton_path: Kernel) -> None:
     """Each sum against its plain twin, with features and tokens that have no entry, and more than one column tile."""
-    from cosae.kernels import sums, triton_sums
+    from cosae.kernels.cpu import sums
+    from cosae.kernels.triton import sums as triton_sums
 
     draw = torch.Generator().manual_seed(0)
     mask = torch.rand(9, 11, generator=draw) < 0.4
@@ -288,7 +290,8 @@ def test_the_same_bits_twice(device: torch.device, triton_path: Kernel) -> None:
 
 
 def test_prepared_rows_are_for_the_same_state_only(device: torch.device, triton_path: Kernel) -> None:
-    from cosae.kernels import kept, triton_rows
+    from cosae.kernels import kept
+    from cosae.kernels.triton import rows as triton_rows
 
     weight = torch.nn.Parameter(torch.randn(6, 5, device=device))
     rows = triton_rows.unit_rows(weight.detach(), 1e-12, torch.bfloat16)

@@ -52,7 +52,7 @@ def test_steps_stay_with_the_definition(state_dtype: str, device: torch.device, 
 
 def test_the_next_screen_finds_its_rows(device: torch.device, triton_path: Kernel) -> None:
     """Unit rows, norms and rounding errors that the sweep leaves are those a fresh preparation would make."""
-    from cosae.kernels import triton_rows
+    from cosae.kernels.triton import rows as triton_rows
 
     parameters, optimizer = start(device, "triton", "float32")
     for seed in (1, 2):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosae.kernels import Kernel, describe, search
+from cosae.errors import CosaeError
+from cosae.kernels import Kernel, describe
+from cosae.kernels.select import search
 from cosae.sae.file import load, save
 from cosae.sae.model import SAE
 from cosae.train.arm import Arm
 from cosae.train.step import ArmState, OptimizerConfig, train_step
-from cosae.types import CosaeError
 
 
 def train(kernel: str, device: torch.device, score: str, selector: str, steps: int) -> list[float]:

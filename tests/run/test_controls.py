@@ -14,7 +14,7 @@ import cosae
 from cosae.activations.synthetic import SyntheticSource, World
 from cosae.cli.training import Train, build_recipe
 from cosae.recipe import Recipe
-from cosae.run.data import open_data
+from cosae.run.dataset.dataset import open_data
 from cosae.run.execute import Logs, execute
 from cosae.sae.calibrate import calibrate
 from cosae.sae.frame import FRAMES

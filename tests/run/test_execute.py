@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import ARMS, QUIET, assert_same_run, metrics, recipe
 
 import cosae
-from cosae.activations.nuisance import Nuisance
+from cosae.activations.perturbation import Nuisance
 from cosae.activations.synthetic import World
+from cosae.errors import CosaeError
 from cosae.recipe import Recipe
 from cosae.run import measure
-from cosae.run.data import open_data
+from cosae.run.dataset.dataset import open_data
 from cosae.run.execute import Finished, Logs, describe_setting, execute, moving_remarks
 from cosae.train.arm import Arm
-from cosae.types import CosaeError
+from tests.support.tiny_runs import ARMS, QUIET, assert_same_run, metrics, recipe
 
 
 @pytest.fixture(scope="module")

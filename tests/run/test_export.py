@@ -12,9 +12,9 @@ import torch
 
 import cosae
 from cosae.cli import main
+from cosae.errors import CosaeError
 from cosae.run import export
 from cosae.run.export import Naming, Reading, export_neuronpedia, read_sequences
-from cosae.types import CosaeError
 
 pytest.importorskip("transformers")
 TEXT = "The quick brown fox jumps over the lazy dog, again and again, until line {} ends here.\n"

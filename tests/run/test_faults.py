@@ -16,18 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import ARMS, QUIET, assert_same_run, recipe
 
 from cosae.activations.stream import ActivationStream
 from cosae.activations.synthetic import SyntheticSource
+from cosae.errors import CosaeError
+from cosae.io import atomic as durable
 from cosae.recipe import Recipe
 from cosae.run import execute as module
 from cosae.run import folder
 from cosae.run.execute import Logs, execute, resume
 from cosae.sae import file as sae_file
-from cosae.train import checkpoint, durable, log
+from cosae.train import checkpoint, log
 from cosae.train.loop import Interrupted
-from cosae.types import Activations, CosaeError
+from cosae.types import Activations
+from tests.support.tiny_runs import ARMS, QUIET, assert_same_run, recipe
 
 FULL = OSError(28, "No space left on device")
 
@@ -308,8 +310,8 @@ def test_a_model_that_emits_nan_stops_with_its_place_and_goes_on_without_those_r
 def test_events_are_logged_shown_and_reported_and_change_no_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cosae.evaluate.report import write_report
-    from cosae.train.watch import Watch
+    from cosae.report.page import write_report
+    from cosae.train.monitor import Watch
 
     plain = execute(small(), None, logs=QUIET, measured=False)
 

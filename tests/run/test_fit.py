@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_runs import ARMS, QUIET, recipe
 
 import cosae
+from cosae.errors import CosaeError
 from cosae.run.execute import execute
-from cosae.types import CosaeError
+from tests.support.tiny_runs import ARMS, QUIET, recipe
 
 SMALL: dict[str, Any] = {"d_sae": 32, "k": 3, "steps": 5, "batch_tokens": 32}
 

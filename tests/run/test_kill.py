@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import ARMS, assert_same_run
 
-from cosae.activations.nuisance import Nuisance
+from cosae.activations.perturbation import Nuisance
 from cosae.activations.synthetic import World
 from cosae.recipe import Recipe
 from cosae.train.arm import Arm
+from tests.support.tiny_runs import ARMS, assert_same_run
 
 SEED = 20261124
 CHILD = """

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import QUIET, assert_same_run
 
 import cosae
-from cosae.activations.corpus import read_documents
+from cosae.errors import CosaeError
 from cosae.recipe import Recipe
-from cosae.run import text as module
-from cosae.run.data import ModelData, open_data
+from cosae.run.dataset import corpus as module
+from cosae.run.dataset.dataset import ModelData, open_data
 from cosae.run.execute import execute, resume
+from cosae.text.packing import read_documents
 from cosae.train import log
 from cosae.train.arm import ARMS
 from cosae.train.loop import Interrupted
-from cosae.types import CosaeError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "activations"))
-from tiny_models import make_model
+from tests.support.tiny_models import make_model
+from tests.support.tiny_runs import QUIET, assert_same_run
 
 WORDS = ("def return import class self the of in for if not is x y z ( ) : = . , + 0 1 \" '").split()  # noqa: SIM905
 

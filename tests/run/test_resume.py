@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import QUIET, assert_same_run, metrics, recipe
 
+from cosae.errors import CosaeError
 from cosae.recipe import Recipe
 from cosae.run import execute as module
 from cosae.run.execute import execute, resume
 from cosae.train import checkpoint, log, loop
 from cosae.train.loop import Interrupted
-from cosae.types import CosaeError
+from tests.support.tiny_runs import QUIET, assert_same_run, metrics, recipe
 
 CHILD = """
 import sys

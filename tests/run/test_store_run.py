@@ -18,20 +18,19 @@ import numpy as np
 import pytest
 import torch
 
-from cosae.activations import shards, store_writer
-from cosae.activations.store import Store
+from cosae.activations.store import shards
+from cosae.activations.store import writer as store_writer
+from cosae.activations.store.reader import Store
 from cosae.cli import main
+from cosae.errors import CosaeError
 from cosae.recipe import DataConfig, Recipe
-from cosae.run import capture as captures
-from cosae.run.capture import Capture, capture_stores
-from cosae.run.data import ModelData, open_data, open_model
+from cosae.run.capture import capture as captures
+from cosae.run.capture.capture import Capture, capture_stores
+from cosae.run.dataset.dataset import ModelData, open_data, open_model
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.fit import fit
 from cosae.run.folder import hold
-from cosae.types import CosaeError
-
-sys.path.append(str(Path(__file__).parents[1] / "activations"))
-from small_stores import fingerprint
+from tests.support.small_stores import fingerprint
 
 SMALL = {
     "evaluation.held_out_tokens": 1500,
@@ -61,7 +60,7 @@ def wanted(corpus: Any = "pylib", **changes: Any) -> Capture:
 
 @pytest.fixture(scope="module", autouse=True)
 def _model_is_opened_once() -> Any:
-    from cosae.activations import embedded
+    from cosae.models import embedded
 
     model, tokenizer = embedded.load()
     with pytest.MonkeyPatch.context() as patch:
@@ -148,8 +147,8 @@ def test_a_store_holds_what_a_live_run_captures(stored: Path) -> None:
 
 def test_train_labels_are_those_of_the_tokens(stored: Path) -> None:
     """Column by column, a plain concept agrees with the token's own spelling."""
-    from cosae.activations import embedded
-    from cosae.activations.concepts import CONCEPTS
+    from cosae.models import embedded
+    from cosae.text.concepts.labels import CONCEPTS
 
     _, tokenizer = embedded.load()
     store = Store(stored)
@@ -168,8 +167,8 @@ def test_a_run_from_a_store_needs_neither_model_nor_text(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("opened")
 
-    monkeypatch.setattr("cosae.run.data.open_model", never)
-    monkeypatch.setattr("cosae.activations.documents.read_documents", never)
+    monkeypatch.setattr("cosae.run.dataset.dataset.open_model", never)
+    monkeypatch.setattr("cosae.text.documents.read_documents", never)
     recipe = small_recipe(**{"data.store": str(stored)})
     run = execute(recipe, tmp_path / "run", logs=Logs(False))
     assert run.evaluation is not None
@@ -466,7 +465,7 @@ def test_saved_saes_are_judged_on_a_store_alone(
 ) -> None:
     """audit, eval reconstruction, probing and discovery: neither model nor text is opened, the store is not changed."""
     import cosae
-    from cosae.run import data as runs_data
+    from cosae.run.dataset import dataset as runs_data
     from cosae.sae.calibrate import calibrate
 
     monkeypatch.setattr(runs_data, "ModelData", lambda *_: pytest.fail("the model was opened"))

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_model_run import WORDS, recipe, save_tokenizer
-from test_resume import interrupt_after
-from tiny_models import make_model
-from tiny_runs import QUIET, assert_same_run
 
-from cosae.activations.capture import StreamedModelSource
 from cosae.cli import main
 from cosae.cli.training import Train, build_recipe
+from cosae.errors import CosaeError
+from cosae.models.capture import StreamedModelSource
 from cosae.recipe import Recipe
-from cosae.run.data import open_data
+from cosae.run.dataset.dataset import open_data
 from cosae.run.execute import execute, resume
 from cosae.train.checkpoint import checkpoints
 from cosae.train.loop import Interrupted
-from cosae.types import Activations, CosaeError
+from cosae.types import Activations
+from tests.run.test_model_run import WORDS, recipe, save_tokenizer
+from tests.run.test_resume import interrupt_after
+from tests.support.tiny_models import make_model
+from tests.support.tiny_runs import QUIET, assert_same_run
 
 
 @pytest.fixture(scope="module")

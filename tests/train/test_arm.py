@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosae.errors import CosaeError
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
 from cosae.sae.loss import LossConfig
 from cosae.train.arm import ARMS, Arm, check_arms, input_noise, parse_arm
-from cosae.types import CosaeError
 
 
 @pytest.mark.parametrize("name", ARMS)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from cosae.errors import CosaeError
 from cosae.train import checkpoint
 from cosae.train.checkpoint import FACTS, FOLDER, KEEP, checkpoints, read_latest, write_checkpoint
-from cosae.types import CosaeError
 
 
 def written(run: Path, step: int) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from cosae.errors import CosaeError
 from cosae.train.log import JsonLines, Progress, TensorBoard, WandB, describe, finite, scalars
-from cosae.types import CosaeError
 
 
 def record(step: int, **numbers: Any) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from cosae.activations.digest import chain
 from cosae.activations.stream import ActivationStream
 from cosae.activations.synthetic import SyntheticSource, World
+from cosae.errors import CosaeError
 from cosae.train.arm import ARMS, Arm
 from cosae.train.loop import Interrupted, TrainingConfig, exponent_moving, train
 from cosae.train.step import ArmState, OptimizerConfig
-from cosae.types import Activations, CosaeError
+from cosae.types import Activations
 
 CONFIG = TrainingConfig(
     steps=12,

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cosae.kernels import kept, native, screen, sums
+from cosae.errors import CosaeError
+from cosae.kernels import kept
+from cosae.kernels.cpu import native, sums
+from cosae.kernels.select import screen
 from cosae.sae.model import SAE
 from cosae.train import adam
 from cosae.train.optimizer import UnitRowAdam
-from cosae.types import CosaeError
 
 SHAPES = {"W_enc": (30, 17), "W_dec": (30, 17), "b_enc": (30,), "scale_a": ()}
 

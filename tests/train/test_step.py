@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cosae.activations.synthetic import SyntheticSource, World
+from cosae.errors import CosaeError
 from cosae.sae import loss as losses
 from cosae.train.arm import Arm, input_noise
 from cosae.train.step import ArmState, NonFiniteError, OptimizerConfig, lr_scale, train_step
-from cosae.types import CosaeError
 
 D, F, B = 12, 40, 96
 NEVER = 10**9

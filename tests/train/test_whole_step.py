@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosae.activations.digest import chain, fingerprint
-from cosae.kernels import native, search
+from cosae.kernels.cpu import native
 from cosae.kernels.memory import keep_spares, spare_like
+from cosae.kernels.select import search
 from cosae.sae import loss as losses
 from cosae.sae.model import SAE
 from cosae.sae.score import SCORES

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cosae.types import CosaeError
+from cosae.errors import CosaeError
 
 Array = Tensor | NDArray[Any]
 ALLOWED = "float32, float16, bfloat16 or float64"

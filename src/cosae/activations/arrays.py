@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from cosae.activations.array_files import open_array
-from cosae.types import Activations, CosaeError
+from cosae.errors import CosaeError
+from cosae.io.generators import epoch_order, seeded
+from cosae.types import Activations
 
 SCAN_ELEMENTS = 1 << 24  # values looked at together when checking for NaN: 64 MB of fp32
 MAX_BLOCK_ROWS = 256
@@ -36,7 +38,7 @@ class ArraySource:
     seed           seed of the split and of each epoch's order
     held_out_frac  share of rows kept out of training, 0 ≤ share < 1; whole blocks of `block_rows` =
                    min(256, N // 100) consecutive rows, at least one row
-    allow_non_finite  leave rows that are not finite to the reader (cosae.activations.guard)
+    allow_non_finite  leave rows that are not finite to the reader (cosae.activations.monitor)
 
     Values stay float32, float16 or bfloat16 as they are; float64 becomes float32. Every value is checked
     once, on construction. Raises `CosaeError` for a missing, damaged, empty or unknown file, an unclear or
@@ -147,14 +149,3 @@ class ArraySource:
                 f"'{self.path}' is {value}{wide} at row {start + row}, column {column} (counted from 0); "
                 "remove or repair such rows, or leave them out with data.non_finite=drop."
             )
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    """(n,) int64: the order of one epoch, a permutation whose generator is seeded with (seed, epoch)."""
-    return torch.randperm(n, generator=seeded("order", seed, epoch))
-
-
-def seeded(*key: str | int) -> torch.Generator:
-    """A generator of its own for each key; hashed, so that neighbouring seeds and epochs share nothing."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

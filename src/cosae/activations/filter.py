@@ -23,7 +23,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from cosae.types import Activations, CosaeError, NormFacts
+from cosae.errors import CosaeError
+from cosae.types import Activations, NormFacts
 
 FilterKind = Literal["none", "position_0", "norm"]
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)

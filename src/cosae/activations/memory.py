@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.activations.arrays import epoch_order, seeded
 from cosae.activations.stream import Source
-from cosae.types import Activations, CosaeError
+from cosae.errors import CosaeError
+from cosae.io.generators import epoch_order, seeded
+from cosae.types import Activations
 
 
 class TensorSource:
@@ -21,7 +22,7 @@ class TensorSource:
 
     Held-out rows are a seeded draw of single rows: pass rows in blocks of your own to a file and `ArraySource` where
     neighbours are alike. Raises CosaeError for anything but a finite float (N, D) tensor with N ≥ 2;
-    `allow_non_finite` leaves rows that are not finite to the reader (cosae.activations.guard).
+    `allow_non_finite` leaves rows that are not finite to the reader (cosae.activations.monitor).
     """
 
     def __init__(

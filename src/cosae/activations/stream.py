@@ -27,13 +27,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from cosae.activations import nuisance as nuisances
-from cosae.activations.ahead import Ahead
+from cosae.activations import perturbation as nuisances
 from cosae.activations.digest import chain
 from cosae.activations.filter import Filter, FilterPolicy, fit, norm_facts
-from cosae.activations.guard import Guard
-from cosae.activations.nuisance import Nuisance, keyed_generator
-from cosae.types import Activations, CosaeError, NormFacts
+from cosae.activations.monitor import Guard
+from cosae.activations.perturbation import Nuisance, keyed_generator
+from cosae.activations.prefetch import Ahead
+from cosae.errors import CosaeError
+from cosae.types import Activations, NormFacts
 
 SAMPLE_ROWS = 16384  # enough for a geometric median and for norm statistics, small enough to copy about
 BARREN_CHUNKS = 1000  # so many chunks in a row without one kept token: the filter is wrong, not the luck
@@ -91,7 +92,7 @@ class ActivationStream:
 
     Raises CosaeError for settings outside these, for activations of another width than the source promised,
     and under `fatal` for activations that are not finite, naming document and position (or chunk and row).
-    A source may know `document_name(doc)` and `norm_reference()` (cosae.activations.guard).
+    A source may know `document_name(doc)` and `norm_reference()` (cosae.activations.monitor).
 
     After construction:
     filter      Filter       the fitted policy

@@ -11,8 +11,9 @@ from typing import Any
 
 import tyro
 
-from cosae.cli import judging, sharing, stores, training
-from cosae.types import CosaeError
+from cosae.cli import looking as judging
+from cosae.cli import sharing, stores, training
+from cosae.errors import CosaeError
 
 VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
     "train": (training.Train, training.train),

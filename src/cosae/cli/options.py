@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cosae.types import CosaeError
+from cosae.errors import CosaeError
 
 
 def changes_of(named: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

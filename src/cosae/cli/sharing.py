@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from cosae.cli.options import changes_of, speaker
-from cosae.types import CosaeError
+from cosae.errors import CosaeError
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def after_interruption(command: Export | Bench) -> str:
 
 
 def bench(command: Bench) -> int:
-    from cosae.share.saebench import run
+    from cosae.interop.saebench.run import run
 
     if not command.saes:
         raise CosaeError("bench needs at least one SAE: cosae bench SAE… --evals core --out DIR")
@@ -213,7 +213,7 @@ def bench(command: Bench) -> int:
 
 
 def push(command: Push) -> int:
-    from cosae.share import hub
+    from cosae.interop.hub import transfer as hub
 
     options = {name: getattr(command, name) for name in ("license", "private", "revision", "message")}
     print(hub.push(command.source, command.to, **options, say=speaker(command.quiet)))
@@ -221,7 +221,7 @@ def push(command: Push) -> int:
 
 
 def pull(command: Pull) -> int:
-    from cosae.share import hub
+    from cosae.interop.hub import transfer as hub
 
     print(hub.pull(command.source, command.out, revision=command.revision, say=speaker(command.quiet)))
     return 0

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from cosae.cli.options import changes_of, speaker
-from cosae.types import CosaeError
+from cosae.errors import CosaeError
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Verify:
 def build_capture(command: Capture) -> Any:
     """What a `capture` command line asks for. Raises CosaeError for what it does not allow."""
     from cosae.recipe import Recipe, preset
-    from cosae.run.capture import Capture as Wanted
+    from cosae.run.capture.capture import Capture as Wanted
 
     recipe = Recipe.read(command.recipe) if command.recipe is not None else preset(command.preset)
     named = {
@@ -105,8 +105,8 @@ def build_capture(command: Capture) -> Any:
 
 def capture(command: Capture) -> int:
     """Write the stores, or say what they would take."""
-    from cosae.run.capture import capture_stores
-    from cosae.run.plan import plan_capture, screen
+    from cosae.run.capture.capture import capture_stores
+    from cosae.run.plan.plan import plan_capture, screen
 
     wanted, say = build_capture(command), speaker(command.quiet)
     if command.dry_run or isinstance(command, PlanCapture):
@@ -121,8 +121,8 @@ def capture(command: Capture) -> int:
 
 def go_on_capturing(out: Path) -> str:
     """What a person can do after an interruption, and what there is to go on from."""
-    from cosae.activations.store import find_stores
-    from cosae.activations.store_writer import rows_written
+    from cosae.activations.store.reader import find_stores
+    from cosae.activations.store.writer import rows_written
 
     rows = [rows_written(place) for place in find_stores(out)]
     kept = f"{min(rows)} tokens are written. " if any(rows) else "Nothing was written yet. "
@@ -131,7 +131,7 @@ def go_on_capturing(out: Path) -> str:
 
 def verify(command: Verify) -> int:
     """Every fault on standard output."""
-    from cosae.activations.store import Store, find_stores
+    from cosae.activations.store.reader import Store, find_stores
 
     places = find_stores(command.store)
     if not places:
@@ -151,7 +151,7 @@ def verify(command: Verify) -> int:
 
 def inspect_store(folder: Path) -> dict[str, Any]:
     """What a store is, without its long lists."""
-    from cosae.activations.store import Store
+    from cosae.activations.store.reader import Store
 
     store = Store(folder)
     record, statistics = store.record, store.statistics
@@ -169,7 +169,7 @@ def inspect_store(folder: Path) -> dict[str, Any]:
 
 
 def _summary(folder: Path) -> str:
-    from cosae.activations.store import Store
+    from cosae.activations.store.reader import Store
 
     store = Store(folder)
     size = sum(entry["bytes"] for entry in store.record["shards"]) / 1e6

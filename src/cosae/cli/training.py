@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from cosae.cli.options import changes_of, speaker
-from cosae.types import CosaeError
+from cosae.errors import CosaeError
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Report:
 
 def build_recipe(command: Train) -> Any:
     """The recipe a `train` command line names. Raises CosaeError for what it does not allow."""
-    from cosae.activations.nuisance import Nuisance
+    from cosae.activations.perturbation import Nuisance
     from cosae.activations.synthetic import World
     from cosae.recipe import Recipe, preset
     from cosae.train.arm import parse_arm
@@ -174,7 +174,7 @@ def train(command: Train) -> int:
         print(json.dumps(to_plain(recipe), indent=2))
         return 0
     if command.dry_run or isinstance(command, Plan):
-        from cosae.run.plan import plan_run, screen
+        from cosae.run.plan.plan import plan_run, screen
 
         print(screen(plan_run(recipe, command.out, speaker(command.quiet))))
         return 0
@@ -201,7 +201,7 @@ def resume(command: Resume) -> int:
 
 def _conclude(finished: Sequence[Any], out: Path) -> int:
     """Table and remarks on standard output, the page beside the run; status 1 where an arm had to stop."""
-    from cosae.evaluate.report import summary_table, write_report
+    from cosae.report.page import summary_table, write_report
     from cosae.run.execute import moving_remarks
 
     folders = [run.out for run in finished]
@@ -219,7 +219,7 @@ def _conclude(finished: Sequence[Any], out: Path) -> int:
 
 
 def report(command: Report) -> int:
-    from cosae.evaluate.report import summary_table, write_report
+    from cosae.report.page import summary_table, write_report
 
     if not command.runs:
         raise CosaeError("report needs the folder of at least one run: cosae report RUN…")

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosae.evaluate.audit_lines import lines, verdict
+from cosae.errors import CosaeError
 from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.geometry import geometry
-from cosae.evaluate.norm_driven import firing_norms, lengths, norm_driven
-from cosae.evaluate.norms import describe_norms
-from cosae.evaluate.read_time import remove_norm
+from cosae.evaluate.norms.describe import describe_norms
+from cosae.evaluate.norms.driven import firing_norms, lengths, norm_driven
+from cosae.evaluate.norms.read_time import remove_norm
+from cosae.evaluate.norms.sinks import sink_facts
 from cosae.evaluate.reconstruction import measure_with_and_without_sinks
-from cosae.evaluate.sinks import sink_facts
+from cosae.evaluate.verdict import lines, verdict
 from cosae.sae.model import SAE
-from cosae.types import Activations, Codes, CosaeError
+from cosae.types import Activations, Codes
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cosae.evaluate.rebuilt import Autoencoder
+from cosae.evaluate.reconstruct import Autoencoder
 from cosae.types import Activations, Codes
 
 ENCODE_TOKENS = 4096

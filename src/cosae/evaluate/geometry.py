@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosae.errors import CosaeError
 from cosae.sae.model import SAE
-from cosae.types import CosaeError
 
 DUPLICATE_COSINE = 0.9
 LISTED_PAIRS = 100

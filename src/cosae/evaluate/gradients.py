@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.evaluate.rebuilt import norm_quartiles, row_slices
+from cosae.errors import CosaeError
+from cosae.evaluate.reconstruct import norm_quartiles, row_slices
 from cosae.sae.loss import squared_error
 from cosae.sae.model import SAE, TrainOutput
 from cosae.sae.selector import Selector
-from cosae.types import Activations, CosaeError
+from cosae.types import Activations
 
 CHUNK_NUMBERS = 8_000_000
 """Numbers gathered at once: a bound on memory, of no influence on the result."""

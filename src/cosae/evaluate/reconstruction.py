@@ -28,14 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosae.evaluate.intervals import (
-    RESAMPLES,
-    Array,
-    percentile_interval,
-    resample_counts,
-    weighted_medians,
-)
-from cosae.evaluate.rebuilt import (
+from cosae.errors import CosaeError
+from cosae.evaluate.reconstruct import (
     Autoencoder,
     Rebuilt,
     norm_quartiles,
@@ -44,7 +38,8 @@ from cosae.evaluate.rebuilt import (
     resampling_units,
     spread,
 )
-from cosae.types import Activations, CosaeError
+from cosae.evaluate.statistics import RESAMPLES, Array, percentile_interval, resample_counts, weighted_medians
+from cosae.types import Activations
 
 RARE_RATE = 1e-4
 """A feature that fires on a smaller share of the tokens than this is counted as rare, dead ones included."""

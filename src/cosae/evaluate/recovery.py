@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cosae.types import Codes, CosaeError, Metrics
+from cosae.errors import CosaeError
+from cosae.types import Codes, Metrics
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

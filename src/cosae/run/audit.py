@@ -1,4 +1,4 @@
-"""`cosae audit`: SAEs that people already have, of any format that cosae.share reads, on activations of their site.
+"""`cosae audit`: SAEs that people already have, of any format that cosae.interop reads, on activations of their site.
 
     paths → read_sae → one sample per (model, site) or file → evaluate.audit → screen, audit.json, audit.html
 
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from cosae.activations import filter as filters
+from cosae.errors import CosaeError
 from cosae.evaluate.audit import audit
-from cosae.evaluate.audit_page import audit_page
-from cosae.evaluate.report import write_page
-from cosae.run import facts
-from cosae.run.existing import Sampled, Samples, Wanted, calibrated, names_of
+from cosae.interop.read import read_sae
+from cosae.report.audit_page import audit_page
+from cosae.report.page import write_page
+from cosae.run import provenance as facts
+from cosae.run.dataset.existing import Sampled, Samples, Wanted, calibrated, names_of
 from cosae.run.folder import write_json
 from cosae.sae.model import SAE
-from cosae.share.read import read_sae
-from cosae.types import CosaeError
 
 FORMAT, VERSION = "cosae-audit", 1
 SHOWN_FACTS = ("format", "model", "site", "hook_name", "tokens", "filter", "norm_facts")

@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from cosae.errors import CosaeError
 from cosae.recipe import Recipe, preset
-from cosae.run.data import ModelData, open_data
+from cosae.run.dataset.dataset import ModelData, open_data
 from cosae.run.execute import Finished, Logs, execute
 from cosae.run.folder import RECIPE
-from cosae.types import CosaeError
 
 
 def demo(out: Path, steps: int | None = None, progress: bool = True) -> list[Finished]:

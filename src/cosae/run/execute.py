@@ -22,9 +22,12 @@ from torch import Tensor
 
 from cosae import kernels
 from cosae.activations.stream import ActivationStream
+from cosae.errors import CosaeError
+from cosae.io.generators import generator_state, restore_generators
+from cosae.io.signals import Stop, stop_on_signals
 from cosae.recipe import Recipe, from_plain, to_plain
-from cosae.run import facts
-from cosae.run.data import Data, ModelData, open_data
+from cosae.run import provenance as facts
+from cosae.run.dataset.dataset import Data, ModelData, open_data
 from cosae.run.folder import (
     ARMS,
     EVALUATION,
@@ -40,19 +43,16 @@ from cosae.run.folder import (
     write_recipe,
 )
 from cosae.run.measure import evaluate
-from cosae.run.plan import check_run
-from cosae.run.room import check_device
+from cosae.run.plan.plan import check_run
+from cosae.run.plan.resources import check_device
 from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
 from cosae.train.checkpoint import checkpoints, has_checkpoints, read_latest, set_aside, write_checkpoint
-from cosae.train.generators import generator_state, restore_generators
 from cosae.train.log import JsonLines, Lines, Logger, Progress, TensorBoard, WandB
 from cosae.train.loop import MOVING, Interrupted, exponent_moving, train
 from cosae.train.step import ArmState
-from cosae.train.stop import Stop, stop_on_signals
-from cosae.types import CosaeError
 
 
 @dataclass(frozen=True)

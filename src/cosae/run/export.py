@@ -18,23 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from cosae.activations.corpus import iterate_sequences, tokenize_documents
-from cosae.activations.documents import read_documents
-from cosae.activations.mixture import Cursor, mix, parse_corpus
-from cosae.activations.sites import Site
-from cosae.evaluate.intervention import find_site
+from cosae.errors import CosaeError
+from cosae.interop.delphi import Written, write_cache
+from cosae.interop.neuronpedia import upload as uploads
+from cosae.interop.neuronpedia.dashboards import MARK, Dashboard, write_dashboards
+from cosae.interop.read import read_sae
+from cosae.io.staged import check_place
+from cosae.models.intervene.intervention import find_site
 from cosae.recipe import DataConfig
-from cosae.run import facts
-from cosae.run.data import batch_size, open_model
-from cosae.run.existing import Wanted, data_of
-from cosae.run.text import adds_bos, check_corpus, pad_id, reading_of, streamed
+from cosae.run import provenance as facts
+from cosae.run.dataset.corpus import adds_bos, check_corpus, pad_id, reading_of, streamed
+from cosae.run.dataset.dataset import batch_size, open_model
+from cosae.run.dataset.existing import Wanted, data_of
 from cosae.sae.model import SAE
-from cosae.share import neuronpedia_upload as uploads
-from cosae.share.delphi import Written, write_cache
-from cosae.share.neuronpedia import MARK, Dashboard, write_dashboards
-from cosae.share.read import read_sae
-from cosae.share.staged import check_place
-from cosae.types import CosaeError, Sequences
+from cosae.text.documents import read_documents
+from cosae.text.mixture import Cursor, mix, parse_corpus
+from cosae.text.packing import iterate_sequences, tokenize_documents
+from cosae.types import Sequences, Site
 
 SET_WORDS = {"resid_post": "res", "resid_pre": "res-pre", "attn_out": "att", "mlp_out": "mlp"}
 
@@ -237,7 +237,7 @@ def export_delphi(
     path: Path, out: Path, reading: Reading, n_splits: int | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Written:
     """Write delphi's cache to `out`. Raises CosaeError as `write_cache` does."""
-    from cosae.activations.embedded import model_path
+    from cosae.models.embedded import model_path
 
     check_place(out, "*/cosae_export.json")
     opened = open_reading(path, reading, say)

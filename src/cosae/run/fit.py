@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from cosae.errors import CosaeError
 from cosae.recipe import Recipe, preset
 from cosae.run.execute import Finished, Logs, execute
 from cosae.train.arm import Arm, parse_arm
-from cosae.types import CosaeError
 
 
 def fit(

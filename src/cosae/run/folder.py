@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from cosae.errors import CosaeError
+from cosae.io.atomic import sync_file, sync_folder, write_text
 from cosae.recipe import Recipe
-from cosae.train.durable import sync_file, sync_folder, write_text
 from cosae.train.log import finite
-from cosae.types import CosaeError
 
 RUN, RECIPE, METRICS, EVALUATION, ARMS = "run.json", "recipe.json", "metrics.jsonl", "evaluation.json", "arms"
 EVENTS, LOCK = "events.jsonl", ".lock"

@@ -14,13 +14,15 @@ import torch
 
 from cosae.activations import filter as filters
 from cosae.activations.filter import Filter
-from cosae.evaluate import norms, probing, reconstruction
+from cosae.evaluate import reconstruction
 from cosae.evaluate.encoding import encode_all
-from cosae.evaluate.ranking import EVERY_RULE
-from cosae.evaluate.rebuilt import rebuild_with_sinks
+from cosae.evaluate.norms import describe as norms
+from cosae.evaluate.probing import tokens as probing
+from cosae.evaluate.probing.ranking import EVERY_RULE
+from cosae.evaluate.reconstruct import rebuild_with_sinks
 from cosae.evaluate.recovery import recovery
 from cosae.recipe import Recipe
-from cosae.run.data import Data, Sample, WorldData
+from cosae.run.dataset.dataset import Data, Sample, WorldData
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
 from cosae.types import Activations, Codes
@@ -34,7 +36,7 @@ def evaluate(
     fitted: Filter,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """evaluation.json of trained, calibrated SAEs that saw the same stream (shape: cosae.evaluate.report)."""
+    """evaluation.json of trained, calibrated SAEs that saw the same stream (shape: cosae.report.page)."""
     config = recipe.evaluation
     say("capturing held-out activations")
     held_out = data.sample("held_out", config.held_out_tokens)
@@ -125,7 +127,7 @@ def probe_concepts(
     codes, sides  of the train and of the held-out side; options go to `probing.probe`
     median        what `sink_factor` times makes a sink, beside position 0 and special ids
     """
-    from cosae.activations.concepts import CONCEPTS
+    from cosae.text.concepts.labels import CONCEPTS
 
     train, held_out = sides
     found = {}

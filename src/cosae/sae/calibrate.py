@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor
 
+from cosae.errors import CosaeError
 from cosae.kernels import ScoreTerms, reference
 from cosae.sae.model import SAE, Calibration
 from cosae.sae.selector import CALIBRATED_SELECTORS, divided
-from cosae.types import CosaeError
 
 CHUNK_ENTRIES = 16_000_000
 """Scores held at once: tokens per chunk = this over d_sae."""

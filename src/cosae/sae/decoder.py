@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.kernels import Entries, Kernel
-from cosae.sae.frame import at_least_fp32
-from cosae.types import Taken
+from cosae.types import Taken, at_least_fp32
 
 LENGTH_MIN = 1e-8
 """Smallest |u| that is divided by when a norm is restored (paper §1)."""

@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cosae.errors import CosaeError
+from cosae.io.staged import swap_in
 from cosae.kernels import Entries
 from cosae.sae.model import SAE, SAEConfig
-from cosae.types import CosaeError
 
 FORMAT = "cosae-sae"
 VERSION = 1
@@ -228,21 +229,6 @@ def _jsonable(value: object) -> object:
     if isinstance(value, Tensor):
         return value.tolist()
     raise TypeError(f"got {type(value).__name__}")
-
-
-def swap_in(staged: Path, path: Path) -> None:
-    """Put the staged directory in place; the old one steps aside first and is removed last."""
-    staged.chmod(0o755)
-    aside = staged.with_name(staged.name + ".old")
-    if path.exists():
-        path.rename(aside)
-    try:
-        staged.rename(path)
-    except OSError:
-        if aside.exists():
-            aside.rename(path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def saelens_architecture(sae: SAE) -> str:

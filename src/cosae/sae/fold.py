@@ -10,8 +10,8 @@ import math
 
 import torch
 
+from cosae.errors import CosaeError
 from cosae.sae.model import SAE
-from cosae.types import CosaeError
 
 
 @torch.no_grad()

@@ -16,16 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.types import CosaeError, Framed, Taken
+from cosae.errors import CosaeError
+from cosae.types import Framed, Taken, at_least_fp32
 
 FRAMES = ("raw", "unit", "layer_norm")
 SCALE_MIN = 1e-8
 """Smallest length or standard deviation that is divided by."""
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Half types become fp32; fp32 and float64 stay."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def live_rows(x_BD: Tensor) -> Tensor:

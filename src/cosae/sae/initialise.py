@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cosae.errors import CosaeError
 from cosae.kernels import reference
 from cosae.sae import frame as frames
 from cosae.sae.score import sqrt_d_gain
-from cosae.types import CosaeError
 
 if TYPE_CHECKING:
     from cosae.sae.model import SAE

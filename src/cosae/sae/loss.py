@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from cosae.errors import CosaeError
 from cosae.kernels import ScoreTerms, reference
-from cosae.sae.frame import at_least_fp32
 from cosae.sae.model import SAE, TrainOutput
-from cosae.types import CosaeError
+from cosae.types import at_least_fp32
 
 SPACES = ("raw", "frame")
 DENOMINATOR_MIN = 1e-8

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cosae.errors import CosaeError
 from cosae.kernels import Entries, Kernel, ScoreTerms, choose
 from cosae.sae import frame as frames
 from cosae.sae.decoder import Decoder
 from cosae.sae.score import SCORES, Score
 from cosae.sae.selector import SELECTORS, Selection, Selector
-from cosae.types import Codes, CosaeError, Framed, Taken
+from cosae.types import Codes, Framed, Taken, at_least_fp32
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What activations may come in. Eight-bit floats have no arithmetic of their own."""
@@ -291,7 +292,7 @@ class SAE(nn.Module):
             )
         entries = Entries(codes.token_E, codes.feature_E)
         kernel = self._kernel()
-        value_E = codes.value_E.to(frames.at_least_fp32(self.centre_D).dtype)
+        value_E = codes.value_E.to(at_least_fp32(self.centre_D).dtype)
         rebuilt = self.decoder.rebuild(kernel, value_E, entries, codes.n_tokens, taken)[-1]
         x_hat = frames.put_back(self.cfg.frame, rebuilt, taken, self.centre_D)
         return x_hat.reshape(*codes.shape, self.d_in)
@@ -340,7 +341,7 @@ class SAE(nn.Module):
         error = tuple(kernel.squared_errors(framed.z_BD, part, terms.centre_only) for part in rebuilt)
         gate_error = None
         if self.cfg.selector == "gated":
-            rows_FD = frames.at_least_fp32(self.decoder.rows_FD).detach()
+            rows_FD = at_least_fp32(self.decoder.rows_FD).detach()
             gate = kernel.decode(selection.score_E, entries, rows_FD, n_tokens)
             gate_error = kernel.squared_errors(framed.z_BD, gate, terms.centre_only)
         return TrainOutput(framed, terms, selection, rebuilt, error, gate_error)

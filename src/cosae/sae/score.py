@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.kernels import ScoreTerms
-from cosae.sae.frame import at_least_fp32
-from cosae.types import Framed
+from cosae.types import Framed, at_least_fp32
 
 
 @dataclass(frozen=True)

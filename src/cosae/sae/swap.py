@@ -19,13 +19,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from cosae.errors import CosaeError
 from cosae.kernels.terms import R_MIN, ROW_MIN
 from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate, measure_l0
 from cosae.sae.model import SAE
 from cosae.sae.score import SCORES, sqrt_d_gain
 from cosae.sae.selector import CALIBRATED_SELECTORS
-from cosae.types import CosaeError
 
 BATCH = 4096
 

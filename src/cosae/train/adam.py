@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosae.kernels import choose, kept, native, sums
+from cosae.errors import CosaeError
+from cosae.kernels import choose, kept
+from cosae.kernels.cpu import native, sums
 from cosae.kernels.moments import Moment
 from cosae.kernels.terms import ROW_MIN
-from cosae.types import CosaeError
 
 ROW_LENGTH_MIN = 1e-8
 """Smallest row length divided by when rows are renormalised (paper §3)."""
@@ -133,12 +134,12 @@ class Triton:
     """The same for fp32 matrices and any moments on a GPU."""
 
     def measure(self, grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]:
-        from cosae.kernels import triton_adam
+        from cosae.kernels.triton import adam as triton_adam
 
         return triton_adam.measure(grad, weight, unit)
 
     def step(self, task: Task) -> None:
-        from cosae.kernels import triton_adam
+        from cosae.kernels.triton import adam as triton_adam
 
         triton_adam.step(
             task.grad, task.weight, task.mean, task.square, task.along_R, clip=task.clip, rate=task.rate,
@@ -156,7 +157,7 @@ def path_of(kernel: str, grad: Tensor, weight: Tensor) -> Path:
     if grad.dtype != weight.dtype or grad.device != weight.device:
         raise CosaeError(f"a gradient must be like its parameter, {weight.dtype} on {weight.device}.")
     if choose(kernel, weight.device).NAME == "triton":
-        from cosae.kernels import triton_adam
+        from cosae.kernels.triton import adam as triton_adam
 
         return TRITON if triton_adam.serves(grad, weight) else PLAIN
     on_cpu = weight.device.type == "cpu" and weight.is_contiguous() and grad.is_contiguous()

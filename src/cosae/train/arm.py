@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.activations.nuisance import keyed_generator
+from cosae.activations.perturbation import keyed_generator
+from cosae.errors import CosaeError
 from cosae.sae.file import load
 from cosae.sae.loss import LossConfig
 from cosae.sae.model import SAE, SAEConfig
 from cosae.sae.swap import swap_score
-from cosae.types import CosaeError
 
 NAME_LENGTH = 80
 NAME_PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._=+-]{{0,{NAME_LENGTH - 1}}}")

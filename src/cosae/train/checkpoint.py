@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cosae.train.durable import sync_file, sync_folder
-from cosae.types import CosaeError
+from cosae.errors import CosaeError
+from cosae.io.atomic import sync_file, sync_folder
 
 FOLDER = "checkpoints"
 FACTS = "checkpoint.json"

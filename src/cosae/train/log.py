@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from cosae.types import CosaeError
+from cosae.errors import CosaeError
 
 TIMING = "timing.jsonl"
 

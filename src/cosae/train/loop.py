@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import torch
 
 from cosae.activations.digest import chain, fingerprint
+from cosae.errors import CosaeError
+from cosae.io.signals import Interrupted, Stop, stop_on_signals
 from cosae.kernels.memory import keep_spares
 from cosae.train.arm import check_seed
 from cosae.train.log import Logger
 from cosae.train.step import ArmState, Batch, NonFiniteError, OptimizerConfig, lr_scale, train_step
-from cosae.train.stop import Interrupted, Stop, stop_on_signals
-from cosae.types import Activations, CosaeError
+from cosae.types import Activations
 
 __all__ = ["MOVING", "Interrupted", "Stream", "TrainingConfig", "exponent_moving", "train"]
 

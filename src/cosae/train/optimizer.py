@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from cosae.errors import CosaeError
 from cosae.kernels.moments import STATE_DTYPES, Moment, key_of
 from cosae.train import adam
-from cosae.types import CosaeError
 
 
 class UnitRowAdam:

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosae.errors import CosaeError
 from cosae.kernels.memory import keep_spares
 from cosae.kernels.moments import STATE_DTYPES
-from cosae.kernels.search import carried
+from cosae.kernels.select.search import carried
 from cosae.sae import loss as losses
 from cosae.sae.frame import live_rows
 from cosae.sae.model import SAE, TrainOutput
 from cosae.sae.selector import PENALISED_SELECTORS
 from cosae.train.arm import Arm, input_noise
+from cosae.train.monitor import Watch
 from cosae.train.optimizer import UnitRowAdam
-from cosae.train.watch import Watch
-from cosae.types import CosaeError
 
 CONTROLLER_START = 20
 SHIFT_GAIN = 0.10
@@ -85,7 +85,7 @@ class ArmState:
     weight  λ of the sparsity term;  shift_mean, typical_gate  what its controller remembers
     stopped why this arm stopped, None while it runs
     digest  chained over the batches this arm was handed: equal digests mean the same batches in the same order
-    watch   what tells spikes and jumps from what was usual (cosae.train.watch)
+    watch   what tells spikes and jumps from what was usual (cosae.train.monitor)
     """
 
     arm: Arm

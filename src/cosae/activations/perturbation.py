@@ -1,0 +1,189 @@
+"""Norm nuisances put on purpose onto real activations, so that what a score does with norm can be seen.
+
+Enters: activations. Leaves: the same tokens with other norms, x in fp32, norms recomputed.
+
+    log_normal:  x ← x · exp(σ g),  g one standard normal per token, independent of content
+    sinks:       x ← factor · x                       direction `own`
+                 x ← factor · median|x| · u           direction `massive`, one fixed random unit vector u
+                 for a share of the tokens, or for every token at one chosen position
+
+Nothing is remembered between calls: what token j of chunk i of a split gets is a function of
+(seed, split, i, j) alone, so a restarted stream repeats itself and a held-out set never shares draws with
+training. Draws are made on the CPU, so every device sees the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cosae.errors import CosaeError
+from cosae.types import Activations
+
+NuisanceKind = Literal["none", "log_normal", "sinks"]
+Direction = Literal["own", "massive"]
+
+# what each kind reads; a setting the kind would ignore is refused rather than swallowed
+SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "log_normal": ("sigma", "seed"),
+    "sinks": ("frac", "factor", "position", "direction", "seed"),
+}
+
+
+@dataclass(frozen=True)
+class Nuisance:
+    """A norm nuisance and its seed.
+
+    kind       none, log_normal or sinks
+    sigma      log_normal: standard deviation of log norm, nats
+    frac       sinks: share of tokens, drawn independently; not read when `position` is given
+    factor     sinks: multiple of the token's own norm (`own`) or of the chunk's median norm (`massive`)
+    position   sinks: every token at this position of its sequence, instead of a random share
+    direction  sinks: `own` keeps the token's direction, `massive` gives all of them one random direction
+    seed       of every draw
+
+    Raises CosaeError for values outside these meanings.
+    """
+
+    kind: NuisanceKind = "none"
+    sigma: float = 1.0
+    frac: float = 0.006
+    factor: float = 160.0
+    position: int | None = None
+    direction: Direction = "own"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in SETTINGS:
+            raise CosaeError(f"nuisance must be one of {', '.join(SETTINGS)}. Got {self.kind!r} instead.")
+        if self.direction not in get_args(Direction):
+            raise CosaeError(f"nuisance direction must be own or massive. Got {self.direction!r} instead.")
+        if not (isfinite(self.sigma) and self.sigma >= 0):
+            raise CosaeError(f"nuisance sigma must be 0 or more. Got {self.sigma} instead.")
+        if not 0 <= self.frac <= 1:
+            raise CosaeError(f"nuisance frac must lie between 0 and 1. Got {self.frac} instead.")
+        if not (isfinite(self.factor) and self.factor > 0):
+            raise CosaeError(f"nuisance factor must be a finite number above 0. Got {self.factor} instead.")
+        if self.position is not None and self.position < 0:
+            raise CosaeError(f"nuisance position must be 0 or more. Got {self.position} instead.")
+
+    @classmethod
+    def parse(cls, text: str) -> Nuisance:
+        """From the command line: `none`, `log_normal:sigma=1.0`,
+        `sinks:frac=0.006,factor=160,direction=massive`.
+
+        Raises CosaeError for anything else, and for settings the kind does not read.
+        """
+        kind, settings = parse_settings(text, "nuisance", SETTINGS)
+        return cls(kind=kind, **cast_settings(cls, settings, "nuisance"))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """The text `parse` reads back to the same nuisance."""
+        settings = ((name, getattr(self, name)) for name in SETTINGS[self.kind])
+        shown = ",".join(f"{name}={value}" for name, value in settings if value is not None)
+        return f"{self.kind}:{shown}" if shown else self.kind
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Nuisance:
+        """The nuisance that `to_dict` wrote. Raises CosaeError if the record is not one."""
+        unknown = set(record) - {f.name for f in fields(cls)}
+        if unknown:
+            raise CosaeError(
+                f"a nuisance record has no {', '.join(sorted(unknown))}; was it written by another version?"
+            )
+        return cls(**record)
+
+
+def apply(
+    activations: Activations,
+    nuisance: Nuisance,
+    chunk_index: int = 0,
+    split: Literal["train", "held_out"] = "train",
+) -> Activations:
+    """The activations with the nuisance on them; the very same object when the nuisance is `none`.
+
+    x_ND comes back in float32 and norm_N recomputed in float32; everything else is shared with the input.
+    Raises CosaeError when a position is asked for and the activations have none.
+    """
+    if nuisance.kind == "none":
+        return activations
+    generator = keyed_generator(nuisance.seed, "nuisance", split, chunk_index)
+    x_ND = activations.x_ND.float()
+    if nuisance.kind == "log_normal":
+        gain_N = torch.exp(nuisance.sigma * torch.randn(len(activations), generator=generator))
+        x_ND = x_ND * gain_N.to(x_ND.device)[:, None]
+    else:
+        x_ND = _plant_sinks(x_ND, _chosen(activations, nuisance, generator), activations.norm_N, nuisance)
+    return replace(activations, x_ND=x_ND, norm_N=x_ND.norm(dim=-1))
+
+
+def _chosen(activations: Activations, nuisance: Nuisance, generator: torch.Generator) -> Tensor:
+    """(N,) bool: the tokens that become sinks."""
+    if nuisance.position is None:
+        return (torch.rand(len(activations), generator=generator) < nuisance.frac).to(activations.x_ND.device)
+    if len(activations) and int(activations.position_N.max()) < 0:
+        raise CosaeError(
+            f"a nuisance at position {nuisance.position} needs activations that know their positions, and "
+            "these do not; use frac instead."
+        )
+    return activations.position_N == nuisance.position
+
+
+def _plant_sinks(x_ND: Tensor, chosen_N: Tensor, norm_N: Tensor, nuisance: Nuisance) -> Tensor:
+    if nuisance.direction == "own":
+        gain_N = torch.where(chosen_N, nuisance.factor, 1.0)
+        return x_ND * gain_N[:, None]
+    direction_D = torch.randn(x_ND.shape[1], generator=keyed_generator(nuisance.seed, "massive direction"))
+    direction_D = (direction_D / direction_D.norm()).to(x_ND.device)
+    massive_D = nuisance.factor * norm_N.float().median() * direction_D if len(norm_N) else direction_D
+    return torch.where(chosen_N[:, None], massive_D, x_ND)
+
+
+def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
+    """A CPU generator whose stream depends on the seed and on every part of the key, and on nothing else."""
+    text = "/".join(map(repr, (seed, *key)))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # 63 bits: seeds are signed
+
+
+def parse_settings(text: str, what: str, allowed: Mapping[str, tuple[str, ...]]) -> tuple[str, dict[str, str]]:
+    """`kind:name=value,name=value` → kind and settings. Raises CosaeError, naming `what`, for other text."""
+    kind, _, rest = text.strip().partition(":")
+    if kind not in allowed:
+        raise CosaeError(f"{what} must be one of {', '.join(allowed)}. Got {kind!r} instead.")
+    settings: dict[str, str] = {}
+    for part in filter(None, rest.split(",")):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not value:
+            raise CosaeError(f"{what} settings are written name=value, with commas between. Got {part!r} instead.")
+        if name not in allowed[kind]:
+            takes = ", ".join(allowed[kind]) or "no settings"
+            raise CosaeError(f"{what} {kind} takes {takes}. Got {name!r} instead.")
+        if name in settings:
+            raise CosaeError(f"{what} {kind} was given {name} twice; give it once.")
+        settings[name] = value
+    return kind, settings
+
+
+def cast_settings(cls: type, settings: Mapping[str, str], what: str) -> dict[str, Any]:
+    """Strings to the types of the dataclass' defaults. Raises CosaeError for a value of another type."""
+    cast: dict[str, Any] = {}
+    kinds = {f.name: int if "int" in str(f.type) else float if "float" in str(f.type) else str for f in fields(cls)}
+    for name, value in settings.items():
+        try:
+            cast[name] = kinds[name](value)
+        except ValueError as error:
+            wanted = "a whole number" if kinds[name] is int else "a number"
+            raise CosaeError(f"{what} {name} must be {wanted}. Got {value!r} instead.") from error
+    return cast

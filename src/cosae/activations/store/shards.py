@@ -1,0 +1,269 @@
+"""One shard of a store: a safetensors file with some rows of one site, and everything that is known of each row.
+
+    x          (N, D)  float32, bfloat16, float16 or int8 (cosae.activations.store.rounding)
+    scale      (N,)    float32: of int8 rows only
+    norm       (N,)    float32: |x| in fp32, from before any rounding
+    token, document, position, index   (N,) int32, as in types.Activations; -1 where unknown
+    special    (N,)    bool
+    labels     (N, L)  uint8: concept labels, bit-packed (little end first); only where the corpus has concepts
+    labelled   (N,)    bool: whether the document could be labelled; with `labels`
+    mean       (D,)    float64: of the shard's rows as stored
+    squares    (1,)    float64: Σ |x − mean|² of the shard's rows as stored
+
+The header names the store, the side and the number of the shard, so that one put in another's place is noticed without
+reading it. A shard is written under a hidden name, flushed, and then renamed: it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cosae.activations.store.rounding import restore_rows, round_rows
+from cosae.types import Activations
+
+HEADER_KEY = "cosae"
+MAX_HEADER_BYTES = 1 << 20
+COLUMNS = {
+    "norm": "norm_N",
+    "token": "token_N",
+    "document": "doc_N",
+    "position": "position_N",
+    "index": "index_N",
+    "special": "special_N",
+}
+"""Name in a shard → field of Activations."""
+_X_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
+# bfloat16 is read as int16 and viewed: NumPy has no such dtype
+_NUMPY = {
+    "F32": "<f4",
+    "BF16": "<i2",
+    "F16": "<f2",
+    "I8": "|i1",
+    "I32": "<i4",
+    "BOOL": "|b1",
+    "U8": "|u1",
+    "F64": "<f8",
+}
+
+
+@dataclass(frozen=True)
+class ShardTag:
+    """Which shard of which store.
+
+    store   64 hex digits of the request that decides the store's content
+    side    train or held_out
+    number  counted from 0 within its side
+    """
+
+    store: str
+    side: str
+    number: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.side}-{self.number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class ShardShape:
+    """What a shard's tensors look like. label_bytes: bytes of packed labels per row, 0 where there are none."""
+
+    rows: int
+    d_in: int
+    dtype: str
+    label_bytes: int = 0
+
+    def tensors(self) -> dict[str, tuple[str, list[int]]]:
+        """Name → (safetensors dtype, shape)."""
+        n = self.rows
+        found: dict[str, tuple[str, list[int]]] = {"x": (_X_DTYPES[self.dtype], [n, self.d_in]), "norm": ("F32", [n])}
+        found |= {name: ("I32", [n]) for name in ("token", "document", "position", "index")} | {
+            "special": ("BOOL", [n])
+        }
+        if self.dtype == "int8":
+            found["scale"] = ("F32", [n])
+        if self.label_bytes:
+            found |= {"labels": ("U8", [n, self.label_bytes]), "labelled": ("BOOL", [n])}
+        return found | {"mean": ("F64", [self.d_in]), "squares": ("F64", [1])}
+
+    def row_bytes(self) -> int:
+        """Bytes of one row on disk, header aside."""
+        return sum(
+            np.dtype(_NUMPY[kind]).itemsize * int(np.prod(shape[1:], dtype=np.int64))
+            for name, (kind, shape) in self.tensors().items()
+            if name not in ("mean", "squares")
+        )
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Rows for a shard. labels_NL (N, L) uint8 and labelled_N (N,) bool, or None both."""
+
+    activations: Activations
+    labels_NL: Tensor | None = None
+    labelled_N: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.activations)
+
+    def __getitem__(self, rows: slice) -> ShardRows:
+        labels_NL, labelled_N = self.labels_NL, self.labelled_N
+        return ShardRows(
+            self.activations[rows],
+            None if labels_NL is None else labels_NL[rows],
+            None if labelled_N is None else labelled_N[rows],
+        )
+
+    @classmethod
+    def cat(cls, parts: list[ShardRows]) -> ShardRows:
+        """Parts one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        labels = [part.labels_NL for part in parts if part.labels_NL is not None]
+        labelled = [part.labelled_N for part in parts if part.labelled_N is not None]
+        return cls(
+            Activations.cat([part.activations for part in parts]),
+            torch.cat(labels) if labels else None,
+            torch.cat(labelled) if labelled else None,
+        )
+
+
+def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> dict[str, Any]:
+    """Write one shard; returns what an index says of it: file, side, rows, bytes, sha256.
+
+    Raises OSError or SafetensorError where the disk refuses; nothing of the shard is left then.
+    """
+    x_ND, scale_N = round_rows(rows.activations.x_ND, dtype)
+    mean_D, squares = _moments(x_ND, scale_N)
+    # rows from nowhere in particular share one tensor among their ids, which a file must not
+    tensors = {"x": x_ND} | {name: getattr(rows.activations, field).clone() for name, field in COLUMNS.items()}
+    tensors |= {"mean": mean_D, "squares": squares}
+    optional = {"scale": scale_N, "labels": rows.labels_NL, "labelled": rows.labelled_N}
+    tensors |= {name: value for name, value in optional.items() if value is not None}
+    place, staged = folder / tag.file, folder / f".{tag.file}.partial"
+    try:
+        # one key: safetensors writes several in an order of its own, and equal shards must be equal files
+        metadata = {HEADER_KEY: json.dumps({"store": tag.store, "side": tag.side, "number": tag.number})}
+        staged.touch()
+        mode = staged.stat().st_mode
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, staged, metadata)
+        staged.chmod(mode)  # safetensors' own is for one's own eyes only
+        entry = {
+            "file": tag.file,
+            "side": tag.side,
+            "rows": len(rows),
+            "bytes": staged.stat().st_size,
+            "sha256": digest_file(staged),
+        }
+        flush(staged)
+        staged.replace(place)
+        flush(folder)
+    except (OSError, SafetensorError):
+        staged.unlink(missing_ok=True)
+        raise
+    return entry
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, in hex. Read, not mapped: its pages do not count as this process's memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Let the disk have a file, or a folder's names, before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def find_fault(folder: Path, tag: ShardTag, shape: ShardShape, n_bytes: int) -> str | None:
+    """What is wrong with a shard as far as its size and header tell; None where nothing is. Reads a page or two."""
+    path = folder / tag.file
+    try:
+        found = path.stat().st_size
+        if found != n_bytes:
+            return f"it has {found} bytes, not the {n_bytes} that were written"
+        header, _ = _read_header(path)
+        tagged = json.loads(header.pop("__metadata__", {}).get(HEADER_KEY, "null"))
+        laid_out = {name: (t["dtype"], t["shape"]) for name, t in header.items()}
+    except FileNotFoundError:
+        return "it is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "its header is not readable"
+    wanted = {"store": tag.store, "side": tag.side, "number": tag.number}
+    if tagged != wanted:
+        return f"it is another shard ({_tell(tagged, wanted)})"
+    if laid_out != shape.tensors():
+        return "its header does not fit the index"
+    return None
+
+
+def _tell(tagged: Any, wanted: dict[str, Any]) -> str:
+    if not isinstance(tagged, dict) or tagged.keys() != wanted.keys():
+        return "its header names none"
+    if tagged["store"] != wanted["store"]:
+        return "of another store"
+    return f"{str(tagged['side'])[:20]} number {str(tagged['number'])[:20]}"
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and where its data begin: 8 bytes of length, JSON, data."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise ValueError("length of header")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("header")
+    return header, 8 + length
+
+
+class MappedShard:
+    """A shard that was found whole, memory-mapped. Views are read-only and must not outlive it."""
+
+    def __init__(self, path: Path, shape: ShardShape) -> None:
+        header, first = _read_header(path)
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.column: dict[str, NDArray[Any]] = {}
+        for name, (kind, size) in shape.tensors().items():
+            begin, end = header[name]["data_offsets"]
+            flat = np.frombuffer(self._map, np.uint8, end - begin, first + begin)
+            self.column[name] = flat.view(_NUMPY[kind]).reshape(size)
+
+    def let_go(self) -> None:
+        """Stop counting the pages read so far as this process's memory; they stay in the disk cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _moments(x_ND: Tensor, scale_N: Tensor | None, rows: int = 256) -> tuple[Tensor, Tensor]:
+    """(D,) mean and (1,) Σ |x − mean|², float64. In blocks that stay in the cache, joined by Chan, Golub & LeVeque."""
+    mean_D, squares, n = torch.zeros(x_ND.shape[1], dtype=torch.float64), 0.0, 0
+    for first in range(0, len(x_ND), rows):
+        scale = None if scale_N is None else scale_N[first : first + rows]
+        block = restore_rows(x_ND[first : first + rows], scale).to("cpu", torch.float64, copy=True)
+        more = len(block)
+        apart_D = block.mean(0)
+        flat = block.sub_(apart_D).flatten()
+        apart_D -= mean_D
+        squares += float(flat.dot(flat)) + float(apart_D.dot(apart_D)) * (n * more / (n + more))
+        mean_D += apart_D * (more / (n + more))
+        n += more
+    return mean_D, torch.tensor([squares], dtype=torch.float64)

@@ -1,0 +1,284 @@
+"""Activations → a store on disk, shard after shard, so that a stop at any moment costs no more than one shard.
+
+    STORE/capture.json      what was asked for (it decides every byte) and who wrote; while writing only
+    STORE/journal.jsonl     one line a shard that is whole, flushed before the next is begun; while writing only
+    STORE/SIDE-NNNNN.safetensors
+    STORE/index.json        last, and only then is the store finished
+
+Going on with an unfinished store ends in the same bytes as never having stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+
+from cosae.activations.store.records import digest, read_record, write_record
+from cosae.activations.store.rounding import store_dtype
+from cosae.activations.store.shards import MappedShard, ShardRows, ShardShape, ShardTag, digest_file, flush, write_shard
+from cosae.activations.store.statistics import Columns, describe_rows
+from cosae.errors import CosaeError
+
+INDEX, CAPTURE, JOURNAL = "index.json", "capture.json", "journal.jsonl"
+FORMAT, VERSION = "cosae-store", 1
+SIDES: tuple[Literal["held_out", "train"], ...] = ("held_out", "train")
+MAX_FLOAT16 = 65504.0
+
+
+class StoreWriter:
+    """One site's store in the making.
+
+    folder        where; new, empty, or an unfinished store of the same request
+    request       plain values that decide what the store holds; with `d_in`, `dtype` and `shard_tokens` they are what
+                  a later call must repeat to go on
+    written_by    commit, packages and the like: written down, not compared
+    d_in          width of the activations
+    dtype         float32, bfloat16, float16 or int8
+    shard_tokens  rows per shard
+    concepts      names of the label bits; None where rows have no labels
+    say           is told what was found where an unfinished store is gone on with
+
+    Raises CosaeError for a folder that holds something else, a store of another request (naming what differs), and
+    settings out of range. `finished` says that there is nothing left to do.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        request: Mapping[str, Any],
+        written_by: Mapping[str, Any],
+        *,
+        d_in: int,
+        dtype: str,
+        shard_tokens: int,
+        concepts: Sequence[str] | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        if shard_tokens < 1:
+            raise CosaeError(f"shard_tokens must be at least 1. Got {shard_tokens} instead.")
+        self.folder, self.d_in, self.dtype, self.shard_tokens = folder, d_in, store_dtype(dtype), shard_tokens
+        whole = {**request, "d_in": d_in, "dtype": self.dtype, "shard_tokens": shard_tokens}
+        whole["concepts"] = None if concepts is None else list(concepts)
+        self.label_bytes = -(-len(concepts or ()) // 8)
+        self.request: dict[str, Any] = json.loads(json.dumps(whole))
+        self._entries: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        self._waiting: dict[str, list[ShardRows]] = {side: [] for side in SIDES}
+        self._say = say
+        self.finished = (folder / INDEX).exists()
+        self.written_by = [dict(written_by)]
+        if self.finished:
+            check_request(folder, read_record(folder / INDEX)["request"], self.request)
+            self._sweep()
+        elif (folder / CAPTURE).exists():
+            self._go_on(dict(written_by))
+        else:
+            self._begin()
+
+    def n_rows(self, side: str) -> int:
+        """Rows of a side that are whole on disk."""
+        return sum(entry["rows"] for entry in self._entries[side])
+
+    def append(self, side: str, first_row: int, rows: ShardRows) -> None:
+        """Rows first_row, first_row + 1, … of a side. Those already written are passed over.
+
+        Raises CosaeError for rows that are not finite or not representable, naming document and position, and where
+        the disk refuses.
+        """
+        have = self.n_rows(side) + sum(len(part) for part in self._waiting[side])
+        assert first_row <= have, "rows must come without gaps"
+        if first_row + len(rows) <= have:
+            return
+        rows = rows[have - first_row :] if first_row < have else rows
+        self._check(rows)
+        assert self.label_bytes == (0 if rows.labels_NL is None else rows.labels_NL.shape[1])
+        self._waiting[side].append(rows)
+        self._write_full(side)
+
+    def end(self, side: str) -> None:
+        """No more rows of a side: what waits becomes its last shard."""
+        if self._waiting[side]:
+            self._write(side, ShardRows.cat(self._waiting[side]))
+            self._waiting[side] = []
+
+    def finish(self, documents: Mapping[str, Sequence[str]]) -> None:
+        """Write the index: from now on the store is one.
+
+        documents: names by side; a row's document id is its place in those of the held-out side followed by those of
+        the train side. Raises CosaeError where there is no train row, and where the disk refuses.
+        """
+        for side in SIDES:
+            self.end(side)
+        train, held_out = self.n_rows("train"), self.n_rows("held_out")
+        if not train:
+            raise CosaeError(f"{self.folder} would hold no train rows: the corpus is empty or --tokens too small.")
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "request": self.request,
+            "written_by": self.written_by,
+            "rows": {"train": train, "held_out": held_out},
+            "statistics": describe_rows(self._train_columns),
+            "documents": {side: list(documents[side]) for side in SIDES},
+            "shards": [entry for side in SIDES for entry in self._entries[side]],
+        }
+        try:
+            write_record(self.folder / INDEX, record)
+        except OSError as error:
+            raise self._refused(INDEX, error) from None
+        self.finished = True
+        self._sweep()
+
+    def _begin(self) -> None:
+        try:
+            there = self.folder.exists()
+            if there and not (self.folder.is_dir() and all(path.name[0] == "." for path in self.folder.iterdir())):
+                raise CosaeError(f"{self.folder} is not empty and holds no store: choose another place.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_capture()
+        except OSError as error:
+            raise CosaeError(f"{self.folder} cannot be written ({error.strerror}); choose another place.") from None
+
+    def _write_capture(self) -> None:
+        write_record(self.folder / CAPTURE, {"request": self.request, "written_by": self.written_by})
+
+    def _go_on(self, written_by: dict[str, Any]) -> None:
+        """Take stock of an unfinished store: what is whole counts, anything else is written again."""
+        begun = read_record(self.folder / CAPTURE)
+        check_request(self.folder, begun["request"], self.request)
+        self.written_by = list(begun["written_by"])
+        listed = list(_read_journal(self.folder / JOURNAL))
+        for side in SIDES:
+            mine = [entry for entry in listed if entry["side"] == side]
+            for number, entry in enumerate(mine):
+                fault = self._fault(entry, ShardTag(digest(self.request), side, number))
+                if fault is not None:
+                    self._say(f"{self.folder / str(entry['file'])}: {fault}; it is written again")
+                    break
+                self._entries[side].append(entry)
+        kept = [entry for side in SIDES for entry in self._entries[side]]
+        try:
+            # anew, so that the next line does not go on from a torn one
+            staged = self.folder / f".{JOURNAL}.partial"
+            staged.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="ascii")
+            flush(staged)
+            staged.replace(self.folder / JOURNAL)
+            if kept and self.written_by[-1] != written_by:
+                self.written_by.append(written_by)
+                self._say(f"{self.folder} was begun with another commit or other packages; both are written down")
+                self._write_capture()
+            elif not kept and self.written_by != [written_by]:
+                self.written_by = [written_by]
+                self._write_capture()
+        except OSError as error:
+            raise self._refused(JOURNAL, error) from None
+
+    def _fault(self, entry: Mapping[str, Any], tag: ShardTag) -> str | None:
+        path = self.folder / tag.file
+        if entry["file"] != tag.file or not path.is_file():
+            return "it is missing"
+        same = path.stat().st_size == entry["bytes"] and digest_file(path) == entry["sha256"]
+        return None if same else "it is not what was written"
+
+    def _write_full(self, side: str) -> None:
+        """Write as many whole shards as there are rows for."""
+        while sum(len(part) for part in self._waiting[side]) >= self.shard_tokens:
+            rows = ShardRows.cat(self._waiting[side])
+            rest = rows[self.shard_tokens :]
+            self._waiting[side] = [rest] if len(rest) else []
+            self._write(side, rows[: self.shard_tokens])
+
+    def _write(self, side: str, rows: ShardRows) -> None:
+        tag = ShardTag(digest(self.request), side, len(self._entries[side]))
+        try:
+            entry = write_shard(self.folder, tag, rows, self.dtype)
+            with (self.folder / JOURNAL).open("a", encoding="ascii") as journal:
+                journal.write(json.dumps(entry) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+        except (OSError, SafetensorError) as error:
+            raise self._refused(tag.file, error) from None
+        self._entries[side].append(entry)
+
+    def _refused(self, file: str, error: Exception) -> CosaeError:
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
+        rows = sum(self.n_rows(side) for side in SIDES)
+        return CosaeError(
+            f"{self.folder / file} could not be written ({why}); the {rows} tokens before it are kept: make room and "
+            "give the same command again to go on."
+        )
+
+    def _check(self, rows: ShardRows) -> None:
+        found = rows.activations
+        if found.x_ND.shape[1] != self.d_in:
+            raise CosaeError(f"the store is for width {self.d_in}. Got {found.x_ND.shape[1]} instead.")
+        largest_N = found.x_ND.abs().amax(-1).float()
+        limit = MAX_FLOAT16 if self.dtype == "float16" else float("inf")
+        bad = (~((largest_N <= limit) & largest_N.isfinite() & found.norm_N.isfinite())).nonzero().flatten()
+        if not len(bad):
+            return
+        row = int(bad[0])
+        value, remedy = float(largest_N[row]), "run the model in bfloat16 or float32"
+        what = f"Got {value}"
+        if largest_N[row].isfinite() and found.norm_N[row].isfinite():
+            what = f"float16 ends at 65504, and the largest value is {value:.0f}"
+            remedy = "store them in bfloat16 or float32"
+        raise CosaeError(
+            f"activations in a store must be finite as stored. {what} at document {int(found.doc_N[row])}, position "
+            f"{int(found.position_N[row])} ({len(bad)} such rows): {remedy}."
+        )
+
+    def _train_columns(self) -> Iterator[Columns]:
+        for entry in self._entries["train"]:
+            shape = ShardShape(entry["rows"], self.d_in, self.dtype, self.label_bytes)
+            yield MappedShard(self.folder / entry["file"], shape).column
+
+    def _sweep(self) -> None:
+        """A finished store needs no journal."""
+        for name in (JOURNAL, CAPTURE):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def check_request(folder: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises CosaeError, naming each value, where a store was begun with other settings than those asked for."""
+    absent = "(absent)"
+    differing = [
+        f"{name} is {begun.get(name, absent)!r} there, {asked.get(name, absent)!r} here"
+        for name in sorted(begun.keys() | asked.keys())
+        if begun.get(name, absent) != asked.get(name, absent)
+    ]
+    if differing:
+        raise CosaeError(
+            f"{folder} holds a store that was captured otherwise: {'; '.join(differing)}. Give the settings it was "
+            "begun with, or choose another place."
+        )
+
+
+def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """Entries up to the first line that is not one: a line torn by a kill is the last."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines():
+        try:
+            entry = json.loads(line)
+            known = {name: entry[name] for name in ("file", "side", "rows", "bytes", "sha256")}
+        except (ValueError, KeyError, TypeError):
+            return
+        yield known
+
+
+def begun_request(folder: Path) -> dict[str, Any]:
+    """The request of a store, finished or not."""
+    place = folder / (INDEX if (folder / INDEX).exists() else CAPTURE)
+    return dict(read_record(place)["request"])
+
+
+def rows_written(folder: Path) -> int:
+    """Rows in the whole shards of a store, finished or not."""
+    if (folder / INDEX).exists():
+        return sum(int(n) for n in read_record(folder / INDEX)["rows"].values())
+    return sum(int(entry["rows"]) for entry in _read_journal(folder / JOURNAL))

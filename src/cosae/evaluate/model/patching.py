@@ -1,0 +1,242 @@
+"""Does a model read a token's direction or its norm? Perturbations of equal size, where the token stands.
+
+In: a causal language model, a site, sequences. Out: plain numbers. For a token with z = x − c, r = |z|, and a size ε,
+four changes with the same |Δx| = ε r:
+
+    norm_up, norm_down   z (1 ± ε)
+    direction            z turned by θ towards another token's direction, its length kept; 2 sin(θ/2) = ε
+    random               z turned by the same θ towards a random direction
+
+KL(model ‖ changed) at that token (`here`) and summed over the later tokens of its sequence (`after`), float64. The
+paper (§5.8, E8) swapped the whole direction against the whole norm, so that its ratios of 87 to 2560 are mostly the
+ratio of the changes' sizes, and did so on a sequence of one token, at the attention sink (audit §9 #10). Here sizes are
+equal, the token is in its context, and sinks take no part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cosae.activations import filter as filters
+from cosae.errors import CosaeError
+from cosae.evaluate.model.predictions import divergence, logits_at, predicting
+from cosae.evaluate.statistics import RESAMPLES, Array, percentile_interval, resample_counts
+from cosae.models.capture import capture
+from cosae.models.intervene.intervention import Intervention, find_site
+from cosae.models.intervene.window import Window
+from cosae.types import Sequences, Site
+
+KINDS = ("norm_up", "norm_down", "direction", "random")
+SIZES = (0.05, 0.1, 0.2)
+
+
+def perturb(z_nD: Tensor, towards_nD: Tensor, kind: str, size: float) -> Tensor:
+    """z (n, D) changed by |Δz| = size · |z|, float64; `towards` (n, D), not parallel to z, is read for turns only."""
+    z_nD, towards_nD = z_nD.double(), towards_nD.double()
+    if kind in ("norm_up", "norm_down"):
+        return z_nD * (1 + size if kind == "norm_up" else 1 - size)
+    angle = 2 * math.asin(size / 2)
+    length_n1 = z_nD.norm(dim=-1, keepdim=True)
+    unit_nD = z_nD / length_n1
+    across_nD = towards_nD - (towards_nD * unit_nD).sum(-1, keepdim=True) * unit_nD
+    across_nD = across_nD / across_nD.norm(dim=-1, keepdim=True)
+    turned_nD: Tensor = length_n1 * (math.cos(angle) * unit_nD + math.sin(angle) * across_nD)
+    return turned_nD
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """P tokens to change and what each is turned towards. flat (P,) into the (S, T) grid."""
+
+    flat_P: Tensor
+    z_PD: Tensor
+    towards_PD: Tensor
+    random_PD: Tensor
+    too_near: int
+
+
+def measure_patching(
+    model: nn.Module,
+    site: str | Site,
+    sequences: Sequences,
+    *,
+    sizes: Sequence[float] = SIZES,
+    n_pairs: int = 200,
+    centre_D: Tensor | None = None,
+    median_norm: float | None = None,
+    factor: float = 10.0,
+    batch_sequences: int = 8,
+    seed: int = 0,
+    n_resamples: int = RESAMPLES,
+) -> dict[str, Any]:
+    """Direction against norm at equal size, as plain numbers.
+
+    sizes     ε, each above 0 and below 1
+    n_pairs   tokens that are changed, one of a sequence at a time, each with another token (of another document where
+              there is one) whose direction it is turned towards
+    centre_D  c, (D,); 0 by default, as in the paper
+
+    Returns site, pairs, too_near (draws passed over because the other direction was nearer than the largest turn) and
+    by size: kinds[kind] with kl_here (mean), kl_here_median, kl_after, size (|Δx|/|z| as it went into the model, after
+    rounding to its dtype); degrees (θ); direction_over_norm and direction_over_random: ratios of mean kl_here (norm:
+    the mean of up and down) with 95 % intervals by bootstrap over pairs. Raises CosaeError as `capture` does, for
+    sizes out of range, and where fewer than two tokens can be paired.
+    """
+    sizes = tuple(float(size) for size in sizes)
+    if not sizes or not all(0 < size < 1 for size in sizes) or n_pairs < 1:
+        raise CosaeError(f"sizes must lie between 0 and 1 and n_pairs be at least 1. Got {sizes} and {n_pairs}.")
+    found = find_site(model, site)
+    pairs = _draw(model, found, sequences, max(sizes), n_pairs, centre_D, median_norm, factor, batch_sequences, seed)
+    found_by: dict[tuple[float, str], _Found] = {
+        (size, kind): _Found(*(torch.zeros(len(pairs.flat_P), dtype=torch.float64) for _ in range(3)))
+        for size in sizes
+        for kind in KINDS
+    }
+    for rows, members in _rounds(pairs.flat_P, sequences.ids_ST.shape[1], batch_sequences):
+        batch = sequences[rows]
+        at_ST = predicting(batch)
+        own_nV = logits_at(model, batch, at_ST)
+        column_P = pairs.flat_P[members] % batch.ids_ST.shape[1]
+        for (size, kind), one in found_by.items():
+            target_PD = (pairs.random_PD if kind == "random" else pairs.towards_PD)[members]
+            change_PD = perturb(pairs.z_PD[members], target_PD, kind, size) - pairs.z_PD[members]
+            shift = _Shift(change_PD, column_P)
+            with Intervention(model, {found: shift}):
+                kl_n = divergence(own_nV, logits_at(model, batch, at_ST))
+            kl_ST = torch.zeros(at_ST.shape, dtype=torch.float64).masked_scatter(at_ST, kl_n)
+            now_P = kl_ST.gather(1, column_P[:, None])[:, 0]
+            one.here_P[members] = now_P
+            one.after_P[members] = kl_ST.sum(1) - now_P
+            one.moved_P[members] = shift.moved_P / pairs.z_PD[members].norm(dim=-1)
+    drawn_RU = resample_counts(len(pairs.flat_P), seed, n_resamples).astype(np.float64)
+    return {
+        "site": found.name,
+        "pairs": len(pairs.flat_P),
+        "too_near": pairs.too_near,
+        "centred": centre_D is not None,
+        "seed": seed,
+        "resamples": n_resamples,
+        "by_size": [_numbers(size, {kind: found_by[size, kind] for kind in KINDS}, drawn_RU) for size in sizes],
+    }
+
+
+@dataclass(frozen=True)
+class _Found:
+    """By pair: KL at the token, KL summed after it, |Δx|/|z| as made; filled in as passes come."""
+
+    here_P: Tensor
+    after_P: Tensor
+    moved_P: Tensor
+
+
+class _Shift:
+    """Adds one vector to one token of each sequence, and notes how far that token really moved."""
+
+    def __init__(self, change_PD: Tensor, column_P: Tensor) -> None:
+        self.change_PD, self.column_P = change_PD, column_P
+        self.moved_P = torch.zeros(len(column_P), dtype=torch.float64)
+
+    def __call__(self, x: Tensor, window: Window) -> Tensor:
+        grid = x.reshape(*window.shape, -1).clone()
+        row_P, column_P = torch.arange(len(self.column_P), device=x.device), self.column_P.to(x.device)
+        old_PD = grid[row_P, column_P].double()
+        grid[row_P, column_P] = (old_PD + self.change_PD.to(x.device)).to(x.dtype)
+        self.moved_P = (grid[row_P, column_P].double() - old_PD).norm(dim=-1).cpu()
+        return grid.reshape(x.shape)
+
+
+def _draw(
+    model: nn.Module,
+    site: Site,
+    sequences: Sequences,
+    largest: float,
+    n_pairs: int,
+    centre_D: Tensor | None,
+    median_norm: float | None,
+    factor: float,
+    batch_sequences: int,
+    seed: int,
+) -> _Pairs:
+    """Tokens without replacement as long as there are any, each with a partner farther than the largest turn."""
+    activations = capture(model, sequences, site, batch_sequences)[site.name]
+    median = float(activations.norm_N.double().median()) if median_norm is None else median_norm
+    mask_ST = sequences.mask_ST
+    z_ND = activations.x_ND.double() - (0.0 if centre_D is None else centre_D.double())
+    usable_N = predicting(sequences)[mask_ST] & ~filters.sinks(activations, median, factor) & (z_ND.norm(dim=-1) > 0)
+    candidate_n = usable_N.nonzero()[:, 0]
+    if len(candidate_n) < 2:
+        raise CosaeError("patching needs at least two tokens that are no sinks and predict another. Give more text.")
+    random = np.random.default_rng(seed)
+    unit_ND = z_ND / z_ND.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+    several = len(set(activations.doc_N[candidate_n].tolist())) > 1
+    order = [int(i) for _ in range(-(-n_pairs // len(candidate_n))) for i in random.permutation(candidate_n.numpy())]
+    chosen: list[tuple[int, int]] = []
+    too_near = 0
+    for token in order[:n_pairs]:
+        for partner in random.choice(candidate_n.numpy(), size=50):
+            if partner == token or (several and activations.doc_N[partner] == activations.doc_N[token]):
+                continue
+            cosine = float(unit_ND[token] @ unit_ND[int(partner)])
+            if abs(cosine) < math.cos(2 * math.asin(largest / 2)):
+                chosen.append((token, int(partner)))
+                break
+            too_near += 1
+    if not chosen:
+        raise CosaeError(
+            "no two tokens differ enough in direction to be turned towards each other: ask for smaller sizes."
+        )
+    token_P, partner_P = (torch.tensor(column) for column in zip(*chosen, strict=True))
+    noise_PD = torch.from_numpy(random.standard_normal((len(chosen), z_ND.shape[1])))
+    flat_P = mask_ST.reshape(-1).nonzero()[:, 0][token_P]
+    return _Pairs(flat_P, z_ND[token_P], z_ND[partner_P], noise_PD, too_near)
+
+
+def _rounds(flat_P: Tensor, n_positions: int, batch_sequences: int) -> list[tuple[Tensor, Tensor]]:
+    """Passes: which sequences, and which pair is changed in each; a sequence holds one change at a time."""
+    row_P = torch.div(flat_P, n_positions, rounding_mode="floor")
+    waiting = list(range(len(flat_P)))
+    rounds = []
+    while waiting:
+        taken: dict[int, int] = {}
+        for pair in waiting:
+            if len(taken) < batch_sequences:
+                taken.setdefault(int(row_P[pair]), pair)
+        rounds.append((torch.tensor(list(taken)), torch.tensor(list(taken.values()))))
+        now = set(taken.values())
+        waiting = [pair for pair in waiting if pair not in now]
+    return rounds
+
+
+def _numbers(size: float, found: dict[str, _Found], drawn_RU: Array) -> dict[str, Any]:
+    here = {kind: one.here_P.numpy() for kind, one in found.items()}
+    return {
+        "size": size,
+        "degrees": math.degrees(2 * math.asin(size / 2)),
+        "kinds": {
+            kind: {
+                "kl_here": float(one.here_P.mean()),
+                "kl_here_median": float(np.median(here[kind])),
+                "kl_after": float(one.after_P.mean()),
+                "size": float(one.moved_P.mean()),
+            }
+            for kind, one in found.items()
+        },
+        "direction_over_norm": _ratio(here["direction"], (here["norm_up"] + here["norm_down"]) / 2, drawn_RU),
+        "direction_over_random": _ratio(here["direction"], here["random"], drawn_RU),
+    }
+
+
+def _ratio(above_P: Array, below_P: Array, drawn_RU: Array) -> dict[str, float] | None:
+    """Ratio of means with its interval; None where a resample's denominator is 0."""
+    below_R = drawn_RU @ below_P
+    if not (below_R > 0).all():
+        return None
+    low, high = percentile_interval(drawn_RU @ above_P / below_R)
+    return {"ratio": float(above_P.sum() / below_P.sum()), "low": low, "high": high}

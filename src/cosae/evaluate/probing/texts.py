@@ -1,0 +1,295 @@
+"""Probing of whole texts: do a few features tell a class of texts from the others? (paper §6)
+
+In: labelled sets whose tokens were encoded and pooled (`evaluate.pooling`), with sinks in and out. Out: plain numbers.
+
+One class against the others, as many negatives as positives, split into train and test by seed. On train, features are
+ranked by each rule (`evaluate.ranking`); a logistic regression on the first 1, 2 and 5, and one on all ("full"), is
+scored on test texts by accuracy and AUROC.
+
+    auroc                    |AUROC − ½|: a feature may speak against a class here, the regression turns it
+    mean_difference          |mean₊ − mean₋| of raw pooled codes: the paper's and SAEBench's rule
+    standardised_difference  the same over the feature's standard deviation
+
+Where it departs from SAEBench: features are standardised on train before the regression, so that their size decides
+nothing but the choice; "full" is the same regression, fitted once, not the best test epoch of a longer training.
+
+Floors: the text's mean norm, its length, its best single dimension of pooled x. Ceilings: all of pooled x, the bag of
+its tokens. Intervals draw sets and seeds (a seed draws texts and, where an arm has several SAEs, takes the next one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from cosae.errors import CosaeError
+from cosae.evaluate.probing.logistic import scores
+from cosae.evaluate.probing.pooling import columns_of, matrix_of
+from cosae.evaluate.probing.ranking import (
+    EVERY_RULE,
+    Array,
+    Labels,
+    Rule,
+    auroc_of_dimensions,
+    quality_of_latents,
+    rank_quality,
+    take_tokens,
+)
+from cosae.evaluate.statistics import RESAMPLES, percentile_interval
+from cosae.types import Codes
+
+TOPS = (1, 2, 5)
+METRICS = ("accuracy", "auroc")
+SINKS = ("sinks_in", "sinks_out")
+FLOORS = ("norm", "length", "best_dimension")
+CEILINGS = ("logistic", "bag_of_tokens")
+MIN_TEXTS = 20
+"""Texts of a class, and others, that train needs."""
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PooledSet:
+    """One labelled set, encoded and pooled. S texts; the mappings' first key is sinks_in or sinks_out.
+
+    class_S   (S,) int64 index into classes
+    codes     arm → one Codes of S rows for each SAE of the arm
+    dense     "norm" (S, 1), "length" (S, 1) and "x" (S, D): mean |x|, tokens counted, pooled x
+    tokens_SV (S, V) sparse: how often each token id stands in the text
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    class_S: Rows
+    codes: Mapping[str, Mapping[str, Sequence[Codes]]]
+    dense: Mapping[str, Mapping[str, NDArray[Any]]]
+    tokens_SV: Any = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts of one question, ascending: train_R, test_R and whether each is of the class."""
+
+    train_R: Rows
+    test_R: Rows
+    train_label: Labels
+    test_label: Labels
+
+
+def split_of(class_S: Rows, wanted: int, seed: int, max_texts: int = 2000, test_frac: float = 0.2) -> Split | None:
+    """As many texts of the class as of the others, at most max_texts in all, a fifth of each kind for test.
+
+    A function of its arguments alone. None where train would have fewer than 20 of either kind.
+    """
+    rng = np.random.default_rng([seed, wanted])
+    kinds = [rng.permutation(np.flatnonzero((class_S == wanted) == side)) for side in (True, False)]
+    n = min(*map(len, kinds), max_texts // 2)
+    n_test = max(1, round(test_frac * n))
+    if n - n_test < MIN_TEXTS:
+        return None
+    sides = []
+    for part in (slice(0, n - n_test), slice(n - n_test, n)):
+        rows_R = np.sort(np.concatenate([kind[part] for kind in kinds]))
+        sides.append((rows_R, class_S[rows_R] == wanted))
+    return Split(sides[0][0], sides[1][0], sides[0][1], sides[1][1])
+
+
+def probe_texts(
+    sets: Sequence[PooledSet],
+    *,
+    baseline: str | None = None,
+    tops: Sequence[int] = TOPS,
+    rules: Sequence[Rule] = EVERY_RULE,
+    full: bool = True,
+    seeds: int = 3,
+    max_texts: int = 2000,
+    seed: int = 0,
+    n_resamples: int = RESAMPLES,
+) -> dict[str, Any]:
+    """Every arm of the sets, with sinks in and out, by each rule; what it returns is ready for JSON.
+
+    baseline   the arm that others are compared with; the first by default
+    seeds      splits drawn, and SAEs of an arm taken in turn: split s reads SAE s mod their number
+    max_texts  texts of one question, train and test together
+
+    Returns sets (name, texts, the classes probed), arms, seeds; values[sinks][arm][reading][metric]: (sets × seeds),
+    means over classes, a reading being "RULE/top_K", or "full", or "floor" / "ceiling" of what is no SAE;
+    summary[sinks][arm][reading][metric]: mean, low, high; paired: rows of arm, versus, sinks, reading, metric,
+    difference, low, high; latents[sinks][arm][rule][set][class]: the first ones chosen, by the first seed;
+    interval: what was drawn.
+
+    Raises CosaeError for no sets, arms that differ between them, an unknown baseline, and a set without a class of 20
+    train texts and 20 others.
+    """
+    arms = _check(sets, baseline, tops, seeds)
+    baseline = arms[0] if baseline is None else baseline
+    values: dict[str, Any] = {s: {} for s in SINKS}
+    latents: dict[str, Any] = {s: {arm: {rule: {} for rule in rules} for arm in arms} for s in SINKS}
+    described = []
+    for d, one in enumerate(sets):
+        probed = _questions(one)
+        found = list(_answers(one, probed, arms, tops, rules, full, seeds, max_texts, latents))
+        for s, row in found:
+            for (sinks, arm, reading), (accuracy, auroc) in row.items():
+                place = values[sinks].setdefault(arm, {}).setdefault(reading, {})
+                for metric, value in zip(METRICS, (accuracy, auroc), strict=True):
+                    table = place.setdefault(metric, [[None] * seeds for _ in sets])
+                    table[d][s] = value
+        described.append({"name": one.name, "texts": len(one.class_S), "classes": [one.classes[c] for c in probed]})
+    rng = np.random.default_rng(seed)
+    drawn = [(rng.integers(len(sets), size=len(sets)), rng.integers(seeds, size=seeds)) for _ in range(n_resamples)]
+    return {
+        "sets": described,
+        "arms": arms,
+        "baseline": baseline,
+        "seeds": seeds,
+        "interval": _drawn(len(sets), seeds, seed, n_resamples),
+        "values": values,
+        "summary": {
+            sinks: {
+                arm: {
+                    r: {m: _interval(np.array(t), drawn, "mean") for m, t in by.items()} for r, by in readings.items()
+                }
+                for arm, readings in by_arm.items()
+            }
+            for sinks, by_arm in values.items()
+        },
+        "paired": list(_paired(values, [arm for arm in arms if arm != baseline], baseline, drawn)),
+        "latents": latents,
+    }
+
+
+def _answers(
+    one: PooledSet,
+    probed: Sequence[int],
+    arms: Sequence[str],
+    tops: Sequence[int],
+    rules: Sequence[Rule],
+    full: bool,
+    seeds: int,
+    max_texts: int,
+    latents: dict[str, Any],
+) -> Iterator[tuple[int, dict[tuple[str, str, str], Array]]]:
+    """By seed: (sinks, arm or floor, reading) → accuracy and AUROC, means over the classes."""
+    for s in range(seeds):
+        sums: dict[tuple[str, str, str], list[Array]] = {}
+        for c in probed:
+            split = split_of(one.class_S, c, s, max_texts)
+            assert split is not None
+            for sinks in SINKS:
+                for arm in arms:
+                    listed = one.codes[sinks][arm]
+                    codes = listed[s % len(listed)]
+                    for rule in rules:
+                        chosen = choose(codes, split, rule, max(tops))
+                        if s == 0:
+                            latents[sinks][arm][rule].setdefault(one.name, {})[one.classes[c]] = chosen.tolist()
+                        columns = columns_of(codes, chosen)
+                        for top in tops:
+                            sums.setdefault((sinks, arm, f"{rule}/top_{top}"), []).append(
+                                _score(columns[:, :top], split)
+                            )
+                    if full:
+                        sums.setdefault((sinks, arm, "full"), []).append(_score(matrix_of(codes), split))
+                for name, reading, x in _others(one, sinks, split):
+                    sums.setdefault((sinks, name, reading), []).append(_score(x, split))
+        yield s, {key: np.mean(found, axis=0) for key, found in sums.items()}
+
+
+def choose(codes: Codes, split: Split, rule: Rule, n: int) -> Rows:
+    """(n,) the features of the largest absolute quality on train texts, best first; the smallest id of equals."""
+    keep_S = np.zeros(codes.n_tokens, dtype=bool)
+    keep_S[split.train_R] = True
+    quality_F = quality_of_latents(take_tokens(codes, keep_S), split.train_label[:, None], rule)[:, 0]
+    size_F = np.abs(quality_F - 0.5) if rule == "auroc" else np.abs(quality_F)
+    return np.argsort(-size_F, kind="stable")[:n]
+
+
+def _others(one: PooledSet, sinks: str, split: Split) -> Iterator[tuple[str, str, Any]]:
+    """What is no SAE: name, floor or ceiling, features (S, n)."""
+    dense = one.dense[sinks]
+    area_D = auroc_of_dimensions(dense["x"][split.train_R], split.train_label[:, None])[:, 0]
+    best = int(np.abs(area_D - 0.5).argmax())
+    yield "norm", "floor", dense["norm"]
+    yield "length", "floor", dense["length"]
+    yield "best_dimension", "floor", dense["x"][:, best : best + 1]
+    yield "logistic", "ceiling", dense["x"]
+    if one.tokens_SV is not None:
+        yield "bag_of_tokens", "ceiling", one.tokens_SV
+
+
+def _score(x: Any, split: Split) -> Array:
+    """Accuracy at the regression's own threshold, and AUROC, on test texts."""
+    train, test = x[split.train_R], x[split.test_R]
+    if isinstance(train, np.ndarray):
+        train, test = train.astype(np.float64), test.astype(np.float64)
+    logit_M = scores(train, split.train_label, test)
+    accuracy = float(((logit_M > 0) == split.test_label).mean())
+    return np.array([accuracy, rank_quality(logit_M[:, None], split.test_label[:, None])[0][0]])
+
+
+def _questions(one: PooledSet) -> list[int]:
+    """Classes with texts enough; of two classes the second alone, the first being its mirror image."""
+    asked = [1] if len(one.classes) == 2 else list(range(len(one.classes)))
+    probed = [c for c in asked if split_of(one.class_S, c, 0) is not None]
+    if not probed:
+        raise CosaeError(
+            f"{one.name} has no class with {MIN_TEXTS} train texts and as many others (a fifth is kept for test). Got "
+            f"{np.bincount(one.class_S, minlength=len(one.classes)).tolist()} texts of its classes: give more."
+        )
+    return probed
+
+
+def _check(sets: Sequence[PooledSet], baseline: str | None, tops: Sequence[int], seeds: int) -> list[str]:
+    if not sets or seeds < 1 or not tops or min(tops) < 1:
+        raise CosaeError("probing texts needs a labelled set, a seed and a number of features to take. Got none.")
+    names = [one.name for one in sets]
+    if len(set(names)) < len(names):
+        raise CosaeError(f"labelled sets must have different names. Got {', '.join(names)}.")
+    arms = list(sets[0].codes[SINKS[0]])
+    taken = set(arms) & {*FLOORS, *CEILINGS}
+    if taken:
+        raise CosaeError(f"an arm must not have the name of a floor or ceiling. Got {', '.join(taken)}: rename it.")
+    if not arms or any(list(one.codes[s]) != arms for one in sets for s in SINKS):
+        raise CosaeError("every set must be encoded by the same arms, at least one, with sinks in and out.")
+    if baseline is not None and baseline not in arms:
+        raise CosaeError(f"baseline must be one of {', '.join(arms)}. Got {baseline!r} instead.")
+    return arms
+
+
+def _drawn(n_sets: int, seeds: int, seed: int, n_resamples: int) -> dict[str, Any]:
+    over = "sets and seeds" if n_sets > 1 else "seeds" if seeds > 1 else None
+    how = {"sets and seeds": "bootstrap", "seeds": "Student's t", None: None}[over]
+    return {"over": over, "how": how, "sets": n_sets, "seeds": seeds, "seed": seed, "resamples": n_resamples}
+
+
+def _interval(value_DS: Array, drawn: Sequence[tuple[Rows, Rows]], name: str) -> dict[str, float | None]:
+    """Mean of a (sets, seeds) table, with a 95 % interval: sets and seeds drawn; of one set, Student's t over seeds."""
+    n_sets, n_seeds = value_DS.shape
+    mean = float(value_DS.mean())
+    low: float | None = None
+    high: float | None = None
+    if n_sets > 1:
+        low, high = percentile_interval([value_DS[np.ix_(d, s)].mean() for d, s in drawn])
+    elif n_seeds > 1:
+        half = float(stats.t.ppf(0.975, n_seeds - 1) * value_DS[0].std(ddof=1) / np.sqrt(n_seeds))
+        low, high = mean - half, mean + half
+    return {name: mean, "low": low, "high": high}
+
+
+def _paired(
+    values: Mapping[str, Any], others: Sequence[str], baseline: str, drawn: Sequence[tuple[Rows, Rows]]
+) -> Iterator[dict[str, Any]]:
+    for sinks, by_arm in values.items():
+        for arm in others:
+            for reading, by_metric in by_arm[arm].items():
+                for metric, table in by_metric.items():
+                    gap_DS = np.array(table) - np.array(by_arm[baseline][reading][metric])
+                    where = {"arm": arm, "versus": baseline, "sinks": sinks, "reading": reading, "metric": metric}
+                    yield {**where, **_interval(gap_DS, drawn, "difference")}

@@ -1,0 +1,1 @@
+"""One package or module a peer library, imported when it is called."""

@@ -1,0 +1,152 @@
+"""dictionary_learning's folders (`ae.pt`, `config.json`), read and written (ecosystem.md §2b; the package's 0.1.0).
+
+    dict_class               fires where                       becomes
+    AutoEncoder              s > 0, decoder normalised on load  jumprelu, θ = 0, unit decoder rows
+    AutoEncoderNew           s > 0, no centre subtracted        jumprelu, θ = 0
+    JumpReluAutoEncoder      s > θ_i, no centre subtracted      jumprelu
+    GatedAutoEncoder         π > 0                              gated
+    AutoEncoderTopK          k largest positive                 topk
+    BatchTopKSAE             s > threshold (−1: all positive)   batch_topk
+    MatryoshkaBatchTopKSAE   the same, all groups               batch_topk with prefixes
+
+`write` is in `dictionary_learning_write`, the drop-in for their `load_dictionary` in `dictionary_learning_drop_in`;
+both are names of this module too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosae.errors import CosaeError
+from cosae.interop.dictionary_learning.drop_in import Dictionary, load_dictionary
+from cosae.interop.dictionary_learning.write import CONFIG, WEIGHTS, write
+from cosae.interop.linear import Linear, linear_sae
+from cosae.io.untrusted import number, read_json, read_pickled, take, tensors, whole
+from cosae.sae.fold import fold_decoder_norm
+from cosae.sae.model import SAE
+
+__all__ = ["CLASSES", "CONFIG", "WEIGHTS", "Dictionary", "load_dictionary", "read", "write"]
+
+CLASSES = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "JumpReluAutoEncoder",
+    "GatedAutoEncoder",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+)
+
+
+def read(folder: str | Path) -> SAE:
+    """The SAE in a folder of dictionary_learning's. Raises CosaeError in one sentence."""
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict) or not isinstance(trainer.get("dict_class"), str):
+        raise CosaeError(f"{folder / CONFIG} names no trainer.dict_class: it is not dictionary_learning's.")
+    kind = trainer["dict_class"]
+    if kind not in CLASSES:
+        raise CosaeError(f"{folder}: dict_class must be one of {', '.join(CLASSES)}. Got {kind!r} instead.")
+    path = folder / WEIGHTS
+    state = tensors(read_pickled(path), path)
+    facts = _facts(config, trainer, kind)
+    if kind == "AutoEncoderTopK" and "threshold" in state:
+        facts["topk_threshold"] = number(state["threshold"], "threshold", path)  # their encode(use_threshold=True)
+    sae = linear_sae(_linear(kind, state, trainer, path), str(path), facts)
+    return fold_decoder_norm(sae) if kind == "AutoEncoder" else sae
+
+
+def _linear(kind: str, state: dict[str, Tensor], trainer: dict[str, Any], path: Path) -> Linear:
+    if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
+        enc_DF, bias_F, decoder_FD, centre_D, threshold = take(
+            state, ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"), path
+        )
+        if kind == "JumpReluAutoEncoder":
+            rows_FD = _transposed(enc_DF, path)
+            return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", _aim(trainer), threshold, centred=False)
+        prefixes = _prefixes(state, path)
+        k = _k(state, trainer, path)
+        rows_FD = _transposed(enc_DF, path)
+        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, threshold, prefixes=prefixes)
+    rows_FD, decoder_DF = take(state, ("encoder.weight", "decoder.weight"), path)
+    decoder_FD = _transposed(decoder_DF, path)
+    if kind == "GatedAutoEncoder":
+        names = ("decoder_bias", "gate_bias", "r_mag", "mag_bias")
+        centre_D, gate_F, r_mag_F, mag_F = take(state, names, path)
+        return Linear(rows_FD, gate_F, decoder_FD, centre_D, "gated", gate_mag=(r_mag_F, mag_F))
+    (bias_F,) = take(state, ("encoder.bias",), path)
+    if kind == "AutoEncoderNew":
+        (centre_D,) = take(state, ("decoder.bias",), path)
+        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", centred=False)
+    (centre_D,) = take(state, ("bias" if kind == "AutoEncoder" and "bias" in state else "b_dec",), path)
+    if kind == "AutoEncoder":
+        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu")
+    k = _k(state, trainer, path)
+    if kind == "AutoEncoderTopK":
+        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "topk", k)
+    (threshold,) = take(state, ("threshold",), path)
+    return Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, threshold)
+
+
+def _transposed(matrix: Tensor, path: Path) -> Tensor:
+    if matrix.ndim != 2:
+        raise CosaeError(f"{path}: weights must be matrices. Got shape {tuple(matrix.shape)} instead.")
+    return matrix.T
+
+
+def _aim(trainer: dict[str, Any]) -> int | None:
+    """Features per token that JumpReLU was trained for, where the configuration says it."""
+    aim = trainer.get("target_l0")
+    if isinstance(aim, int | float) and not isinstance(aim, bool) and 1 <= aim < 2**31:
+        return round(aim)
+    return None
+
+
+def _prefixes(state: dict[str, Tensor], path: Path) -> tuple[int, ...]:
+    """Feature counts of the groups, summed up."""
+    (sizes,) = take(state, ("group_sizes",), path)
+    d_sae = state["W_dec"].shape[0] if state["W_dec"].ndim else 0
+    if sizes.ndim != 1 or sizes.is_floating_point() or sizes.numel() > max(d_sae, 1):
+        raise CosaeError(
+            f"{path}: group_sizes must be a list of whole numbers. Got {sizes.dtype} {tuple(sizes.shape)}."
+        )
+    if not bool((sizes > 0).all()) or int(sizes.long().sum()) != d_sae:
+        raise CosaeError(f"{path}: group_sizes must be positive and add up to the {d_sae} features.")
+    return tuple(int(p) for p in torch.cumsum(sizes.long(), 0))
+
+
+def _k(state: dict[str, Tensor], trainer: dict[str, Any], path: Path) -> int:
+    """k of the configuration, which must be the weights' own where both have one."""
+    asked = trainer.get("k")
+    stored = whole(number(state["k"], "k", path), "k", path) if "k" in state else None
+    if asked is not None and stored is not None and whole(asked, "k", path) != stored:
+        raise CosaeError(f"{path}: k is {asked} in {CONFIG} but {stored} in the weights: they do not belong together.")
+    return whole(asked if asked is not None else stored, "k", path)
+
+
+def _facts(config: dict[str, Any], trainer: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Training facts under cosae's names."""
+    buffer = config.get("buffer") if isinstance(config.get("buffer"), dict) else {}
+    assert isinstance(buffer, dict)
+    layer = trainer.get("layer")
+    found = {
+        "format": "dictionary_learning",
+        "dict_class": kind,
+        "model": trainer.get("lm_name"),
+        "hf_hook_name": trainer.get("submodule_name"),
+        "site": f"resid_post.{layer}" if isinstance(layer, int) and _is_residual(trainer, layer) else None,
+        "layer": layer,
+        "seed": trainer.get("seed"),
+        "context": buffer.get("ctx_len"),
+    }
+    return {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+
+
+def _is_residual(trainer: dict[str, Any], layer: int) -> bool:
+    """Whether the submodule's name says the residual stream after that block (their convention)."""
+    return str(trainer.get("submodule_name", "")) in (f"resid_post_layer_{layer}", f"model.layers.{layer}")

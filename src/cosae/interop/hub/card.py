@@ -1,0 +1,297 @@
+"""A model card written from an SAE's own facts: what it is, how it was trained, what was measured, how to load it.
+
+In: SAEs by their folder in the repository, the numbers of their run's evaluation where there is one. Out: Markdown.
+Nothing is claimed that the files do not say; what they do not say is called unknown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from cosae.sae.model import SAE
+
+TAGS = ("cosae", "saelens", "sparse-autoencoder")
+BARS = "▁▂▃▄▅▆▇█"
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
+
+
+def card(repo: str, saes: Mapping[str, SAE], metrics: Mapping[str, Any], license: str, title: str = "") -> str:
+    """The README.md of a repository, or of a folder in it.
+
+    saes     SAE by its folder in the repository, "" for the root
+    metrics  by the same folders: what `arm_metrics` returns; folders may be missing
+    license  identifier as the hub knows them, such as mit
+    """
+    front = ["---", "library_name: cosae", f"license: {license}", "tags:", *(f"- {tag}" for tag in TAGS), "---"]
+    parts = ["\n".join(front), f"# {_plain(title or repo.split('/')[-1])}"]
+    some = next(iter(saes.values()))
+    parts.append(
+        f"Sparse autoencoders (SAEs) for activations of {_where(some)}, trained side by side."
+        if len(saes) > 1
+        else f"A sparse autoencoder (SAE) for activations of {_where(some)}."
+    )
+    if len(saes) > 1:
+        parts.append(_overview(saes, metrics))
+    for path, sae in saes.items():
+        parts.append(_one(path, sae, metrics.get(path), alone=len(saes) == 1))
+    parts.append(_loading(repo, next(iter(saes))))
+    parts.append(_warning(some))
+    return "\n\n".join(parts) + "\n"
+
+
+def arm_metrics(evaluation: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    """The numbers of one arm in a run's evaluation.json: held-out tokens, with and without attention sinks."""
+    found = _reach(evaluation, "reconstruction", arm)
+    if not isinstance(found, Mapping):
+        return {}
+    return {
+        "held_out_tokens": evaluation.get("tokens"),
+        **{name: found[name] for name in ("sinks_out", "sinks_in", "n_sinks") if name in found},
+        "norms": {k: _reach(evaluation, "norms", k) for k in ("median", "mean", "cv", "quantiles", "quantile_levels")},
+    }
+
+
+def histogram_text(value_n: Sequence[float] | np.ndarray, bins: int = 24) -> str:
+    """Bars of equal bins between the least and the largest value, as one line of block characters."""
+    values = np.asarray(value_n, np.float64)
+    counts, edges = np.histogram(values, bins)
+    return f"{edges[0]:.3g} |{_bars(counts)}| {edges[-1]:.3g}"
+
+
+def _bars(counts: Sequence[int] | np.ndarray) -> str:
+    most = max(max(counts), 1)
+    return "".join(BARS[-(-int(n) * (len(BARS) - 1) // int(most))] if n else " " for n in counts)
+
+
+def _overview(saes: Mapping[str, SAE], metrics: Mapping[str, Any]) -> str:
+    lines = ["| folder | score | selector | features | k | FVE | L0 |", "|---|---|---|---|---|---|---|"]
+    for path, sae in saes.items():
+        fve, l0 = (_number(_reach(metrics.get(path), "sinks_out", name)) for name in ("fve", "l0"))
+        cfg = sae.cfg
+        lines.append(f"| `{_plain(path)}` | {cfg.score} | {cfg.selector} | {cfg.d_sae:,} | {cfg.k} | {fve} | {l0} |")
+    return "\n".join(lines)
+
+
+def _one(path: str, sae: SAE, metrics: Mapping[str, Any] | None, alone: bool) -> str:
+    cfg, facts = sae.cfg, sae.facts
+    rows = [
+        ("score", f"`{cfg.score}`: " + _score_words(sae).replace("|", "\\|")),
+        ("selector", f"`{cfg.selector}`"),
+        ("k", f"{cfg.k} features per token" + ("" if cfg.selector in ("topk", "abs_topk") else " in the mean")),
+        ("width", f"{cfg.d_sae:,} features of {cfg.d_in:,} dimensions"),
+        ("frame", f"`{cfg.frame}`" + (", norm restoring" if cfg.norm_restoring else "")),
+        ("site", _site(sae)),
+        ("inference threshold", "calibrated" if sae.calibrated else "none yet: calibrate before use"),
+    ]
+    if cfg.prefixes:
+        rows.append(("Matryoshka prefixes", ", ".join(f"{p:,}" for p in cfg.prefixes)))
+    heading = "What it is" if alone else f"`{_plain(path)}`"
+    parts = [f"## {heading}", _table(rows), _exponents(sae), "### What was measured", _measured(facts, metrics)]
+    parts += ["### Norms of the training activations", _norms(facts), "### Training", _training(facts)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _score_words(sae: SAE) -> str:
+    """The formula with what is fixed put in."""
+    owner = sae.score.family.exponent_owner
+    if sae.cfg.score == "inner":
+        return "⟨x − c, w⟩ + β"
+    if owner == "fixed":
+        a = float(sae.scale_a.detach().reshape(-1)[0])
+        return f"exp(b) · |x − c|^a · cos(x − c, w) + β with a = {a:g} fixed"
+    return "exp(b) · |x − c|^a · cos(x − c, w) + β with a learned" + ("" if owner == "shared" else f" ({owner})")
+
+
+def _exponents(sae: SAE) -> str:
+    """The exponent a: its value, or its distribution over features."""
+    if sae.score.is_plain:
+        return "The exponent a of the norm is 1: every code scales with the length of the activation."
+    a_F = sae.scale_a.detach().float().cpu().reshape(-1).numpy()
+    if len(a_F) == 1:
+        return f"The exponent a of the norm is {a_F[0]:.4f} for all features (0: blind to the norm, 1: inner product)."
+    low, middle, high = np.quantile(a_F, [0.05, 0.5, 0.95])
+    return (
+        f"Exponents a over features: median {middle:.4f}, 5 % below {low:.4f}, 5 % above {high:.4f} (0: blind to the "
+        f"norm, 1: inner product).\n\n```\na: {histogram_text(a_F)}\n```"
+    )
+
+
+def _measured(facts: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
+    if not metrics or not isinstance(metrics.get("sinks_out"), Mapping):
+        l0 = facts.get("l0_calibrated")
+        found = f" The threshold was calibrated to L0 {_number(l0)}." if isinstance(l0, int | float) else ""
+        return f"No evaluation came with the file: fraction of variance explained (FVE) and L0 are unknown.{found}"
+    lines = ["| held-out tokens | FVE | FVE, mean of batches | median token | L0 | dead |", "|---|---|---|---|---|---|"]
+    for name, words in (("sinks_out", "without attention sinks"), ("sinks_in", "all")):
+        one = metrics.get(name)
+        if isinstance(one, Mapping):
+            values = " | ".join(_number(one.get(key)) for key in ("fve", "fve_per_batch", "median_token_fve", "l0"))
+            lines.append(f"| {_number(one.get('tokens'))} ({words}) | {values} | {_number(_dead(one))} |")
+    note = (
+        "FVE is 1 − Σ|x − x̂|² / Σ|x − mean x|² about the mean of all these tokens; the second column averages FVEs of "
+        "batches, each about its own mean, as other libraries report it."
+    )
+    return "\n".join(lines) + "\n\n" + note + _active(metrics["sinks_out"])
+
+
+def _active(one: Mapping[str, Any]) -> str:
+    """How many features fire per token, as a line of bars."""
+    counts = _reach(one, "l0_histogram", "counts")
+    edges = _reach(one, "l0_histogram", "edges")
+    if not isinstance(counts, Sequence) or not isinstance(edges, Sequence) or not sum(counts):
+        return ""
+    return f"\n\n```\nactive features per token: {edges[0]:g} |{_bars(counts)}| {edges[-1]:g}\n```"
+
+
+def _dead(one: Mapping[str, Any]) -> Any:
+    return next((one[name] for name in ("dead_frac", "dead") if name in one), None)
+
+
+def _norms(facts: Mapping[str, Any]) -> str:
+    norm = facts.get("norm_facts")
+    if not isinstance(norm, Mapping) or "median_norm" not in norm:
+        return "Unknown: the file does not say."
+    rows = [
+        ("median \\|x\\|", _number(norm.get("median_norm"))),
+        ("mean \\|x\\|", _number(norm.get("mean_norm"))),
+        ("largest / median", _number(norm.get("max_over_median"))),
+        ("tokens looked at", _number(norm.get("window_tokens"))),
+    ]
+    quantiles = norm.get("quantiles")
+    if isinstance(quantiles, Sequence) and len(quantiles) == 9:
+        levels = "0, 1, 5, 25, 50, 75, 95, 99, 100 %"
+        rows.append((f"\\|x\\| at {levels}", ", ".join(_number(q) for q in quantiles)))
+    rows.append(("training filter", _filter(facts)))
+    return _table(rows)
+
+
+def _filter(facts: Mapping[str, Any]) -> str:
+    policy = _reach(facts, "filter", "policy")
+    if not isinstance(policy, Mapping):
+        return "unknown"
+    share = _reach(facts, "norm_facts", "filtered_frac")
+    dropped = f"; it drops {100 * share:.2f} % of tokens" if isinstance(share, int | float) else ""
+    if policy.get("kind") == "norm":
+        return f"tokens of at least {_number(policy.get('factor'))} × the median norm were left out{dropped}"
+    return {"none": "none", "position_0": f"the first token of each sequence was left out{dropped}"}.get(
+        str(policy.get("kind")), _plain(policy.get("kind"))
+    )
+
+
+def _training(facts: Mapping[str, Any]) -> str:
+    recipe = facts.get("recipe") if isinstance(facts.get("recipe"), Mapping) else {}
+    training, data = _reach(recipe, "training") or {}, _reach(recipe, "data") or {}
+    rows = [
+        ("model", _model(facts)),
+        ("text", _plain(_name_of(str(data.get("corpus") or facts.get("dataset") or "unknown")))),
+        ("context", _number(data.get("context") or facts.get("context"))),
+        ("tokens", _number(facts.get("tokens"))),
+        ("steps × tokens per step", f"{_number(training.get('steps'))} × {_number(training.get('batch_tokens'))}"),
+        ("learning rate", _number(_reach(training, "optimizer", "lr"))),
+        ("norm nuisance", _nuisance(facts)),
+        ("seed", _plain(facts.get("seed", "unknown"))),
+        ("commit", f"`{_plain(facts['commit'])}`" if facts.get("commit") else "unknown"),
+    ]
+    text = _table(rows)
+    if recipe:
+        hidden = {k: v for k, v in recipe.items() if k != "arms"}
+        hidden = json.loads(json.dumps(hidden, default=str))
+        for name in ("model", "corpus", "activations"):
+            where = _reach(hidden, "data", name)
+            if isinstance(where, str):
+                hidden["data"][name] = _name_of(where)
+        body = json.dumps(hidden, indent=1).replace("```", "'''")
+        text += f"\n\n<details><summary>The recipe, whole</summary>\n\n```json\n{body}\n```\n\n</details>"
+    return text
+
+
+def _nuisance(facts: Mapping[str, Any]) -> str:
+    kind = _reach(facts, "nuisance", "kind")
+    return "none" if kind in (None, "none") else f"{_plain(kind)}, put on the activations on purpose"
+
+
+def _loading(repo: str, path: str) -> str:
+    place = f"{repo}:{path}" if path else repo
+    theirs = (
+        f"SAE.from_pretrained({repo!r}, {path!r})" if path else "SAE.load_from_disk('sae')  # the folder pulled above"
+    )
+    return (
+        "## How to load it\n\nWith cosae:\n\n"
+        f"```python\nimport cosae\nfrom cosae.interop.hub.transfer import pull\n\n"
+        f"sae = cosae.load(pull({place!r}, out='sae'))\n"
+        "codes = sae.encode(x)  # x (..., d_in)\n```\n\n"
+        "With SAELens (cosae's import makes the cosine scores known to it):\n\n"
+        f"```python\nimport cosae.interop.saelens.plugin\nfrom sae_lens import SAE\n\nsae = {theirs}\n```"
+    )
+
+
+def _warning(sae: SAE) -> str:
+    norm = sae.facts.get("norm_facts")
+    median = _reach(norm, "median_norm")
+    known = f" (median {_number(median)} in training)" if isinstance(median, int | float) else ""
+    if sae.score.is_plain and sae.cfg.frame == "raw":
+        body = (
+            "This SAE scores by inner product: activations that are twice as long give codes about twice as large, and "
+            "more features pass the threshold."
+        )
+    else:
+        body = (
+            "A cosine score does not shrink with the activation: tokens far shorter or longer than those of training "
+            "(and attention sinks, where training left them out) are still given features at nearly full strength."
+        )
+    return (
+        f"## If norms differ from training\n\n{body} Compare the norms of your activations{known} with the table above "
+        "before you rely on its codes; `cosae audit` does that and says what changes."
+    )
+
+
+def _where(sae: SAE) -> str:
+    return f"{_model(sae.facts)} at {_site(sae)}"
+
+
+def _model(facts: Mapping[str, Any]) -> str:
+    model = facts.get("model")
+    if not isinstance(model, str) or not model:
+        return "a model the file does not name"
+    return "cosae's embedded model" if model == "embedded" else f"`{_plain(_name_of(model))}`"
+
+
+def _name_of(model: str) -> str:
+    """A hub repository as it is; of a folder on some machine only its own name."""
+    is_path = model.startswith((".", "/", "~", "\\")) or model.count("/") > 1 or ":\\" in model
+    return PurePosixPath(model.replace("\\", "/")).name if is_path else model
+
+
+def _site(sae: SAE) -> str:
+    names = dict.fromkeys(str(sae.facts[n]) for n in ("site", "hook_name", "hf_hook_name") if sae.facts.get(n))
+    return " = ".join(f"`{_plain(name)}`" for name in names) or "a site the file does not name"
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _plain(value: object) -> str:
+    """Text that cannot break out of a table, a code span or into HTML."""
+    text = " ".join(str(value).split())
+    for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'")):
+        text = text.replace(old, new)
+    return text[:200]
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "unknown" if value is None else _plain(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _reach(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

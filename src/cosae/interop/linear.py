@@ -1,0 +1,120 @@
+"""An inner-product SAE of another library, whatever it is called there → `cosae.SAE` with the same outputs.
+
+Every such SAE scores s = ⟨w_i, x − c⟩ + β_i or s = ⟨w_i, x⟩ + β_i; the second is the first with ⟨c, w_i⟩ added to β_i.
+What differs is which scores fire:
+
+    ReLU               s > 0                       jumprelu, θ = 0
+    JumpReLU           s > θ_i and s > 0           jumprelu
+    threshold (t)      s > max(t, 0)               batch_topk, calibrated; −1 stands for "not set" and lets all pass
+    TopK               k largest positive s        topk
+    AbsTopK            k largest |s|               abs_topk
+    Gated              π > 0, ReLU(e^ρ·content + m)  gated
+
+Enters plain tensors, checked here; leaves fp32. Sums are made in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosae.errors import CosaeError
+from cosae.sae.model import DTYPES, SAE, SAEConfig
+
+NO_THRESHOLD = 1e-30
+"""θ of a plain ReLU: JumpReLU keeps ln θ, and no score that fp32 tells from 0 lies below this."""
+GUESSED_K = 32
+"""k of files that do not say one (ReLU, JumpReLU); recorded as a guess."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Weights of one SAE. rows_FD, decoder_FD (F, D); bias_F (F,); centre_D (D,), what the decoder adds.
+
+    selector   one of batch_topk, topk, abs_topk, jumprelu, gated
+    k          None where the file does not say
+    threshold  () or (F,): θ of jumprelu, the inference threshold of batch_topk; None where there is none
+    centred    whether the encoder subtracts the centre
+    gate_mag   gated: (ρ (F,), β_mag (F,))
+    prefixes   Matryoshka prefixes
+    """
+
+    rows_FD: Tensor
+    bias_F: Tensor
+    decoder_FD: Tensor
+    centre_D: Tensor
+    selector: str
+    k: int | None = None
+    threshold: Tensor | None = None
+    centred: bool = True
+    gate_mag: tuple[Tensor, Tensor] | None = None
+    prefixes: tuple[int, ...] = ()
+
+
+@torch.no_grad()
+def linear_sae(weights: Linear, source: str, facts: dict[str, Any]) -> SAE:
+    """The SAE. Raises CosaeError naming `source` for shapes that do not fit or values that are not finite numbers."""
+    d_sae, d_in = _check(weights, source)
+    k = weights.k if weights.k is not None else min(GUESSED_K, d_sae)
+    if not 1 <= k <= d_sae:
+        raise CosaeError(f"{source}: k must lie between 1 and the {d_sae} features. Got {k} instead.")
+    sae = SAE(SAEConfig(d_in, d_sae, "inner", weights.selector, k, prefixes=weights.prefixes))
+    rows_FD, bias_F = weights.rows_FD.double(), weights.bias_F.double()
+    magnitude = weights.gate_mag
+    if not weights.centred:
+        shift_F = rows_FD @ weights.centre_D.double()
+        bias_F = bias_F + shift_F
+        if magnitude is not None:
+            magnitude = (magnitude[0], magnitude[1].double() + magnitude[0].double().exp() * shift_F)
+    sae.score.rows_FD.copy_(rows_FD)
+    assert sae.score.bias_F is not None
+    sae.score.bias_F.copy_(bias_F)
+    sae.decoder.rows_FD.copy_(weights.decoder_FD)
+    sae.centre_D.copy_(weights.centre_D)
+    if weights.selector == "jumprelu":
+        theta = torch.zeros(()) if weights.threshold is None else weights.threshold.double()
+        sae.selector.log_threshold_F.copy_(theta.clamp_min(NO_THRESHOLD).log().expand(d_sae))
+    elif weights.selector == "batch_topk" and weights.threshold is not None:
+        sae.selector.threshold = weights.threshold.float().clamp_min(0.0).clone()
+    elif weights.selector == "gated":
+        assert magnitude is not None
+        sae.selector.r_mag_F.copy_(magnitude[0])
+        sae.selector.b_mag_F.copy_(magnitude[1])
+        sae.selector.threshold = torch.zeros(())
+    sae.facts = {**facts, **({} if weights.k is not None else {"k_guessed": True})}
+    return sae
+
+
+def _check(weights: Linear, source: str) -> tuple[int, int]:
+    if weights.rows_FD.ndim != 2:
+        raise CosaeError(f"{source}: the encoder must be a matrix. Got shape {tuple(weights.rows_FD.shape)} instead.")
+    d_sae, d_in = weights.rows_FD.shape
+    shapes: dict[str, tuple[Tensor, tuple[tuple[int, ...], ...]]] = {
+        "encoder": (weights.rows_FD, ((d_sae, d_in),)),
+        "encoder bias": (weights.bias_F, ((d_sae,),)),
+        "decoder": (weights.decoder_FD, ((d_sae, d_in),)),
+        "decoder bias": (weights.centre_D, ((d_in,),)),
+    }
+    if weights.threshold is not None:
+        shapes["threshold"] = (weights.threshold, ((), (d_sae,)))
+    if weights.gate_mag is not None:
+        shapes["gate's ρ"] = (weights.gate_mag[0], ((d_sae,),))
+        shapes["magnitude bias"] = (weights.gate_mag[1], ((d_sae,),))
+    for name, (value, allowed) in shapes.items():
+        if tuple(value.shape) not in allowed:
+            raise CosaeError(
+                f"{source}: the {name} must have shape {' or '.join(map(str, allowed))}, features × width of the "
+                f"encoder. Got {tuple(value.shape)} instead."
+            )
+        if value.dtype not in DTYPES or value.is_meta or value.is_nested:
+            raise CosaeError(
+                f"{source}: the {name} must hold plain numbers of 16, 32 or 64 bits. Got {value.dtype} instead."
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise CosaeError(f"{source}: the {name} holds NaN or infinity; the file is damaged.")
+    if d_sae < 1 or d_in < 1:
+        raise CosaeError(f"{source}: the encoder is empty, of shape {(d_sae, d_in)}.")
+    return int(d_sae), int(d_in)

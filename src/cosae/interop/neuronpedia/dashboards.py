@@ -1,0 +1,272 @@
+"""Feature dashboards as SAEDashboard 0.8 writes them for Neuronpedia: `batch-{i}.json`, one feature an object.
+
+    model, tokenizer, site, SAE, sequences → cached codes (one pass) → for every feature its windows, densities,
+    histograms, logits and partners → files that Neuronpedia's own importer and the upload (neuronpedia_upload) read
+
+What SAEDashboard does and this repeats: a window is a whole sequence without its first token; the top group holds the
+largest activations (bin_min = bin_contains = −1, bin_max the largest of all); intervals cut 0 … max into equal
+lengths, both ends in, bin_contains being the share of all tokens in one, silent tokens counted in the lowest; values
+are rounded to three decimals; dead features have no windows. What is done better: windows of a group are of different
+sequences, top windows all fire, an interval's windows are drawn from tokens that fire first, and partners are sought
+among all features, not among the 128 of a batch. Signed codes are ranked by size and written with their sign.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from cosae.errors import CosaeError
+from cosae.interop.cached_codes import Array, CachedCodes, cache_codes
+from cosae.interop.neuronpedia.correlations import Partners, correlated_features, correlated_neurons
+from cosae.interop.neuronpedia.unembed import head_shares, residual_directions, spellings, unembedding
+from cosae.interop.neuronpedia.windows import histogram, rounded, windows
+from cosae.io.staged import filled
+from cosae.models.capture import digest_sequences
+from cosae.sae.model import SAE
+from cosae.types import Sequences, Site
+
+MARK, SETTINGS, SKIPPED = "cosae_export.json", "run_settings.json", "skipped_indexes.json"
+FORMAT, VERSION = "cosae-neuronpedia", 1
+LOGITS, PARTNERS = 10, 3
+BLOCK_ENTRIES = 2**23
+"""Entries of a block of features held at once: 16 bytes each, and as many again while they are sorted."""
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """What is shown of each feature, and under which names. Raises CosaeError on a value that is not allowed."""
+
+    model_id: str
+    """Neuronpedia's name of the model, such as gemma-2-2b."""
+    set_name: str
+    """Name of the source set; the source is LAYER-SET."""
+    layer: int
+    dataset: str = ""
+    """Name of the text, shown beside the windows."""
+    top: int = 20
+    """Windows of the largest activations."""
+    n_quantiles: int = 5
+    """Intervals between 0 and the largest activation."""
+    per_quantile: int = 5
+    """Windows of each interval."""
+    features_per_batch: int = 128
+    """Features of one file; Neuronpedia takes up to 128 in one upload."""
+    ignore_norm_above: float | None = None
+    """Tokens of more than so many times the median norm (of each chunk of tokens) have no codes; None: all have."""
+    seed: int = 0
+    """Of the windows drawn from the intervals."""
+
+    def __post_init__(self) -> None:
+        for name in ("model_id", "set_name"):
+            value = getattr(self, name)
+            if not value or any(c.isspace() or c in "/\\?#" for c in value):
+                raise CosaeError(f"{name} must be a name without spaces or slashes, part of an address. Got {value!r}.")
+        for name, least in (("top", 1), ("n_quantiles", 0), ("per_quantile", 1), ("layer", 0)):
+            if getattr(self, name) < least:
+                raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)} instead.")
+        if not 1 <= self.features_per_batch <= 128:
+            raise CosaeError(f"features_per_batch must be between 1 and 128. Got {self.features_per_batch} instead.")
+        if self.ignore_norm_above is not None and not self.ignore_norm_above > 1:
+            raise CosaeError(f"ignore_norm_above must be above 1. Got {self.ignore_norm_above} instead.")
+
+
+def write_dashboards(
+    model: nn.Module,
+    tokenizer: Any,
+    site: Site,
+    sae: SAE,
+    sequences: Sequences,
+    out: Path,
+    settings: Dashboard,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    batch_sequences: int = 16,
+    say: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Write the export to the folder `out`, whole or not at all; an earlier export of this kind there is replaced.
+
+    sequences  (S, T) without padding, 3 ≤ T ≤ 1025; facts: plain values kept in cosae_export.json
+    Raises CosaeError as `cache_codes` does, for T out of range, and where `out` holds something else.
+    """
+    context = int(sequences.ids_ST.shape[1])
+    if not 3 <= context <= 1025:
+        raise CosaeError(f"sequences must have 3 to 1025 tokens (Neuronpedia shows 1024). Got {context} instead.")
+    with filled(out, MARK) as staged:
+        work = Path(tempfile.mkdtemp(prefix=".codes.", dir=staged))
+        ignored = None if settings.ignore_norm_above is None else _high_norms(settings.ignore_norm_above)
+        codes = cache_codes(
+            model, site, sae, sequences, work, ignored=ignored, batch_sequences=batch_sequences, say=say
+        )
+        say("correlations")
+        tables = _Tables.of(model, tokenizer, site, sae, codes)
+        ranges = batches(sae.d_sae, settings.features_per_batch)
+        for number, (first, stop) in enumerate(ranges):
+            features = list(_features(codes, tables, settings, first, stop))
+            batch = {
+                "model_id": settings.model_id,
+                "layer": settings.layer,
+                "sae_set": settings.set_name,
+                "sae_id_suffix": None,
+                "features": features,
+            }
+            (staged / f"batch-{number}.json").write_text(json.dumps(batch, allow_nan=False), encoding="utf-8")
+            say(f"wrote {number + 1} of {len(ranges)} batches")
+        _write_settings(staged, settings, sequences, codes, facts or {})
+        shutil.rmtree(work)
+    return out
+
+
+def batches(d_sae: int, size: int) -> list[tuple[int, int]]:
+    """Ranges of features, of at most `size` and nearly equal, in order."""
+    edges = np.linspace(0, d_sae, -(-d_sae // size) + 1).round().astype(int).tolist()
+    return list(itertools.pairwise(edges))
+
+
+def _high_norms(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda norm_N: norm_N > factor * norm_N.median()
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What is known of all features before any window is looked for."""
+
+    spelled: list[str]
+    row_tokens: list[list[str]]
+    neurons: Partners
+    features: Partners
+    decoder_FD: Array
+    direction_FD: Tensor | None
+    unembedding_VD: Tensor | None
+    heads_FH: Array | None
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any, site: Site, sae: SAE, codes: CachedCodes) -> _Tables:
+        unembedding_VD = unembedding(model)
+        largest = int(codes.ids_ST.max()) + 1
+        spelled = spellings(tokenizer, max(largest, 0 if unembedding_VD is None else len(unembedding_VD)))
+        shares = head_shares(model, site, sae.W_dec)
+        return cls(
+            spelled=spelled,
+            row_tokens=[[spelled[i] for i in row] for row in codes.ids_ST[:, 1:].tolist()],
+            neurons=correlated_neurons(codes, PARTNERS),
+            features=correlated_features(codes, PARTNERS),
+            decoder_FD=sae.W_dec.detach().float().cpu().numpy().astype(np.float64),
+            direction_FD=residual_directions(model, site, sae.W_dec),
+            unembedding_VD=unembedding_VD,
+            heads_FH=None if shares is None else shares.double().numpy(),
+        )
+
+
+def _features(
+    codes: CachedCodes, tables: _Tables, settings: Dashboard, first: int, stop: int
+) -> Iterator[dict[str, Any]]:
+    """Features first … stop − 1, in order; their entries are read in blocks that fit in memory."""
+    start = first
+    while start < stop:
+        held = np.cumsum(codes.sums.count_F[start:stop])
+        end = start + max(1, int(np.searchsorted(held, BLOCK_ENTRIES, "right")))
+        offset, token_E, value_E = codes.entries(start, min(end, stop))
+        for i, feature in enumerate(range(start, min(end, stop))):
+            span = slice(int(offset[i]), int(offset[i + 1]))
+            yield _feature(feature, token_E[span], value_E[span].astype(np.float64), codes, tables, settings)
+        start = end
+
+
+def _feature(
+    feature: int, token_e: Array, value_e: Array, codes: CachedCodes, tables: _Tables, settings: Dashboard
+) -> dict[str, Any]:
+    """One feature under SAEDashboard's keys; token_e ascending, value_e its codes there."""
+    heights, centres = histogram(value_e)
+    row_D, logits = tables.decoder_FD[feature], _logits(feature, tables)
+    aligned = np.argsort(-row_D, kind="stable")[:PARTNERS]
+    return {
+        "feature_index": feature,
+        "neuron_alignment_indices": aligned.tolist(),
+        "neuron_alignment_values": rounded(row_D[aligned]),
+        "neuron_alignment_l1": rounded(np.abs(row_D[aligned]) / max(np.abs(row_D).sum(), 1e-30)),
+        "correlated_neurons_indices": tables.neurons.id_Fk[feature].tolist(),
+        "correlated_neurons_l1": rounded(tables.neurons.cosine_Fk[feature]),
+        "correlated_neurons_pearson": rounded(tables.neurons.pearson_Fk[feature]),
+        "correlated_features_indices": tables.features.id_Fk[feature].tolist(),
+        "correlated_features_l1": rounded(tables.features.cosine_Fk[feature]),
+        "correlated_features_pearson": rounded(tables.features.pearson_Fk[feature]),
+        **{name: value for name, value in logits.items() if "hist" not in name},
+        "frac_nonzero": len(token_e) / codes.n_tokens,
+        "freq_hist_data_bar_values": rounded(centres),
+        "freq_hist_data_bar_heights": heights,
+        **{name: value for name, value in logits.items() if "hist" in name},
+        "n_prompts_total": len(codes.ids_ST),
+        "n_tokens_in_prompt": int(codes.ids_ST.shape[1]),
+        "dataset": settings.dataset,
+        "decoder_weights_dist": [] if tables.heads_FH is None else tables.heads_FH[feature].tolist(),
+        "activations": list(windows(token_e, value_e, codes, tables.row_tokens, settings, (settings.seed, feature))),
+        "vector": [],
+    }
+
+
+def _logits(feature: int, tables: _Tables) -> dict[str, Any]:
+    """The tokens the direction raises and lowers most; empty where it does not lie in the residual stream."""
+    names = ("neg_str", "neg_values", "pos_str", "pos_values", "logits_hist_data_bar_heights")
+    if tables.direction_FD is None or tables.unembedding_VD is None:
+        return {key: [] for key in (*names, "logits_hist_data_bar_values")}
+    logit_V = (tables.unembedding_VD @ tables.direction_FD[feature]).double().numpy()
+    order = np.argsort(logit_V, kind="stable")
+    low, high = order[:LOGITS], order[::-1][:LOGITS]
+    heights, centres = histogram(logit_V)
+    return {
+        "neg_str": [tables.spelled[i] for i in low],
+        "neg_values": rounded(logit_V[low]),
+        "pos_str": [tables.spelled[i] for i in high],
+        "pos_values": rounded(logit_V[high]),
+        "logits_hist_data_bar_heights": heights,
+        "logits_hist_data_bar_values": rounded(centres),
+    }
+
+
+def _write_settings(
+    folder: Path, settings: Dashboard, sequences: Sequences, codes: CachedCodes, facts: Mapping[str, Any]
+) -> None:
+    n_rows, context = sequences.ids_ST.shape
+    run = {
+        "sae_set": settings.set_name,
+        "np_set_name": settings.set_name,
+        "model_id": settings.model_id,
+        "layer": settings.layer,
+        "huggingface_dataset_path": settings.dataset,
+        "n_prompts_total": n_rows,
+        "n_tokens_in_prompt": context,
+        "n_features_at_a_time": settings.features_per_batch,
+        "n_quantiles": settings.n_quantiles,
+        "top_acts_group_size": settings.top,
+        "quantile_group_size": settings.per_quantile,
+        "ignore_high_activation_norm_multiple": settings.ignore_norm_above,
+    }
+    skipped: dict[str, Any] = {
+        "model_id": settings.model_id,
+        "layer": str(settings.layer),
+        "sae_set": settings.set_name,
+        "log_sparsity": None,
+        "skipped_indexes": [],
+    }
+    mark = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": asdict(settings),
+        "sequences_sha256": digest_sequences(sequences),
+        "features": codes.d_sae,
+        "dead_features": int((codes.sums.count_F == 0).sum()),
+        "tokens_read": codes.sums.n,
+        **facts,
+    }
+    for name, value in ((SETTINGS, run), (SKIPPED, skipped), (MARK, mark)):
+        (folder / name).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")

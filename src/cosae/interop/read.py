@@ -1,0 +1,80 @@
+"""One function that reads an SAE of any library there is a door for; nothing in the files is ever run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cosae.errors import CosaeError
+from cosae.interop import cosine_paper as authors
+from cosae.interop import gemma_scope, sparsify
+from cosae.interop.dictionary_learning import read as dictionary_learning
+from cosae.interop.saelens import files as saelens_files
+from cosae.io.untrusted import read_json
+from cosae.sae import file as own
+from cosae.sae.model import SAE
+
+DOORS: dict[str, Callable[[Path], SAE]] = {
+    "cosae": own.load,
+    "saelens": saelens_files.read,
+    "dictionary_learning": dictionary_learning.read,
+    "gemma_scope": gemma_scope.read,
+    "sparsify": sparsify.read,
+    "authors": authors.read,
+}
+FORMATS = tuple(DOORS)
+"""Names of the formats, for `format=`."""
+
+
+def read_sae(path: str | Path, *, format: str = "auto", device: str | torch.device = "cpu") -> SAE:
+    """The SAE at `path`, a folder or a file; its `facts["format"]` says whose it was where it is not cosae's own.
+
+    Raises CosaeError, in one sentence, for a path that does not exist, no known format, or files that cannot be read.
+    """
+    path = Path(path)
+    if format != "auto" and format not in DOORS:
+        raise CosaeError(f"format must be auto or one of {', '.join(FORMATS)}. Got {format!r} instead.")
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise CosaeError(f"{str(path)[:80]}… cannot be looked at ({error.strerror}): give an SAE's path.") from None
+    if not there:
+        raise CosaeError(f"{path} does not exist: give the folder or file of an SAE.")
+    return DOORS[detect(path) if format == "auto" else format](path).to(device)
+
+
+def detect(path: Path) -> str:
+    """The format of what lies at `path`, by its files' names and cosae's mark. Raises CosaeError where none fits."""
+    if path.is_file():
+        if path.suffix == ".npz" or path.name == gemma_scope.WEIGHTS:
+            return "gemma_scope"
+        if path.suffix == ".pt":
+            return "authors"
+        raise CosaeError(
+            f"{path} is a file of no format known here: give the SAE's folder, a params.npz of Gemma Scope or an "
+            f"{authors.NAME} of the paper."
+        )
+    try:
+        there = {child.name for child in path.iterdir()}
+    except OSError as error:
+        raise CosaeError(f"{path} cannot be read ({error.strerror}): it must be a file or a folder.") from None
+    if saelens_files.CONFIG in there and saelens_files.WEIGHTS in there:
+        marked = read_json(path / saelens_files.CONFIG).get("format") == own.FORMAT
+        return "cosae" if marked else "saelens"
+    signs = {
+        "sparsify": {sparsify.CONFIG, sparsify.WEIGHTS},
+        "dictionary_learning": {dictionary_learning.WEIGHTS, dictionary_learning.CONFIG},
+        "authors": {authors.NAME},
+    }
+    for name, needed in signs.items():
+        if needed <= there:
+            return name
+    if gemma_scope.ARCHIVE in there or gemma_scope.WEIGHTS in there:
+        return "gemma_scope"
+    raise CosaeError(
+        f"{path} holds no SAE of a known format; looked for cfg.json with sae_weights.safetensors (cosae, SAELens) or "
+        "sae.safetensors (sparsify), ae.pt with config.json (dictionary_learning), params.npz or params.safetensors "
+        f"(Gemma Scope), {authors.NAME} (the paper)."
+    )

@@ -1,0 +1,73 @@
+"""SAEBench in another environment: a job goes out as a file, SAEs as cosae folders, and an answer comes back as a file.
+
+SAEBench 0.6 pins numpy < 2 and datasets < 4, so it rarely lives where cosae does. The other environment needs SAEBench
+(and sae-probes) alone: this cosae is lent to it, by a folder on PYTHONPATH that holds a link to the package and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cosae.errors import CosaeError
+from cosae.sae.file import load, save
+from cosae.sae.model import SAE
+
+JOB, ANSWER = "job.json", "answer.json"
+
+
+def run_elsewhere(python: Path, saes: Mapping[str, SAE], arguments: Mapping[str, Any], folder: Path, log: Path) -> Any:
+    """What `answer(saes, arguments)` returns over there, by way of JSON; what it prints goes to `log`.
+
+    Raises CosaeError where `python` cannot be run, cannot import cosae, or ends without an answer; and with the very
+    sentence of a CosaeError over there.
+    """
+    for name, sae in saes.items():
+        save(sae, folder / "saes" / name)
+    (folder / "lent").mkdir()
+    (folder / "lent" / "cosae").symlink_to(Path(__file__).resolve().parents[2], target_is_directory=True)
+    (folder / JOB).write_text(json.dumps({"saes": list(saes), "arguments": dict(arguments)}), encoding="utf-8")
+    paths = [str(folder / "lent"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [str(python), "-m", __name__, str(folder)]
+    try:
+        with log.open("a", encoding="utf-8") as printed:
+            done = subprocess.run(command, env=environment, stdout=printed, stderr=subprocess.STDOUT, check=False)
+    except OSError as error:
+        raise CosaeError(f"python must be an interpreter that can be run. Got {python} ({error.strerror}).") from None
+    place = folder / ANSWER
+    if not place.is_file():
+        last = ([line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()] or ["nothing"])[-1]
+        raise CosaeError(
+            f"{python} ended with status {done.returncode} and no answer; it said last: {last.strip()[:300]}"
+        )
+    answer = json.loads(place.read_text("utf-8"))
+    if "error" in answer:
+        raise CosaeError(answer["error"])
+    return answer["value"]
+
+
+def main(folder: Path) -> int:
+    """The other side: reads the job, runs it here, and writes the answer."""
+    from cosae.interop.saebench.run import evaluate_here
+
+    job = json.loads((folder / JOB).read_text("utf-8"))
+    try:
+        saes = {name: load(folder / "saes" / name) for name in job["saes"]}
+        answer: dict[str, Any] = {"value": evaluate_here(saes, **job["arguments"])}
+    except CosaeError as error:
+        answer = {"error": str(error)}
+    staged = folder / f".{ANSWER}"
+    staged.write_text(json.dumps(answer), encoding="utf-8")
+    staged.replace(folder / ANSWER)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

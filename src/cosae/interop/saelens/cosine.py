@@ -1,0 +1,251 @@
+"""Folders that SAELens writes for cosae's architectures → `cosae.SAE`. Needs no SAELens.
+
+Enters a folder with SAELens' cfg.json and sae_weights.safetensors (an inference model, or a training checkpoint);
+leaves an SAE whose codes are those of the SAELens object. Nothing in the files is executed.
+
+    architecture                  written by                                     becomes
+    cosine_jumprelu               inference models, and checkpoints of it        batch_topk, threshold per feature
+    cosine_batchtopk              checkpoints                                    batch_topk, topk_threshold if set
+    cosine_matryoshka_batchtopk   checkpoints                                    the same with prefixes
+    cosine_topk                   checkpoints                                    topk
+    cosae, cosae_SCORE_SELECTOR   cosae's own SAEs, saved by either library      as they were
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosae.errors import CosaeError
+from cosae.interop.saelens.folds import fold_decoder_norm, fold_input_scale
+from cosae.io.untrusted import read_safetensors
+from cosae.sae import file
+from cosae.sae.model import SAE, SAEConfig
+from cosae.sae.score import SCORES
+from cosae.sae.selector import SELECTORS
+
+GENERIC = "cosae"
+JUMPRELU = "cosine_jumprelu"
+BATCHTOPK = "cosine_batchtopk"
+MATRYOSHKA = "cosine_matryoshka_batchtopk"
+TOPK = "cosine_topk"
+OWN_ARCHITECTURES = tuple(f"cosae_{score}_{selector}" for score in SCORES for selector in SELECTORS)
+"""What cosae's own cfg.json files carry (cosae.sae.file.saelens_architecture)."""
+ARCHITECTURES = (JUMPRELU, BATCHTOPK, MATRYOSHKA, TOPK, GENERIC, *OWN_ARCHITECTURES)
+"""Architectures of SAELens folders that `read` takes."""
+SCALER = "activation_scaler.json"
+FACT_OF_METADATA = {
+    "model_name": "model",
+    "hook_name": "hook_name",
+    "hf_hook_name": "hf_hook_name",
+    "dataset_path": "dataset",
+    "context_size": "context_size",
+}
+"""SAELens' metadata names → cosae's fact names."""
+
+
+def read(folder: str | Path) -> SAE:
+    """The SAE in `folder`, on the CPU, float32 (float64 where the file is).
+
+    Raises CosaeError, in one sentence, for a folder that is missing, unreadable, of another architecture, truncated,
+    ill-shaped, or that states a convention (whitening, runtime normalisation, no centre) cosae cannot represent.
+    """
+    folder = Path(folder)
+    config = _config(folder)
+    if config.get("format") == file.FORMAT:
+        return file.load(folder)
+    weights = folder / file.WEIGHTS
+    state = read_safetensors(weights)
+    return assemble(config, state, str(weights), scaling_factor(folder))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not (folder / file.CONFIG).is_file():
+        raise CosaeError(f"{folder} is not a SAELens folder: it has no {file.CONFIG}; give the folder that holds it.")
+    try:
+        config = json.loads((folder / file.CONFIG).read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except (ValueError, OSError, RecursionError):
+        raise CosaeError(f"{folder / file.CONFIG} is not readable JSON: the file is damaged.") from None
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    if architecture not in ARCHITECTURES and (not isinstance(config, dict) or config.get("format") != file.FORMAT):
+        raise CosaeError(
+            f"{folder / file.CONFIG}: architecture must be one of {JUMPRELU}, {BATCHTOPK}, {MATRYOSHKA}, {TOPK}, "
+            f"{GENERIC} or cosae_SCORE_SELECTOR. Got {architecture!r} instead."
+        )
+    assert isinstance(config, dict)
+    return config
+
+
+def scaling_factor(folder: Path) -> float | None:
+    """What a checkpoint's activations were multiplied by while it trained; None where it says nothing."""
+    path = folder / SCALER
+    if not path.is_file():
+        return None
+    try:
+        factor = json.loads(path.read_text(encoding="utf-8")).get("scaling_factor")
+        return None if factor is None else float(factor)
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError):
+        raise CosaeError(f"{path} does not hold a scaling factor: the file is damaged.") from None
+
+
+def assemble(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], source: str, scaling_factor: float | None = None
+) -> SAE:
+    """A SAELens configuration and state dict of one of ARCHITECTURES → SAE; `source` names them in errors.
+
+    scaling_factor: what activations were multiplied by in training, where that is not folded in yet.
+    Raises CosaeError as `read` does.
+    """
+    dtype = torch.float64 if getattr(state.get("W_dec"), "dtype", None) == torch.float64 else torch.float32
+    weights = {
+        name: value.detach().cpu().to(dtype) if value.is_floating_point() else value for name, value in state.items()
+    }
+    try:
+        if config["architecture"] == GENERIC or config["architecture"] in OWN_ARCHITECTURES:
+            cfg = own_config(config)
+        else:
+            cfg, weights = _cosine(config, weights, scaling_factor)
+    except CosaeError as error:
+        raise CosaeError(f"{source}: {error}") from None
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise CosaeError(f"{source}: the configuration beside it is damaged ({error}).") from None
+    sae = file.from_disk(cfg, weights, source)
+    sae.facts = _facts(config)
+    return sae
+
+
+def own_config(config: Mapping[str, Any]) -> SAEConfig:
+    """The SAEConfig in section `sae` of a cfg.json. Raises CosaeError or TypeError on a damaged one."""
+    section = config.get("sae")
+    if not isinstance(section, Mapping) or not section:
+        raise CosaeError(f"architecture {config.get('architecture')!r} needs its section 'sae', which is not there.")
+    cfg = SAEConfig(**{**section, "prefixes": tuple(section.get("prefixes", ()))})
+    if (cfg.d_in, cfg.d_sae) != (config.get("d_in"), config.get("d_sae")):
+        raise CosaeError(
+            f"d_in and d_sae must agree with section 'sae', which says {cfg.d_in} and {cfg.d_sae}. "
+            f"Got {config.get('d_in')!r} and {config.get('d_sae')!r} instead."
+        )
+    return cfg
+
+
+def check_conventions(config: Mapping[str, Any], allowed: tuple[str, ...] = ("none",)) -> None:
+    """Raises CosaeError where SAELens' fields ask for what a cosine score cannot express."""
+    norm = config.get("normalize_activations", "none")
+    if norm not in allowed:
+        raise CosaeError(
+            f"normalize_activations must be {' or '.join(allowed)} for {config.get('architecture')}: a cosine score "
+            f"takes the norm out by its own exponent a, and a map of x that is not a scale cannot be folded into it. "
+            f"Got {norm!r} instead."
+        )
+    if not config.get("apply_b_dec_to_input", True):
+        raise CosaeError(
+            f"apply_b_dec_to_input must be true for {config.get('architecture')}: the cosine is taken around b_dec. "
+            "Got false instead."
+        )
+
+
+def _cosine(
+    config: Mapping[str, Any], weights: dict[str, Tensor], scaling_factor: float | None
+) -> tuple[SAEConfig, dict[str, Tensor]]:
+    """SAEConfig and weights by cosae's names on disk, every fold made."""
+    architecture = config["architecture"]
+    check_conventions(config, ("none", "expected_average_only_in"))
+    score = config.get("score")
+    if score not in SCORES:
+        raise CosaeError(f"score must be one of {', '.join(SCORES)}. Got {score!r} instead.")
+    _check_names(architecture, score, weights)
+    if config.get("rescale_acts_by_decoder_norm", False):
+        kept = {name: value for name, value in weights.items() if name != "threshold"}
+        weights = {**weights, **fold_decoder_norm(kept, score)}  # thresholds are in units of the scaled scores already
+    if config.get("normalize_activations") == "expected_average_only_in":
+        if scaling_factor is None:
+            raise CosaeError(
+                f"normalize_activations is 'expected_average_only_in' and no scaling factor is there ({SCALER}): "
+                "save the SAE after SAELens' training has folded it in, or copy the whole checkpoint."
+            )
+        weights = {**weights, **fold_input_scale(weights, score, scaling_factor)}
+    d_sae = weights["W_dec"].shape[0]
+    step = weights.pop("topk_threshold", None)
+    if architecture != TOPK and step is not None and float(step) > 0:
+        weights["threshold"] = step.expand(d_sae)
+    if "threshold" in weights:
+        weights["threshold"] = weights["threshold"].clamp_min(0.0)  # SAELens' JumpReLU lets no negative score pass
+    score, weights = _owners(score, weights, config)
+    cfg = SAEConfig(
+        d_in=config["d_in"],
+        d_sae=config["d_sae"],
+        score=score,
+        selector="topk" if architecture == TOPK else "batch_topk",
+        k=_k(config),
+        prefixes=tuple(config.get("matryoshka_widths", ())) if architecture == MATRYOSHKA else (),
+        n_groups=config.get("n_groups", 4),
+    )
+    return cfg, weights
+
+
+def _check_names(architecture: str, score: str, weights: Mapping[str, Tensor]) -> None:
+    """Names and ranks that the folds rely on; shapes are checked when the SAE is made."""
+    needed: dict[str, tuple[int, ...]] = {"W_enc": (2,), "W_dec": (2,), "b_enc": (1,), "b_dec": (1,)}
+    if score != "inner":
+        needed |= {"scale_a": (0, 1), "scale_b": (0, 1)}
+    if architecture == JUMPRELU:
+        needed["threshold"] = (1,)
+    if architecture in (BATCHTOPK, MATRYOSHKA):
+        needed["topk_threshold"] = (0,)
+    missing = sorted(set(needed) - set(weights))
+    if missing:
+        raise CosaeError(f"{architecture} needs the tensors {', '.join(missing)}, which are not there.")
+    d_in, d_sae = (*weights["W_enc"].shape, 0)[:2]
+    for name, ranks in needed.items():
+        shape = tuple(weights[name].shape)
+        fits = name in ("W_enc", "W_dec") or shape in ((), (d_in,) if name == "b_dec" else (d_sae,))
+        if len(shape) not in ranks or not fits or not weights[name].is_floating_point():
+            raise CosaeError(f"tensor {name} of {architecture} has a shape that does not fit: {shape}.")
+    if tuple(weights["W_dec"].shape) != (d_sae, d_in):
+        raise CosaeError(f"W_dec must have shape {(d_sae, d_in)}. Got {tuple(weights['W_dec'].shape)} instead.")
+
+
+def _owners(score: str, weights: dict[str, Tensor], config: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """Shapes of a and b as the named score owns them; one per feature where the file has them so."""
+    if score == "inner":
+        return score, weights
+    a, b, d_sae = weights["scale_a"], weights["scale_b"], weights["W_dec"].shape[0]
+    owner = SCORES[score].exponent_owner
+    if owner in ("fixed", "shared") and a.ndim == 1:
+        score, owner = "cosine_per_feature", "feature"
+    if owner in ("feature", "base_delta", "group"):
+        a, b = a.expand(d_sae), b.expand(d_sae)
+    if owner == "group":
+        size = max(d_sae // max(int(config.get("n_groups", 4)), 1), 1)
+        group_F = (torch.arange(d_sae) // size).clamp_max(int(config.get("n_groups", 4)) - 1)
+        if not bool((a[group_F * size] == a).all()):
+            score = "cosine_per_feature"
+    weights = {**weights, "scale_a": a, "scale_b": b}
+    if score == "cosine_base_delta":
+        weights |= {"scale_a_base": a.new_zeros(()), "scale_a_delta": a}
+    return score, weights
+
+
+def _k(config: Mapping[str, Any]) -> int:
+    """k as a whole number between 1 and d_sae: the file's own, else what training says, else its measured L0."""
+    metadata = config.get("metadata") or {}
+    details = metadata.get("training_architecture_details") or {}
+    for value in (config.get("k"), details.get("k"), details.get("target_l0"), metadata.get("l0")):
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            return min(max(1, round(value)), int(config["d_sae"]))
+    return min(32, int(config["d_sae"]))
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """cosae's own training facts where the file carries them, else SAELens' metadata, the known under our names."""
+    own, metadata = config.get("facts"), config.get("metadata")
+    if isinstance(own, Mapping) and own:
+        return dict(own)
+    metadata = dict(metadata) if isinstance(metadata, Mapping) else {}
+    known = {fact: metadata[name] for name, fact in FACT_OF_METADATA.items() if metadata.get(name) is not None}
+    return {**known, "format": "saelens", "architecture": config["architecture"], "saelens": metadata}

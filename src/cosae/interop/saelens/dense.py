@@ -1,0 +1,85 @@
+"""Scores and selectors on dense tensors: what SAELens' hooks can see and edit. Needs no SAELens.
+
+Enter activations (B, D) framed by `cosae.sae.frame`, weights by their names on disk; leave dense scores and codes
+(B, F). The same formulas as `cosae.SAE.encode`, which keeps only the selected entries (paper §1, §2):
+
+    s = exp(b) · r^a · |w|^u · κ + β,   codes = select(s) by the inference rule of cosae.sae.selector
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cosae.kernels import ScoreTerms, reference
+from cosae.sae.model import SAEConfig
+from cosae.sae.score import SCORES
+from cosae.types import Framed, at_least_fp32
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def dense_scores(framed: Framed, score: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(content, score), each (B, F) fp32 or float64, 0 for rows that are not live; differentiable.
+
+    weights: W_enc (D, F); scale_a, scale_b () or (F,) but for `inner`; b_enc or b_gate (F,) where there is a bias.
+    """
+    family = SCORES[score]
+    plain = family.row_power == 1
+    bias = weights.get("b_gate", weights.get("b_enc"))
+    one = framed.z_BD.new_ones(())
+    terms = ScoreTerms(
+        z_BD=framed.z_BD,
+        rows_FD=at_least_fp32(weights["W_enc"]).T,
+        bias_F=None if bias is None else at_least_fp32(bias),
+        exponent=one if plain else at_least_fp32(weights["scale_a"]),
+        log_gain=one * 0 if plain else at_least_fp32(weights["scale_b"]),
+        row_power=family.row_power,
+        live_B=framed.live_B,
+        plain=plain,
+    )
+    content_BF = torch.where(framed.live_B[:, None], reference.content(terms), 0.0)
+    if terms.bias_F is None:
+        return content_BF, content_BF
+    return content_BF, content_BF + terms.bias_F * framed.live_B[:, None]
+
+
+def select_dense(cfg: SAEConfig, score_BF: Tensor, live_B: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """(B, F) scores → codes by the inference rule of every selector but `gated`; rows that are not live stay 0.
+
+    weights: threshold (F,) of a calibrated batch_topk, log_threshold (F,) of jumprelu, rank_gain (F,) after a fold.
+    """
+    if cfg.selector == "jumprelu":
+        keep_BF = score_BF > at_least_fp32(weights["log_threshold"]).exp()
+    elif cfg.selector == "batch_topk" and "threshold" in weights:
+        keep_BF = score_BF > at_least_fp32(weights["threshold"])
+    else:
+        rank_BF = score_BF.abs() if cfg.selector == "abs_topk" else score_BF.relu()
+        rank_BF = rank_BF * live_B[:, None]
+        if "rank_gain" in weights:
+            rank_BF = rank_BF / at_least_fp32(weights["rank_gain"])
+        keep_BF = _largest(rank_BF, cfg, int(live_B.sum())) & (rank_BF > 0)
+    return torch.where(keep_BF & live_B[:, None], score_BF, 0.0)
+
+
+def _largest(rank_BF: Tensor, cfg: SAEConfig, n_live: int) -> Tensor:
+    """(B, F) bool: the k largest of each row, or the k · n_live largest of the batch."""
+    mask_BF = torch.zeros_like(rank_BF, dtype=torch.bool)
+    if cfg.selector != "batch_topk":
+        return mask_BF.scatter_(1, rank_BF.topk(min(cfg.k, rank_BF.shape[1]), dim=1).indices, True)
+    flat = rank_BF.reshape(-1)
+    kept = flat.topk(min(cfg.k * n_live, flat.numel()), sorted=False).indices
+    return mask_BF.reshape(-1).scatter_(0, kept, True).reshape(rank_BF.shape)
+
+
+def gated_codes(score_BF: Tensor, magnitude_BF: Tensor, live_B: Tensor, threshold: Tensor | None) -> Tensor:
+    """Codes of `gated`: ReLU(magnitude) where the gate score exceeds its threshold (0 where not calibrated)."""
+    level = 0.0 if threshold is None else at_least_fp32(threshold)
+    return torch.where((score_BF > level) & live_B[:, None], magnitude_BF.relu(), 0.0)
+
+
+def gated_magnitude(content_BF: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """e^ρ · content + β_mag (arXiv 2404.16014)."""
+    return at_least_fp32(weights["r_mag"]).exp() * content_BF + at_least_fp32(weights["b_mag"])

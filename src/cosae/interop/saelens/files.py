@@ -1,0 +1,158 @@
+"""SAELens' folders (`cfg.json`, `sae_weights.safetensors`), its own architectures (ecosystem.md §2a; sae_lens 6).
+
+    architecture               fires where              becomes
+    standard                   s > 0                    jumprelu, θ = 0
+    jumprelu                   s > θ_i and s > 0        jumprelu
+    topk                       k largest positive       topk
+    abstopk                    k largest |s|            abs_topk
+    gated                      π > 0                    gated
+    batchtopk                  s > topk_threshold       batch_topk           training checkpoints
+    matryoshka_batchtopk       the same                 batch_topk, prefixes training checkpoints
+
+With rescale_acts_by_decoder_norm the scores are those times |d_i| and the decoder rows have length 1; without
+apply_b_dec_to_input the encoder subtracts no centre. A training checkpoint's scale of activations
+(`activation_scaler.json`) is folded; configurations older than SAELens 6 are read by their old names.
+cosae's cosine architectures: see `saelens_cosine`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosae.errors import CosaeError
+from cosae.interop.linear import Linear, linear_sae
+from cosae.interop.saelens import cosine as saelens_cosine
+from cosae.io.untrusted import number, read_json, read_safetensors, take, whole
+from cosae.sae.fold import fold_input_scale
+from cosae.sae.model import SAE
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+ARCHITECTURES = ("standard", "jumprelu", "topk", "abstopk", "gated", "batchtopk", "matryoshka_batchtopk")
+TRAINING = ("batchtopk", "matryoshka_batchtopk")
+EXPRESSED = ("none", "expected_average_only_in")
+"""normalize_activations that leave an inference SAE's input as it is: the second one's scale is folded when saved."""
+
+
+def read(folder: str | Path) -> SAE:
+    """The SAE in a SAELens folder. Raises CosaeError, in one sentence, for what cosae cannot express or cannot read."""
+    folder = Path(folder)
+    config = _modern(read_json(folder / CONFIG))
+    kind = config.get("architecture", "standard")
+    if kind in saelens_cosine.ARCHITECTURES:
+        return saelens_cosine.read(folder)
+    if kind not in ARCHITECTURES:
+        raise CosaeError(
+            f"{folder}: SAELens architectures that cosae reads are {', '.join(ARCHITECTURES)} and cosae's own. "
+            f"Got {kind!r} instead."
+        )
+    path = folder / WEIGHTS
+    state = read_safetensors(path)
+    _check_conventions(config, kind, folder)
+    sae = linear_sae(_linear(kind, config, state, path), str(path), _facts(config, kind))
+    scale = _training_scale(config, kind, folder)
+    return sae if scale is None else fold_input_scale(sae, scale)
+
+
+def _modern(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration from before SAELens 6 under today's names: there topk was an activation of standard."""
+    if isinstance(config.get("normalize_activations"), bool | None):
+        scaled = config.get("normalize_activations") is True
+        config = {**config, "normalize_activations": "expected_average_only_in" if scaled else "none"}
+    details = config.get("activation_fn_kwargs")
+    if config.get("activation_fn_str", config.get("activation_fn")) == "topk" and isinstance(details, dict):
+        config = {**config, "architecture": "topk", "k": details.get("k")}
+    return config
+
+
+def _training_scale(config: dict[str, Any], kind: str, folder: Path) -> float | None:
+    """What a checkpoint's activations were multiplied by; None where the weights are for activations as they are."""
+    if config.get("normalize_activations") != "expected_average_only_in":
+        return None
+    scale = saelens_cosine.scaling_factor(folder)
+    if scale is None and kind in TRAINING:
+        raise CosaeError(
+            f"{folder} is a checkpoint of activations that were rescaled, and {saelens_cosine.SCALER} does not say by "
+            "how much: copy the whole checkpoint."
+        )
+    return scale
+
+
+def _check_conventions(config: dict[str, Any], kind: str, folder: Path) -> None:
+    normalisation = config.get("normalize_activations", "none")
+    if normalisation not in EXPRESSED:
+        raise CosaeError(
+            f"{folder}: normalize_activations {normalisation!r} rescales every token inside the SAE in a way that no "
+            f"frame of cosae's repeats exactly; those read are {', '.join(EXPRESSED)}."
+        )
+    for name in ("finetuning_scaling_factor", "use_error_term"):
+        if config.get(name):
+            raise CosaeError(f"{folder}: {name} is set, which cosae does not express.")
+    activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
+    if kind == "standard" and activation != "relu":
+        raise CosaeError(f"{folder}: a standard SAE must have the activation relu. Got {activation!r} instead.")
+
+
+def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: Path) -> Linear:
+    enc_DF, decoder_FD, centre_D = take(state, ("W_enc", "W_dec", "b_dec"), path)
+    if enc_DF.ndim != 2:
+        raise CosaeError(f"{path}: W_enc must be a matrix. Got shape {tuple(enc_DF.shape)} instead.")
+    rows_FD, centred = enc_DF.T, bool(config.get("apply_b_dec_to_input", True))
+    if kind == "gated":
+        gate_F, r_mag_F, mag_F = take(state, ("b_gate", "r_mag", "b_mag"), path)
+        return Linear(rows_FD, gate_F, decoder_FD, centre_D, "gated", gate_mag=(r_mag_F, mag_F), centred=centred)
+    (bias_F,) = take(state, ("b_enc",), path)
+    if kind == "standard":
+        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", centred=centred)
+    if kind == "jumprelu":
+        if "threshold" not in state and "log_threshold" in state:  # a training checkpoint
+            state = {**state, "threshold": state["log_threshold"].float().exp()}
+        (theta_F,) = take(state, ("threshold",), path)
+        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", None, theta_F, centred)
+    k = whole(config.get("k"), "k", path)
+    if config.get("rescale_acts_by_decoder_norm", kind in TRAINING):
+        if decoder_FD.shape != rows_FD.shape or bias_F.shape != rows_FD.shape[:1]:
+            raise CosaeError(
+                f"{path}: W_dec and b_enc do not fit W_enc: {tuple(decoder_FD.shape)}, {tuple(bias_F.shape)}."
+            )
+        length_F = decoder_FD.double().norm(dim=-1)
+        if not bool((length_F > 0).all()):
+            raise CosaeError(f"{path}: decoder rows of length 0 cannot be rescaled to length 1; the file is damaged.")
+        rows_FD, bias_F = rows_FD.double() * length_F[:, None], bias_F.double() * length_F
+        decoder_FD = decoder_FD.double() / length_F[:, None]
+    if kind in ("topk", "abstopk"):
+        selector = "topk" if kind == "topk" else "abs_topk"
+        return Linear(rows_FD, bias_F, decoder_FD, centre_D, selector, k, centred=centred)
+    (threshold,) = take(state, ("topk_threshold",), path)
+    widths = config.get("matryoshka_widths") or ()
+    if not isinstance(widths, list | tuple):
+        raise CosaeError(f"{path.parent / CONFIG}: matryoshka_widths must be a list. Got {widths!r} instead.")
+    prefixes = tuple(whole(width, "a Matryoshka width", path) for width in widths)
+    return Linear(
+        rows_FD,
+        bias_F,
+        decoder_FD,
+        centre_D,
+        "batch_topk",
+        k,
+        torch.tensor(number(threshold, "topk_threshold", path)),
+        centred,
+        prefixes=prefixes,
+    )
+
+
+def _facts(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Training facts under cosae's names; SAELens keeps them in `metadata`, older versions beside the rest."""
+    metadata = config.get("metadata")
+    known = {**config, **(metadata if isinstance(metadata, dict) else {})}
+    names = {"model_name": "model", "hook_name": "hook_name", "hf_hook_name": "hf_hook_name"}
+    names |= {"dataset_path": "dataset", "context_size": "context", "seed": "seed", "neuronpedia_id": "neuronpedia_id"}
+    found = {ours: known.get(theirs) for theirs, ours in names.items()}
+    found |= {"format": "saelens", "saelens_architecture": kind}
+    for name in ("normalize_activations", "reshape_activations"):
+        if config.get(name) not in (None, "none"):
+            found[name] = config[name]
+    return {name: value for name, value in found.items() if isinstance(value, str | int | float)}

@@ -1,0 +1,103 @@
+"""The SAELens plug-in: `import cosae.interop.saelens.plugin` registers cosae's architectures with SAELens.
+
+After it `sae_lens.SAE.load_from_disk` and `from_pretrained` open cosae's own folders and what the training classes
+save, and SAELens' trainers and runners take cosine scores. Needs `pip install sae-lens`; no other part of cosae does.
+Importing twice changes nothing.
+
+    to_cosae    a SAELens object of these architectures (or one of SAELens' own that cosae reads) → cosae.SAE
+    from_cosae  cosae.SAE → SAELens inference object
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cosae.errors import CosaeError
+from cosae.interop.saelens import cosine as saelens_cosine
+from cosae.interop.saelens import files as saelens_files
+from cosae.sae import file
+from cosae.sae.model import SAE
+
+try:
+    import sae_lens  # type: ignore[import-not-found]
+    from sae_lens import registry
+except ImportError as error:
+    raise CosaeError(f"cosae.interop.saelens.plugin needs SAELens 6 ({error}): pip install sae-lens.") from None
+
+try:
+    from cosae.interop.saelens.inference import CosaeSAE, CosaeSAEConfig, CosineJumpReLUSAE, CosineJumpReLUSAEConfig
+    from cosae.interop.saelens.training import (
+        CosineBatchTopKTrainingSAE,
+        CosineBatchTopKTrainingSAEConfig,
+        CosineJumpReLUTrainingSAE,
+        CosineJumpReLUTrainingSAEConfig,
+        CosineMatryoshkaBatchTopKTrainingSAE,
+        CosineMatryoshkaBatchTopKTrainingSAEConfig,
+        CosineTopKTrainingSAE,
+        CosineTopKTrainingSAEConfig,
+    )
+
+    INFERENCE = registry.SAE_CLASS_REGISTRY
+    TRAINING = registry.SAE_TRAINING_CLASS_REGISTRY
+except (ImportError, AttributeError) as error:
+    version = getattr(sae_lens, "__version__", "of unknown version")
+    raise CosaeError(
+        f"this SAELens ({version}) lacks what the plug-in builds on ({error}): it was written for sae-lens 6.54."
+    ) from None
+
+__all__ = [
+    "CosaeSAE",
+    "CosaeSAEConfig",
+    "CosineBatchTopKTrainingSAE",
+    "CosineBatchTopKTrainingSAEConfig",
+    "CosineJumpReLUSAE",
+    "CosineJumpReLUSAEConfig",
+    "CosineJumpReLUTrainingSAE",
+    "CosineJumpReLUTrainingSAEConfig",
+    "CosineMatryoshkaBatchTopKTrainingSAE",
+    "CosineMatryoshkaBatchTopKTrainingSAEConfig",
+    "CosineTopKTrainingSAE",
+    "CosineTopKTrainingSAEConfig",
+    "from_cosae",
+    "register",
+    "to_cosae",
+]
+
+
+def register() -> None:
+    """Make every architecture of ours known to SAELens; those that are known already are left alone."""
+    inference: dict[str, tuple[Any, Any]] = {saelens_cosine.JUMPRELU: (CosineJumpReLUSAE, CosineJumpReLUSAEConfig)}
+    for name in (saelens_cosine.GENERIC, *saelens_cosine.OWN_ARCHITECTURES):
+        inference[name] = (CosaeSAE, CosaeSAEConfig)
+    training: dict[str, tuple[Any, Any]] = {
+        saelens_cosine.BATCHTOPK: (CosineBatchTopKTrainingSAE, CosineBatchTopKTrainingSAEConfig),
+        saelens_cosine.MATRYOSHKA: (CosineMatryoshkaBatchTopKTrainingSAE, CosineMatryoshkaBatchTopKTrainingSAEConfig),
+        saelens_cosine.TOPK: (CosineTopKTrainingSAE, CosineTopKTrainingSAEConfig),
+        saelens_cosine.JUMPRELU: (CosineJumpReLUTrainingSAE, CosineJumpReLUTrainingSAEConfig),
+    }
+    for name, classes in inference.items():
+        if name not in INFERENCE:
+            registry.register_sae_class(name, *classes)
+    for name, classes in training.items():
+        if name not in TRAINING:
+            registry.register_sae_training_class(name, *classes)
+
+
+def to_cosae(sae: Any) -> SAE:
+    """A SAELens object → cosae.SAE with the same codes, through SAELens' own files. Raises what reading them raises."""
+    with tempfile.TemporaryDirectory() as place:
+        save = getattr(sae, "save_inference_model", None) or sae.save_model
+        save(place)
+        return saelens_files.read(Path(place))
+
+
+def from_cosae(sae: SAE) -> Any:
+    """A cosae.SAE → SAELens' inference object with the same codes, on the CPU."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = file.save(sae, Path(place) / "sae")
+        return sae_lens.SAE.load_from_disk(folder)
+
+
+register()

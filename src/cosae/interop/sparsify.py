@@ -1,0 +1,40 @@
+"""sparsify's folders (`cfg.json`, `sae.safetensors`): TopK autoencoders (ecosystem.md §2e; eai-sparsify 1.3).
+
+s = (x − b_dec) · encoderᵀ + bias;  the k largest positive;  x̂ = f · W_dec + b_dec
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cosae.errors import CosaeError
+from cosae.interop.linear import Linear, linear_sae
+from cosae.io.untrusted import read_json, read_safetensors, take, whole
+from cosae.sae.model import SAE
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+
+
+def read(folder: str | Path) -> SAE:
+    """The SAE in a folder of sparsify's. Raises CosaeError; transcoders are named."""
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    path = folder / WEIGHTS
+    state = read_safetensors(path)
+    if config.get("transcode"):
+        raise CosaeError(f"{folder} holds a transcoder (transcode is true): cosae reads autoencoders only.")
+    if config.get("skip_connection") or "W_skip" in state:
+        raise CosaeError(f"{folder} holds a skip connection (W_skip): cosae reads plain autoencoders only.")
+    activation = config.get("activation", "topk")
+    if activation != "topk":
+        raise CosaeError(f"{folder}: the activation must be topk. Got {activation!r}, which cosae has no selector for.")
+    rows_FD, bias_F, decoder_FD, centre_D = take(state, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), path)
+    weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "topk", whole(config.get("k"), "k", folder / CONFIG))
+    return linear_sae(weights, str(path), _facts(folder))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """Folders are named after the module that was hooked."""
+    name = folder.name
+    return {"format": "sparsify", **({"hf_hook_name": name} if "." in name else {})}

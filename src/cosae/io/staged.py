@@ -1,0 +1,64 @@
+"""A folder that is written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from cosae.errors import CosaeError
+
+
+def check_place(out: Path, mark: str) -> None:
+    """Raises CosaeError unless `out` is absent, empty, or one of ours: a folder with a file that `mark` matches."""
+    try:
+        there, is_folder = out.exists() or out.is_symlink(), out.is_dir()
+        ours = is_folder and (not any(out.iterdir()) or any(out.glob(mark)))
+    except OSError as error:
+        raise CosaeError(f"{out} cannot be read ({error.strerror}): choose another --out.") from None
+    if there and not is_folder:
+        raise CosaeError(f"{out} is a file; give a folder with --out.")
+    if there and not ours:
+        raise CosaeError(f"{out} is not empty and holds no earlier result of this command: choose another --out.")
+
+
+@contextmanager
+def filled(out: Path, mark: str) -> Iterator[Path]:
+    """A fresh folder beside `out` to write into; it becomes `out` when the block ends well, else it is removed.
+
+    What `out` held before (an earlier result, see `check_place`) stays until then. Raises CosaeError where `out` holds
+    something else, and with the place and the system's word where the disk refuses.
+    """
+    check_place(out, mark)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise CosaeError(f"{out} cannot be written ({error.strerror}): choose another --out.") from None
+    try:
+        yield staged
+        swap_in(staged, out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CosaeError(f"{out} could not be written ({reason}); what was there before is kept.") from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def swap_in(staged: Path, path: Path) -> None:
+    """Put the staged directory in place; the old one steps aside first and is removed last."""
+    staged.chmod(0o755)
+    aside = staged.with_name(staged.name + ".old")
+    if path.exists():
+        path.rename(aside)
+    try:
+        staged.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

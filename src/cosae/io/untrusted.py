@@ -1,0 +1,162 @@
+"""Files of others: JSON, safetensors, NumPy archives and pickled tensors, read as data and never executed.
+
+`.pt` goes through torch's weights-only unpickler; archives are held against their size on disk before anything is
+unpacked. Every failure is one CosaeError sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cosae.errors import CosaeError
+
+MAX_RATIO, FREE_BYTES = 16, 16 * 2**20
+"""A file may unpack to at most FREE_BYTES and so many times its size: weights hardly compress, bombs do."""
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping. Raises CosaeError."""
+    if not path.is_file():
+        raise CosaeError(f"{path} does not exist: the SAE's folder is incomplete, copy it whole.")
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CosaeError(f"{path} is too large to be an SAE's configuration ({path.stat().st_size} bytes).")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise CosaeError(f"{path} is not readable JSON: the file is damaged.") from None
+    if not isinstance(value, dict):
+        raise CosaeError(f"{path} must hold a mapping of settings. Got {type(value).__name__} instead.")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU. Raises CosaeError."""
+    _there(path)
+    with path.open("rb") as handle:
+        header = int.from_bytes(handle.read(8), "little")
+    if header > MAX_HEADER_BYTES:
+        raise CosaeError(f"{path} claims a header of {header} bytes: that is no file of weights, not opened.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CosaeError(f"{path} is not a whole safetensors file ({_line(error)}): copy it again.") from None
+
+
+def read_pickled(path: Path) -> Any:
+    """What a `.pt` file holds, tensors and plain containers only. Raises CosaeError for anything else in it."""
+    _there(path)
+    _check_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises errors of many kinds on hostile bytes
+        raise CosaeError(
+            f"{path} is not a file of plain tensors and was not opened further ({_line(error)}): "
+            "it is damaged, or holds code."
+        ) from None
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """Arrays of a `.npz` archive of numbers as tensors. Raises CosaeError."""
+    _there(path)
+    _check_archive(path)
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
+            return {name: _array(archive, name) for name in archive.files}
+    except Exception as error:  # zip, numpy and torch each have their own ways to refuse
+        raise CosaeError(f"{path} is not a whole archive of plain number arrays ({_line(error)}).") from None
+
+
+def _array(archive: Any, name: str) -> Tensor:
+    """One array, as large as the archive's directory says: a header that claims more would be allocated first."""
+    member = name if name in archive.zip.namelist() else f"{name}.npy"
+    with archive.zip.open(member) as handle:
+        major, _ = np.lib.format.read_magic(handle)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(handle)
+        if dtype.kind not in "fiub":
+            raise ValueError(f"{name} holds {dtype}, no plain numbers")
+        if int(np.prod(shape, dtype=object)) * dtype.itemsize > archive.zip.getinfo(member).file_size:
+            raise ValueError(f"{name} claims the shape {shape}, more than there is")
+    return torch.from_numpy(np.ascontiguousarray(archive[name]))
+
+
+def tensors(value: Any, path: Path) -> dict[str, Tensor]:
+    """A mapping of names to tensors, checked to be one; Python numbers become tensors."""
+    if not isinstance(value, Mapping):
+        raise CosaeError(f"{path} must hold a mapping of names to tensors. Got {type(value).__name__} instead.")
+    found: dict[str, Tensor] = {}
+    for name, one in value.items():
+        if isinstance(one, Tensor):
+            if one.layout != torch.strided or one.is_complex() or one.is_meta or one.is_nested or one.is_quantized:
+                raise CosaeError(f"{path}: {name!r} is not a plain dense tensor.")
+            if one.numel() * one.element_size() > FREE_BYTES + MAX_RATIO * path.stat().st_size:
+                raise CosaeError(f"{path}: {name!r} claims the shape {tuple(one.shape)}, more than the file holds.")
+            found[str(name)] = one.detach()
+        elif isinstance(one, bool | int | float):
+            found[str(name)] = torch.tensor(one)
+    return found
+
+
+def take(state: Mapping[str, Tensor], names: tuple[str, ...], path: Path) -> list[Tensor]:
+    """The named tensors, all of them. Raises CosaeError naming what is missing and what is there."""
+    missing = [name for name in names if name not in state]
+    if missing:
+        there = ", ".join(sorted(map(str, state))[:12]) or "nothing"
+        raise CosaeError(f"{path} lacks {', '.join(missing)}; it holds {there}. The file is not of this format.")
+    return [state[name] for name in names]
+
+
+def whole(value: Any, name: str, path: Path) -> int:
+    """A whole number of at least 1. Raises CosaeError."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CosaeError(f"{path}: {name} must be a whole number of at least 1. Got {value!r} instead.")
+    return value
+
+
+def number(value: Tensor, name: str, path: Path) -> float:
+    """The one finite number in a tensor. Raises CosaeError."""
+    if value.numel() != 1 or value.is_complex() or not bool(torch.isfinite(value).all()):
+        raise CosaeError(f"{path}: {name} must be one finite number. Got {value.dtype} of shape {tuple(value.shape)}.")
+    return float(value)
+
+
+def _there(path: Path) -> None:
+    if not path.is_file():
+        raise CosaeError(f"{path} does not exist: the SAE's folder is incomplete, copy it whole.")
+    if path.stat().st_size == 0:
+        raise CosaeError(f"{path} is empty (0 bytes): copy it again.")
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse archives that would unpack to far more than they are; the sizes are read from the directory alone."""
+    if not zipfile.is_zipfile(path):
+        return
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+        raise CosaeError(f"{path} is a damaged archive ({_line(error)}): copy it again.") from None
+    if unpacked > FREE_BYTES + MAX_RATIO * size:
+        raise CosaeError(
+            f"{path} would unpack from {size} to {unpacked} bytes: that is no file of weights, not opened."
+        )
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text[:120] + "…") if len(text) > 120 else text or type(error).__name__

@@ -1,0 +1,238 @@
+"""Content, lookup and decoding of chosen entries, with backward passes over active entries only.
+
+The formulas stand here once; a path brings its own sums over entries (`Sums`). Each function's definition is its twin
+in `reference`. Backward passes, with δ = ∂L/∂content_e,
+content = ⟨z_b, w_i⟩·σ_e, σ_e = exp(log_gain_i + (a_i − 1) ln r_b)·|w_i|^{u−1} (paper §1 "Gradients"):
+
+    ∂L/∂w_i = Σ_e δσ z_b − [u = 0] (Σ_e δ·content)/|w_i|² · w_i      the radial part is a sum, not a pass
+    ∂L/∂z_b = Σ_e δσ w_i + (Σ_e δ·content·(a_i − 1))/r_b² · z_b
+    ∂L/∂log_gain_i = Σ_e δ·content          ∂L/∂a_i = Σ_e δ·content·ln r_b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cosae.kernels.select.search import remembered
+from cosae.kernels.terms import R_MIN, ROW_MIN, Entries, ScoreTerms
+
+
+class Sums(Protocol):
+    """Sums over active entries; `sums` says what each function means."""
+
+    def entry_dots(self, x_BD: Tensor, rows_FD: Tensor, entries: Entries) -> Tensor: ...
+    def token_sums(self, value_E: Tensor, rows_FD: Tensor, entries: Entries, n_tokens: int) -> Tensor: ...
+    def feature_sums(
+        self, value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
+    ) -> Tensor: ...
+    def feature_sums_and_total(
+        self, value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    def feature_sums_and_dots(
+        self, value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+    def squared_errors(self, x_BD: Tensor, y_BD: Tensor) -> Tensor: ...
+    def scaled_gaps(self, x_BD: Tensor, y_BD: Tensor, scale_B: Tensor) -> Tensor: ...
+    def entries_by_feature_sum(self, value_E: Tensor, entries: Entries, n_features: int) -> Tensor: ...
+    def entries_by_token_sum(self, value_E: Tensor, entries: Entries, n_tokens: int) -> Tensor: ...
+
+
+def _summed_to(sums: Sums, shape: torch.Size, value_E: Tensor, entries: Entries, n_features: int) -> Tensor:
+    """Gradient of a () or (F,) parameter that entry e sees through its feature."""
+    if len(shape) == 0:
+        return value_E.sum()
+    return sums.entries_by_feature_sum(value_E, entries, n_features).reshape(shape)
+
+
+class _Content(torch.autograd.Function):
+    """Content of chosen entries; the formulas are the module's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z_BD: Tensor,
+        rows_FD: Tensor,
+        exponent: Tensor,
+        log_gain: Tensor,
+        terms: ScoreTerms,
+        entries: Entries,
+        sums: Sums,
+    ) -> Tensor:
+        known = remembered(terms, entries)
+        dot_E = sums.entry_dots(z_BD, rows_FD, entries) if known is None else known.dot_E
+        ctx.entries, ctx.sums, ctx.plain, ctx.row_power = entries, sums, terms.plain, terms.row_power
+        ctx.centre_only = terms.centre_only
+        if terms.plain:
+            ctx.save_for_backward(z_BD, rows_FD)
+            return dot_E.clone()
+        log_r_B = terms.log_r_B if known is None else known.log_r_B
+        row_norm_F = rows_FD.new_empty(0)
+        if terms.row_power == 0:
+            row_norm_F = terms.row_norm_F if known is None else known.norm_F
+        if exponent.dim() == 0 and log_gain.dim() == 0:
+            scale_E = (log_gain + (exponent - 1.0) * log_r_B).exp()[entries.token_E]
+        else:
+            power_E = _at_feature(exponent - 1.0, entries) * log_r_B[entries.token_E]
+            scale_E = (power_E + _at_feature(log_gain, entries)).exp()
+        content_E = dot_E * scale_E
+        if terms.row_power == 0:
+            norm_E = row_norm_F[entries.feature_E]
+            content_E = content_E / norm_E
+            if any(ctx.needs_input_grad):
+                scale_E = scale_E / norm_E
+        ctx.save_for_backward(z_BD, rows_FD, exponent, log_gain, log_r_B, row_norm_F, scale_E, content_E)
+        return content_E
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        entries: Entries = ctx.entries
+        sums: Sums = ctx.sums
+        need_z, need_rows, need_exponent, need_gain, *_ = ctx.needs_input_grad
+        grad_E = grads[0].contiguous()
+        if ctx.plain:
+            z_BD, rows_FD = ctx.saved_tensors
+            grad_z, grad_rows = _grad_z_and_rows(ctx, grad_E, z_BD, rows_FD, None, None)
+            return grad_z, grad_rows, None, None, None, None, None
+        z_BD, rows_FD, exponent, log_gain, log_r_B, row_norm_F, scale_E, content_E = ctx.saved_tensors
+        n_tokens, n_features = z_BD.shape[0], rows_FD.shape[0]
+        dot_grad_E, tangent_E = grad_E * scale_E, grad_E * content_E
+        grad_exponent = grad_gain = pull_F = pull_B = None
+        if need_rows and ctx.row_power == 0:
+            pull_F = -sums.entries_by_feature_sum(tangent_E, entries, n_features) / row_norm_F.square()
+            pull_F = torch.where(row_norm_F > ROW_MIN, pull_F, 0.0)
+        if exponent.dim() == 0 and log_gain.dim() == 0:
+            tangent_B = sums.entries_by_token_sum(tangent_E, entries, n_tokens)
+            power_B, grad_exponent, grad_gain = tangent_B * (exponent - 1.0), tangent_B @ log_r_B, tangent_B.sum()
+        else:
+            power_E = tangent_E * _at_feature(exponent - 1.0, entries)
+            power_B = sums.entries_by_token_sum(power_E, entries, n_tokens)
+            slope_E = tangent_E * log_r_B[entries.token_E]
+            if need_exponent:
+                grad_exponent = _summed_to(sums, exponent.shape, slope_E, entries, n_features)
+            if need_gain:
+                grad_gain = _summed_to(sums, log_gain.shape, tangent_E, entries, n_features)
+        if need_z:
+            pull_B = power_B * (-2.0 * log_r_B).exp()
+            pull_B = torch.where(log_r_B > torch.tensor(R_MIN, dtype=log_r_B.dtype).log(), pull_B, 0.0)
+        grad_z, grad_rows = _grad_z_and_rows(ctx, dot_grad_E, z_BD, rows_FD, pull_B, pull_F)
+        return grad_z, grad_rows, grad_exponent, grad_gain, None, None, None
+
+
+def _at_feature(parameter: Tensor, entries: Entries) -> Tensor:
+    return parameter if parameter.dim() == 0 else parameter[entries.feature_E]
+
+
+def _grad_z_and_rows(
+    ctx: Any, value_E: Tensor, z_BD: Tensor, rows_FD: Tensor, pull_B: Tensor | None, pull_F: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients (B, D) of z and (F, D) of rows, those that are wanted; value is ∂L/∂⟨z, w⟩, pulls are radial parts.
+
+    With `centre_only` every row of the first is the mean row: a sum over entries that comes along with the second.
+    """
+    need_z, need_rows, *_ = ctx.needs_input_grad
+    sums: Sums = ctx.sums
+    if need_z and ctx.centre_only:
+        grad_rows = None
+        if need_rows:
+            grad_rows, total_D = sums.feature_sums_and_total(value_E, z_BD, ctx.entries, rows_FD, pull_F)
+        else:
+            total_D = sums.entries_by_feature_sum(value_E, ctx.entries, rows_FD.shape[0]) @ rows_FD
+        if pull_B is not None:
+            total_D = total_D + pull_B @ z_BD
+        return _alike(total_D, len(z_BD)), grad_rows
+    grad_rows = sums.feature_sums(value_E, z_BD, ctx.entries, rows_FD, pull_F) if need_rows else None
+    if not need_z:
+        return None, grad_rows
+    grad_z = sums.token_sums(value_E, rows_FD, ctx.entries, len(z_BD))
+    return grad_z if pull_B is None else grad_z.addcmul_(pull_B[:, None], z_BD), grad_rows
+
+
+def _alike(total_D: Tensor, n_rows: int) -> Tensor:
+    """(n_rows, D) rows that are all alike and sum to total."""
+    return (total_D / max(1, n_rows)).expand(n_rows, -1)
+
+
+class _AtFeature(torch.autograd.Function):
+    """parameter[feature] with a sum per feature behind it (autograd's own backward sorts all entries)."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter_F: Tensor, entries: Entries, sums: Sums) -> Tensor:
+        ctx.entries, ctx.sums, ctx.n_features = entries, sums, parameter_F.shape[0]
+        return parameter_F[entries.feature_E]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.sums.entries_by_feature_sum(grads[0], ctx.entries, ctx.n_features), None, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value_E: Tensor, decoder_FD: Tensor, entries: Entries, n_tokens: int, sums: Sums) -> Tensor:
+        ctx.entries, ctx.sums = entries, sums
+        ctx.save_for_backward(value_E, decoder_FD)
+        return sums.token_sums(value_E, decoder_FD, entries, n_tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        value_E, decoder_FD = ctx.saved_tensors
+        grad_BD, entries, sums = grads[0].contiguous(), ctx.entries, ctx.sums
+        need_value, need_rows, *_ = ctx.needs_input_grad
+        if need_value and need_rows:
+            grad_rows, grad_value = sums.feature_sums_and_dots(value_E, grad_BD, entries, decoder_FD)
+            return grad_value, grad_rows, None, None, None
+        grad_value_E = sums.entry_dots(grad_BD, decoder_FD, entries) if need_value else None
+        grad_rows_FD = sums.feature_sums(value_E, grad_BD, entries, decoder_FD) if need_rows else None
+        return grad_value_E, grad_rows_FD, None, None, None
+
+
+class _SquaredErrors(torch.autograd.Function):
+    """|z_b − ẑ_b|²; backward makes one (B, D) matrix, ẑ's gradient, whose negative is z's."""
+
+    @staticmethod
+    def forward(ctx: Any, z_BD: Tensor, rebuilt_BD: Tensor, centre_only: bool, sums: Sums) -> Tensor:
+        ctx.centre_only, ctx.sums = centre_only, sums
+        ctx.save_for_backward(z_BD, rebuilt_BD)
+        return sums.squared_errors(z_BD, rebuilt_BD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z_BD, rebuilt_BD = ctx.saved_tensors
+        need_z, need_rebuilt, *_ = ctx.needs_input_grad
+        grad_rebuilt = ctx.sums.scaled_gaps(z_BD, rebuilt_BD, -2.0 * grads[0])
+        grad_z = None
+        if need_z:
+            grad_z = _alike(-grad_rebuilt.sum(0), len(z_BD)) if ctx.centre_only else -grad_rebuilt
+        return grad_z, grad_rebuilt if need_rebuilt else None, None, None
+
+
+def squared_errors(sums: Sums, z_BD: Tensor, rebuilt_BD: Tensor, centre_only: bool = False) -> Tensor:
+    """(B,) |z − ẑ|², differentiable in both; `centre_only` as in ScoreTerms."""
+    apply: Callable[..., Tensor] = _SquaredErrors.apply
+    return apply(z_BD, rebuilt_BD, centre_only, sums)
+
+
+def entry_content(sums: Sums, terms: ScoreTerms, entries: Entries) -> Tensor:
+    """(E,) content of the chosen entries, differentiable in z, rows, exponent and log_gain."""
+    apply: Callable[..., Tensor] = _Content.apply
+    return apply(terms.z_BD, terms.rows_FD, terms.exponent, terms.log_gain, terms, entries, sums)
+
+
+def at_feature(sums: Sums, parameter_F: Tensor, entries: Entries) -> Tensor:
+    """(E,) parameter_F[feature] of each entry, differentiable."""
+    apply: Callable[..., Tensor] = _AtFeature.apply
+    return apply(parameter_F, entries, sums)
+
+
+def decode(sums: Sums, value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int) -> Tensor:
+    """(B, D) Σ_i f_i d_i per token, differentiable in values and decoder rows."""
+    apply: Callable[..., Tensor] = _Decode.apply
+    return apply(value_E, decoder_FD, entries, n_tokens, sums)

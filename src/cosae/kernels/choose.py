@@ -1,0 +1,108 @@
+"""The same mathematics, fast: one visible place, `choose`, decides which path serves.
+
+`kernel="auto"` takes the sparse path of the device; `kernel="reference"` forces the dense definition.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from functools import lru_cache
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from cosae.errors import CosaeError
+from cosae.kernels import reference
+from cosae.kernels.cpu import native
+from cosae.kernels.cpu import path as cpu
+from cosae.kernels.select.screen import has_fast_bf16
+from cosae.kernels.select.search import say_once
+from cosae.kernels.terms import Entries, ScoreTerms
+
+KERNELS = ("auto", "reference", "cpu", "triton")
+
+
+class Kernel(Protocol):
+    """What every path offers; `reference` says what each function means."""
+
+    NAME: str
+
+    def select_batch_topk(self, terms: ScoreTerms, n_keep: int, hint: float | None = None) -> tuple[Entries, float]: ...
+    def select_topk(self, terms: ScoreTerms, k: int, absolute: bool = False) -> Entries: ...
+    def select_above(self, terms: ScoreTerms, threshold: Tensor) -> Entries: ...
+    def entry_content(self, terms: ScoreTerms, entries: Entries) -> Tensor: ...
+    def at_feature(self, parameter_F: Tensor, entries: Entries) -> Tensor: ...
+    def decode(self, value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int) -> Tensor: ...
+    def squared_errors(self, z_BD: Tensor, rebuilt_BD: Tensor, centre_only: bool = False) -> Tensor: ...
+
+
+def choose(kernel: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Kernel:
+    """The path that serves; the one place where that is decided.
+
+        kernel=      cpu tensors                     cuda tensors
+        reference    reference                       reference
+        cpu          cpu                             cpu: dense selection, sums in plain PyTorch
+        auto         cpu                             triton; cpu where triton cannot serve, said once
+        triton       triton in its interpreter,      triton
+                     where TRITON_INTERPRET=1
+
+    Within a path shapes and scores decide further: where a screen cannot serve (float64, scales beyond float32, most
+    scores wanted, nothing to score) the selection is the definition's, the sums stay sparse, and the reason is logged
+    once. Raises CosaeError for a name that is not one of KERNELS, and for `triton` where it cannot run.
+    """
+    if kernel not in KERNELS:
+        raise CosaeError(f"kernel must be one of {', '.join(KERNELS)}. Got {kernel!r} instead.")
+    if kernel == "reference":
+        return cast(Kernel, reference)
+    on_cuda = torch.device(device).type == "cuda"
+    if kernel == "cpu" or (kernel == "auto" and not on_cuda):
+        return cast(Kernel, cpu)
+    reason = _no_triton(on_cuda, dtype)
+    if reason is None:
+        return cast(Kernel, importlib.import_module("cosae.kernels.triton.path"))
+    if kernel == "triton":
+        raise CosaeError(f"kernel triton cannot run, because {reason}: use kernel auto, cpu or reference.")
+    say_once(f"the plain path serves on {torch.device(device).type}", reason, logging.WARNING)
+    return cast(Kernel, cpu)
+
+
+def _no_triton(on_cuda: bool, dtype: torch.dtype) -> str | None:
+    """Why the Triton path cannot run, or None."""
+    if dtype != torch.float32:
+        return f"it computes in float32 and the SAE is {str(dtype).removeprefix('torch.')}"
+    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are not on a CUDA device (and TRITON_INTERPRET=1 is not set)"
+    return _no_triton_import()
+
+
+@lru_cache(maxsize=1)
+def _no_triton_import() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'cosae[gpu]')"
+    try:
+        importlib.import_module("cosae.kernels.triton.path")
+    except Exception as fault:  # triton meets drivers and compilers that it breaks on in ways of its own
+        return f"triton cannot be used ({fault})"
+    return None
+
+
+def describe(kernel: str = "auto", device: torch.device | str = "cpu") -> str:
+    """One line for a run's record: which path `kernel` takes on this device, and by what means."""
+    path = choose(kernel, device)
+    device = torch.device(device)
+    if path is cast(Kernel, reference):
+        return "reference: dense PyTorch"
+    if path.NAME == "triton":
+        from cosae.kernels.triton.survivors import screen_dtype
+
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
+        short = "bf16" if screen_dtype(device) == torch.bfloat16 else "fp32"
+        return f"triton: {short} screen with exact fp32 scores, on {where}"
+    if device.type != "cpu":
+        return "cpu: dense selection, sparse sums in plain PyTorch"
+    screen = "bf16" if has_fast_bf16() else "fp32"
+    return f"cpu: {screen} screen with exact fp32 scores, {'numba' if native.serves() else 'plain PyTorch'} loops"

@@ -1,0 +1,95 @@
+"""Loops over active entries, compiled by numba where it is installed (`pip install cosae[fast]`).
+
+Nothing here defines a result: every loop has a plain PyTorch twin in `sums` or `search`, which serves where numba
+is missing. Loops take numpy views of fp32 tensors and a (part, n_parts) pair; parts are contiguous ranges, each
+output row is summed by one part in a fixed order, so results do not depend on the number of threads.
+
+Threads are torch's number (`torch.get_num_threads`), run by a pool of plain Python threads over loops that release
+the interpreter lock. numba's own `prange` was measured 2–8 times slower between torch products (its OpenMP pool
+spins against torch's), and its work-queue layer aborts the process when two threads enter it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+AVAILABLE = importlib.util.find_spec("numba") is not None and os.environ.get("COSAE_NATIVE", "1") != "0"
+"""True where numba is installed; the environment variable COSAE_NATIVE=0 turns the compiled loops off."""
+
+SMALL_WORK = 1 << 20
+"""Multiply-adds below which waking a second thread costs more than it saves."""
+
+
+@lru_cache(maxsize=1)
+def _pool(pid: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1)), thread_name_prefix="cosae")
+
+
+def parts_for(work: int, pieces: int = 1) -> int:
+    """How many parts a loop of `work` multiply-adds is cut into: `pieces` for each thread."""
+    return 1 if work < SMALL_WORK else pieces * torch.get_num_threads()
+
+
+def run_parts(loop: Callable[..., Any], n_parts: int, *arguments: Any) -> list[Any]:
+    """loop(part, n_parts, *arguments) for every part; results by part.
+
+    The calling thread and as many others as torch's number allows take one part after the other, so that one which is
+    held up leaves its share to the rest.
+    """
+    if n_parts <= 1:
+        return [loop(0, 1, *arguments)]
+    parts, results = iter(range(n_parts)), [None] * n_parts
+
+    def work() -> None:
+        for part in parts:
+            results[part] = loop(part, n_parts, *arguments)
+
+    others = range(1, min(n_parts, torch.get_num_threads()))
+    waiting = [_pool(os.getpid()).submit(work) for _ in others]
+    try:
+        work()
+    finally:
+        wait(waiting)
+    for future in waiting:
+        future.result()
+    return results
+
+
+@lru_cache(maxsize=1)
+def _import_loops() -> tuple[Any, Any] | None:
+    """Both modules of compiled loops (compiled or read from numba's cache on first call), or None, said once."""
+    try:
+        from cosae.kernels.cpu import adam_loops, loops
+    except Exception as fault:  # numba refuses some versions of numpy, and breaks in ways of its own
+        _log.warning("kernels: plain PyTorch serves, because numba cannot be used (%s)", fault)
+        return None
+    return loops, adam_loops
+
+
+def serves() -> bool:
+    """Whether compiled loops are to be had here."""
+    return AVAILABLE and _import_loops() is not None
+
+
+def loops() -> Any:
+    """The compiled loops over entries; only where `serves`."""
+    modules = _import_loops()
+    assert modules is not None
+    return modules[0]
+
+
+def adam_loops() -> Any:
+    """The compiled loops of the optimiser; only where `serves`."""
+    modules = _import_loops()
+    assert modules is not None
+    return modules[1]

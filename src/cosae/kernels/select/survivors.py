@@ -1,0 +1,221 @@
+"""Survivors: every entry above its threshold, found by the screen chunk by chunk and scored exactly.
+
+Enters: `ScoreTerms` and thresholds; leaves: `Survivors`, feature by feature. No (B, F) tensor is made.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosae.kernels.cpu import native
+from cosae.kernels.cpu.sums import GATHER, compiled
+from cosae.kernels.select import screen
+from cosae.kernels.terms import ScoreTerms
+
+CHUNK = 1 << 24
+"""Bytes of screen scores made at a time."""
+
+_scratch = threading.local()
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """Entries above their threshold, feature by feature, with exact fp32 dots and scores; count_F (F,) int64.
+
+    log_r_B (B,) and norm_F (F,) fp32 are ln r and |w_i|, clamped as in `ScoreTerms`.
+    """
+
+    token_S: Tensor
+    dot_S: Tensor
+    score_S: Tensor
+    count_F: Tensor
+    log_r_B: Tensor
+    norm_F: Tensor
+
+    def __len__(self) -> int:
+        return int(self.token_S.shape[0])
+
+
+def screen_dtype() -> torch.dtype:
+    """bf16 where the processor multiplies it natively, else fp32."""
+    return torch.bfloat16 if screen.has_fast_bf16() else torch.float32
+
+
+def _buffer(size: int, dtype: torch.dtype) -> Tensor:
+    """The calling thread's reused work buffer (fresh pages cost more than the product that fills them)."""
+    buffers: dict[torch.dtype, Tensor] = _scratch.__dict__.setdefault("buffers", {})
+    if dtype not in buffers or buffers[dtype].numel() < size:
+        buffers[dtype] = torch.empty(size, dtype=dtype)
+    return buffers[dtype][:size]
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """What turns a dot into a score, as the compiled loop wants it."""
+
+    mode: int
+    sigma_B: Tensor
+    log_r_B: Tensor
+    exponent_F: Tensor
+    log_gain_F: Tensor
+    bias_F: Tensor
+    floor_B: Tensor
+
+
+def _scales(terms: ScoreTerms, log_r_B: Tensor, floor_B: Tensor | None) -> _Scales:
+    none = log_r_B.new_zeros(1)
+    n = terms.n_features
+    bias_F = log_r_B.new_zeros(n) if terms.bias_F is None else terms.bias_F.contiguous()
+    floor_B = torch.full_like(log_r_B, -torch.inf) if floor_B is None else floor_B
+    if terms.plain:
+        return _Scales(0, none, log_r_B, none, none, bias_F, floor_B)
+    if terms.exponent.dim() == 0 and terms.log_gain.dim() == 0:
+        sigma_B = (terms.log_gain + (terms.exponent - 1.0) * log_r_B).exp()
+        return _Scales(1, sigma_B, log_r_B, none, none, bias_F, floor_B)
+    wide = (terms.exponent.expand(n).contiguous(), terms.log_gain.expand(n).contiguous())
+    return _Scales(2, none, log_r_B, *wide, bias_F, floor_B)
+
+
+def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor | None = None) -> Survivors | None:
+    """Every live entry with s > threshold_F and s > floor_B; None where there are more than about `room`."""
+    dtype = screen_dtype()
+    terms = replace(terms, z_BD=terms.z_BD.contiguous(), rows_FD=terms.rows_FD.contiguous())
+    tokens = screen.prepare_tokens(terms, dtype, floor_B)
+    scales = _scales(terms, tokens.log_r_B, floor_B)
+    n_tokens, n_features = terms.n_tokens, terms.n_features
+    norm_F = screen.row_norms(terms.rows_FD)
+    line = screen.lines(terms, tokens, threshold_F, norm_F)
+    count_F = torch.zeros(n_features, dtype=torch.int64)
+    room += 2 * n_tokens * torch.get_num_threads()  # a part of a chunk begins a row only with room for all of it
+    found = Survivors(
+        torch.empty(room, dtype=torch.int64), torch.empty(room), torch.empty(room), count_F, tokens.log_r_B, norm_F
+    )
+    step = max(1, min(4096, CHUNK // (n_tokens * dtype.itemsize)))
+    scan = _scan_compiled if compiled(terms.z_BD, terms.rows_FD) else _scan_plain
+    place = 0
+    for first in range(0, n_features, step):
+        rows = slice(first, min(first + step, n_features))
+        part = screen.prepare_rows(terms.rows_FD[rows], norm_F[rows], dtype)
+        product_RB = _buffer(len(part.factor_RD) * n_tokens, dtype).view(-1, n_tokens)
+        torch.mm(part.factor_RD, tokens.factor_BD.T, out=product_RB)
+        base_NR, slope_NR = (x_NF[:, rows] for x_NF in line)
+        base_NR = base_NR if part.loss_R is None else base_NR - part.loss_R
+        bounds = (part.scale_R, base_NR.contiguous(), slope_NR.contiguous())
+        written = scan(terms, tokens, scales, rows, product_RB, bounds, threshold_F, norm_F, found, place)
+        if written is None:
+            return None
+        place += written
+    cut = {name: getattr(found, name)[:place] for name in ("token_S", "dot_S", "score_S")}
+    return replace(found, **cut)
+
+
+def _scan_compiled(
+    terms: ScoreTerms, tokens: screen.Tokens, scales: _Scales, rows: slice, product_RB: Tensor,
+    bounds: tuple[Tensor, Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
+) -> int | None:  # fmt: skip
+    """One chunk by the compiled loop: written behind `place`; None where it does not fit."""
+    n_parts, outs = (
+        native.parts_for(product_RB.numel()),
+        [t.numpy() for t in (found.token_S, found.dot_S, found.score_S)],
+    )
+    scan, screened, limits = _scanner(tokens, product_RB, bounds)
+    inputs = (tokens.position_B, terms.z_BD, terms.rows_FD, terms.live_B, threshold_F, scales.floor_B)
+    factors = (scales.sigma_B, scales.log_r_B, scales.exponent_F, scales.log_gain_F, norm_F)
+    exact = (
+        *(t.numpy() for t in inputs), scales.mode, *(t.numpy() for t in factors), terms.row_power == 0,
+        scales.bias_F.numpy(),
+    )  # fmt: skip
+    share = (*outs, found.count_F.numpy(), place, len(found))
+    sizes = native.run_parts(scan, n_parts, screened, rows.start, limits, exact, *share)
+    if min(sizes) < 0:
+        return None
+    room = (len(found) - place) // n_parts
+    end = place + sizes[0]
+    for part in range(1, n_parts):
+        begin = place + room * part
+        for out in outs:
+            out[end : end + sizes[part]] = out[begin : begin + sizes[part]]
+        end += sizes[part]
+    return int(end - place)
+
+
+def _scanner(
+    tokens: screen.Tokens, product_RB: Tensor, bounds: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Any, Any, tuple[Any, ...]]:
+    """The compiled loop that compares this product; the product and the bounds as it wants them."""
+    loops, (scale_R, *line) = native.loops(), bounds
+    limits = (scale_R, tokens.edge_N1, *line, tokens.delta, tokens.margin)
+    scan, screened = loops.scan_level if tokens.level else loops.scan, product_RB
+    if product_RB.dtype == torch.bfloat16:
+        screened = product_RB.view(torch.int16 if tokens.level else torch.uint16)
+    return scan, screened.numpy(), tuple(t.numpy() for t in limits)
+
+
+def _scan_plain(
+    terms: ScoreTerms, tokens: screen.Tokens, scales: _Scales, rows: slice, product_RB: Tensor,
+    bounds: tuple[Tensor, Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
+) -> int | None:  # fmt: skip
+    """One chunk in PyTorch."""
+    row_S, column_S = _passed(tokens, product_RB, bounds).nonzero(as_tuple=True)
+    token_S, feature_S = tokens.position_B[column_S], row_S + rows.start
+    dot_S = torch.empty(len(token_S))
+    step = max(1, GATHER // terms.z_BD.shape[1])
+    for begin in range(0, len(token_S), step):
+        part = slice(begin, begin + step)
+        dot_S[part] = (terms.z_BD[token_S[part]] * terms.rows_FD[feature_S[part]]).sum(-1)
+    score_S = _exact(terms, scales, dot_S, token_S, feature_S, norm_F)
+    keep_S = (score_S > threshold_F[feature_S]) & (score_S > scales.floor_B[token_S]) & terms.live_B[token_S]
+    token_S, dot_S, score_S = token_S[keep_S], dot_S[keep_S], score_S[keep_S]
+    end = place + len(token_S)
+    if end > len(found):
+        return None
+    found.token_S[place:end], found.dot_S[place:end], found.score_S[place:end] = token_S, dot_S, score_S
+    found.count_F[rows] = torch.bincount(feature_S[keep_S] - rows.start, minlength=len(product_RB))
+    return end - place
+
+
+def _passed(tokens: screen.Tokens, product_RB: Tensor, bounds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """(R, B) bool: what the bound does not exclude."""
+    scale_R, base_NR, slope_NR = bounds
+    passed_RB = torch.empty(product_RB.shape, dtype=torch.bool)
+    for n, (first, last) in enumerate(pairwise(tokens.edge_N1.tolist())):
+        columns = slice(n, n + 1) if tokens.level else slice(first, last)
+        # scale · (base + slope · δ − margin) as one product; a single column where one bound serves the bin
+        factor_R3 = scale_R[:, None] * torch.stack([base_NR[n], slope_NR[n], torch.full_like(base_NR[n], -1.0)], dim=1)
+        delta_C, margin_C = tokens.delta[columns], tokens.margin[columns]
+        bound_RC = factor_R3 @ torch.stack([torch.ones_like(delta_C), delta_C, margin_C])
+        if product_RB.dtype == torch.bfloat16:
+            # κ̃ + u|κ̃| > t implies κ̃ > t − 1.01 u|t|, which spares a copy of κ̃
+            bound_RC.sub_(bound_RC.abs(), alpha=1.01 * 2.0**-8)
+        part_RC = passed_RB[:, first:last]
+        torch.le(product_RB[:, first:last], bound_RC, out=part_RC)
+        part_RC.logical_not_()
+    return passed_RB
+
+
+def _exact(
+    terms: ScoreTerms, scales: _Scales, dot_S: Tensor, token_S: Tensor, feature_S: Tensor, norm_F: Tensor
+) -> Tensor:
+    """(S,) scores of entries from their dots, in the order of operations of `reference.scores`."""
+    score_S = dot_S
+    if scales.mode == 1:
+        score_S = score_S * scales.sigma_B[token_S]
+    elif scales.mode == 2:
+        power_S = (scales.exponent_F[feature_S] - 1.0) * scales.log_r_B[token_S]
+        score_S = score_S * (scales.log_gain_F[feature_S] + power_S).exp()
+    if terms.row_power == 0:
+        score_S = score_S / norm_F[feature_S]
+    return score_S + scales.bias_F[feature_S]
+
+
+def exact_scores(
+    terms: ScoreTerms, dot_S: Tensor, token_S: Tensor, feature_S: Tensor, log_r_B: Tensor, norm_F: Tensor
+) -> Tensor:
+    """(S,) scores of entries from their fp32 dots; ln r and |w| as in `Survivors`."""
+    return _exact(terms, _scales(terms, log_r_B, None), dot_S, token_S, feature_S, norm_F)

@@ -1,0 +1,117 @@
+"""One forward pass, read at some sites and cut short after the last.
+
+In: a model, a batch of `Sequences` and sites. Out: the (N, D) rows of the real tokens at each site. Nothing
+of the hooks survives the pass, however it ends.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cosae.errors import CosaeError
+from cosae.types import Sequences, Site
+
+_PASS = threading.Lock()  # hooks sit on the model itself: two passes at once would read one another's batches
+
+
+class _Stop(BaseException):
+    """Ends a forward pass once every site is read. No `Exception`, so that no model code swallows it."""
+
+
+def body_of(model: nn.Module) -> Any:
+    """The model without its language-modelling head."""
+    return getattr(model, "base_model", model)
+
+
+def read_sites(
+    model: nn.Module, batch: Sequences, sites: Sequence[Site], store_dtype: torch.dtype, store_device: str
+) -> dict[Site, tuple[Tensor, Tensor]]:
+    """(N, D) rows of the batch's real tokens at each site, and (N,) their fp32 norms, on `store_device`.
+
+    The rows are in `store_dtype`; the norms are of the rows as the model made them, before any rounding.
+    """
+    body = body_of(model)
+    found: dict[Site, tuple[Tensor, Tensor]] = {}
+
+    def reader(site: Site) -> Callable[[Any], None]:
+        def read(value: Any) -> None:
+            if site in found:  # a module that runs twice is read the first time
+                return
+            # Copied at once: later modules may write into the same memory.
+            rows = _real_rows(value, batch.mask_ST, site)
+            norm_N = torch.linalg.vector_norm(rows.float(), dim=-1)
+            found[site] = rows.to(device=store_device, dtype=store_dtype), norm_N.to(store_device)
+            if len(found) == len(sites):
+                raise _Stop
+
+        return read
+
+    handles: list[Any] = []
+    with _PASS:
+        try:
+            for site in sites:
+                handles.append(_hook(model.get_submodule(site.module_path), site, reader(site)))
+            with torch.no_grad():
+                body(**_inputs(body, batch))
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    if missed := [site.name for site in sites if site not in found]:
+        raise CosaeError(f"Site '{missed[0]}' was never reached: the model does not call that module itself.")
+    return found
+
+
+def _hook(module: nn.Module, site: Site, read: Callable[[Any], None]) -> Any:
+    if site.reads == "input":
+        # Blocks get the residual stream as their first argument, or by name.
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: read(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    return module.register_forward_hook(lambda _, args, output: read(output))
+
+
+def _real_rows(value: Any, mask_ST: Tensor, site: Site) -> Tensor:
+    """(N, D) copy of the rows under the mask. Modules return a tensor or, in older versions, a tuple."""
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    if not isinstance(value, Tensor):
+        raise CosaeError(f"Site '{site.name}' gives no tensor but {type(value).__name__}; choose another module.")
+    n_sequences, n_positions = mask_ST.shape
+    if value.shape[:-1] == (n_sequences * n_positions,):  # mixture-of-experts routers flatten the batch
+        value = value.reshape(n_sequences, n_positions, -1)
+    if value.shape[:-1] != mask_ST.shape:
+        raise CosaeError(
+            f"Site '{site.name}' gives a tensor of shape {tuple(value.shape)}, "
+            f"not ({n_sequences} sequences, {n_positions} positions, width); choose another module."
+        )
+    rows: Tensor = value[mask_ST.to(value.device)]
+    return rows
+
+
+def _inputs(body: Any, batch: Sequences) -> dict[str, Any]:
+    """Arguments of the pass: a mask only where there is padding, positions only where it comes first."""
+    device = body.get_input_embeddings().weight.device
+    mask_ST = batch.mask_ST
+    ids_ST = batch.ids_ST.masked_fill(~mask_ST, 0)  # padding ids may be out of the vocabulary
+    inputs: dict[str, Any] = {"input_ids": ids_ST.to(device), "use_cache": False}
+    if bool(mask_ST.all()):
+        return inputs
+    inputs["attention_mask"] = mask_ST.long().to(device)
+    position_ST = positions(mask_ST)
+    after_padding = bool((~mask_ST[:, :-1] & mask_ST[:, 1:]).any())
+    if after_padding and "position_ids" in inspect.signature(body.forward).parameters:
+        inputs["position_ids"] = position_ST.to(device)
+    return inputs
+
+
+def positions(mask_ST: Tensor) -> Tensor:
+    """(S, T) int64: how many real tokens come before each, 0 in leading padding."""
+    return (mask_ST.long().cumsum(dim=1) - 1).clamp(min=0)

@@ -1,0 +1,129 @@
+"""Tensors of a running model, replaced at sites: the hooks, and their removal.
+
+In: a model, sites and for each a rule (x, window) → x′. Out: nothing; while the context is open every forward pass of
+the model, inside `generate` as well, goes through the rules, and afterwards the model is as it was, however it was
+left. Several may be open at once; at one site the one opened first acts first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from cosae.errors import CosaeError
+from cosae.models.hooks import body_of
+from cosae.models.intervene.window import Window, read_window
+from cosae.models.sites import resolve_site
+from cosae.types import Site
+
+Rule = Callable[[Tensor, Window], Tensor]
+
+
+class Intervention:
+    """Rules at sites of a model, in force inside `with`.
+
+    before(window) is called as a pass begins, after(window) when it ended with every site reached. The context may be
+    entered again after it was left. A pass that never reaches a site raises CosaeError.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Mapping[Site, Rule],
+        before: Callable[[Window], None] = lambda _: None,
+        after: Callable[[Window], None] = lambda _: None,
+    ) -> None:
+        self.model = model
+        self.rules = dict(rules)
+        self._before, self._after = before, after
+        self._handles: list[Any] = []
+        self._window: Window | None = None
+        self._reached: set[Site] = set()
+
+    def __enter__(self) -> Intervention:
+        if self._handles:
+            raise CosaeError("This splice is already open; leave it first, or make another with spliced(...).")
+        body = body_of(self.model)
+        try:
+            self._handles.append(body.register_forward_pre_hook(self._begin, with_kwargs=True))
+            for site, rule in self.rules.items():
+                self._handles.append(_hook(self.model.get_submodule(site.module_path), site, self._acting(site, rule)))
+            self._handles.append(body.register_forward_hook(self._end))
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._window = [], None
+
+    def _begin(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._window = read_window(body, args, kwargs)
+        self._reached = set()
+        self._before(self._window)
+
+    def _end(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for site in self.rules:
+            if site not in self._reached:
+                raise CosaeError(f"Site '{site.name}' was never reached: the model does not call that module itself.")
+        window, self._window = self._window, None
+        assert window is not None
+        self._after(window)
+
+    def _acting(self, site: Site, rule: Rule) -> Callable[[Any], Any]:
+        def act(x: Any) -> Any:
+            if self._window is None:
+                raise CosaeError(
+                    f"Site '{site.name}' ran outside a forward pass of the model: call the model, not a part of it."
+                )
+            self._reached.add(site)
+            return rule(x, self._window)
+
+        return act
+
+
+def find_site(model: nn.Module, site: str | Site) -> Site:
+    """`resolve_site`, and also a name followed by ":input": what goes into that module. Raises as it does."""
+    if isinstance(site, str) and site.endswith(":input"):
+        found = resolve_site(model, site.removesuffix(":input"))
+        return replace(found, name=site, hook_name=site, reads="input")
+    return resolve_site(model, site)
+
+
+def _hook(module: nn.Module, site: Site, act: Callable[[Any], Any]) -> Any:
+    if site.reads == "input":
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: _with_first(args, kwargs, act), with_kwargs=True
+        )
+    return module.register_forward_hook(lambda _, args, output: _with_tensor(output, act))
+
+
+def _with_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with its first argument replaced; blocks get the residual stream first, or by name."""
+    if args:
+        return (act(args[0]), *args[1:]), kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return args, {**kwargs, name: act(kwargs[name])}
+
+
+def _with_tensor(output: Any, act: Callable[[Any], Any]) -> Any:
+    """The output with its tensor replaced. Modules return a tensor, or a tuple that begins with one."""
+    if isinstance(output, tuple | list) and output:
+        changed = [act(output[0]), *output[1:]]
+        if hasattr(output, "_fields"):
+            return type(output)(*changed)
+        return type(output)(changed)
+    return act(output)

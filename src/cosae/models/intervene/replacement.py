@@ -1,0 +1,154 @@
+"""x → x′ at one site: an SAE's reconstruction, with or without its error, with edits to its features.
+
+    reconstruction       x′ = decode(f′) + s
+    with the error term  x′ = x + decode(f′) − decode(f) + s       the same as decode(f′) + (x − x̂) + s
+
+f = encode(x), f′ the edited codes, s what steering adds. Where no code is edited the second is x to the bit. Tokens
+that the policy leaves out, padding and all-zero rows are x in both. The SAE computes in its own precision, at least
+fp32; x′ has the dtype and the device of x.
+
+With gradients (`grad=True`) the error term is a constant: what reaches earlier layers goes through the codes, and
+∂loss/∂f is that of decode(f′).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cosae.errors import CosaeError
+from cosae.models.intervene.edits import Edit, check_edits, edit_codes, steering
+from cosae.models.intervene.window import Policy, Window, covered, resolve_policy
+from cosae.types import Codes, at_least_fp32
+
+
+class SplicedSAE(Protocol):
+    """What is asked of an SAE that stands in for a tensor; `cosae.SAE` is one."""
+
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def d_sae(self) -> int: ...
+    @property
+    def W_dec(self) -> Tensor: ...
+    def encode(self, x: Tensor, /) -> Codes: ...
+    def decode(self, codes: Codes, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What one replacement leaves: x′ as it goes on through the model, and the codes before and after the edits.
+
+    Codes are None where the replacement was told not to read them and needed none.
+    """
+
+    x: Tensor
+    codes: Codes | None
+    edited: Codes | None
+
+
+class Replacement:
+    """The rule x → x′ of one SAE.
+
+    sae          anything with d_in, d_sae, W_dec, encode and decode
+    error_term   put back what the SAE misses
+    edits        changes to its features, in order
+    tokens       the tokens it stands in for: "all", "filter" (those its training's filter keeps), "sinks_out", a
+                 Filter, an (S, T) boolean tensor, or a function of Activations
+    grad         let gradients through, where the caller has them on
+    read         encode even where x′ needs no codes
+    special_ids  token ids that count as special for filters and sinks
+
+    Raises CosaeError for an SAE whose codes depend on the batch (no threshold yet), edits of features it does not
+    have, and a policy that it cannot follow.
+    """
+
+    def __init__(
+        self,
+        sae: SplicedSAE,
+        *,
+        error_term: bool = False,
+        edits: Edit | Sequence[Edit] = (),
+        tokens: Policy = "all",
+        grad: bool = False,
+        read: bool = True,
+        special_ids: Sequence[int] = (),
+        name: str = "this site",
+    ) -> None:
+        if not all(hasattr(sae, needed) for needed in ("encode", "decode", "d_in", "d_sae", "W_dec")):
+            raise CosaeError(f"An SAE must be spliced in at {name}. Got {type(sae).__name__} instead.")
+        if not getattr(sae, "calibrated", True):
+            raise CosaeError(
+                f"The SAE at {name} has no threshold yet, so its codes would depend on which tokens share a pass: "
+                "calibrate it first (cosae.sae.calibrate.calibrate(sae, activations))."
+            )
+        self.sae = sae
+        self.error_term = error_term
+        self.edits = check_edits(edits, sae.d_sae, name)
+        self.policy = resolve_policy(tokens, getattr(sae, "facts", {}))
+        self.grad = grad
+        self.special_ids = tuple(special_ids)
+        self.name = name
+        self._changes_codes = any(edit.kind != "steer" for edit in self.edits)
+        self._encodes = read or not error_term or self._changes_codes
+
+    def __call__(self, x: Tensor, window: Window) -> Replaced:
+        """x (S, T, D), or (S·T, D) from modules that flatten the batch → x′ of the same shape, dtype and device.
+
+        Raises CosaeError for another width or shape, and for non-finite vectors at tokens the SAE stands in for.
+        """
+        self._check(x, window)
+        window = window.to(x.device)
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            x_ND = at_least_fp32(x.reshape(-1, x.shape[-1]))
+            covered_N = covered(self.policy, x_ND, window, self.special_ids)
+            codes = edited = None
+            new_ND = x_ND
+            if self._encodes:
+                seen_ND = torch.where(covered_N[:, None], x_ND, 0.0)  # rows of zeros encode to nothing
+                codes = replace(self.sae.encode(seen_ND), shape=window.shape)
+                edited, touched_N = edit_codes(codes, self.edits, window, covered_N)
+                new_ND = self._rebuilt(x_ND, codes, edited, covered_N, touched_N)
+            added_ND = steering(self.edits, self.sae.W_dec, x_ND, window, covered_N)
+            if added_ND is not None:
+                new_ND = new_ND + added_ND
+            new = x if new_ND is x_ND else new_ND.reshape(x.shape).to(x.dtype)
+        return Replaced(new, codes, edited)
+
+    def _rebuilt(self, x_ND: Tensor, codes: Codes, edited: Codes, covered_N: Tensor, touched_N: Tensor) -> Tensor:
+        if not self.error_term:
+            return torch.where(covered_N[:, None], self._decode(edited, x_ND), x_ND)
+        passes = torch.is_grad_enabled() and edited.value_E.requires_grad
+        if not passes and not bool(touched_N.any()):
+            return x_ND
+        new_ND = self._decode(edited, x_ND)
+        with torch.no_grad():
+            change_ND = new_ND - self._decode(codes, x_ND)
+            value_ND = x_ND + torch.where(touched_N[:, None], change_ND, 0.0)
+        if not passes:
+            return value_ND
+        # value_ND in value, new_ND in gradient: v − v is exactly 0
+        through_ND = value_ND + (new_ND - new_ND.detach())
+        return torch.where(covered_N[:, None], through_ND, x_ND)
+
+    def _decode(self, codes: Codes, like_ND: Tensor) -> Tensor:
+        return self.sae.decode(codes).reshape(like_ND.shape).to(like_ND.device, like_ND.dtype)
+
+    def _check(self, x: Any, window: Window) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise CosaeError(f"Site '{self.name}' gives no vectors but {type(x).__name__}; choose another module.")
+        if x.shape[-1] != self.sae.d_in:
+            raise CosaeError(
+                f"Site '{self.name}' has width {x.shape[-1]}, but the SAE was made for d_in = {self.sae.d_in}: choose "
+                "the site and the model it was trained on."
+            )
+        n_sequences, n_tokens = window.shape
+        if tuple(x.shape[:-1]) not in ((n_sequences, n_tokens), (n_sequences * n_tokens,)):
+            raise CosaeError(
+                f"Site '{self.name}' gives a tensor of shape {tuple(x.shape)}, not ({n_sequences} sequences, "
+                f"{n_tokens} positions, width); choose another module."
+            )

@@ -1,0 +1,279 @@
+"""SAEs put into a Hugging Face causal model, for as long as a `with` block lasts.
+
+In: a model, SAEs by site, edits to their features. Out: while the block is open every forward pass (inside `generate`
+too) runs on x′ instead of x at those sites; the run holds the features of each token. Afterwards the model is as it
+was. What x′ is: cosae.models.intervene.replacement. `hook` is the same as a plain function x → x′, for nnsight,
+TransformerLens and hooks of one's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cosae.errors import CosaeError
+from cosae.models.intervene.edits import Edit
+from cosae.models.intervene.intervention import Intervention, Rule, find_site
+from cosae.models.intervene.replacement import Replacement, SplicedSAE
+from cosae.models.intervene.window import Policy, Window
+from cosae.types import Codes, Site
+
+KEEP = ("latest", "history", "none")
+
+Edits = Edit | Sequence[Edit] | Mapping[str | Site, Edit | Sequence[Edit]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: its tokens, and by site the codes of what came in and those that were decoded.
+
+    Codes have shape (S, T); padding and tokens the SAE does not stand in for have none. `edited` is `codes` where
+    nothing was edited.
+    """
+
+    window: Window
+    codes: dict[str, Codes] = field(default_factory=dict)
+    edited: dict[str, Codes] = field(default_factory=dict)
+
+
+class Spliced(Intervention):
+    """An open (or not yet open) splice; made by `spliced`.
+
+    codes, edited  by site: features of the latest pass, before and after the edits
+    history        with keep="history": one Step for each pass since the block was entered, in order
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        replacements: Mapping[str, tuple[Site, Replacement]],
+        keep: str,
+        on_step: Callable[[Step], None] | None,
+    ) -> None:
+        rules = {site: self._rule(name, replacement) for name, (site, replacement) in replacements.items()}
+        super().__init__(model, rules, self._start, self._finish)
+        self.history: list[Step] = []
+        self._keep, self._on_step = keep, on_step
+        self._step: Step | None = None
+
+    def __enter__(self) -> Spliced:
+        super().__enter__()
+        self.history, self._step = [], None
+        return self
+
+    @property
+    def codes(self) -> Mapping[str, Codes]:
+        """By site, the features of the latest pass as they came in. Raises CosaeError before the first pass."""
+        return self._latest().codes
+
+    @property
+    def edited(self) -> Mapping[str, Codes]:
+        """By site, the features of the latest pass after the edits. Raises CosaeError before the first pass."""
+        return self._latest().edited
+
+    def joined(self, site: str, edited: bool = False) -> Codes:
+        """Codes (S, T of all passes) of the history at one site: a prompt and what was generated after it, say.
+
+        Raises CosaeError without a history, and where passes had different numbers of sequences.
+        """
+        if not self.history or self._keep != "history":
+            raise CosaeError('there is no history to join: open the splice with keep="history" and run the model.')
+        if site not in self.history[0].codes:
+            raise CosaeError(f"no SAE was spliced in at {site!r}: choose from {', '.join(self.history[0].codes)}.")
+        return _join([step.edited[site] if edited else step.codes[site] for step in self.history])
+
+    def _latest(self) -> Step:
+        if self._step is None:
+            raise CosaeError("there are no codes yet: run the model inside the with block first.")
+        if self._keep == "none":
+            raise CosaeError('this splice keeps no codes: open it with keep="latest" or "history".')
+        return self._step
+
+    def _rule(self, name: str, replacement: Replacement) -> Rule:
+        def rule(x: Tensor, window: Window) -> Tensor:
+            replaced = replacement(x, window)
+            if self._keep != "none" and self._step is not None:
+                assert replaced.codes is not None
+                assert replaced.edited is not None
+                self._step.codes[name], self._step.edited[name] = replaced.codes, replaced.edited
+            return replaced.x
+
+        return rule
+
+    def _start(self, window: Window) -> None:
+        self._step = Step(window)
+
+    def _finish(self, window: Window) -> None:
+        assert self._step is not None
+        if self._keep == "history":
+            self.history.append(self._step)
+        if self._on_step is not None:
+            self._on_step(self._step)
+
+
+def spliced(
+    model: nn.Module,
+    saes: Mapping[str | Site, SplicedSAE] | Mapping[str, SplicedSAE],
+    *,
+    error_term: bool = False,
+    edits: Edits = (),
+    tokens: Policy = "all",
+    keep: str = "latest",
+    on_step: Callable[[Step], None] | None = None,
+    grad: bool = False,
+    special_ids: Sequence[int] | None = None,
+) -> Spliced:
+    """`with spliced(model, {"resid_post.3": sae}) as run:` the model runs on the SAE's reconstruction there.
+
+    model        a transformers causal language model, or its body
+    saes         SAE by site: short name, module path (its output), either followed by ":input" (what goes into that
+                 module), or a Site
+    error_term   put back what each SAE misses: without edits the outputs are the model's own, to the bit
+    edits        from cosae.models.intervene.edits: a list for the only site, or a mapping from sites to lists
+    tokens       tokens the SAEs stand in for; all others pass as they are, padding always: "all"; "filter": what the
+                 filter the SAE was trained with keeps; "sinks_out": no position 0, special ids or norms at or above
+                 its factor (10) times its median; a Filter; an (S, T) boolean tensor over the padded columns; or a
+                 function Activations → (N,) bool
+    keep         "latest": `run.codes`; "history": `run.history` too, every pass of `generate`; "none": encode only
+                 where an edit or a reconstruction needs it
+    on_step      called with each pass's Step when it ends
+    grad         let gradients through the SAEs (codes are then differentiable); the error term is a constant
+    special_ids  what counts as special for filters and sinks; None: the model's own bos, eos and pad ids
+
+    Nothing of the model changes but for its hooks, and those are gone after the block, whatever ended it. Raises
+    CosaeError at once for an unknown site, one named twice, a width that does not fit, an SAE without a threshold, an
+    edit of a feature or site that is not there; and in a pass for shapes or widths that only show then.
+    """
+    if keep not in KEEP:
+        raise CosaeError(f"keep must be one of {', '.join(KEEP)}. Got {keep!r} instead.")
+    if not isinstance(saes, Mapping) or not saes:
+        raise CosaeError("spliced needs at least one SAE by site, as in {'resid_post.3': sae}.")
+    ids = _special_ids(model) if special_ids is None else tuple(special_ids)
+    sites = {_name(key): find_site(model, key) for key in saes}
+    _check_sites(model, sites, {_name(key): sae for key, sae in saes.items()})
+    by_site = _edits_by_site(edits, tuple(sites))
+    replacements = {
+        _name(key): (
+            sites[_name(key)],
+            Replacement(
+                sae,
+                error_term=error_term,
+                edits=by_site.get(_name(key), ()),
+                tokens=tokens,
+                grad=grad,
+                read=keep != "none",
+                special_ids=ids,
+                name=_name(key),
+            ),
+        )
+        for key, sae in saes.items()
+    }
+    return Spliced(model, replacements, keep, on_step)
+
+
+def hook(
+    sae: SplicedSAE,
+    *,
+    error_term: bool = False,
+    edits: Edit | Sequence[Edit] = (),
+    tokens: Policy = "all",
+    special_ids: Sequence[int] = (),
+) -> Callable[..., Tensor]:
+    """A function x → x′ to hang wherever a library lets functions change tensors.
+
+    It takes x (S, T, D) and, by name, mask_ST (S, T) bool, the real tokens, and ids_ST; without a mask every token is
+    real, and positions count from the first column. What else a library passes by name (TransformerLens: `hook`) is
+    passed over. Options as in `spliced`. Raises CosaeError as `Replacement` does.
+    """
+    replacement = Replacement(
+        sae, error_term=error_term, edits=edits, tokens=tokens, read=False, special_ids=special_ids, name="this hook"
+    )
+
+    def replace_with_sae(x: Tensor, mask_ST: Tensor | None = None, ids_ST: Tensor | None = None, **_: Any) -> Tensor:
+        if mask_ST is None:
+            if not isinstance(x, Tensor) or x.ndim != 3:
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise CosaeError(f"x must be a tensor of shape (sequences, tokens, width). Got {got} instead.")
+            mask_ST = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return replacement(x, Window.of(mask_ST, ids_ST)).x
+
+    return replace_with_sae
+
+
+def _name(key: str | Site) -> str:
+    return key.name if isinstance(key, Site) else key
+
+
+def _check_sites(model: nn.Module, sites: Mapping[str, Site], saes: Mapping[str, SplicedSAE]) -> None:
+    """One SAE for one tensor, and of the width of the stream where the site's is known before any pass."""
+    taken: dict[tuple[str, str], str] = {}
+    for name, site in sites.items():
+        other = taken.setdefault((site.module_path, site.reads), name)
+        if other != name:
+            raise CosaeError(f"'{other}' and '{name}' are the same place in this model: give one SAE for it.")
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(text_config, "hidden_size", None)
+    for name, site in sites.items():
+        on_stream = site.hook_name.startswith("blocks.")
+        d_in = getattr(saes[name], "d_in", width)
+        if on_stream and width is not None and d_in != width:
+            raise CosaeError(
+                f"Site '{name}' has width {width}, but the SAE was made for d_in = {d_in}: choose the site and the "
+                "model it was trained on."
+            )
+
+
+def _edits_by_site(edits: Edits, names: Sequence[str]) -> dict[str, Edit | Sequence[Edit]]:
+    if not isinstance(edits, Mapping):
+        if len(names) == 1:
+            return {names[0]: edits}
+        if isinstance(edits, Edit) or len(edits):
+            raise CosaeError(
+                f"with SAEs at {', '.join(names)} edits must say at which site, as in {{{names[0]!r}: [...]}}."
+            )
+        return {}
+    by_site = {_name(key): listed for key, listed in edits.items()}
+    for name in by_site:
+        if name not in names:
+            raise CosaeError(f"there are edits for '{name}', but SAEs are spliced in at {', '.join(names)} only.")
+    return by_site
+
+
+def _special_ids(model: nn.Module) -> tuple[int, ...]:
+    config = getattr(model, "config", None)
+    found: list[int] = []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(found)
+
+
+def _join(parts: Sequence[Codes]) -> Codes:
+    """Codes (S, T₁), (S, T₂) … → (S, T₁ + T₂ …)."""
+    n_sequences = parts[0].shape[0]
+    if any(part.shape[0] != n_sequences for part in parts):
+        raise CosaeError("passes of different numbers of sequences cannot be joined: read run.history one by one.")
+    n_tokens = sum(part.shape[1] for part in parts)
+    token_E = torch.cat([_moved(part, start, n_tokens) for part, start in _starts(parts)])
+    feature_E = torch.cat([part.feature_E for part in parts])
+    order = torch.argsort(token_E, stable=True)
+    value_E = torch.cat([part.value_E for part in parts])[order]
+    return Codes.from_entries(token_E[order], feature_E[order], value_E, parts[0].d_sae, (n_sequences, n_tokens))
+
+
+def _starts(parts: Sequence[Codes]) -> Iterator[tuple[Codes, int]]:
+    start = 0
+    for part in parts:
+        yield part, start
+        start += part.shape[1]
+
+
+def _moved(part: Codes, start: int, n_tokens: int) -> Tensor:
+    """(E,) the part's flat tokens as flat tokens of the whole."""
+    row_E = torch.div(part.token_E, part.shape[1], rounding_mode="floor")
+    return row_E * n_tokens + part.token_E % part.shape[1] + start

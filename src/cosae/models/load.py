@@ -1,0 +1,126 @@
+"""A frozen causal language model and its tokenizer, from a directory or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cosae.errors import CosaeError
+
+MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[nn.Module, Any]:
+    """A causal language model in eval mode, without gradients, and its tokenizer.
+
+    name_or_path  a directory written by `save_pretrained`, or a repository on the hub
+    dtype         "float32", "bfloat16" or "float16"
+    device        "cpu", "cuda", "cuda:1" ...
+    revision      branch, tag or commit on the hub
+    attn_implementation  as in transformers ("eager", "sdpa" ...); None for its default
+
+    Raises `CosaeError` for a missing path, an unreachable hub or repository, a model that is no causal
+    language model, weights that are damaged or incomplete, a missing tokenizer, and an unsupported dtype or
+    device. Code from a repository is never run.
+    """
+    if dtype not in MODEL_DTYPES:
+        raise CosaeError(f"dtype must be {', '.join(MODEL_DTYPES)}. Got '{dtype}' instead.")
+    target = _device(device)
+    try:
+        import transformers
+    except ImportError:
+        raise CosaeError("Reading a language model needs transformers: pip install 'cosae[lm]'.") from None
+
+    progress: Any = transformers.utils.logging
+    progress.disable_progress_bar()  # a bar of its own for each load would tear ours
+    name = _place(name_or_path)
+    where = {"revision": revision} if revision is not None else {}
+    read_config = transformers.AutoConfig.from_pretrained
+    config = _try(f"No model could be read from '{name}'", read_config, name, **where)
+    _check_causal(transformers, config, name)
+    options: dict[str, Any] = dict(where, output_loading_info=True)
+    # Renamed in transformers 4.56, with a warning on the old name.
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    options["dtype" if version >= (4, 56) else "torch_dtype"] = MODEL_DTYPES[dtype]
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = _try(f"The weights of '{name}' could not be read", load, name, **options)
+    wrong = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
+    if wrong:  # transformers would fill these with random numbers and go on
+        raise CosaeError(
+            f"The weights of '{name}' are incomplete: {len(wrong)} tensors are missing or misshapen, "
+            f"the first is {wrong[0]}; download the model again."
+        )
+    tokenizer = _try(
+        f"No tokenizer could be read from '{name}'", transformers.AutoTokenizer.from_pretrained, name, **where
+    )
+    model.requires_grad_(False)
+    return model.eval().to(target), tokenizer
+
+
+def _device(device: str) -> torch.device:
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise CosaeError(f"device must be one such as cpu or cuda. Got '{device}' instead.") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise CosaeError(f"Device '{device}' was asked for, but this torch sees no CUDA device; use cpu.")
+    return target
+
+
+def _place(name_or_path: str | os.PathLike[str]) -> str:
+    """The argument for transformers; a path that is not there is told from a name on the hub."""
+    name = os.fspath(name_or_path)
+    looks_like_path = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1
+    is_path = looks_like_path or not isinstance(name_or_path, str)
+    path = Path(name).expanduser()
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        raise CosaeError(f"'{name}' is not a model directory: it has no config.json.")
+    if path.is_dir():
+        return str(path)
+    if is_path or not name:
+        raise CosaeError(f"Model path '{name}' does not exist; give a model directory or a name on the hub.")
+    return name
+
+
+def _try(failure: str, load: Any, name: str, **options: Any) -> Any:
+    """What `load` returns. Whatever it raises, and loaders raise nearly anything, becomes one sentence."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it would announce each of its own attempts
+    try:
+        return load(name, **options)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        advice = "" if Path(name).is_dir() else " (no such directory here; the hub may be unreachable)"
+        raise CosaeError(f"{failure}{advice}: {lines[0].rstrip('.')}.") from error
+    finally:
+        hub.setLevel(level)
+
+
+def _check_causal(transformers: Any, config: Any, name: str) -> None:
+    """Refuses encoders and sequence-to-sequence models, which transformers may load all the same."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    written = list(getattr(config, "architectures", None) or [])
+    known = set()
+    for classes in CAUSAL.values():
+        known.update([classes] if isinstance(classes, str) else classes)
+    is_causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    if written and not known.intersection(written):
+        is_causal = False
+    if getattr(config, "is_encoder_decoder", False) or not is_causal:
+        kind = written[0] if written else config.model_type
+        raise CosaeError(f"'{name}' is a {kind}, not a causal language model; use a decoder-only one.")

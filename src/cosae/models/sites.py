@@ -1,0 +1,157 @@
+"""Site names ↔ modules of a Hugging Face model.
+
+In: a causal language model and a name. Out: a `Site`: which module's input or output is meant.
+
+A site has up to three names, all accepted:
+
+    short         TransformerLens style          what it is
+    resid_pre.3   blocks.3.hook_resid_pre        input of block 3; resid_pre.0 is the embeddings as block 0
+                                                 gets them: Gemma's √d factor, GPT-2's positions are in
+    resid_post.3  blocks.3.hook_resid_post       output of block 3, before any final norm
+    attn_out.3    blocks.3.hook_attn_out         what block 3's attention adds to the residual stream
+    mlp_out.3     blocks.3.hook_mlp_out          what block 3's MLP adds to the residual stream
+
+and the module path (`model.layers.3`, `transformer.h.3.mlp`, or any other module inside a block), meaning
+that module's output. Gemma 2 and 3, OLMo 2 and GLM-4 normalise a sublayer's output once more before adding
+it: there `attn_out` and `mlp_out` are taken after that post-norm, as TransformerLens and Gemma Scope do, and
+the module paths `….self_attn` and `….mlp` give the vectors before it. Granite's residual multiplier is not
+included.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+from cosae.errors import CosaeError
+from cosae.types import Site
+
+KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+# Norms between a sublayer and the residual stream: the MLP's, the attention's. In Llama
+# `post_attention_layernorm` is the MLP's input norm, so that name counts only beside one of the MLP's.
+POST_NORMS = {
+    "post_feedforward_layernorm": "post_attention_layernorm",
+    "post_mlp_layernorm": "post_self_attn_layernorm",
+}
+
+
+def resolve_site(model: nn.Module, site: str | Site) -> Site:
+    """The `Site` of a short name, a TransformerLens style name or a module path.
+
+    Raises `CosaeError` for a model without recognisable blocks, a name that is none of the three, or a block
+    or module the model does not have; the sentence lists what there is.
+    """
+    if isinstance(site, Site):
+        return site
+    blocks_path, n_blocks = find_blocks(model)
+    kinds = "|".join(KINDS)
+    if short := re.fullmatch(rf"({kinds})\.(\d+)", site):
+        return _named_site(model, short[1], int(short[2]), blocks_path, n_blocks, site)
+    if lens := re.fullmatch(rf"blocks\.(\d+)\.hook_({kinds})", site):
+        return _named_site(model, lens[2], int(lens[1]), blocks_path, n_blocks, site)
+    return _path_site(model, site, blocks_path, n_blocks)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, int]:
+    """Path of the list of decoder blocks and how many there are.
+
+    It is the outermost `ModuleList` whose length is the configuration's `num_hidden_layers`; lists inside
+    vision, audio or encoder towers do not count. Raises `CosaeError` where there is none.
+    """
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    n_blocks = getattr(text_config, "num_hidden_layers", None)
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == n_blocks
+        and not any(word in path for word in ("vision", "visual", "audio", "encoder"))
+    ]
+    if not n_blocks or not found:
+        raise CosaeError(
+            f"{type(model).__name__} has no list of {n_blocks or 'decoder'} blocks to read from; "
+            "use a decoder-only transformer from Hugging Face transformers."
+        )
+    return min(found, key=lambda path: path.count(".")), int(n_blocks)
+
+
+def _named_site(model: nn.Module, kind: str, block: int, blocks_path: str, n_blocks: int, asked: str) -> Site:
+    _check_block(model, block, n_blocks, asked)
+    path = f"{blocks_path}.{block}"
+    if kind in ("attn_out", "mlp_out"):
+        child = _sublayer(model.get_submodule(path), kind)
+        if child is None:
+            available = sorted(name for name, _ in model.get_submodule(path).named_children())
+            raise CosaeError(
+                f"Site '{asked}' is unknown: no module in block {block} of {type(model).__name__} returns "
+                f"what its {kind.split('_')[0]} adds; use resid_pre.{block}, resid_post.{block} or a module "
+                f"of the block ({path}. + {', '.join(available)})."
+            )
+        path = f"{path}.{child}"
+    return Site(
+        name=f"{kind}.{block}",
+        hook_name=f"blocks.{block}.hook_{kind}",
+        module_path=path,
+        block=block,
+        reads="input" if kind == "resid_pre" else "output",
+    )
+
+
+def _check_block(model: nn.Module, block: int, n_blocks: int, asked: str) -> None:
+    if block >= n_blocks:
+        raise CosaeError(
+            f"Site '{asked}' is out of range: {type(model).__name__} has {n_blocks} blocks, 0 to {n_blocks - 1}."
+        )
+
+
+def _path_site(model: nn.Module, path: str, blocks_path: str, n_blocks: int) -> Site:
+    inside = re.fullmatch(rf"{re.escape(blocks_path)}\.(\d+)(?:\.(.+))?", path)
+    if inside is None or (int(inside[1]) < n_blocks and not _has_module(model, path)):
+        raise CosaeError(
+            f"Site '{path}' is unknown: {type(model).__name__} has "
+            f"{', '.join(f'{kind}.N' for kind in KINDS)} for N = 0 to {n_blocks - 1}, and any module under "
+            f"{blocks_path}.N, such as {_example_path(model, blocks_path)}."
+        )
+    block = int(inside[1])
+    if inside[2] is None:
+        return _named_site(model, "resid_post", block, blocks_path, n_blocks, path)
+    _check_block(model, block, n_blocks, path)
+    for kind in ("attn_out", "mlp_out"):
+        if _sublayer(model.get_submodule(f"{blocks_path}.{block}"), kind) == inside[2]:
+            return _named_site(model, kind, block, blocks_path, n_blocks, path)
+    return Site(name=path, hook_name=path, module_path=path, block=block)
+
+
+def _sublayer(block: nn.Module, kind: str) -> str | None:
+    """Name of the child whose output is what the attention or MLP adds to the residual stream, if any."""
+    children = dict(block.named_children())
+    for mlp_norm, attention_norm in POST_NORMS.items():
+        if mlp_norm in children:
+            # AFMoE pairs the MLP norm's name of one family with the attention norm's of the other.
+            norms = (mlp_norm,) if kind == "mlp_out" else (attention_norm, "post_attention_layernorm")
+            return next((name for name in norms if name in children), None)
+    names = ATTENTION_NAMES if kind == "attn_out" else MLP_NAMES
+    name = next((name for name in names if name in children), None)
+    # BLOOM's sublayers are handed the residual and return the sum, not what they add.
+    if name is None or "residual" in inspect.signature(children[name].forward).parameters:
+        return None
+    return name
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _example_path(model: nn.Module, blocks_path: str) -> str:
+    children = [name for name, _ in model.get_submodule(f"{blocks_path}.0").named_children()]
+    return f"{blocks_path}.0.{children[-1]}" if children else f"{blocks_path}.0"

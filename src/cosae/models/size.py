@@ -1,0 +1,90 @@
+"""How large a model is, from its configuration alone: no weight is read.
+
+In: what `load_model` takes. Out: bytes of the weights, and the sizes that decide what a forward pass needs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosae.errors import CosaeError
+from cosae.models.hooks import body_of
+from cosae.models.load import MODEL_DTYPES, _check_causal, _place, _try
+from cosae.models.sites import resolve_site
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """weight_bytes of all parameters in the wanted precision; pass_bytes of one token in one forward pass, attention
+    aside; attention_bytes of one pair of positions, 0 where attention never makes the matrix; d_in at the site."""
+
+    weight_bytes: int
+    pass_bytes: int
+    attention_bytes: int
+    d_in: int
+
+
+def model_size(
+    name: str, site: str, dtype: str = "float32", revision: str | None = None, attention: str | None = None
+) -> ModelSize:
+    """Sizes of the model at `name` and of its activations at `site`.
+
+    A pass keeps about six vectors of the model's width and three of its MLP's per token; eager attention makes two
+    (heads, T, T) matrices. Raises CosaeError where `load_model` does for the configuration, and for an unknown site.
+    """
+    if dtype not in MODEL_DTYPES:
+        raise CosaeError(f"dtype must be {', '.join(MODEL_DTYPES)}. Got '{dtype}' instead.")
+    try:
+        import transformers
+    except ImportError:
+        raise CosaeError("Reading a language model needs transformers: pip install 'cosae[lm]'.") from None
+    place = _place(name)
+    where = {"revision": revision} if revision is not None else {}
+    config: Any = _try(
+        f"No model could be read from '{place}'", transformers.AutoConfig.from_pretrained, place, **where
+    )
+    _check_causal(transformers, config, place)
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        sketch: Any = transformers.AutoModelForCausalLM
+        model = sketch.from_config(config)
+    model.eval()
+    itemsize = MODEL_DTYPES[dtype].itemsize
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    width = int(getattr(config, "hidden_size", 0) or model.get_input_embeddings().weight.shape[1])
+    inner = int(getattr(config, "intermediate_size", 0) or getattr(config, "n_inner", 0) or 4 * width)
+    heads = int(getattr(config, "num_attention_heads", 0) or 1)
+    return ModelSize(
+        weight_bytes=n_parameters * itemsize,
+        pass_bytes=itemsize * (6 * width + 3 * inner),
+        attention_bytes=heads * (itemsize + 4) if attention == "eager" else 0,
+        d_in=_width(model, site, width),
+    )
+
+
+def _width(model: Any, site: str, width: int) -> int:
+    """D at a site: the model's own width, but for modules inside a block, which are asked."""
+    found = resolve_site(model, site)
+    if found.name != found.module_path:
+        return width
+    shapes: list[int] = []
+
+    def note(_: Any, __: Any, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple | list) else output
+        if isinstance(value, Tensor):
+            shapes.append(int(value.shape[-1]))
+
+    handle = model.get_submodule(found.module_path).register_forward_hook(note)
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            body_of(model)(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
+    except (RuntimeError, NotImplementedError):  # some models look at values, which a sketch has none of
+        pass
+    finally:
+        handle.remove()
+    return shapes[0] if shapes else width

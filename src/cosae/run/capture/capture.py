@@ -1,0 +1,284 @@
+"""`cosae capture`: a model's activations on a corpus, written once, to be trained on many times.
+
+    documents → tokens → sequences → one forward for all sites → one store a site
+
+The held-out side is written first, so that even a store that is cut short can be measured on; a document's side is a
+function of the document alone. A forward pass depends on nothing but its own chunk of sequences, so a capture that
+goes on writes what one that never stopped would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from cosae.activations.store.reader import find_stores
+from cosae.activations.store.rounding import store_dtype
+from cosae.activations.store.shards import ShardRows, ShardShape
+from cosae.activations.store.writer import SIDES, StoreWriter, begun_request
+from cosae.errors import CosaeError
+from cosae.recipe import DataConfig, to_plain
+from cosae.run import provenance as facts
+from cosae.run.capture.text import CaptureText, Part
+from cosae.run.dataset.corpus import check_corpus
+from cosae.run.dataset.dataset import batch_size, open_model
+from cosae.run.folder import LOCK, hold
+from cosae.types import Activations, Site
+
+SHARD_BYTES = 128 * 2**20
+"""A shard that nobody gave a size is about this large."""
+NO_SAY_IN_IT = ("site", "activations", "activations_key", "world", "store", "store_site", "n_workers", "ahead_chunks")
+"""Fields of a recipe's data that decide nothing of what is captured."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What to capture. Raises CosaeError on a value that is not allowed.
+
+    data             model and corpus, as a recipe names them
+    sites            one or several; several make one store each, below the folder
+    tokens           rows of the train side; fewer where the corpus ends before
+    held_out_tokens  rows of the held-out side, at least
+    dtype            of the rows on disk: float32, bfloat16, float16 or int8
+    shard_tokens     rows per shard; None: about 128 MB
+    seed             of the order of documents
+    """
+
+    data: DataConfig
+    sites: tuple[str, ...]
+    tokens: int
+    held_out_tokens: int = 196_608
+    dtype: str = "bfloat16"
+    shard_tokens: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 1), ("held_out_tokens", 0)):
+            if getattr(self, name) < least:
+                raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)} instead.")
+        if self.shard_tokens is not None and self.shard_tokens < 1:
+            raise CosaeError(f"shard_tokens must be at least 1. Got {self.shard_tokens} instead.")
+        if not self.sites:
+            raise CosaeError("capture needs at least one site, such as resid_post.5.")
+        if self.data.activations is not None or self.data.world is not None or self.data.store is not None:
+            raise CosaeError("capture runs a model on a corpus; activations in files need no capture.")
+        if self.data.non_finite != "fatal":
+            raise CosaeError(
+                "data.non_finite must be fatal for a capture, since a store holds the row of every token. Got "
+                f"{self.data.non_finite!r} instead: run the model in float32 or bfloat16, or train without a store."
+            )
+        object.__setattr__(self, "dtype", store_dtype(self.dtype))
+
+    @property
+    def captured_dtype(self) -> str:
+        """Of rows before they are rounded for the disk: int8 takes its scales from float32."""
+        return "float32" if self.dtype == "int8" else self.dtype
+
+    def rows_per_shard(self, d_in: int, label_bytes: int) -> int:
+        """`shard_tokens`, or what fills about SHARD_BYTES."""
+        return self.shard_tokens or max(1024, SHARD_BYTES // ShardShape(1, d_in, self.dtype, label_bytes).row_bytes())
+
+
+Progress = Callable[[int], None]
+"""Is told how many more rows are done; those found on disk first."""
+
+
+def capture_stores(
+    wanted: Capture,
+    out: Path,
+    *,
+    progress: Callable[[int], Progress] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Path]:
+    """Write, or go on writing, the stores; returns their folders.
+
+    progress: given the number of rows in all, makes what is told of more. Raises CosaeError for a model, site or
+    corpus that cannot be read, what cannot fit in memory or on disk, a folder that holds something else or that
+    another capture is writing, and a disk that refuses; KeyboardInterrupt after Ctrl-C or SIGTERM, when the shard in
+    progress is written. All that is whole then is gone on from.
+    """
+    from cosae.models.capture import capture, resolve_site
+    from cosae.run.plan.plan import check_capture
+
+    check_corpus(wanted.data)
+    check_capture(wanted, out)
+    model, tokenizer = open_model(wanted.data, wanted.device)
+    sites = [resolve_site(model, name) for name in wanted.sites]
+    if len(set(sites)) < len(sites):
+        raise CosaeError(f"each site may be named once. Got {', '.join(wanted.sites)} instead.")
+    if wanted.data.batch_sequences == "auto":
+        at_once = begun_with(out, "batch_sequences") or batch_size(wanted.data, model, sites, wanted.captured_dtype)
+        wanted = replace(wanted, data=replace(wanted.data, batch_sequences=at_once))
+    text = CaptureText(wanted.data, tokenizer, wanted.seed, wanted.held_out_tokens)
+    first = next(text.parts("train", 1)).sequences[:1]
+    widths = {site: int(capture(model, first, site)[site.name].x_ND.shape[1]) for site in sites}
+    with hold(out):  # two captures into one folder would take each other's shards for their own
+        try:
+            return _write(wanted, out, model, text, widths, progress, say)
+        finally:
+            (out / LOCK).unlink(missing_ok=True)  # a store is its own files, the same bytes whoever wrote them
+
+
+def _write(
+    wanted: Capture,
+    out: Path,
+    model: Any,
+    text: CaptureText,
+    widths: Mapping[Site, int],
+    progress: Callable[[int], Progress] | None,
+    say: Callable[[str], None],
+) -> list[Path]:
+    """The stores' folders, written to their end."""
+    from cosae.models.capture import capture
+
+    sites = list(widths)
+    writers = _writers(wanted, out, model, text, widths, say)
+    folders = [writer.folder for writer in writers.values()]
+    if all(writer.finished for writer in writers.values()):
+        say(f"{out} is complete")
+        return folders
+    report = (lambda _: None) if progress is None else progress(wanted.tokens + wanted.held_out_tokens)
+    options: dict[str, Any] = {
+        "batch_sequences": wanted.data.batch_sequences,
+        "store_dtype": getattr(torch, wanted.captured_dtype),
+    }
+    documents: dict[str, Sequence[str]] = {}
+    with _stop_requested() as stop_requested:
+        for side in SIDES:
+            done = 0
+            for part in text.parts(side, wanted.tokens):
+                n = part.n_rows
+                missing = [w for w in writers.values() if not w.finished and w.n_rows(side) < done + n]
+                if missing:
+                    found = capture(model, part.sequences, sites, **options)
+                    for site, writer in writers.items():
+                        if writer in missing:
+                            writer.append(side, done, _rows(found[site.name], part)[:n])
+                done += n
+                report(n)
+                if stop_requested(missing):
+                    raise KeyboardInterrupt
+            documents[side] = text.names(side)
+            for writer in writers.values():
+                writer.end(side)
+    for side, asked in (("train", wanted.tokens), ("held_out", wanted.held_out_tokens)):
+        if text.n_rows[side] < asked:
+            say(f"the {side} side of the corpus ended after {text.n_rows[side]} of {asked} tokens")
+    for remark in text.remarks:
+        say(remark)
+    text.close()
+    for writer in writers.values():
+        if not writer.finished:
+            writer.finish(documents)
+    return folders
+
+
+def begun_with(out: Path, setting: str) -> Any:
+    """What a store in `out` was begun with; None where there is none. A size that was measured is not measured anew."""
+    return next((begun_request(place).get(setting) for place in find_stores(out)), None)
+
+
+def _rows(found: Activations, part: Part) -> ShardRows:
+    """Captured rows with their labels, documents numbered across both sides."""
+    doc_N = torch.where(found.doc_N >= 0, found.doc_N + part.first_document, found.doc_N)
+    labels = part.labels(found)
+    return ShardRows(replace(found, doc_N=doc_N.to(torch.int32)), *labels)
+
+
+def _writers(
+    wanted: Capture,
+    out: Path,
+    model: Any,
+    text: CaptureText,
+    widths: Mapping[Site, int],
+    say: Callable[[str], None],
+) -> dict[Site, StoreWriter]:
+    data = {k: v for k, v in to_plain(wanted.data).items() if k not in NO_SAY_IN_IT}
+    request = {
+        **data,
+        "revision": getattr(model.config, "_commit_hash", None) or data["revision"],
+        "model_sha256": _digest_of(wanted.data.model),
+        "model_type": getattr(model.config, "model_type", type(model).__name__),
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "add_bos": text.add_bos,
+        "seed": wanted.seed,
+        "tokens": wanted.tokens,
+        "held_out_tokens": wanted.held_out_tokens,
+    }
+    written_by = {"commit": facts.commit(), "packages": facts.packages(), "threads": torch.get_num_threads()}
+    concepts = text.concepts
+    label_bytes = -(-len(concepts or ()) // 8)
+    several = len(widths) > 1
+    return {
+        site: StoreWriter(
+            out / site.name if several else out,
+            {**request, "site": asdict(site)},
+            written_by,
+            d_in=d_in,
+            dtype=wanted.dtype,
+            shard_tokens=wanted.rows_per_shard(d_in, label_bytes),
+            concepts=concepts,
+            say=say,
+        )
+        for site, d_in in widths.items()
+    }
+
+
+def _digest_of(model: str) -> str | None:
+    """SHA-256 over a local model's weights; None for one of the hub, which its revision names."""
+    if model == "embedded":
+        from cosae.models.embedded import model_path
+
+        folder = Path(model_path())
+    else:
+        folder = Path(model)
+    if not folder.is_dir():
+        return None
+    running = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        if path.is_file():
+            with path.open("rb") as file:
+                running.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return running.hexdigest()
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[Sequence[StoreWriter]], bool]]:
+    """Whether SIGINT or SIGTERM came and a shard was finished since; a second SIGINT interrupts at once."""
+    asked = False
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    before: dict[str, int] = {}
+
+    def stop(writers: Sequence[StoreWriter]) -> bool:
+        if not asked:
+            return False
+        now = {str(w.folder): sum(w.n_rows(side) for side in SIDES) for w in writers}
+        ready = not now or any(before.get(name, rows) != rows for name, rows in now.items())
+        before.update(now)
+        return ready
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda _: False
+        return
+    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

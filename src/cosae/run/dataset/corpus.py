@@ -1,0 +1,197 @@
+"""A recipe's corpus, one source or several weighted ones: tokenised, packed, endless.
+
+Small sources are held and read in a seeded order of documents; large ones and data sets are streamed in their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cosae.errors import CosaeError
+from cosae.recipe import DataConfig
+from cosae.text.datasets import is_saved_dataset
+from cosae.text.documents import Document, Reading, Tally, pylib_sides, read_documents
+from cosae.text.mixture import Cursor, Text, mix, parse_corpus
+from cosae.text.packing import TokenizedDocument, iterate_sequences, sequences, tokenize_documents
+from cosae.text.workers import Workers
+from cosae.types import Sequences
+
+Side = Literal["train", "held_out"]
+STREAM_ABOVE_BYTES = 256 * 2**20
+"""Files and folders larger than this are streamed instead of held."""
+
+
+class CorpusText:
+    """What a recipe's corpus gives, through a tokenizer.
+
+    seed     of the order of documents, and of a mixture
+    streamed whether training reads it as it comes (`text`), not as a list of documents
+    add_bos  whether documents start with BOS
+    remarks  what a person should be told of what was read so far
+
+    Raises CosaeError where a source names nothing or leaves no document for the held-out side.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: Any, seed: int) -> None:
+        self._data, self._tokenizer, self._seed = data, tokenizer, seed
+        self.sources = parse_corpus(data.corpus)
+        self.streamed = len(self.sources) > 1 or streamed(self.sources[0].spec)
+        self._sides = pylib_sides(data.max_chars) if "pylib" in self.specs and len(self.sources) > 1 else None
+        self._workers = Workers(tokenizer, data.n_workers) if data.n_workers else None
+        self.add_bos = adds_bos(data, tokenizer)
+        self._tallies = {spec: Tally() for spec in self.specs}
+        for spec in self.specs:
+            self._check_held_out(spec)
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        return tuple(source.spec for source in self.sources)
+
+    @property
+    def remarks(self) -> list[str]:
+        return [f"{spec}: passed over {t.remark}" for spec, t in self._tallies.items() if t.remark]
+
+    def close(self) -> None:
+        """End the tokenising processes; a later request starts others."""
+        if self._workers is not None:
+            self._workers.close()
+
+    def tokenized(self, split: Side, max_tokens: int | None, salt: str = "train") -> list[TokenizedDocument]:
+        """Documents of one side with at most max_tokens in all, each once, the last cut to fit."""
+        found: list[TokenizedDocument] = []
+        left = max_tokens
+        for name, ids_T, offset_T2 in self.each(split, salt):
+            found.append(TokenizedDocument(name, ids_T[:left], offset_T2[:left]))
+            if left is not None:
+                left -= len(found[-1].ids_T)
+                if left == 0:
+                    break
+        return found
+
+    def each(self, split: Side, salt: str = "train") -> Iterator[TokenizedDocument]:
+        """Documents of one side, each once, lazily."""
+        opened = [partial(self._open, i, split, salt) for i in range(len(self.sources))]
+        start, weights = [Cursor()] * len(opened), [source.weight for source in self.sources]
+        return (document for _, document in mix(opened, weights, start, self._seed, endless=False))
+
+    def pack_each(self, tokenized: Iterable[TokenizedDocument]) -> Iterator[Sequences]:
+        """As `pack`, lazily: `chunk_sequences` rows at a time."""
+        data = self._data
+        return iterate_sequences(
+            tokenized,
+            data.context,
+            data.packing,  # type: ignore[arg-type]
+            rows_per_chunk=data.chunk_sequences,
+            **self._special,
+        )
+
+    def pack(self, tokenized: Sequence[TokenizedDocument]) -> Sequences:
+        """Rows of `context` tokens."""
+        data = self._data
+        return sequences(tokenized, data.context, data.packing, **self._special)  # type: ignore[arg-type]
+
+    def text(self) -> Text:
+        """The training side without end, as large corpora and mixtures are read."""
+        data = self._data
+        return Text(
+            sources=tuple(partial(self._open, i, "train", "train") for i in range(len(self.sources))),
+            weights=tuple(source.weight for source in self.sources),
+            context=data.context,
+            packing=data.packing,  # type: ignore[arg-type]
+            rows_per_chunk=data.chunk_sequences,
+            seed=self._seed,
+            about={"corpus": [list(source) for source in self.sources]},
+            **self._special,
+        )
+
+    def documents(self, spec: str, split: Side, salt: str, turn: int = 0) -> Iterator[Document]:
+        """Documents of one source that are long enough, in the order they are read in."""
+        data = self._data
+        key = [self._seed, *salt.encode(), *([turn] if turn else [])]
+        self._tallies[spec] = tally = Tally()
+        found = read_documents(
+            spec,
+            split,
+            held_out_frac=data.held_out_frac,
+            reading=reading_of(data),
+            sides=self._sides,
+            order_key=key if streamed(spec) else None,
+            tally=tally,
+        )
+        if not streamed(spec):
+            listed = list(found)
+            # any stretch of a sorted folder is one corner of it; the seed decides which documents a short run sees
+            found = iter([listed[i] for i in np.random.default_rng(key).permutation(len(listed))])
+        return (document for document in found if len(document.text) >= data.min_chars)
+
+    def _open(self, number: int, split: Side, salt: str, turn: int, skip: int) -> Iterator[TokenizedDocument]:
+        spec = self.specs[number]
+        documents: Iterator[Document] = itertools.islice(self.documents(spec, split, salt, turn), skip, None)
+        if len(self.sources) > 1:
+            documents = (Document(f"{spec}:{name}", text) for name, text in documents)
+        return tokenize_documents(
+            documents, self._tokenizer, add_bos=self.add_bos, workers=self._workers, keep_empty=True
+        )
+
+    @property
+    def _special(self) -> dict[str, Any]:
+        return {"pad_id": pad_id(self._tokenizer), "special_ids": tuple(self._tokenizer.all_special_ids)}
+
+    def _check_held_out(self, spec: str) -> None:
+        if self._data.held_out_frac == 0 or next(self.documents(spec, "held_out", "train"), None) is None:
+            raise CosaeError(
+                f"the corpus {spec} leaves no document for the held-out side, on which thresholds are calibrated "
+                f"(held_out_frac {self._data.held_out_frac}): give more documents or raise data.held_out_frac."
+            )
+
+
+def check_corpus(data: DataConfig) -> None:
+    """Raises CosaeError for a local source that is not there, before a model is loaded for it."""
+    for spec, _ in parse_corpus(data.corpus):
+        if not spec.startswith("hf:"):
+            read_documents(spec, "all", reading=reading_of(data))
+
+
+def reading_of(data: DataConfig) -> Reading:
+    """How a recipe reads text."""
+    return Reading(data.text_field, data.suffixes, data.txt_unit, data.max_chars)
+
+
+def streamed(spec: str) -> bool:
+    """Whether a source is read as it comes instead of being held."""
+    if spec.startswith("hf:"):
+        return True
+    path = Path(spec)
+    if is_saved_dataset(path):
+        return True
+    if path.is_dir():
+        sizes = itertools.accumulate(p.stat().st_size for p in path.rglob("*") if p.is_file())
+        return any(size > STREAM_ABOVE_BYTES for size in sizes)
+    return path.is_file() and path.stat().st_size > STREAM_ABOVE_BYTES
+
+
+def adds_bos(data: DataConfig, tokenizer: Any) -> bool:
+    """Whether documents start with BOS: as asked, else as the tokenizer does by itself (the embedded model's: yes)."""
+    if data.add_bos is not None:
+        return data.add_bos
+    if data.model == "embedded":
+        return True
+    if tokenizer.bos_token_id is None:
+        return False
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to fill masked places with; models never attend to them."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0

@@ -1,0 +1,230 @@
+"""What a run will take, from its recipe: memory by part, and disk. Nothing is loaded or allocated to find out.
+
+B batch, D width, F features, R rows of the buffer, W of the window, H of the held-out tokens; fp32 where not said.
+
+    arm            4 · 2 F D                  parameters, gradients, two Adam moments (each 2 F D: encoder and decoder;
+                                              moments in fewer bytes where the optimiser keeps them so)
+    buffer         R (s D + 21)               s bytes a value (training.store_dtype); norm, ids and the special mark
+    sample         16 384 D                   what weights are initialised on
+    model, text    weights; 36 bytes a token  held corpora: ids, offsets, places
+    one of these at a time, the largest counts:
+      window       4 W (s D + 21)             the first window: in parts, joined, and read
+      step         2 F D + B (8 D + F)        gradients and scores; the reference kernel 9 B F
+      refill       2 chunks, and the forward pass of one batch of sequences
+      checkpoint   the live buffer three times, or one arm's parameters and moments twice
+      evaluation   4 H D and the codes of all arms, H (12 k) bytes each; labels on the embedded corpus
+
+Measured against peak resident memory in tests/run/test_plan.py, which states the tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosae.activations.store.rounding import STORE_DTYPES
+from cosae.activations.store.shards import ShardShape
+from cosae.activations.stream import SAMPLE_ROWS
+from cosae.recipe import DataConfig, Recipe
+from cosae.run.capture.capture import Capture
+from cosae.run.plan.resources import Item, human, total
+from cosae.train.checkpoint import KEEP
+
+FLOAT = 4
+IDS_BYTES = 21  # norm, four ids, one mark
+TEXT_BYTES = 36
+AUTO_PASS_TOKENS = 4096
+LABEL_BYTES = 157  # one byte a concept while measuring
+LABELLED_TOKENS = 500_000  # of the documents that labels are looked up in
+MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.1}
+"""Of one value of Adam's moments; int8 with the scales of its blocks."""
+WORLD_CHUNK, ARRAY_CHUNK = 8192, 65536
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a plan needs to know of the data: width, bytes that stay, rows of a chunk, bytes of making one."""
+
+    d_in: int
+    resident: tuple[Item, ...]
+    chunk_rows: int
+    chunk_work: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of a run: what stays, and the largest of what comes and goes."""
+
+    resident: tuple[Item, ...]
+    passing: tuple[Item, ...]
+
+    @property
+    def peak(self) -> tuple[Item, ...]:
+        """All that is there at the worst moment."""
+        return (*self.resident, max(self.passing, key=lambda item: item.n_bytes))
+
+    @property
+    def n_bytes(self) -> int:
+        return total(self.peak)
+
+
+def data_sizes(data: DataConfig, device: str, tokens: int) -> Sizes:
+    """Sizes of what a recipe reads; `tokens` are how many of the train side it will want. Raises CosaeError where it
+    cannot be found or read."""
+    if data.world is not None:
+        world = data.world
+        features = Item("true features of the world", FLOAT * world.n_features * world.d_in)
+        return Sizes(world.d_in, (features,), WORLD_CHUNK, 4 * WORLD_CHUNK * FLOAT * world.d_in)
+    if data.store is not None:
+        from cosae.activations.store.reader import StoreSource, open_store
+
+        source = StoreSource(open_store(data.store, data.store_site))
+        return Sizes(source.d_in, (), source.chunk_tokens)
+    if data.activations is not None:
+        from cosae.activations.array_files import open_array
+
+        array, _, _ = open_array(Path(data.activations), data.activations_key)
+        n_rows, d_in = (int(size) for size in array.shape)
+        held = 0 if data.activations.endswith(".npy") else n_rows * d_in * int(array[:1].itemsize)
+        return Sizes(d_in, (Item("the file of activations", held),), min(ARRAY_CHUNK, n_rows))
+    return _model_sizes(data, tokens)
+
+
+def _model_sizes(data: DataConfig, tokens: int, site: str | None = None) -> Sizes:
+    from cosae.models.size import model_size
+    from cosae.run.dataset.corpus import check_corpus
+
+    check_corpus(data)
+    name = data.model
+    if name == "embedded":
+        from cosae.models.embedded import model_path
+
+        name = str(model_path())
+    size = model_size(name, site or data.site, data.model_dtype, data.revision, data.attention)
+    # measured where asked, against an eighth of the memory and at most so many tokens
+    per_pass = AUTO_PASS_TOKENS if data.batch_sequences == "auto" else data.batch_sequences * data.context
+    work = per_pass * (size.pass_bytes + data.context * size.attention_bytes)
+    items = (
+        Item(f"the model ({data.model_dtype})", size.weight_bytes),
+        Item("the text as tokens", TEXT_BYTES * _held_tokens(data, tokens)),
+    )
+    chunk = data.chunk_sequences * data.context
+    value = max(4, STORE_DTYPES[data.model_dtype].itemsize)
+    ahead = Item("chunks captured ahead", data.ahead_chunks * chunk * (value * size.d_in + IDS_BYTES))
+    return Sizes(size.d_in, (*items, ahead) if data.ahead_chunks else items, chunk, work)
+
+
+def _held_tokens(data: DataConfig, tokens: int) -> int:
+    """Tokens that are held: those wanted, or about all that the corpus has; few of a corpus that is streamed."""
+    from cosae.run.dataset.corpus import streamed
+    from cosae.text.mixture import parse_corpus
+
+    sources = parse_corpus(data.corpus)
+    if len(sources) > 1 or streamed(sources[0].spec):
+        return data.chunk_sequences * data.context
+    path = Path(sources[0].spec)
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
+    size = sum(p.stat().st_size for p in files) if sources[0].spec != "pylib" else 12_000_000
+    return min(tokens, size // 2)
+
+
+def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
+    """Memory of a run on one device. recipe: resolved, so that every arm has its width."""
+    training, d = recipe.training, sizes.d_in
+    value = STORE_DTYPES[training.store_dtype].itemsize
+    row = value * d + IDS_BYTES
+    rows, batch = training.buffer_tokens, training.batch_tokens
+    buffer = Item("the shuffle buffer", rows * row)
+    sample = Item("the sample for initialisation", SAMPLE_ROWS * FLOAT * d)
+    moment = MOMENT_BYTES[training.optimizer.state_dtype]
+    arms = [_arm(arm, d, moment, _step(arm, recipe.kernel, batch, d)) for arm in recipe.arms]
+    widest = max(recipe.arms, key=_width)
+    held_out = recipe.evaluation.held_out_tokens
+    probed = recipe.evaluation.probe_tokens if recipe.evaluation.probing and _labelled(recipe) else 0
+    labelled = LABELLED_TOKENS if _labelled(recipe) else 0
+    codes = sum(12 * _k(arm) for arm in recipe.arms)
+    measured = held_out + recipe.evaluation.calibration_tokens + probed
+    passing = (
+        Item("the first window", 4 * recipe.filter.window_tokens * row),
+        Item(f"one step of {widest.name}", _step(widest, recipe.kernel, batch, d)),
+        Item("a refill of the buffer", 2 * sizes.chunk_rows * row + sizes.chunk_work),
+        Item("a checkpoint being written", max(3 * rows * row, int(2 * 2 * _width(widest) * d * (FLOAT + 2 * moment)))),
+        Item(
+            "evaluation",
+            4 * measured * FLOAT * d + (held_out + probed) * codes + LABEL_BYTES * (2 * probed + labelled),
+        ),
+    )
+    return MemoryPlan((*sizes.resident, buffer, sample, *arms), passing)
+
+
+def _arm(arm: Any, d: int, moment: float, work: int) -> Item:
+    values = 2 * _width(arm) * d
+    weights, moments = values * FLOAT, int(2 * values * moment)
+    parts = f"parameters {human(weights)}, gradients {human(weights)}, moments {human(moments)}"
+    return Item(f"arm {arm.name}: {parts}; a step works on {human(work)} more", 2 * weights + moments)
+
+
+def _step(arm: Any, kernel: str, batch: int, d: int) -> int:
+    width = _width(arm)
+    dense = 9 * batch * width * FLOAT if "reference" in (kernel, arm.kernel) else batch * width * FLOAT
+    return 2 * width * d * FLOAT + 8 * batch * d * FLOAT + dense
+
+
+def _width(arm: Any) -> int:
+    assert arm.d_sae is not None
+    return int(arm.d_sae)
+
+
+def _k(arm: Any) -> int:
+    return int(arm.k or 1)
+
+
+def _labelled(recipe: Recipe) -> bool:
+    data = recipe.data
+    return data.corpus == "pylib" and data.world is None and data.activations is None and data.store is None
+
+
+def run_disk(recipe: Recipe, d_in: int) -> tuple[Item, ...]:
+    """Disk of a run's folder: checkpoints that are kept and the one being written, and the trained SAEs."""
+    training = recipe.training
+    row = STORE_DTYPES[training.store_dtype].itemsize * d_in + IDS_BYTES
+    width = sum(_width(arm) for arm in recipe.arms)
+    weights = 2 * width * d_in * FLOAT
+    moment = MOMENT_BYTES[training.optimizer.state_dtype]
+    n = KEEP + 1 if training.checkpoint_every and training.steps > training.checkpoint_every else 1
+    return (
+        Item(f"{n} checkpoints: shuffle buffer", n * training.buffer_tokens * row),
+        Item(f"{n} checkpoints: weights and moments", int(n * weights * (1 + 2 * moment / FLOAT))),
+        Item("trained SAEs", weights),
+    )
+
+
+def capture_memory(wanted: Capture, sizes: Sequence[Sizes], label_bytes: int) -> MemoryPlan:
+    """Memory of a capture of one or several sites: two shards' rows of each, one chunk, one forward pass."""
+    value = STORE_DTYPES[wanted.captured_dtype].itemsize
+    shards = [
+        Item(
+            f"rows of {site} on their way to a shard, twice",
+            2
+            * min(wanted.rows_per_shard(size.d_in, label_bytes), max(wanted.tokens, wanted.held_out_tokens))
+            * (value * size.d_in + IDS_BYTES + label_bytes),
+        )
+        for site, size in zip(wanted.sites, sizes, strict=True)
+    ]
+    chunk = sum(2 * size.chunk_rows * (value * size.d_in + IDS_BYTES) for size in sizes)
+    return MemoryPlan(
+        (*sizes[0].resident, *shards), (Item("a chunk of sequences in a forward pass", chunk + sizes[0].chunk_work),)
+    )
+
+
+def capture_disk(wanted: Capture, sizes: Sequence[Sizes], label_bytes: int) -> tuple[Item, ...]:
+    """Disk of the stores: rows × what a row takes; headers and the index are a few kB."""
+    return tuple(
+        Item(
+            f"the store of {site}",
+            (wanted.tokens + wanted.held_out_tokens) * ShardShape(1, size.d_in, wanted.dtype, label_bytes).row_bytes(),
+        )
+        for site, size in zip(wanted.sites, sizes, strict=True)
+    )

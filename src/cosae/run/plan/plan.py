@@ -1,0 +1,156 @@
+"""`cosae plan`: what a run or a capture will take, before anything is spent; what cannot fit is refused.
+
+recipe → sizes (configurations, headers) → memory, disk → refused? → a short measured sample → time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cosae.recipe import Recipe
+from cosae.run.capture.capture import Capture
+from cosae.run.plan.memory import MemoryPlan, Sizes, capture_disk, capture_memory, data_sizes, run_disk, train_memory
+from cosae.run.plan.resources import Choice, Item, check_disk, check_memory, free_disk, free_memory, human, total
+from cosae.run.plan.time import TimePlan, capture_time, train_time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory and disk by part, what is free of both, and the time where it was sampled."""
+
+    memory: MemoryPlan
+    disk: tuple[Item, ...]
+    free_memory: int
+    free_disk: int
+    time: TimePlan | None = None
+
+
+def check_run(recipe: Recipe, out: Path | None, *, begun: bool = False) -> Plan:
+    """The plan of a run without its time. Raises CosaeError, saying what to lower to what, where it cannot fit.
+
+    begun: of a run that lies in `out` and is gone on with. Its checkpoints take no further room, and only what has no
+    say in the weights can be lowered.
+    """
+    training = recipe.training
+    tokens = training.steps * training.batch_tokens + training.buffer_tokens + recipe.filter.window_tokens
+    sizes = data_sizes(recipe.data, recipe.device, tokens)
+
+    def memory(changed: Recipe) -> MemoryPlan:
+        return train_memory(changed.resolved(sizes.d_in), sizes)
+
+    def disk(changed: Recipe) -> tuple[Item, ...]:
+        return run_disk(changed.resolved(sizes.d_in), sizes.d_in) if out is not None else ()
+
+    recipe = recipe.changed({"d_sae": recipe.d_sae or 16 * sizes.d_in})
+    plan = Plan(memory(recipe), disk(recipe), free_memory(recipe.device), free_disk(out or Path()))
+    in_memory = _choices(recipe, lambda changed: memory(changed).n_bytes, begun)
+    otherwise = "a machine or a moment with more memory free" if begun else "a smaller model"
+    check_memory(plan.memory.peak, in_memory, plan.free_memory, recipe.device, otherwise)
+    if out is not None:
+        there = sum(p.stat().st_size for p in (out / "checkpoints").rglob("*.safetensors")) if begun else 0
+        on_disk = _choices(recipe, lambda changed: total(disk(changed)), begun)
+        check_disk(plan.disk, on_disk, plan.free_disk + there, out)
+    return plan
+
+
+def _choices(recipe: Recipe, needed: Callable[[Recipe], int], begun: bool) -> list[Choice]:
+    """The numbers of a recipe that decide how much it takes, as far as they can still be changed."""
+    batch, k = recipe.training.batch_tokens, max(recipe.k, *(arm.k or 0 for arm in recipe.arms))
+    now = {
+        "d_sae": (recipe.d_sae or 0, 2 * k),
+        "training.buffer_tokens": (recipe.training.buffer_tokens, 2 * batch),
+        "training.batch_tokens": (batch, 64),
+        "filter.window_tokens": (recipe.filter.window_tokens, 4096),
+        "evaluation.held_out_tokens": (recipe.evaluation.held_out_tokens, 4096),
+    }
+
+    def with_value(setting: str) -> Callable[[int], int]:
+        return lambda value: needed(recipe.changed({setting: value}))
+
+    free = [setting for setting in now if not begun or setting.startswith("evaluation.")]
+    found = [Choice(setting, now[setting][0], now[setting][1], with_value(setting)) for setting in free]
+    return [choice for choice in found if choice.needed(choice.least) < needed(recipe)]
+
+
+def check_capture(wanted: Capture, out: Path) -> Plan:
+    """The plan of a capture without its time. Raises CosaeError where it cannot fit; rows already on disk count."""
+    sizes, label_bytes = _capture_sizes(wanted)
+
+    def memory(changed: Capture) -> int:
+        return capture_memory(changed, sizes, label_bytes).n_bytes
+
+    def on_disk(changed: Capture) -> int:
+        return total(capture_disk(changed, sizes, label_bytes))
+
+    rows = max(wanted.rows_per_shard(size.d_in, label_bytes) for size in sizes)
+    plan = Plan(
+        capture_memory(wanted, sizes, label_bytes),
+        capture_disk(wanted, sizes, label_bytes),
+        free_memory(wanted.device),
+        free_disk(out),
+    )
+    shards = Choice("--shard-tokens", rows, 1024, lambda value: memory(replace(wanted, shard_tokens=value)))
+    tokens = Choice("--tokens", wanted.tokens, 1024, lambda value: on_disk(replace(wanted, tokens=value)))
+    there = sum(path.stat().st_size for path in out.rglob("*.safetensors")) if out.is_dir() else 0
+    check_memory(plan.memory.peak, [shards], plan.free_memory, wanted.device)
+    check_disk(plan.disk, [tokens], plan.free_disk + there, out)
+    return plan
+
+
+def plan_run(recipe: Recipe, out: Path | None, say: Callable[[str], None] = lambda _: None) -> Plan:
+    """The plan of a run, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
+    from cosae.run.dataset.dataset import open_data
+
+    checked = check_run(recipe, out)
+    say("opening the data for a short sample")
+    data = open_data(recipe)
+    timed = train_time(recipe.resolved(data.source.d_in), data)
+    return Plan(checked.memory, checked.disk, checked.free_memory, checked.free_disk, timed)
+
+
+def plan_capture(wanted: Capture, out: Path, say: Callable[[str], None] = lambda _: None) -> Plan:
+    """The plan of a capture, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
+    checked = check_capture(wanted, out)
+    timed = capture_time(wanted, say)
+    return Plan(checked.memory, checked.disk, checked.free_memory, checked.free_disk, timed)
+
+
+def _capture_sizes(wanted: Capture) -> tuple[list[Sizes], int]:
+    from cosae.text.concepts.table import CONCEPTS
+    from cosae.text.mixture import parse_corpus
+
+    n_labels = len(CONCEPTS) if [s.spec for s in parse_corpus(wanted.data.corpus)] == ["pylib"] else 0
+    chunk = wanted.data.chunk_sequences * wanted.data.context
+    sizes = [data_sizes(replace(wanted.data, site=site), wanted.device, chunk) for site in wanted.sites]
+    return sizes, -(-n_labels // 8)
+
+
+def screen(plan: Plan) -> str:
+    """A plan as text for a terminal."""
+    memory = plan.memory
+    passing = max(memory.passing, key=lambda item: item.n_bytes)
+    lines = [f"memory  about {human(memory.n_bytes)} beside the program itself; {human(plan.free_memory)} are free"]
+    lines += _lines(memory.resident)
+    lines += [f"  one at a time, the largest counts ({human(passing.n_bytes)}):", *_lines(memory.passing, "    ")]
+    if plan.disk:
+        lines += [f"disk    about {human(total(plan.disk))}; {human(plan.free_disk)} are free", *_lines(plan.disk)]
+    if plan.time is not None:
+        lines.append(f"time    about {_duration(plan.time.seconds)}, by a short sample on this machine as it is now")
+        lines += [f"  {_duration(seconds):>9}  {what}" for what, seconds in plan.time.parts.items()]
+        rates = ", ".join(f"{what} {rate:.0f}" for what, rate in plan.time.tokens_per_second.items())
+        lines.append(f"  tokens a second: {rates}")
+    return "\n".join(lines)
+
+
+def _lines(items: Sequence[Item], indent: str = "  ") -> list[str]:
+    return [f"{indent}{human(item.n_bytes):>9}  {item.what}" for item in items]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

@@ -1,0 +1,152 @@
+"""How much memory and disk there is, and what to say where a run needs more."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cosae.errors import CosaeError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that takes memory or disk, in words, and its bytes."""
+
+    what: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A number that can be lowered so that less is needed.
+
+    setting  the recipe field or option
+    value    what it is now
+    least    below this it makes no sense
+    needed   bytes in all with another value there
+    """
+
+    setting: str
+    value: int
+    least: int
+    needed: Callable[[int], int]
+
+    def fitting(self, available: int) -> int | None:
+        """The largest value with which everything fits, in two or three leading digits; None where none does."""
+        if self.value <= self.least or self.needed(self.least) > available:
+            return None
+        low, high = self.least, self.value  # fits, does not fit
+        while high - low > max(1, low // 256):
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.needed(middle) <= available else (low, middle)
+        return _round_down(low, self.least)
+
+
+def total(items: Sequence[Item]) -> int:
+    """Bytes of all."""
+    return sum(item.n_bytes for item in items)
+
+
+def check_device(device: str) -> None:
+    """Raises CosaeError for a device that is not, or that no run can use."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise CosaeError(f"device must be cpu, cuda or cuda:N. Got {device!r} instead.")
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise CosaeError("device cuda was asked for, but this torch sees no CUDA device: use --device cpu.")
+
+
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that can still be had on a device: available memory within this process' limits, or the GPU's free part."""
+    check_device(device)
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    available = 1 << 62
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                available = 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return min(available, *(_left(*names) for names in _LIMITS))
+
+
+_LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _left(limit: str, used: str) -> int:
+    try:
+        return int(Path(limit).read_text(encoding="ascii")) - int(Path(used).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such limit, or the word "max"
+        return 1 << 62
+
+
+def free_disk(place: Path) -> int:
+    """Bytes free where `place` is or will be."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def check_memory(
+    items: Sequence[Item], choices: Sequence[Choice], available: int, device: str, otherwise: str = "a smaller model"
+) -> None:
+    """Raises CosaeError, saying what to lower to what or what to choose `otherwise`, where `items` take more memory
+    than there is."""
+    of_what = "the memory" if torch.device(device).type == "cpu" else f"the memory of {device}"
+    _check(items, choices, available, of_what, otherwise)
+
+
+def check_disk(items: Sequence[Item], choices: Sequence[Choice], available: int, place: Path) -> None:
+    """Raises CosaeError, saying what to lower to what, where `items` take more disk than there is."""
+    _check(items, choices, available, f"the disk at {place}", "another place")
+
+
+def _check(items: Sequence[Item], choices: Sequence[Choice], available: int, of_what: str, otherwise: str) -> None:
+    needed = total(items)
+    if needed <= available:
+        return
+    largest = max(items, key=lambda item: item.n_bytes)
+    raise CosaeError(
+        f"this would take {human(needed)} of {of_what}, of which {human(max(available, 0))} are free; the largest part "
+        f"is {largest.what} ({human(largest.n_bytes)}). {_advice(choices, available, otherwise)}"
+    )
+
+
+def _advice(choices: Sequence[Choice], available: int, otherwise: str) -> str:
+    """The one number that has to give least; where none is enough, those that help most."""
+    found = [(lower / c.value, c, lower) for c in choices if (lower := c.fitting(available)) is not None]
+    if found:
+        _, choice, lower = max(found, key=lambda one: one[0])
+        return f"Lower {choice.setting} from {choice.value} to {lower}."
+    able = sorted((c for c in choices if c.value > c.least), key=lambda c: c.needed(c.least))[:3]
+    if not able:
+        return f"Choose {otherwise}."
+    return f"No single number is enough: lower {', '.join(c.setting for c in able)} together, or choose {otherwise}."
+
+
+def _round_down(value: int, least: int) -> int:
+    """Two leading digits, or three where that would be too small."""
+    for digits in (2, 3):
+        unit = int(10 ** max(len(str(value)) - digits, 0))
+        if value // unit * unit >= least:
+            return value // unit * unit
+    return value
+
+
+def human(n_bytes: float) -> str:
+    """1.5 GB, 340 MB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.3g} {unit}"
+    return f"{n_bytes:.0f} bytes"

@@ -1,0 +1,127 @@
+"""A corpus by name → documents of one of its splits.
+
+Enters: "pylib", a folder, a .txt, .jsonl or .parquet file, a data set saved to disk, or "hf:DATASET[:CONFIG][:SPLIT]".
+Leaves: documents (name, text), lazily. A document's side is a function of its text alone, so train and held-out are
+disjoint by construction: whatever the order, the place, or what else is read beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from cosae.errors import CosaeError
+from cosae.text import pylib
+from cosae.text.datasets import is_saved_dataset, read_dataset
+from cosae.text.files import TEXT_SUFFIXES, Reading, Tally, read_path
+from cosae.text.pylib import Document, Split
+
+__all__ = ["TEXT_SUFFIXES", "Document", "Reading", "Tally", "pylib_sides", "read_documents", "split_of"]
+
+
+def split_of(document: Document, held_out_frac: float = 0.1, seed: int = 0) -> Split:
+    """The side of any document, by a hash of its text: equal texts never fall on both sides."""
+    head = hashlib.sha256(f"{seed}:".encode() + document.text.encode()).digest()[:8]
+    return "held_out" if int.from_bytes(head, "big") < held_out_frac * 2**64 else "train"
+
+
+@cache
+def pylib_sides(max_chars: int | None = None) -> Mapping[bytes, Split]:
+    """SHA-256 of each text of the embedded corpus, cut as asked → its side, for corpora that are read beside it."""
+    sides: dict[bytes, Split] = {}
+    for split in ("train", "held_out"):  # where cutting makes two texts one, held out wins
+        for document in _cut(iter(pylib.documents(split)), max_chars):
+            sides[_key(document)] = split
+    return sides
+
+
+def read_documents(
+    spec: str,
+    split: Split | Literal["all"] = "all",
+    *,
+    held_out_frac: float = 0.1,
+    seed: int = 0,
+    include_tests: bool = False,
+    reading: Reading | None = None,
+    sides: Mapping[bytes, Split] | None = None,
+    order_key: Sequence[int] | None = None,
+    tally: Tally | None = None,
+) -> Iterator[Document]:
+    """Documents of one split of a corpus, lazily.
+
+    spec is one of
+        pylib           the standard library of this Python; its split is pylib's own, by file name
+        FOLDER          every text or source file below it, sorted by name; or a data set written by `save_to_disk`
+        FILE.txt        one document, or its paragraphs or lines (`Reading.txt_unit`)
+        FILE.jsonl      one document a line: text under "text", name under "name" or "id" if there
+        FILE.parquet    one document a row, likewise
+        hf:DATASET[:CONFIG][:SPLIT]   streamed from the Hugging Face hub, likewise; SPLIT is train if unsaid; DATASET
+                        may be a local folder
+    reading  where rows have their text, which files of a folder count, where documents are cut
+    sides    texts (by SHA-256) whose side is known: what is read beside `pylib` takes its sides
+    order_key  seeds of another order of a folder's files: sorted, any stretch of it would be one corner
+    tally    filled while reading
+
+    Documents with nothing but white space are passed over. Corpora other than pylib split by
+    `split_of(document, held_out_frac, seed)`, on the text as `reading.max_chars` leaves it. Raises CosaeError at the
+    call for a spec that names nothing, and while reading for a row without text or a split that turns out empty.
+    """
+    if split not in ("train", "held_out", "all"):
+        raise CosaeError(f"split must be 'train', 'held_out' or 'all'. Got {split!r} instead.")
+    if not 0 <= held_out_frac <= 1:
+        raise CosaeError(f"held_out_frac must be between 0 and 1. Got {held_out_frac} instead.")
+    reading, tally = reading or Reading(), tally or Tally()
+    if spec == "pylib":
+        return _cut(iter(pylib.documents(split, include_tests)), reading.max_chars)
+    if spec.startswith("hf:") or is_saved_dataset(Path(spec)):
+        read = read_dataset(spec, reading)
+    else:
+        read = read_path(Path(spec), reading, tally, order_key)
+    read = _cut(read, reading.max_chars)
+    return _chosen(read, spec, split, held_out_frac, seed, sides or {}, tally)
+
+
+def _cut(documents: Iterator[Document], max_chars: int | None) -> Iterator[Document]:
+    if max_chars is None:
+        return documents
+    return (Document(d.name, d.text[:max_chars]) for d in documents)
+
+
+def _key(document: Document) -> bytes:
+    return hashlib.sha256(document.text.encode()).digest()
+
+
+def _chosen(
+    documents: Iterator[Document],
+    spec: str,
+    split: str,
+    held_out_frac: float,
+    seed: int,
+    sides: Mapping[bytes, Split],
+    tally: Tally,
+) -> Iterator[Document]:
+    """Documents of one split; an error where there are none."""
+    for document in documents:
+        tally.read += 1
+        if not document.text or document.text.isspace():
+            tally.blank += 1
+            continue
+        known = sides.get(_key(document)) if sides else None
+        if split in ("all", known or split_of(document, held_out_frac, seed)):
+            tally.chosen += 1
+            yield document
+    if not tally.chosen:
+        passed = f", passed over {tally.remark}" if tally.remark else ""
+        if tally.read == tally.blank:
+            raise CosaeError(
+                f"The corpus {spec} must hold at least one document with text. Got {tally.read} documents, "
+                f"none with text{passed}: name another corpus."
+            )
+        raise CosaeError(
+            f"The corpus {spec} must hold at least one document in its {split!r} split. Got {tally.read} documents, "
+            f"none of them there{passed}: give more documents (a .txt file is one, unless data.txt_unit is paragraph "
+            "or line) or change data.held_out_frac."
+        )

@@ -1,0 +1,213 @@
+"""Local files → documents: .txt, .jsonl, .parquet, and folders of text or source files.
+
+Everything is read lazily, one document at a time; a row or file that cannot be read is one CosaeError naming it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cosae.errors import CosaeError
+from cosae.text.pylib import Document
+from cosae.text.worker import said
+
+_TEXT_SUFFIXES = """
+    .c .cc .cfg .cpp .css .csv .go .h .hpp .html .ini .java .js .json .kt .lua .md .php .pl .py .pyi .r .rb
+    .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsv .txt .xml .yaml .yml
+"""
+TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
+"""What a folder is searched for; other files in it are passed over."""
+ROW_SUFFIXES = (".jsonl", ".parquet")
+TXT_UNITS = ("file", "paragraph", "line")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How text is read. Raises CosaeError on a value that is not allowed.
+
+    text_field  key or column that holds a row's text (.jsonl, .parquet, datasets)
+    suffixes    endings of the files a folder is searched for; none: TEXT_SUFFIXES, and where a folder has no such
+                file, its .jsonl and .parquet files
+    txt_unit    what counts as a document in a .txt file named by itself: the file, each paragraph (blank lines
+                between) or each line. In a folder every file is one document
+    max_chars   a document is cut here, before anything else is done with it
+    """
+
+    text_field: str = "text"
+    suffixes: tuple[str, ...] = ()
+    txt_unit: str = "file"
+    max_chars: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.text_field:
+            raise CosaeError("text_field must name the key or column with the text. Got '' instead.")
+        if wrong := [s for s in self.suffixes if not s.startswith(".") or len(s) < 2]:
+            raise CosaeError(f"suffixes must be file endings such as .py. Got {wrong[0]!r} instead.")
+        if self.txt_unit not in TXT_UNITS:
+            raise CosaeError(f"txt_unit must be one of {', '.join(TXT_UNITS)}. Got {self.txt_unit!r} instead.")
+        if self.max_chars is not None and self.max_chars < 1:
+            raise CosaeError(f"max_chars must be at least 1. Got {self.max_chars} instead.")
+
+
+@dataclass
+class Tally:
+    """What was met while reading. Counts, and the names of files in a folder that are not UTF-8 text."""
+
+    read: int = 0
+    blank: int = 0
+    chosen: int = 0
+    undecodable: list[str] = field(default_factory=list)
+
+    @property
+    def remark(self) -> str:
+        """What was passed over, in words; empty where nothing was."""
+        parts = [f"{self.blank} blank"] if self.blank else []
+        if self.undecodable:
+            parts.append(f"{len(self.undecodable)} not UTF-8 (the first: {self.undecodable[0]})")
+        return ", ".join(parts)
+
+
+def read_path(path: Path, reading: Reading, tally: Tally, order_key: Sequence[int] | None = None) -> Iterator[Document]:
+    """Documents of a file or folder. Raises CosaeError at the call where there is none to read."""
+    if path.is_dir():
+        return _read_folder(path, _files_of(path, reading.suffixes, order_key), reading, tally)
+    if not path.is_file():
+        raise CosaeError(
+            "The corpus must be 'pylib', an existing folder or .txt, .jsonl or .parquet file, or "
+            "'hf:DATASET[:CONFIG][:SPLIT]', with a weight behind it in a mixture (code/:0.7). "
+            f"Got {str(path)!r}, which does not exist, instead."
+        )
+    suffix = path.suffix.lower()
+    if suffix not in _READERS and suffix not in reading.suffixes:
+        raise CosaeError(
+            f"A corpus file must be .txt, .jsonl or .parquet, or end as data.suffixes says. Got {path.name!r} instead."
+        )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise CosaeError(f"The corpus file {str(path)!r} cannot be read: {error.strerror}.") from None
+    return _READERS.get(suffix, _read_text)(path, path.name, reading)
+
+
+def _read_folder(folder: Path, paths: list[Path], reading: Reading, tally: Tally) -> Iterator[Document]:
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if path.suffix.lower() in ROW_SUFFIXES:
+            yield from _READERS[path.suffix.lower()](path, name, reading)
+            continue
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            tally.undecodable.append(name)  # a folder may hold a stray binary under a text file's name
+            continue
+        except OSError as error:
+            raise CosaeError(f"The corpus file {str(path)!r} cannot be read: {error.strerror}.") from None
+        yield Document(name, text)
+
+
+def _files_of(folder: Path, suffixes: tuple[str, ...], order_key: Sequence[int] | None) -> list[Path]:
+    """Files to read, sorted by name, or in a seeded order. Raises CosaeError where there are none."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    wanted = {s.lower() for s in suffixes} or TEXT_SUFFIXES
+    found = [p for p in files if p.suffix.lower() in wanted]
+    if not found and not suffixes:
+        found = [p for p in files if p.suffix.lower() in ROW_SUFFIXES]
+    if not found:
+        what = "file with one of these endings" if suffixes else "text or source file"
+        raise CosaeError(
+            f"A corpus folder must hold at least one {what}. Got {str(folder)!r}, which has none of "
+            f"{' '.join(sorted(wanted))} among its {len(files)} files, instead."
+        )
+    if order_key is not None:
+        found = [found[i] for i in np.random.default_rng(list(order_key)).permutation(len(found))]
+    return found
+
+
+def _read_text(path: Path, name: str, reading: Reading) -> Iterator[Document]:
+    try:
+        if reading.txt_unit == "file":
+            yield Document(name, path.read_text("utf-8"))
+        else:
+            yield from _units(path, name, by_line=reading.txt_unit == "line")
+    except UnicodeDecodeError as error:
+        raise CosaeError(f"A corpus file must be UTF-8 text. Got {name!r}: {error}.") from None
+
+
+def _units(path: Path, name: str, by_line: bool) -> Iterator[Document]:
+    """Lines, or paragraphs, that are not blank; each is named by the number of its first line."""
+    start, lines = 0, list[str]()
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                start = start if lines else number
+                lines.append(line)
+            if lines and (by_line or not line.strip()):
+                yield Document(f"{name}:{start}", "".join(lines))
+                lines = []
+    if lines:
+        yield Document(f"{name}:{start}", "".join(lines))
+
+
+def _read_jsonl(path: Path, name: str, reading: Reading) -> Iterator[Document]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{name}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CosaeError(f"Each line must be one JSON object. Got {where}: {error}.") from None
+            yield document_of(row, where, f"{name}:{number}", reading.text_field)
+
+
+def _read_parquet(path: Path, name: str, reading: Reading) -> Iterator[Document]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise CosaeError("Reading .parquet needs pyarrow: pip install 'cosae[lm]'.") from None
+
+    try:
+        file = parquet.ParquetFile(path)
+        if reading.text_field not in file.schema_arrow.names:
+            raise CosaeError(
+                f"A .parquet corpus must have its text in the column {reading.text_field!r}. Got {name!r} with the "
+                f"columns {sorted(file.schema_arrow.names)} instead: name the column with data.text_field."
+            )
+        columns = [c for c in dict.fromkeys((reading.text_field, "name", "id")) if c in file.schema_arrow.names]
+        number = 0
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for row in batch.to_pylist():
+                yield document_of(row, f"{name}, row {number}", f"{name}:{number}", reading.text_field)
+                number += 1
+    except (ArrowException, OSError) as error:
+        raise CosaeError(f"A .parquet corpus must be a whole Parquet file. Got {name!r}: {said(error)}.") from None
+
+
+_READERS: dict[str, Callable[[Path, str, Reading], Iterator[Document]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def document_of(row: Any, where: str, name: str, text_field: str) -> Document:
+    """A row's text under `text_field`; its name under "name" or "id", else the place it was read from."""
+    if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+        got = f"the keys {sorted(map(str, row))}" if isinstance(row, dict) else type(row).__name__
+        if isinstance(row, dict) and text_field in row:
+            got = f"{type(row[text_field]).__name__} there"
+        raise CosaeError(
+            f'Each row must hold its text as a string under "{text_field}" (data.text_field). Got {got} at {where} '
+            "instead."
+        )
+    given = next((row[k] for k in ("name", "id") if isinstance(row.get(k), str | int) and k != text_field), name)
+    # JSON can spell half a surrogate pair, which no tokenizer takes.
+    text = row[text_field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return Document(str(given), text)

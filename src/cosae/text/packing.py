@@ -1,0 +1,168 @@
+"""documents → token sequences.
+
+Enters: documents (name, text) as `read_documents` gives them, and a fast tokenizer.
+Leaves: `types.Sequences`, every token knowing its document and its place in it.
+
+Two packings. `packed`: documents one after the other, cut into full rows of `context` tokens; a document that
+does not fit goes on in the next row, without a second BOS; only the very last row is padded. `document`: one
+document a row, cut at `context`, padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cosae.errors import CosaeError
+from cosae.text.documents import TEXT_SUFFIXES, read_documents, split_of
+from cosae.text.pylib import Document
+from cosae.text.tokenization import TokenizedDocument, tokenize_documents
+from cosae.types import Sequences
+
+__all__ = [
+    "TEXT_SUFFIXES",
+    "Document",
+    "Packing",
+    "TokenizedDocument",
+    "iterate_sequences",
+    "read_documents",
+    "sequences",
+    "split_of",
+    "tokenize_documents",
+]
+
+Packing = Literal["packed", "document"]
+
+
+def sequences(
+    tokenized: Iterable[TokenizedDocument],
+    context: int,
+    packing: Packing = "packed",
+    *,
+    pad_id: int,
+    special_ids: Iterable[int] = (),
+) -> Sequences:
+    """All of a finite corpus as one `Sequences` of (S, context).
+
+    pad_id       fills the places where mask_ST is False
+    special_ids  the tokenizer's special ids (`tokenizer.all_special_ids`)
+
+    Raises CosaeError for an empty corpus.
+    """
+    everything = list(iterate_sequences(tokenized, context, packing, pad_id=pad_id, special_ids=special_ids))
+    if len(everything) == 1:
+        return everything[0]
+
+    names: list[str] = []
+    for chunk in everything:
+        names += chunk.doc_names[len(names) - chunk.first_doc :]
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(chunk, name) for chunk in everything])
+
+    return Sequences(
+        ids_ST=joined("ids_ST"),
+        doc_ST=joined("doc_ST"),
+        index_ST=joined("index_ST"),
+        mask_ST=joined("mask_ST"),
+        special_ST=joined("special_ST"),
+        doc_names=tuple(names),
+    )
+
+
+def iterate_sequences(
+    tokenized: Iterable[TokenizedDocument],
+    context: int,
+    packing: Packing = "packed",
+    *,
+    pad_id: int,
+    special_ids: Iterable[int] = (),
+    rows_per_chunk: int = 1024,
+    first_doc: int = 0,
+    first_index: int = 0,
+) -> Iterator[Sequences]:
+    """The same rows as `sequences`, `rows_per_chunk` at a time, for corpora that do not fit or do not end.
+
+    Document indices run on from chunk to chunk; each chunk's doc_names holds its own documents' names, the first of
+    them that of document first_doc. What is held does not grow with what was read.
+
+    first_doc    index of the first document
+    first_index  index of its first token in the document's own list, where that was cut off in front
+
+    Raises CosaeError at the call for a bad setting, and while reading for an empty corpus.
+    """
+    if context < 2:
+        raise CosaeError(f"context must be at least 2 tokens. Got {context} instead.")
+    if packing not in ("packed", "document"):
+        raise CosaeError(f"packing must be 'packed' or 'document'. Got {packing!r} instead.")
+    if rows_per_chunk < 1:
+        raise CosaeError(f"rows_per_chunk must be at least 1. Got {rows_per_chunk} instead.")
+    special = np.unique(np.fromiter(special_ids, dtype=np.int64))
+    packer = _Packer(context, packing == "packed", pad_id, special, first_doc)
+    return packer.chunks(tokenized, rows_per_chunk, first_index)
+
+
+class _Packer:
+    """Rows under way: pieces of (id, document, index) places that do not make a chunk yet."""
+
+    def __init__(self, context: int, packed: bool, pad_id: int, special: NDArray[np.int64], first_doc: int) -> None:
+        self._context, self._packed, self._pad_id, self._special = context, packed, pad_id, special
+        self._first_doc = first_doc  # of the names held
+        self._names: list[str] = []
+        self._places: list[NDArray[np.int64]] = []  # (3, t) pieces
+        self._n_waiting = 0
+
+    def chunks(
+        self, tokenized: Iterable[TokenizedDocument], rows_per_chunk: int, first_index: int
+    ) -> Iterator[Sequences]:
+        chunk_tokens = rows_per_chunk * self._context
+        empty = True
+        for name, ids_T, _ in tokenized:
+            empty = False
+            self._add(name, ids_T, first_index)
+            first_index = 0
+            if self._n_waiting >= chunk_tokens:
+                flat = np.concatenate(self._places, axis=1)
+                n_full = self._n_waiting - self._n_waiting % chunk_tokens
+                self._places, self._n_waiting = [flat[:, n_full:].copy()], self._n_waiting - n_full
+                for start in range(0, n_full, chunk_tokens):
+                    yield self._rows(flat[:, start : start + chunk_tokens])
+        if empty:
+            raise CosaeError(
+                "The corpus must hold at least one token. Got none: the documents are empty, too short for "
+                "min_chars, or all on the other side of the split."
+            )
+        if self._n_waiting:
+            padding = np.tile([[self._pad_id], [-1], [-1]], (1, -self._n_waiting % self._context))
+            yield self._rows(np.concatenate([*self._places, padding], axis=1))
+
+    def _add(self, name: str, ids_T: NDArray[np.int32], first_index: int) -> None:
+        ids = ids_T if self._packed else ids_T[: self._context]
+        place = np.empty((3, len(ids) if self._packed else self._context), dtype=np.int64)
+        place[0, : len(ids)] = ids
+        place[1, : len(ids)] = self._first_doc + len(self._names)
+        place[2, : len(ids)] = np.arange(first_index, first_index + len(ids))
+        place[:, len(ids) :] = [[self._pad_id], [-1], [-1]]
+        self._names.append(name)
+        self._places.append(place)
+        self._n_waiting += place.shape[1]
+
+    def _rows(self, place: NDArray[np.int64]) -> Sequences:
+        """(3, S * context) places → Sequences; names of documents before them are let go."""
+        over = int(place[1, 0]) - self._first_doc
+        del self._names[:over]
+        self._first_doc += over
+        ids, doc, index = (torch.from_numpy(np.ascontiguousarray(p)).reshape(-1, self._context) for p in place)
+        return Sequences(
+            ids_ST=ids,
+            doc_ST=doc.int(),
+            index_ST=index.int(),
+            mask_ST=doc >= 0,
+            special_ST=torch.isin(ids, torch.from_numpy(self._special)),
+            doc_names=tuple(self._names[: int(place[1].max()) - self._first_doc + 1]),
+            first_doc=self._first_doc,
+        )

@@ -1,0 +1,276 @@
+"""The report: self-contained, escaped, honest in words, and in one sentence about whatever is missing or broken."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from cosae.errors import CosaeError
+from cosae.report.page import summary_table, write_report
+from tests.support.fake_run import ARMS, write_run
+
+HOSTILE = "<script>alert(1)</script> \"'&<b>"
+TWO = {"standard": ("inner", "raw", None), "global": ("cosine", "raw", 0.3)}
+
+
+class Reader(HTMLParser):
+    """Collects elements, attributes and text, and checks that elements nest."""
+
+    VOID = ("meta", "br", "hr")
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.seen, self.attributes, self.words = [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(self.words)
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    where = tmp_path_factory.mktemp("runs")
+    runs = [
+        write_run(where / "natural", concepts=12),
+        write_run(where / "injected", "injected", "injected: log_normal σ=1", concepts=12, seed=1),
+    ]
+    return runs, write_report(runs, where / "page.html").read_text()
+
+
+def page_of(run, tmp_path):
+    return Reader(write_report([run], tmp_path / "page.html").read_text()).text
+
+
+def change(path, edit):
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+def test_page_is_self_contained_and_well_formed(two_runs):
+    _, page = two_runs
+    reader = Reader(page)
+    assert reader.open == []
+    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & set(reader.seen)
+    for name, value in reader.attributes:
+        assert name not in ("src", "xlink:href", "onload", "onclick", "style")
+        assert name != "href" or value.startswith("#")
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", page)
+    assert "default-src 'none'" in page.replace("&#x27;", "'")
+
+
+def test_figures_have_finite_coordinates(two_runs):
+    _, page = two_runs
+    drawings = " ".join(re.findall(r"<svg.*?</svg>", page, flags=re.S))
+    assert drawings.count('role="img"') >= 2 * 7
+    assert not re.search(r'="[^"]*\b(nan|inf|None)\b', drawings)
+
+
+def test_page_begins_with_the_norm_facts_and_gives_every_section(two_runs):
+    _, page = two_runs
+    words = Reader(page).text
+    headings = ("Norms", "Summary", "Reconstruction by norm", "Learned exponents", "Sparse probing", "Provenance")
+    places = [words.index(heading) for heading in headings]
+    assert places == sorted(places)
+    for fact in (
+        "2.61 ×",
+        "0.39 %",
+        "drops position 0",
+        "0.71",
+        "4a1b89c0ffee",
+        "9f2c1d0be71a55e3",
+        "schedule.warmup",
+        "seed 42",
+    ):
+        assert fact in words
+
+
+def test_fve_never_stands_without_the_median_token(two_runs):
+    _, page = two_runs
+    for head in re.findall(r"<thead>(.*?)</thead>", page):
+        columns = re.findall(r"<th[^>]*>(.*?)</th>", head)
+        if any(re.match(r"FVE($|,)", column) for column in columns):
+            assert any("median token" in column for column in columns)
+
+
+def test_everything_untrusted_is_escaped(tmp_path):
+    run = write_run(tmp_path / "run", HOSTILE, HOSTILE, {HOSTILE: ("inner", "raw", None), **TWO}, concepts=8)
+    change(run / "run.json", lambda value: value["recipe"].update({HOSTILE: HOSTILE}, odd="\ud800"))
+    change(run / "run.json", lambda value: value["arms"]["global"].update(stopped=HOSTILE))
+    change(run / "evaluation.json", lambda value: value["probing"]["concepts"][0].update(name=HOSTILE))
+    page = write_report([run], tmp_path / "page.html").read_text()
+    reader = Reader(page)
+    assert "script" not in reader.seen
+    assert HOSTILE not in page
+    assert HOSTILE in reader.text
+
+
+def test_names_cannot_steer_a_terminal(tmp_path):
+    name = "\x1b[2Jarm\nx"
+    run = write_run(tmp_path / "run", name, arms={name: ("inner", "raw", None), "global": ("cosine", "raw", 0.3)})
+    change(run / "run.json", lambda value: value["arms"][name].update(stopped=name))
+    words = summary_table([run])
+    assert "\x1b" not in words
+    assert "\nx" not in words
+
+
+def test_words_when_nothing_can_be_told_apart(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=0, gain=0.0)
+    said = "All 4 paired 95 % intervals against standard include 0"
+    assert said in page_of(run, tmp_path)
+    assert "cannot be told apart" in page_of(run, tmp_path)
+    assert said in summary_table([run])
+
+
+def test_words_when_an_arm_is_worse(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=0, gain=-0.02)
+    words = page_of(run, tmp_path)
+    assert "4 of 4 paired 95 % intervals against standard exclude 0" in words
+    assert "FVE, sinks out: lower: global." in words
+    assert "−0.0200" in words
+
+
+def test_a_synthetic_world_shows_what_was_recovered(tmp_path):
+    words = page_of(write_run(tmp_path / "run", arms=TWO, concepts=0, world=True), tmp_path)
+    assert "Recovery of the known dictionary" in words
+    assert "mcc 0.7000 0.7040" in " ".join(words.split())
+
+
+def test_probing_is_shown_with_sinks_in_as_well(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=6)
+    assert "Probing with sinks in" in page_of(run, tmp_path)
+    change(run / "evaluation.json", lambda value: value.update(probing_sinks_in=None))
+    assert "Probing with sinks in" not in page_of(run, tmp_path)
+
+
+def test_a_run_without_probing_says_so(tmp_path):
+    words = page_of(write_run(tmp_path / "run", concepts=0), tmp_path)
+    assert "This run was not probed" in words
+
+
+def test_an_unfinished_run_with_a_cut_line_still_gives_a_page(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "evaluation.json").unlink()
+    change(run / "run.json", lambda value: value.update(status="running"))
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines + '{"step": 9999, "tok')
+    words = page_of(run, tmp_path)
+    assert "not finished (status: running)" in words
+    assert "has not been evaluated" in words
+    assert "2.6 ×" in words  # from the training window
+    assert "FVE of the training batches" in words
+    assert "Not evaluated" in summary_table([run])
+
+
+def test_stopped_and_moving_arms_are_named(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO)
+    change(run / "run.json", lambda value: value["arms"]["standard"].update(stopped="loss became NaN at step 7"))
+    change(run / "run.json", lambda value: value["arms"]["global"].update(a_moving=True))
+    words = page_of(run, tmp_path)
+    assert "The arm standard stopped before the end (loss became NaN at step 7)" in words
+    assert "The exponent of global was still moving" in words
+    assert "standard stopped: loss became NaN" in summary_table([run])
+
+
+def test_arms_on_different_streams_are_not_called_paired(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO)
+    for arm, digest in (("standard", "9f2c1d0be71a55e3"), ("global", "other")):
+        change(run / "run.json", lambda value, a=arm, d=digest: value["arms"][a].update(stream_digest=d))
+    assert "did NOT all record the same stream (global" in page_of(run, tmp_path)
+    change(run / "run.json", lambda value: value["arms"]["global"].update(stream_digest="9f2c1d0be71a55e3"))
+    assert "All arms saw identical batches" in page_of(run, tmp_path)
+
+
+@pytest.mark.parametrize("odd", [{}, [], None, "text", 7, {"a": None}])
+def test_pieces_of_another_shape_are_left_out_rather_than_fatal(tmp_path, odd):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=4)
+    for key in ("norms", "reconstruction", "paired_fve", "exponents"):
+        change(run / "evaluation.json", lambda value, k=key: value.update({k: odd}))
+    for key in ("concepts", "arms", "baselines", "summary", "paired"):
+        change(run / "evaluation.json", lambda value, k=key: value["probing"].update({k: odd}))
+    for key in ("norm_facts", "filter", "source", "recipe", "packages", "hardware"):
+        change(run / "run.json", lambda value, k=key: value.update({k: odd}))
+    Reader(write_report([run], tmp_path / "page.html").read_text())
+    summary_table([run])
+
+
+def test_many_arms_and_long_names_get_looks_of_their_own(tmp_path):
+    arms = {f"arm {i} {'long ' * 12}": ("cosine", "raw", 0.1) for i in range(20)}
+    run = write_run(tmp_path / "run", arms=arms, concepts=6)
+    Reader(write_report([run], tmp_path / "page.html").read_text())
+
+
+def test_summary_table_lines_up_and_matches_the_page(two_runs):
+    runs, page = two_runs
+    tables = summary_table(runs).split("\n\n")
+    assert len(tables) == 2
+    lines = tables[0].splitlines()[1 : 2 + len(ARMS)]
+    assert len({len(line) for line in lines}) == 1
+    assert "0.8450" in lines[1]
+    assert "0.8450" in page
+
+
+def test_bad_paths_and_files_get_one_sentence(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=0)
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "page.html"
+    with pytest.raises(CosaeError, match="at least one run"):
+        write_report([], out)
+    with pytest.raises(CosaeError, match="nothing at"):
+        write_report([tmp_path / "absent"], out)
+    with pytest.raises(CosaeError, match="a file at"):
+        write_report([run / "run.json"], out)
+    with pytest.raises(CosaeError, match=r"holds no run\.json"):
+        summary_table([tmp_path / "empty"])
+    with pytest.raises(CosaeError, match="is a directory"):
+        write_report([run], tmp_path)
+    with pytest.raises(CosaeError, match="cannot be written"):
+        write_report([run], run / "run.json" / "page.html")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.json", "{", "is damaged"),
+        ("run.json", "[]", "must hold a JSON object"),
+        ("run.json", '{"format": "other"}', "is not a cosae run"),
+        ("run.json", '{"format": "cosae-run", "version": 2}', "has version 2"),
+        ("run.json", b"\xff\xfe", "is damaged"),
+        ("evaluation.json", "[" * 100_000, "is damaged"),
+        ("metrics.jsonl", '{"step": 1}\nnot json\n{"step": 2}\n', "line 2"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=0)
+    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CosaeError, match=message):
+        summary_table([run])
+
+
+def test_an_older_page_is_replaced_whole_and_nothing_else_is_left(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=0)
+    out = tmp_path / "pages" / "page.html"
+    write_report([run], out)
+    out.write_text("old")
+    assert write_report([run], out) == out
+    assert out.read_text().startswith("<!doctype html>")
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]

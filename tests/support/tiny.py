@@ -1,0 +1,44 @@
+"""Tiny models of the activations' tests, SAEs for them, and an SAE that rebuilds everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import cosae
+from cosae.models.capture import capture
+from cosae.sae.calibrate import calibrate
+from cosae.types import Sequences
+from tests.support.tiny_models import BLOCK_PATHS, D, make_model, make_sequences
+
+FAMILIES = tuple(BLOCK_PATHS)
+__all__ = ["FAMILIES", "D", "identity_sae", "make_model", "make_sae", "make_sequences", "mixed_sequences"]
+
+
+def mixed_sequences(padding: str = "right", seed: int = 0) -> Sequences:
+    """Three documents of different lengths, padded on one side."""
+    return make_sequences(n_positions=10, lengths=[10, 6, 8], padding=padding, seed=seed)
+
+
+def make_sae(model: Any, site: str = "resid_post.2", seed: int = 0, **options: Any) -> cosae.SAE:
+    """A random, calibrated SAE for a site of a model, of 48 features and L0 6."""
+    x_ND = capture(model, make_sequences(6, 20, seed=99), site)[site].x_ND
+    options = {"score": "cosine", "k": 6, "d_sae": 48, **options}
+    sae = cosae.SAE.build(d_in=x_ND.shape[1], seed=seed, sample=x_ND, **options)
+    with torch.no_grad():
+        if sae.score.family.exponent_owner != "fixed":
+            sae.score.set_exponent(0.5)
+    calibrate(sae, x_ND)
+    return sae
+
+
+def identity_sae(d: int = D, **options: Any) -> cosae.SAE:
+    """2d features, rows ±I: x̂ = Σ ReLU(±x_i) (±e_i) = x."""
+    sae = cosae.SAE.build(d_in=d, d_sae=2 * d, score="inner", selector="batch_topk", k=d, bias=False, **options)
+    with torch.no_grad():
+        sae.score.rows_FD.copy_(torch.cat([torch.eye(d), -torch.eye(d)]))
+        sae.decoder.rows_FD.copy_(sae.score.rows_FD)
+        sae.centre_D.zero_()
+        sae.selector.set_margin(0.0)
+    return sae
