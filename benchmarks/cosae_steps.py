@@ -57,7 +57,7 @@ def make_step(score: str, path: str, shape: Shape, sample_ND: Tensor) -> Callabl
 def gradients(sae: SAE, x_ND: Tensor) -> dict[str, Tensor]:
     """Gradients of the mean squared error by parameter."""
     output = sae.train_forward(x_ND)
-    (output.framed.z_BD - output.rebuilt[-1]).square().sum(-1).mean().backward()
+    (output.framed.z_BD - output.recon[-1]).square().sum(-1).mean().backward()
     return {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
 
 

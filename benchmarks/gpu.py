@@ -78,7 +78,7 @@ def find_fault(args: argparse.Namespace, score: str, x_BD: Tensor) -> str | None
 
 def _gradients(sae: SAE, x_BD: Tensor) -> dict[str, Tensor]:
     output = sae.train_forward(x_BD)
-    torch.autograd.backward((output.framed.z_BD - output.rebuilt[-1]).square().sum(-1).mean())
+    torch.autograd.backward((output.framed.z_BD - output.recon[-1]).square().sum(-1).mean())
     return {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
 
 

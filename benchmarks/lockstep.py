@@ -46,8 +46,8 @@ def time_company(shape: Shape, rounds: int, clock: str) -> None:
 
     company = {state.arm.name: (lambda state=state: step(state)) for state in states}
     together = interleave(company, rounds, clock)
-    facts = interleave({"facts": lambda: (Batch.of(x_ND), fingerprint(bare))}, rounds, clock)["facts"]
-    print(f"facts of the batch, once for all arms: {1e3 * statistics.median(facts):.2f} ms ({clock})")
+    metadata = interleave({"facts": lambda: (Batch.of(x_ND), fingerprint(bare))}, rounds, clock)["facts"]
+    print(f"facts of the batch, once for all arms: {1e3 * statistics.median(metadata):.2f} ms ({clock})")
     for state in states:
         alone = interleave({"alone": lambda state=state: step(state)}, rounds, clock)["alone"]
         ms, ratio = 1e3 * statistics.median(together[state.arm.name]), median_ratio(together[state.arm.name], alone)

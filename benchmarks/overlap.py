@@ -53,14 +53,14 @@ def start_arms(n_arms: int, stream: ActivationStream) -> list[ArmState]:
         sample = stream.sample_ND
         sae = SAE.build(d_in=192, d_sae=3072, score="cosine", k=32, seed=seed, sample=sample)
         arm = Arm(name=f"arm-{seed}", score="cosine", k=32, seed=seed)
-        states.append(ArmState.start(arm, sae, stream.norm_facts.total_variance, OptimizerConfig()))
+        states.append(ArmState.start(arm, sae, stream.norm_summary.total_variance, OptimizerConfig()))
     return states
 
 
 def turn(source: ModelSource, ahead: int, n_arms: int, n_steps: int) -> tuple[float, str]:
     """Seconds of n_steps steps after two that are not timed, and the digest of all that was handed out."""
     policy = FilterPolicy(window_tokens=WINDOW)
-    options = {"batch_tokens": TOKENS, "buffer_tokens": BUFFER, "seed": 0, "ahead_chunks": ahead}
+    options = {"batch_tokens": TOKENS, "buffer_tokens": BUFFER, "seed": 0, "prefetch_chunks": ahead}
     stream = ActivationStream(source, filter=policy, **options)  # type: ignore[arg-type]
     try:
         states = start_arms(n_arms, stream)

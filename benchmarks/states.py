@@ -1,7 +1,7 @@
 """What compressed Adam states cost in reconstruction: `python -m benchmarks.states`.
 
 Arms that differ in `state_dtype` alone train in lockstep on the embedded model's activations: the same batches, the
-same start, for every seed. Held-out tokens are then rebuilt by the training rule (k a token on average, so L0 is
+same start, for every seed. Held-out tokens are then reconstructed by the training rule (k a token on average, so L0 is
 equal), and FVE is taken about their mean. Differences to float32 are paired by (seed, score); the interval draws them.
 """
 
@@ -30,7 +30,7 @@ def held_out_fve(sae: SAE, x_ND: Tensor) -> float:
     with torch.no_grad():
         for part_BD in x_ND.split(1024):
             output = sae.train_forward(part_BD)
-            missed += float((output.framed.z_BD - output.rebuilt[-1]).double().square().sum())
+            missed += float((output.framed.z_BD - output.recon[-1]).double().square().sum())
     return 1.0 - missed / float((x_ND - x_ND.mean(0)).double().square().sum())
 
 

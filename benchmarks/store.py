@@ -105,7 +105,7 @@ def time_one(dtype: str, source: StoreSource, memory: TensorSource, args: argpar
         stream = stream_of(one, args.batch)
         arm = parse_arm(f"cosine,d_sae={args.m},k={args.k},seed=0")
         sae = arm.build(args.d, stream.sample_ND, "cpu")
-        state = ArmState.start(arm, sae, stream.norm_facts.total_variance, OptimizerConfig())
+        state = ArmState.start(arm, sae, stream.norm_summary.total_variance, OptimizerConfig())
         contestants[f"train, {name}"] = partial(train, state, stream, args.steps, [0])
         contestants[f"data, {name}"] = partial(read, stream_of(one, args.batch), args.steps)
     seconds = interleave(contestants, args.rounds, args.clock)

@@ -51,9 +51,9 @@ def processor() -> str:
     """The processor's name, and which of its vector units matter here."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        facts = dict(line.split(":", 1) for line in lines if ":" in line)
+        metadata = dict(line.split(":", 1) for line in lines if ":" in line)
     except OSError:
         return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, value in facts.items()}
+    fields = {key.strip(): value.strip() for key, value in metadata.items()}
     units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in fields.get("flags", "").split()]
     return f"{fields.get('model name', platform.machine())} ({', '.join(units)})"

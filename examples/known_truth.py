@@ -1,4 +1,4 @@
-"""A world whose true features are known: which score finds and detects them when length is a nuisance?
+"""A world whose true features are known: which score finds and detects them when length is a perturbation?
 
 python examples/known_truth.py [--steps 300] [--sigma 0.7]
 """

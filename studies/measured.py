@@ -21,9 +21,9 @@ import torch
 
 import cosae
 from cosae.activations import filter as filters
-from cosae.activations import perturbation as nuisances
+from cosae.activations import perturbation as perturbations
 from cosae.activations.filter import Filter
-from cosae.activations.perturbation import Nuisance
+from cosae.activations.perturbation import Perturbation
 from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.matching import match
 from cosae.evaluate.norms.driven import firing_norms, norm_driven
@@ -68,14 +68,14 @@ class Samples:
         self._opened: dict[str, ModelData] = {}
 
     def of(self, recipe: Recipe, split: str) -> Sample:
-        """The sample of a split with the recipe's nuisance on it."""
+        """The sample of a split with the recipe's perturbation on it."""
         key = json.dumps([repr(recipe.data), recipe.training.seed, repr(recipe.evaluation)])
         if key not in self._opened:
             self._opened.clear()  # one at a time: a sample is a few hundred MB
             few = recipe.changed({"training.steps": 1, "training.batch_tokens": 1, "training.buffer_tokens": 2})
             self._opened[key] = ModelData(few.changed({"filter.window_tokens": 1}))
         opened = self._opened[key]
-        opened._recipe = replace(opened._recipe, nuisance=recipe.nuisance)
+        opened._recipe = replace(opened._recipe, perturbation=recipe.perturbation)
         tokens = recipe.evaluation.probe_tokens if split == "train" else recipe.evaluation.held_out_tokens
         return opened.sample(split, tokens)  # type: ignore[arg-type]
 
@@ -169,7 +169,9 @@ def _shifts(
     tested[READ_TIME] = reader
     found: dict[str, Any] = {}
     for sigma in SHIFTS:
-        shifted = nuisances.apply(held_out.activations, Nuisance(kind="log_normal", sigma=sigma, seed=1), 0, "held_out")
+        shifted = perturbations.apply(
+            held_out.activations, Perturbation(kind="log_normal", sigma=sigma, seed=1), 0, "held_out"
+        )
         probe = Probe(train, replace(held_out, activations=shifted), fitted, sinks_in=True)
         row = {}
         for arm, sae in tested.items():

@@ -66,7 +66,7 @@ def more(name: str, seed: int) -> dict[str, Any]:
     return extra(name, seed)
 
 
-def rebuilt(name: str, arm: str, key: str = "fve", sinks: str = "sinks_out") -> list[float]:
+def recon(name: str, arm: str, key: str = "fve", sinks: str = "sinks_out") -> list[float]:
     """A number of the reconstruction of one arm, one value per seed."""
     return [evaluation(name, seed)["reconstruction"][arm][sinks][key] for seed in seeds(name)]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cosae.activations.filter import FilterPolicy
-from cosae.activations.perturbation import Nuisance
+from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.recipe import DataConfig, EvaluationConfig, Recipe
 from cosae.run.execute import Logs, execute, resume
@@ -81,16 +81,18 @@ def _natural() -> Recipe:
 
 def _injected() -> Recipe:
     from_1 = "cosine,name=cosine_fast_from_1,a_init=1,a_lr=10,b_lr=10"
-    return base("injected", *MAIN, "unit_rows", from_1).changed({"nuisance": Nuisance(kind="log_normal", sigma=0.5)})
+    return base("injected", *MAIN, "unit_rows", from_1).changed(
+        {"perturbation": Perturbation(kind="log_normal", sigma=0.5)}
+    )
 
 
 def _sinks() -> Recipe:
     """Massive sinks at position 0, filtered in training: the paper's situation (paper §9 A1)."""
-    sinks = Nuisance(kind="sinks", position=0, factor=120.0, direction="massive")
-    return smaller("sinks", *MAIN).changed({"nuisance": sinks, "filter": FilterPolicy(kind="norm")})
+    sinks = Perturbation(kind="sinks", position=0, factor=120.0, direction="massive")
+    return smaller("sinks", *MAIN).changed({"perturbation": sinks, "filter": FilterPolicy(kind="norm")})
 
 
-def _reweighted(name: str, nuisance: Nuisance | None = None) -> Recipe:
+def _reweighted(name: str, perturbation: Perturbation | None = None) -> Recipe:
     """1/r and 1/r² for both scores (paper §5.3; its own cosine arm never trained: §9 B6)."""
     arms = [
         f"{score},name={score}{label},loss.reweight={power}"
@@ -98,7 +100,7 @@ def _reweighted(name: str, nuisance: Nuisance | None = None) -> Recipe:
         for power, label in ((0, ""), (1, "_over_r"), (2, "_over_r2"))
     ]
     recipe = smaller(name, *arms, "standard_unit_frame")
-    return recipe if nuisance is None else recipe.changed({"nuisance": nuisance})
+    return recipe if perturbation is None else recipe.changed({"perturbation": perturbation})
 
 
 def _selectors() -> Recipe:
@@ -148,7 +150,7 @@ RUNSETS: dict[str, Callable[[], Recipe]] = {
     "injected": _injected,
     "sinks": _sinks,
     "reweighted": lambda: _reweighted("reweighted"),
-    "reweighted_injected": lambda: _reweighted("reweighted_injected", Nuisance(kind="log_normal", sigma=0.5)),
+    "reweighted_injected": lambda: _reweighted("reweighted_injected", Perturbation(kind="log_normal", sigma=0.5)),
     "selectors": _selectors,
     "k_8": lambda: _shape("k_8", 3072, 8),
     "k_64": lambda: _shape("k_64", 3072, 64),

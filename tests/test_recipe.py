@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cosae.activations.filter import FilterPolicy
-from cosae.activations.perturbation import Nuisance
+from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError
 from cosae.recipe import PRESETS, DataConfig, EvaluationConfig, Recipe, from_plain, preset, to_plain
@@ -54,7 +54,7 @@ recipes = st.builds(
         world=st.none() | st.builds(World, d_in=counts, sigma=st.floats(0, 3), norm_median=st.none() | rates),
     ),
     filter=st.builds(FilterPolicy, factor=st.floats(1.001, 1e6), window_tokens=counts, drop_special=st.booleans()),
-    nuisance=st.builds(Nuisance, sigma=st.floats(0, 3), position=st.none() | st.integers(0, 99)),
+    perturbation=st.builds(Perturbation, sigma=st.floats(0, 3), position=st.none() | st.integers(0, 99)),
     d_sae=st.none() | counts,
     k=counts,
     arms=st.lists(arms, min_size=1, max_size=3, unique_by=lambda arm: arm.name).map(tuple),
@@ -147,7 +147,7 @@ def test_changes_by_keyword_by_path_and_together() -> None:
         ({"arms": [{"name": "a", "width": 3}]}, r"arms\[0\] has no field 'width'"),
         ({"arms": [{"name": "a"}, {"name": "a"}]}, "different names"),
         ({"filter.kind": "soft"}, "filter.kind must be one of none, position_0, norm. Got 'soft'"),
-        ({"nuisance.kind": "loud"}, "nuisance.kind must be one of"),
+        ({"perturbation.kind": "loud"}, "perturbation.kind must be one of"),
         ({"evaluation.resamples": 0}, "resamples must be at least 1"),
     ],
 )
@@ -209,7 +209,7 @@ def test_the_paper_preset_is_the_papers() -> None:
 
 
 def test_demo_settings_differ_in_the_nuisance_alone() -> None:
-    assert set(preset("demo").diff(preset("demo-injected"))) == {"name", "nuisance.kind", "nuisance.sigma"}
+    assert set(preset("demo").diff(preset("demo-injected"))) == {"name", "perturbation.kind", "perturbation.sigma"}
     assert {arm.name for arm in preset("demo").arms} >= {"standard", "standard_unit_frame", "unit_rows", "cosine"}
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cosae.errors import CosaeError
-from cosae.types import Activations, Codes, Sequences, Taken
+from cosae.types import Activations, Codes, NormStats, Sequences
 
 
 @st.composite
@@ -52,9 +52,9 @@ def test_gradients_reach_the_values() -> None:
 
 
 def test_taken_slices_by_anything() -> None:
-    taken = Taken(torch.arange(4.0), torch.arange(4.0) + 10, torch.arange(4.0) + 20)
+    norm_stats = NormStats(torch.arange(4.0), torch.arange(4.0) + 10, torch.arange(4.0) + 20)
     for rows in (slice(1, 3), torch.tensor([1, 2]), torch.tensor([False, True, True, False])):
-        part = taken[rows]
+        part = norm_stats[rows]
         assert [part.scale_B.tolist(), part.shift_B.tolist(), part.r_B.tolist()] == [[1, 2], [11, 12], [21, 22]]
 
 

@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from cosae.activations.filter import FilterPolicy
 from cosae.activations.monitor import check_policy
-from cosae.activations.perturbation import Nuisance
+from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError
+from cosae.io.legacy import upgrade, upgrade_path
 from cosae.sae.loss import LossConfig
 from cosae.text.documents import Reading
 from cosae.text.mixture import parse_corpus
@@ -69,7 +70,7 @@ class DataConfig:
     make 4096 tokens."""
     chunk_sequences: int = 64
     """Sequences captured between two looks of the shuffle buffer."""
-    ahead_chunks: int = 0
+    prefetch_chunks: int = 0
     """Chunks captured ahead, in a thread of their own, while SAEs train on those before; 0: none. Changes nothing of
     what is trained on."""
     held_out_frac: float = 0.1
@@ -91,7 +92,7 @@ class DataConfig:
         check_policy(self.non_finite)
         parse_corpus(self.corpus)
         Reading(self.text_field, self.suffixes, self.txt_unit, self.max_chars)
-        least_of = {"context": 2, "batch_sequences": 1, "chunk_sequences": 1, "n_workers": 0, "ahead_chunks": 0}
+        least_of = {"context": 2, "batch_sequences": 1, "chunk_sequences": 1, "n_workers": 0, "prefetch_chunks": 0}
         for name, least in least_of.items():
             if getattr(self, name) != "auto" and getattr(self, name) < least:
                 raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)!r} instead.")
@@ -131,15 +132,15 @@ INJECT_INTO = ("both", "training", "evaluation")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run: data, filter, nuisance, arms, training, evaluation."""
+    """One run: data, filter, perturbation, arms, training, evaluation."""
 
     name: str = "embedded"
     data: DataConfig = field(default_factory=DataConfig)
     filter: FilterPolicy = field(default_factory=FilterPolicy)
-    nuisance: Nuisance = field(default_factory=Nuisance)
+    perturbation: Perturbation = field(default_factory=Perturbation)
     inject_into: str = "both"
-    """Which tokens get the nuisance: both (training and evaluation), training, or evaluation (a shift at deployment:
-    thresholds are calibrated and probes chosen without it)."""
+    """Which tokens get the perturbation: both (training and evaluation), training, or evaluation (a shift at
+    deployment: thresholds are calibrated and probes chosen without it)."""
     d_sae: int | None = None
     """Width of arms that name none; None is 16 × d_in."""
     k: int = 32
@@ -163,14 +164,14 @@ class Recipe:
             raise CosaeError(f"d_sae must be at least 1. Got {self.d_sae} instead.")
 
     @property
-    def training_nuisance(self) -> Nuisance:
-        """The nuisance on the stream that SAEs are trained on."""
-        return self.nuisance if self.inject_into in ("both", "training") else Nuisance()
+    def training_perturbation(self) -> Perturbation:
+        """The perturbation on the stream that SAEs are trained on."""
+        return self.perturbation if self.inject_into in ("both", "training") else Perturbation()
 
-    def sample_nuisance(self, split: str) -> Nuisance:
-        """The nuisance on a sample that something is measured on: "train", "calibration" or "held_out"."""
+    def sample_perturbation(self, split: str) -> Perturbation:
+        """The perturbation on a sample that something is measured on: "train", "calibration" or "held_out"."""
         deployed = self.inject_into == "evaluation" and split == "held_out"
-        return self.nuisance if self.inject_into == "both" or deployed else Nuisance()
+        return self.perturbation if self.inject_into == "both" or deployed else Perturbation()
 
     def check(self) -> None:
         """Raises CosaeError for arms that no SAE can be, as far as that is known before the data are read."""
@@ -198,7 +199,7 @@ class Recipe:
         """
         recipe: Recipe = self
         for path, value in {**(changes or {}), **more}.items():
-            recipe = _change(recipe, path.split("."), value, path)
+            recipe = _change(recipe, upgrade_path(path).split("."), value, path)
         return recipe
 
     def diff(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -230,7 +231,7 @@ class Recipe:
             plain = _parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
         except ValueError as error:
             raise CosaeError(f"the recipe {path} is not well-formed: {error}.") from None
-        recipe: Recipe = from_plain(cls, plain, str(path))
+        recipe: Recipe = from_plain(cls, upgrade(plain), str(path))
         return recipe
 
 
@@ -358,7 +359,7 @@ def _demo() -> Recipe:
 
 def _demo_injected() -> Recipe:
     """The demo's arms once more, each token's norm multiplied by an independent log-normal factor (σ = 0.5)."""
-    return replace(_demo(), name="demo-injected", nuisance=Nuisance(kind="log_normal", sigma=0.5, seed=0))
+    return replace(_demo(), name="demo-injected", perturbation=Perturbation(kind="log_normal", sigma=0.5, seed=0))
 
 
 def _paper() -> Recipe:

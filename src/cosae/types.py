@@ -124,10 +124,10 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Taken:
+class NormStats:
     """What a frame took out of each token and a decoder must put back.
 
-    scale_B (B,) fp32   multiplier of the rebuilt vector: 1 in `raw`, |x - c| in `unit`, the standard deviation
+    scale_B (B,) fp32   multiplier of the reconstructed vector: 1 in `raw`, |x - c| in `unit`, the standard deviation
                         in `layer_norm`
     shift_B (B,) fp32   added to every coordinate: 0 but in `layer_norm`, where it is the mean of x
     r_B     (B,) fp32   |z|, the length of what is scored; a norm-restoring decoder reads it
@@ -137,21 +137,21 @@ class Taken:
     shift_B: Tensor
     r_B: Tensor
 
-    def __getitem__(self, rows: slice | Tensor) -> Taken:
-        return Taken(self.scale_B[rows], self.shift_B[rows], self.r_B[rows])
+    def __getitem__(self, rows: slice | Tensor) -> NormStats:
+        return NormStats(self.scale_B[rows], self.shift_B[rows], self.r_B[rows])
 
 
 @dataclass(frozen=True)
 class Framed:
     """A batch as a score sees it.
 
-    z_BD    (B, D) fp32  what is scored and rebuilt, centre removed
-    taken   what has to be put back
+    z_BD    (B, D) fp32  what is scored and reconstructed, centre removed
+    norm_stats  what has to be put back
     live_B  (B,) bool    False for masked (all-zero) rows of x, which encode to nothing
     """
 
     z_BD: Tensor
-    taken: Taken
+    norm_stats: NormStats
     live_B: Tensor
 
 
@@ -164,7 +164,7 @@ class Codes:
     value_E    (E,) fp32       code values; never exactly 0 on selection, signed only for abs_topk
     d_sae      number of features
     shape      leading shape of the input the codes came from; its product is B
-    taken      what the frame took out of each token; `decode` puts it back. None for codes made by hand, which
+    norm_stats what the frame took out of each token; `decode` puts it back. None for codes made by hand, which
                only the raw frame without norm restoring can decode
     """
 
@@ -173,7 +173,7 @@ class Codes:
     value_E: Tensor
     d_sae: int
     shape: tuple[int, ...]
-    taken: Taken | None = None
+    norm_stats: NormStats | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -209,9 +209,9 @@ class Codes:
         stop = max(start, stop)
         offset = self.offset_B1[start : stop + 1]
         inside = slice(int(offset[0]), int(offset[-1]))
-        taken = None if self.taken is None else self.taken[start:stop]
+        norm_stats = None if self.norm_stats is None else self.norm_stats[start:stop]
         return Codes(
-            offset - offset[0], self.feature_E[inside], self.value_E[inside], self.d_sae, (stop - start,), taken
+            offset - offset[0], self.feature_E[inside], self.value_E[inside], self.d_sae, (stop - start,), norm_stats
         )
 
     def with_values(self, value_E: Tensor) -> Codes:
@@ -220,7 +220,7 @@ class Codes:
 
     @classmethod
     def cat(cls, parts: Sequence[Codes]) -> Codes:
-        """The parts' tokens one after another as (N,), on the CPU, without `taken` and gradients; at least one part."""
+        """The parts' tokens one after another, (N,), on the CPU, no `norm_stats` or gradients; one part or more."""
         counts = torch.cat([part.count_B for part in parts]).cpu()
         offset = torch.zeros(len(counts) + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=offset[1:])
@@ -229,12 +229,12 @@ class Codes:
         return cls(offset, feature_E, value_E, parts[0].d_sae, (len(counts),))
 
     @classmethod
-    def from_dense(cls, dense: Tensor, taken: Taken | None = None) -> Codes:
+    def from_dense(cls, dense: Tensor, norm_stats: NormStats | None = None) -> Codes:
         """Codes of a dense (..., d_sae) tensor: its non-zero entries."""
         flat = dense.reshape(-1, dense.shape[-1])
         token_E, feature_E = (flat != 0).nonzero(as_tuple=True)
         return cls.from_entries(
-            token_E, feature_E, flat[token_E, feature_E], flat.shape[1], tuple(dense.shape[:-1]), taken
+            token_E, feature_E, flat[token_E, feature_E], flat.shape[1], tuple(dense.shape[:-1]), norm_stats
         )
 
     @classmethod
@@ -245,7 +245,7 @@ class Codes:
         value_E: Tensor,
         d_sae: int,
         shape: tuple[int, ...],
-        taken: Taken | None = None,
+        norm_stats: NormStats | None = None,
     ) -> Codes:
         """Codes of entries already sorted by (token, feature)."""
         n_tokens = 1
@@ -254,7 +254,7 @@ class Codes:
         count_B = torch.bincount(token_E, minlength=n_tokens)
         offset_B1 = torch.zeros(n_tokens + 1, dtype=torch.int64, device=token_E.device)
         torch.cumsum(count_B, 0, out=offset_B1[1:])
-        return cls(offset_B1, feature_E, value_E, d_sae, shape, taken)
+        return cls(offset_B1, feature_E, value_E, d_sae, shape, norm_stats)
 
 
 Metrics = Mapping[str, Any]
@@ -262,7 +262,7 @@ Metrics = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class NormFacts:
+class NormSummary:
     """Statistics of the first window of a stream, before any filter; written into every SAE's file.
 
     window_tokens      how many tokens were looked at

@@ -92,7 +92,7 @@ def baselines(
 
 
 @torch.inference_mode()
-def norm_facts(
+def norm_summary(
     model: PreTrainedModel,
     documents: Sequence[TokenizedDocument],
     context: int,
@@ -115,11 +115,11 @@ def norm_facts(
     packed_LST, mask_ST = norms("packed")
     mask_ST[:, 0] = False
     alone_LST, _ = norms("document")
-    facts = []
+    metadata = []
     for block in range(packed_LST.shape[0]):
         rest_N = packed_LST[block][mask_ST]
         median = rest_N.median()
-        facts.append(
+        metadata.append(
             {
                 "block": block,
                 "median": float(median),
@@ -128,7 +128,7 @@ def norm_facts(
                 "first_over_median": float(alone_LST[block][:, 0].median() / median),
             }
         )
-    return facts
+    return metadata
 
 
 def _blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
@@ -191,7 +191,7 @@ def main() -> None:
             "stride_half": bits_per_byte(model, some, n_bytes, context, context // 2, pad_id),
         }
     record["most copied"] = sorted(copied.items(), key=lambda c: -c[1])[:8]
-    record["norms"] = norm_facts(model, tokens, context, pad_id)
+    record["norms"] = norm_summary(model, tokens, context, pad_id)
     print(json.dumps(record, indent=2))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from measure import baselines, bits_per_byte, norm_facts
+from measure import baselines, bits_per_byte, norm_summary
 from tokenizer import train_tokenizer
 from transformers import (
     GPT2Config,
@@ -244,7 +244,7 @@ def train(settings: Settings, out: Path, work: Path, early_minutes: float, compi
         with torch.autocast("cpu", torch.bfloat16):
             return bits_per_byte(model, held_out_ids, n_bytes, settings.context, stride, tokenizer.pad_token_id)
 
-    def facts(finished: bool) -> dict[str, object]:
+    def metadata(finished: bool) -> dict[str, object]:
         return {
             "finished": finished,
             "made": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -296,7 +296,7 @@ def train(settings: Settings, out: Path, work: Path, early_minutes: float, compi
             recent = []
         if not shipped_early and passed > 60 * early_minutes:
             shipped_early = True
-            ship(model, tokenizer, facts(False), out)
+            ship(model, tokenizer, metadata(False), out)
             print(f"shipped a first model at {passed / 60:.1f} min", flush=True)
         if now - last_save > 240:
             last_save = now
@@ -314,12 +314,12 @@ def train(settings: Settings, out: Path, work: Path, early_minutes: float, compi
 
     torch.save({"model": model.state_dict()}, work / "final.pt")
     model.to(torch.bfloat16).float()  # what is measured is what is shipped
-    record = facts(True)
+    record = metadata(True)
     record["bits_per_byte"] = {
         "no_overlap": score(settings.context),
         "stride_half": score(settings.context // 2),
     }
-    record["norms"] = norm_facts(model, held_out_ids, settings.context, tokenizer.pad_token_id)
+    record["norms"] = norm_summary(model, held_out_ids, settings.context, tokenizer.pad_token_id)
     ship(model, tokenizer, record, out)
     checkpoint.unlink(missing_ok=True)
     print(json.dumps({k: record[k] for k in ("bits_per_byte", "baselines_bits_per_byte", "norms")}, indent=2))

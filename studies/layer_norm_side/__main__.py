@@ -26,7 +26,7 @@ def result() -> Result:
             [
                 name,
                 "standard",
-                results.mean(results.rebuilt(name, "standard")),
+                results.mean(results.recon(name, "standard")),
                 level,
                 "",
                 "",
@@ -35,9 +35,9 @@ def result() -> Result:
         )
         for arm in ARMS:
             level, gap = results.alignment(name, arm)
-            rebuilt = results.difference(results.rebuilt(name, arm), results.rebuilt(name, "standard"))
-            rows.append([name, arm, results.mean(results.rebuilt(name, arm)), level, rebuilt, gap, ""])
-            gaps[f"{name}/{arm}"] = {"fve": rebuilt, "auroc": gap}
+            recon = results.difference(results.recon(name, arm), results.recon(name, "standard"))
+            rows.append([name, arm, results.mean(results.recon(name, arm)), level, recon, gap, ""])
+            gaps[f"{name}/{arm}"] = {"fve": recon, "auroc": gap}
             drawn.append((f"{'RMSNorm' if name == 'natural' else 'LayerNorm'}: {arm}", gap))
     rms, layer = gaps["natural/cosine"]["auroc"], gaps["twin/cosine"]["auroc"]
     if rms.sign <= 0:

@@ -31,7 +31,7 @@ def result() -> Result:
             rows.append([name, arm, mean, ", ".join(f"{v:.2f}" for v in values), _score(name, arm)])
     series, best = [], {}
     for name, label in FIXED.items():
-        fve = [results.mean(results.rebuilt(name, f"a_{a:g}")) for a in FIXED_EXPONENTS]
+        fve = [results.mean(results.recon(name, f"a_{a:g}")) for a in FIXED_EXPONENTS]
         best[name] = FIXED_EXPONENTS[fve.index(max(fve))]
         series.append((label, FIXED_EXPONENTS, fve))
     above = {key: values for key, values in ends.items() if min(values) > 0.5}
@@ -74,7 +74,7 @@ def result() -> Result:
 
 
 def _score(name: str, arm: str) -> float:
-    return results.mean(results.rebuilt(name, arm))
+    return results.mean(results.recon(name, arm))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ def result() -> Result:
     """FVE and the median token's, against the standard arm."""
     rows, drawn, gaps = [], [], {}
     for name in SETS:
-        base = {key: results.rebuilt(name, "standard", key) for key in ("fve", "median_token_fve", "l0")}
+        base = {key: results.recon(name, "standard", key) for key in ("fve", "median_token_fve", "l0")}
         rows.append([name, "standard", *(sum(v) / len(v) for v in base.values()), "", ""])
         for arm in ARMS:
-            mine = {key: results.rebuilt(name, arm, key) for key in base}
+            mine = {key: results.recon(name, arm, key) for key in base}
             gap = results.difference(mine["fve"], base["fve"])
             middle = results.difference(mine["median_token_fve"], base["median_token_fve"])
             rows.append([name, arm, *(sum(v) / len(v) for v in mine.values()), gap, middle])

@@ -20,7 +20,7 @@ def result() -> Result:
     """FVE, the median token's, and alignment, against the unweighted standard arm."""
     rows, drawn, gaps = [], [], {}
     for name in SETS:
-        base = {key: results.rebuilt(name, "standard", key) for key in ("fve", "median_token_fve", "l0")}
+        base = {key: results.recon(name, "standard", key) for key in ("fve", "median_token_fve", "l0")}
         rows.append(
             [
                 name,
@@ -32,7 +32,7 @@ def result() -> Result:
             ]
         )
         for arm in ARMS:
-            mine = {key: results.rebuilt(name, arm, key) for key in base}
+            mine = {key: results.recon(name, arm, key) for key in base}
             middle = results.difference(mine["median_token_fve"], base["median_token_fve"])
             level, gap = results.alignment(name, arm)
             rows.append([name, arm, *(results.mean(v) for v in mine.values()), level, middle, gap])

@@ -64,10 +64,10 @@ def _continued(drawn: list, gaps: dict) -> tuple[str, list[str], list[list[objec
     """The table of continued training."""
     rows: list[list[object]] = []
     for start, other in (("standard", "cosine"), ("cosine", "standard")):
-        own = results.rebuilt("continued", f"{start}_as_{start}")
+        own = results.recon("continued", f"{start}_as_{start}")
         for to in (start, other):
             arm = f"{start}_as_{to}"
-            fve, l0 = results.rebuilt("continued", arm), results.rebuilt("continued", arm, "l0")
+            fve, l0 = results.recon("continued", arm), results.recon("continued", arm, "l0")
             level, gap = results.alignment("continued", arm, f"{start}_as_{start}")
             rows.append(
                 [

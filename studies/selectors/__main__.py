@@ -22,12 +22,12 @@ def result() -> Result:
     for selector in SELECTORS:
         base, mine = f"standard_{selector}", f"cosine_{selector}"
         level, gap = results.alignment("selectors", mine, base)
-        fve = {arm: results.rebuilt("selectors", arm) for arm in (base, mine)}
-        l0 = {arm: results.rebuilt("selectors", arm, "l0") for arm in (base, mine)}
-        rebuilt = results.difference(fve[mine], fve[base])
+        fve = {arm: results.recon("selectors", arm) for arm in (base, mine)}
+        l0 = {arm: results.recon("selectors", arm, "l0") for arm in (base, mine)}
+        recon = results.difference(fve[mine], fve[base])
         cells = [results.mean(fve[base]), results.mean(fve[mine]), results.mean(l0[base]), results.mean(l0[mine])]
-        rows.append([selector, *cells, level - gap.mean, level, rebuilt, gap])
-        gaps[selector] = {"fve": rebuilt, "auroc": gap, "l0": l0}
+        rows.append([selector, *cells, level - gap.mean, level, recon, gap])
+        gaps[selector] = {"fve": recon, "auroc": gap, "l0": l0}
         drawn.append((selector, gap))
     signs = [gaps[s]["auroc"].sign for s in SELECTORS]
     verdict = "supported" if min(signs) > 0 else "opposite" if max(signs) < 0 else "not supported"

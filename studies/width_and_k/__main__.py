@@ -22,9 +22,9 @@ def result() -> Result:
     for name in trained:
         for arm in ("standard", "standard_unit_frame", "cosine"):
             level, gap = results.alignment(name, arm)
-            fve = results.rebuilt(name, arm)
-            dead = results.rebuilt(name, arm, "dead_frac")
-            rebuilt = results.difference(fve, results.rebuilt(name, "standard"))
+            fve = results.recon(name, arm)
+            dead = results.recon(name, arm, "dead_frac")
+            recon = results.difference(fve, results.recon(name, "standard"))
             own = arm == "standard"
             rows.append(
                 [
@@ -33,12 +33,12 @@ def result() -> Result:
                     results.mean(fve),
                     results.mean(dead),
                     level,
-                    "" if own else rebuilt,
+                    "" if own else recon,
                     "" if own else gap,
                 ]
             )
             if not own:
-                gaps[f"{name}/{arm}"] = {"fve": rebuilt, "auroc": gap}
+                gaps[f"{name}/{arm}"] = {"fve": recon, "auroc": gap}
                 drawn.append((f"{SETS[name]}: {arm}", gap))
     signs = [gaps[f"{name}/cosine"]["auroc"].sign for name in trained]
     verdict = "supported" if min(signs) > 0 else "opposite" if max(signs) < 0 else "not supported"

@@ -68,9 +68,9 @@ def test_every_format_and_dtype_gives_the_same_rows(
     assert x.dtype == (torch.float16 if dtype == torch.float16 else torch.float32)
     assert source.d_in == D
     assert torch.equal(x, rows(200).to(x.dtype))
-    facts = source.describe()
-    assert facts["file_dtype"] == str(dtype).removeprefix("torch.")
-    assert facts["cast"] == ("float64 values were cast to float32" if dtype == torch.float64 else "")
+    metadata = source.describe()
+    assert metadata["file_dtype"] == str(dtype).removeprefix("torch.")
+    assert metadata["cast"] == ("float64 values were cast to float32" if dtype == torch.float64 else "")
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_restarts_are_exact(tmp_path: Path) -> None:
 def test_held_out_rows_are_whole_blocks_chosen_by_the_seed(tmp_path: Path) -> None:
     path = write(tmp_path / "a.npy", rows())
     source = ArraySource(path, held_out_frac=0.1)
-    facts = source.describe()
-    assert (facts["block_rows"], facts["n_held_out"], facts["n_tokens"]) == (10, 100, 900)
+    metadata = source.describe()
+    assert (metadata["block_rows"], metadata["n_held_out"], metadata["n_tokens"]) == (10, 100, 900)
     held_out = source.held_out().x_ND[:, 0].long()
     assert torch.equal(held_out.view(10, 10) - held_out.view(10, 10)[:, :1], torch.arange(10).expand(10, 10))
     assert (held_out.view(10, 10)[:, 0] % 10 == 0).all()
@@ -133,11 +133,11 @@ def test_held_out_rows_are_whole_blocks_chosen_by_the_seed(tmp_path: Path) -> No
 
 def test_a_file_describes_itself(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", rows(50, dtype=torch.float64))
-    facts = ArraySource(path, seed=4).describe()
-    assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (facts["n_rows"], facts["d_in"], facts["key"], facts["seed"]) == (50, D, "x", 4)
-    assert facts["split"] == "seeded permutation of blocks of 1 consecutive rows"
-    assert {type(value) for value in facts.values()} <= {str, int, float}
+    metadata = ArraySource(path, seed=4).describe()
+    assert metadata["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (metadata["n_rows"], metadata["d_in"], metadata["key"], metadata["seed"]) == (50, D, "x", 4)
+    assert metadata["split"] == "seeded permutation of blocks of 1 consecutive rows"
+    assert {type(value) for value in metadata.values()} <= {str, int, float}
 
 
 def test_keys_choose_among_several(tmp_path: Path) -> None:

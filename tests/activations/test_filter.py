@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosae.activations.filter import Filter, FilterPolicy, fit, norm_facts, sinks
+from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary, sinks
 from cosae.errors import CosaeError
 from cosae.types import Activations
 
@@ -63,14 +63,14 @@ def test_norm_facts_match_the_closed_form() -> None:
     x_ND[::100] *= 50
     window = Activations.bare(x_ND)
     fitted = fit(FilterPolicy("norm"), window.norm_N)
-    facts = norm_facts(window, fitted)
+    metadata = norm_summary(window, fitted)
     kept = x_ND[torch.arange(20_000) % 100 != 0].double()
-    assert facts.filtered_frac == pytest.approx(0.01, abs=1e-12)
-    assert facts.total_variance == pytest.approx(float(kept.var(0, unbiased=False).sum()), rel=1e-12)
-    assert facts.median_norm == fitted.median_norm == pytest.approx(float(window.norm_N.double().quantile(0.5)))
-    assert facts.max_over_median == pytest.approx(float(window.norm_N.max()) / facts.median_norm)
+    assert metadata.filtered_frac == pytest.approx(0.01, abs=1e-12)
+    assert metadata.total_variance == pytest.approx(float(kept.var(0, unbiased=False).sum()), rel=1e-12)
+    assert metadata.median_norm == fitted.median_norm == pytest.approx(float(window.norm_N.double().quantile(0.5)))
+    assert metadata.max_over_median == pytest.approx(float(window.norm_N.max()) / metadata.median_norm)
     marks = torch.tensor([0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1], dtype=torch.float64)
-    assert facts.quantiles == pytest.approx(window.norm_N.double().quantile(marks).tolist(), rel=1e-12)
+    assert metadata.quantiles == pytest.approx(window.norm_N.double().quantile(marks).tolist(), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -96,4 +96,4 @@ def test_fitting_refuses_what_has_no_median() -> None:
         fit(FilterPolicy("none"), torch.tensor([1.0, float("nan")]))
     everything_first = made([1, 1], positions=[0, 0])
     with pytest.raises(CosaeError, match="drops all 2"):
-        norm_facts(everything_first, fit(FilterPolicy("position_0"), everything_first.norm_N))
+        norm_summary(everything_first, fit(FilterPolicy("position_0"), everything_first.norm_N))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cosae.activations.filter import FilterPolicy
 from cosae.activations.monitor import MARKS, NormReference, finite_rows, shift
-from cosae.activations.perturbation import Nuisance
+from cosae.activations.perturbation import Perturbation
 from cosae.activations.stream import ActivationStream
 from cosae.errors import CosaeError
 from cosae.types import Activations
@@ -78,23 +78,23 @@ def test_rows_without_documents_are_named_by_row_and_chunk() -> None:
 def test_dropped_rows_are_counted_located_and_never_handed_out() -> None:
     bad = {(1, 4): NAN, (1, 5): INF, (9, 7): NAN, (11, 0): -INF}
     stream = opened(Spoiled(bad), non_finite="drop")
-    assert [(e["kind"], e["tokens"]) for e in stream.guard.take_events()] == [("non_finite", 2)]
+    assert [(e["kind"], e["tokens"]) for e in stream.monitor.take_events()] == [("non_finite", 2)]
     x_ND = read(stream, 60)
     assert bool(x_ND.isfinite().all())
-    facts = stream.guard.facts()
-    assert facts["policy"] == "drop"
-    assert facts["dropped_tokens"] == 4
-    assert [(f["document"], f["position"], f["what"], f["name"]) for f in facts["first"]] == [
+    metadata = stream.monitor.metadata()
+    assert metadata["policy"] == "drop"
+    assert metadata["dropped_tokens"] == 4
+    assert [(f["document"], f["position"], f["what"], f["name"]) for f in metadata["first"]] == [
         (1, 4, "NaN", "file1.py"),
         (1, 5, "an infinity", "file1.py"),
         (9, 7, "NaN", "file9.py"),
         (11, 0, "an infinity", "file11.py"),
     ]
-    later = stream.guard.take_events()
+    later = stream.monitor.take_events()
     assert sum(event["tokens"] for event in later) == 2
     assert "dropped 1 tokens" in later[0]["text"]
     assert "NaN) at document 9 (file9.py), position 7" in later[0]["text"]
-    assert stream.guard.take_events() == []
+    assert stream.monitor.take_events() == []
     assert stream.digest == _without(bad)
 
 
@@ -135,12 +135,12 @@ def test_going_on_tells_every_event_once(at: int) -> None:
     read(whole, 60)
     first = opened(source, non_finite="drop")
     read(first, at)
-    events = first.guard.take_events()
+    events = first.monitor.take_events()
     second = opened(source, non_finite="drop")
     second.restore(first.state())
     read(second, 60 - at)
-    assert events + second.guard.take_events() == whole.guard.take_events()
-    assert second.guard.facts() == whole.guard.facts()
+    assert events + second.monitor.take_events() == whole.monitor.take_events()
+    assert second.monitor.metadata() == whole.monitor.metadata()
     assert second.digest == whole.digest
 
 
@@ -150,13 +150,13 @@ def test_going_on_tells_every_event_once(at: int) -> None:
 def events(source: Any, batches: int = 100, **options: Any) -> list[dict[str, Any]]:
     stream = opened(source, **options)
     read(stream, batches)
-    return stream.guard.take_events()
+    return stream.monitor.take_events()
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.3, 1.0])
 def test_a_steady_stream_is_silent(sigma: float) -> None:
-    nuisance = Nuisance("log_normal", sigma=sigma) if sigma else None
-    assert events(Spoiled(), 600, nuisance=nuisance) == []
+    perturbation = Perturbation("log_normal", sigma=sigma) if sigma else None
+    assert events(Spoiled(), 600, perturbation=perturbation) == []
 
 
 @pytest.mark.parametrize("gain", [3.0, 1.5, 0.4])
@@ -187,7 +187,7 @@ def test_the_filter_hides_no_shift_and_looking_changes_nothing() -> None:
     source = Spoiled(gain=lambda chunk: 30.0 if 20 <= chunk < 26 else 1.0)
     stream = opened(source, filter=FilterPolicy(kind="norm", window_tokens=WINDOW))
     read(stream, 100)
-    assert [event["kind"] for event in stream.guard.take_events()] == ["norm_shift", "norm_shift_over"]
+    assert [event["kind"] for event in stream.monitor.take_events()] == ["norm_shift", "norm_shift_over"]
     plain = opened(Spoiled(), filter=FilterPolicy(kind="norm", window_tokens=WINDOW))
     read(plain, 20)
     told = opened(Spoiled(gain=lambda chunk: 30.0 if chunk > 40 else 1.0), filter=plain.filter.policy)

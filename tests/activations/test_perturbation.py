@@ -1,11 +1,11 @@
-"""Norm nuisances: they change norms as declared, nothing else, and depend on nothing but their key."""
+"""Norm perturbations: they change norms as declared, nothing else, and depend on nothing but their key."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cosae.activations.perturbation import Nuisance, apply, keyed_generator
+from cosae.activations.perturbation import Perturbation, apply, keyed_generator
 from cosae.errors import CosaeError
 from cosae.types import Activations
 
@@ -24,11 +24,11 @@ def cosines(a: Activations, b: Activations) -> torch.Tensor:
 
 
 def test_none_hands_back_the_very_object(clean: Activations) -> None:
-    assert apply(clean, Nuisance()) is clean
+    assert apply(clean, Perturbation()) is clean
 
 
 def test_log_normal_spreads_log_norms_by_sigma_apart_from_content(clean: Activations) -> None:
-    noisy = apply(clean, Nuisance("log_normal", sigma=0.7, seed=3))
+    noisy = apply(clean, Perturbation("log_normal", sigma=0.7, seed=3))
     gain_N = (noisy.norm_N / clean.norm_N).log()
     assert float(gain_N.mean()) == pytest.approx(0, abs=4 * 0.7 / N**0.5)
     assert float(gain_N.std()) == pytest.approx(0.7, rel=0.03)
@@ -40,7 +40,7 @@ def test_log_normal_spreads_log_norms_by_sigma_apart_from_content(clean: Activat
 
 
 def test_own_sinks_scale_a_share_and_leave_the_rest_to_the_bit(clean: Activations) -> None:
-    noisy = apply(clean, Nuisance("sinks", frac=0.05, factor=160.0))
+    noisy = apply(clean, Perturbation("sinks", frac=0.05, factor=160.0))
     sink_N = noisy.norm_N > 2 * clean.norm_N
     assert float(sink_N.float().mean()) == pytest.approx(0.05, abs=4 * (0.05 / N) ** 0.5)
     torch.testing.assert_close(noisy.x_ND[sink_N], 160 * clean.x_ND[sink_N])
@@ -48,41 +48,41 @@ def test_own_sinks_scale_a_share_and_leave_the_rest_to_the_bit(clean: Activation
 
 
 def test_massive_sinks_share_one_direction_and_size(clean: Activations) -> None:
-    nuisance = Nuisance("sinks", frac=0.01, factor=30.0, direction="massive", seed=5)
-    noisy = apply(clean, nuisance, chunk_index=4)
+    perturbation = Perturbation("sinks", frac=0.01, factor=30.0, direction="massive", seed=5)
+    noisy = apply(clean, perturbation, chunk_index=4)
     sink_N = (noisy.x_ND != clean.x_ND).any(-1)
     first = noisy.x_ND[sink_N][0]
     assert torch.equal(noisy.x_ND[sink_N], first.expand(int(sink_N.sum()), D))
     assert float(first.norm()) == pytest.approx(30 * float(clean.norm_N.median()), rel=1e-5)
-    other = apply(clean, nuisance, chunk_index=5, split="held_out")
+    other = apply(clean, perturbation, chunk_index=5, split="held_out")
     other_sink_N = (other.x_ND != clean.x_ND).any(-1)
     assert not torch.equal(sink_N, other_sink_N)
     torch.testing.assert_close(other.x_ND[other_sink_N][0], first)  # the direction is the world's, not the chunk's
 
 
 def test_sinks_at_a_position(clean: Activations) -> None:
-    noisy = apply(clean, Nuisance("sinks", position=0, factor=5.0))
+    noisy = apply(clean, Perturbation("sinks", position=0, factor=5.0))
     assert torch.equal(noisy.norm_N > 2 * clean.norm_N, clean.position_N == 0)
     with pytest.raises(CosaeError, match="positions"):
-        apply(Activations.bare(clean.x_ND), Nuisance("sinks", position=0))
+        apply(Activations.bare(clean.x_ND), Perturbation("sinks", position=0))
 
 
 def test_draws_depend_on_seed_split_and_chunk_alone(clean: Activations) -> None:
-    nuisance = Nuisance("log_normal", seed=1)
-    once = apply(clean, nuisance, 7).x_ND
+    perturbation = Perturbation("log_normal", seed=1)
+    once = apply(clean, perturbation, 7).x_ND
     torch.manual_seed(99)
-    assert torch.equal(apply(clean, nuisance, 7).x_ND, once)
+    assert torch.equal(apply(clean, perturbation, 7).x_ND, once)
     for other in (
-        apply(clean, nuisance, 8),
-        apply(clean, nuisance, 7, split="held_out"),
-        apply(clean, replace(nuisance, seed=2), 7),
+        apply(clean, perturbation, 8),
+        apply(clean, perturbation, 7, split="held_out"),
+        apply(clean, replace(perturbation, seed=2), 7),
     ):
         assert not torch.equal(other.x_ND, once)
 
 
 def test_half_precision_comes_back_as_float32(clean: Activations) -> None:
     low = replace(clean, x_ND=clean.x_ND.bfloat16())
-    noisy = apply(low, Nuisance("sinks", frac=0.5, factor=1.1))
+    noisy = apply(low, Perturbation("sinks", frac=0.5, factor=1.1))
     assert noisy.x_ND.dtype == noisy.norm_N.dtype == torch.float32
 
 
@@ -92,19 +92,19 @@ def test_key_parts_do_not_run_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "nuisance"),
+    ("text", "perturbation"),
     [
-        ("none", Nuisance()),
-        ("log_normal", Nuisance("log_normal")),
-        ("log_normal:sigma=0.5,seed=4", Nuisance("log_normal", sigma=0.5, seed=4)),
-        ("sinks:frac=0.006,factor=160", Nuisance("sinks")),
-        ("sinks:position=0,direction=massive", Nuisance("sinks", position=0, direction="massive")),
+        ("none", Perturbation()),
+        ("log_normal", Perturbation("log_normal")),
+        ("log_normal:sigma=0.5,seed=4", Perturbation("log_normal", sigma=0.5, seed=4)),
+        ("sinks:frac=0.006,factor=160", Perturbation("sinks")),
+        ("sinks:position=0,direction=massive", Perturbation("sinks", position=0, direction="massive")),
     ],
 )
-def test_text_and_record_round_trip(text: str, nuisance: Nuisance) -> None:
-    assert Nuisance.parse(text) == nuisance
-    assert Nuisance.parse(str(nuisance)) == nuisance
-    assert Nuisance.from_dict(nuisance.to_dict()) == nuisance
+def test_text_and_record_round_trip(text: str, perturbation: Perturbation) -> None:
+    assert Perturbation.parse(text) == perturbation
+    assert Perturbation.parse(str(perturbation)) == perturbation
+    assert Perturbation.from_dict(perturbation.to_dict()) == perturbation
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_text_and_record_round_trip(text: str, nuisance: Nuisance) -> None:
 )
 def test_wrong_text_is_answered_in_one_sentence(text: str, message: str) -> None:
     with pytest.raises(CosaeError, match=message) as caught:
-        Nuisance.parse(text)
+        Perturbation.parse(text)
     assert "\n" not in str(caught.value)
 
 
 def test_foreign_record_is_refused() -> None:
     with pytest.raises(CosaeError, match="strength"):
-        Nuisance.from_dict({"kind": "sinks", "strength": 1})
+        Perturbation.from_dict({"kind": "sinks", "strength": 1})

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cosae.activations.prefetch import Ahead
+from cosae.activations.prefetch import Prefetcher
 from cosae.errors import CosaeError
 
 
@@ -29,9 +29,9 @@ def alone() -> bool:
 
 
 def test_items_come_in_order_and_end() -> None:
-    assert list(Ahead(iter(range(50)), 3)) == list(range(50))
+    assert list(Prefetcher(iter(range(50)), 3)) == list(range(50))
     assert wait_for(alone)
-    ended = Ahead(iter(()), 1)
+    ended = Prefetcher(iter(()), 1)
     for _ in range(2):
         assert next(ended, None) is None
 
@@ -44,7 +44,7 @@ def test_no_more_is_made_than_was_asked_for() -> None:
             made.append(i)
             yield i
 
-    ahead = Ahead(items(), 2)
+    ahead = Prefetcher(items(), 2)
     assert made == []  # nothing before the first is wanted
     next(ahead)
     assert wait_for(lambda: len(made) == 4)  # one taken, two waiting, one in hand
@@ -65,7 +65,7 @@ def test_an_error_comes_in_its_turn_and_again() -> None:
         finally:
             closed.append(True)
 
-    ahead = Ahead(items(), 5)
+    ahead = Prefetcher(items(), 5)
     assert [next(ahead), next(ahead)] == [1, 2]
     for _ in range(2):
         with pytest.raises(CosaeError, match="row 3 is broken"):
@@ -79,12 +79,12 @@ def test_it_ends_when_it_is_forgotten_or_closed() -> None:
         while True:
             yield 0
 
-    forgotten = Ahead(endless(), 1)
+    forgotten = Prefetcher(endless(), 1)
     next(forgotten)
     del forgotten
     gc.collect()
     assert wait_for(alone)
-    closed = Ahead(endless(), 1)
+    closed = Prefetcher(endless(), 1)
     next(closed)
     closed.close()
     closed.close()
@@ -92,13 +92,13 @@ def test_it_ends_when_it_is_forgotten_or_closed() -> None:
     with pytest.raises(StopIteration):
         next(closed)
     with pytest.raises(CosaeError, match="at least 1"):
-        Ahead(endless(), 0)
+        Prefetcher(endless(), 0)
 
 
 def test_it_does_not_keep_a_program_from_ending() -> None:
     code = (
-        "import itertools\nfrom cosae.activations.prefetch import Ahead\n"
-        "kept = Ahead(itertools.count(), 2)\nnext(kept)\nraise KeyboardInterrupt"
+        "import itertools\nfrom cosae.activations.prefetch import Prefetcher\n"
+        "kept = Prefetcher(itertools.count(), 2)\nnext(kept)\nraise KeyboardInterrupt"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.strip().endswith("KeyboardInterrupt")

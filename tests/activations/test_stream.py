@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cosae.activations.filter import FilterPolicy
-from cosae.activations.perturbation import Nuisance, apply
+from cosae.activations.perturbation import Perturbation, apply
 from cosae.activations.stream import ActivationStream, Source
 from cosae.errors import CosaeError
 from cosae.types import Activations
@@ -195,8 +195,8 @@ def test_a_batch_reaches_across_the_whole_buffer() -> None:
 def test_restored_streams_go_on_to_the_bit(before: int, policy: FilterPolicy, ahead: int) -> None:
     settings = {
         "filter": policy,
-        "ahead_chunks": ahead,
-        "nuisance": Nuisance("log_normal", sigma=0.3),
+        "prefetch_chunks": ahead,
+        "perturbation": Perturbation("log_normal", sigma=0.3),
         "store_dtype": torch.bfloat16,
     }
     whole = opened(**settings)
@@ -246,7 +246,7 @@ def test_a_source_that_can_seek_is_told_where_to_begin() -> None:
 
 
 def test_reading_ahead_changes_nothing_and_close_ends_it() -> None:
-    plain, ahead = opened(), opened(ahead_chunks=3)
+    plain, ahead = opened(), opened(prefetch_chunks=3)
     assert equal(taken(ahead, 30), taken(plain, 30))
     assert reading_ahead()
     ahead.close()
@@ -254,9 +254,9 @@ def test_reading_ahead_changes_nothing_and_close_ends_it() -> None:
     assert equal(taken(ahead, 30), taken(plain, 30))  # and the stream goes on where it was
     ahead.close()
     with pytest.raises(CosaeError, match="NaN at document 200"):
-        taken(opened(Numbered(spoil={16 * 200 + 5: float("nan")}), ahead_chunks=2), 100)
-    with pytest.raises(CosaeError, match="ahead_chunks must be at least 0"):
-        opened(ahead_chunks=-1)
+        taken(opened(Numbered(spoil={16 * 200 + 5: float("nan")}), prefetch_chunks=2), 100)
+    with pytest.raises(CosaeError, match="prefetch_chunks must be at least 0"):
+        opened(prefetch_chunks=-1)
 
 
 def test_taking_a_state_or_looking_changes_nothing() -> None:
@@ -267,7 +267,7 @@ def test_taking_a_state_or_looking_changes_nothing() -> None:
         state = watched.state()
         state["buffer.x_ND"].zero_()  # a copy, not a view
         b.x_ND.zero_()
-        _ = watched.digest, watched.norm_facts, watched.describe()
+        _ = watched.digest, watched.norm_summary, watched.describe()
         torch.manual_seed(0)
     assert plain.digest == watched.digest
 
@@ -298,26 +298,26 @@ def test_digest_sees_values_order_and_ids() -> None:
 
 
 def test_filter_is_fitted_after_the_nuisance_and_rules_the_stream() -> None:
-    nuisance = Nuisance("sinks", frac=0.1, factor=40.0)
-    stream = opened(nuisance=nuisance, filter=FilterPolicy("norm", window_tokens=150))
-    raw = Activations.cat([apply(c, nuisance, i) for i, c in enumerate(islice(Numbered().chunks(), 2))])[:150]
+    perturbation = Perturbation("sinks", frac=0.1, factor=40.0)
+    stream = opened(perturbation=perturbation, filter=FilterPolicy("norm", window_tokens=150))
+    raw = Activations.cat([apply(c, perturbation, i) for i, c in enumerate(islice(Numbered().chunks(), 2))])[:150]
     loud = raw.norm_N > 2e5
-    assert stream.norm_facts.filtered_frac == pytest.approx(float(loud.float().mean()))
-    assert stream.norm_facts.window_tokens == stream.filter.seen_tokens == 150
+    assert stream.norm_summary.filtered_frac == pytest.approx(float(loud.float().mean()))
+    assert stream.norm_summary.window_tokens == stream.filter.seen_tokens == 150
     assert torch.equal(stream.sample_ND, raw.x_ND[~loud])
     rows = taken(stream, 30)
     assert float(rows.norm_N.max()) < stream.filter.threshold
-    sinks = Activations.cat([apply(c, nuisance, i) for i, c in enumerate(islice(Numbered().chunks(), 8))])
+    sinks = Activations.cat([apply(c, perturbation, i) for i, c in enumerate(islice(Numbered().chunks(), 8))])
     dropped = set(sinks.index_N[sinks.norm_N > 2e5].tolist())
     assert dropped
     assert not dropped & set(rows.index_N.tolist())
 
 
 def test_chunk_draws_do_not_depend_on_where_the_stream_was_restored() -> None:
-    stream = opened(nuisance=Nuisance("log_normal"))
+    stream = opened(perturbation=Perturbation("log_normal"))
     rows = taken(stream, 20)
     expected = Activations.cat(
-        [apply(c, Nuisance("log_normal"), i) for i, c in enumerate(islice(Numbered().chunks(), 40))]
+        [apply(c, Perturbation("log_normal"), i) for i, c in enumerate(islice(Numbered().chunks(), 40))]
     )
     torch.testing.assert_close(rows.x_ND, expected.x_ND[rows.index_N.long()], rtol=0, atol=0)
 

@@ -88,13 +88,13 @@ def test_codes_and_reconstructions_by_hand(combination: Combination) -> None:
         codes = sae.encode(x_BD)
         assert torch.equal(codes.to_dense() != 0, torch.as_tensor(dense != 0))
         assert_near(codes.to_dense(), dense)
-        x_hat = by_hand.put_back(sae, by_hand.rebuild(sae, dense, z)[-1], scale, shift)
+        x_hat = by_hand.denormalize(sae, by_hand.reconstruct(sae, dense, z)[-1], scale, shift)
         assert_near(sae.decode(codes)[LIVE], x_hat[LIVE], 3e-5)
         assert_near(sae(x_BD), sae.decode(codes).detach(), 0.0)
     dense, z, _, _ = by_hand.encode(sae, x, training=True)
     output = sae.train_forward(x_BD)
-    assert len(output.rebuilt) == len(combination.prefixes)
-    for found, wanted in zip(output.rebuilt, by_hand.rebuild(sae, dense, z), strict=True):
+    assert len(output.recon) == len(combination.prefixes)
+    for found, wanted in zip(output.recon, by_hand.reconstruct(sae, dense, z), strict=True):
         assert_near(found[LIVE], wanted[LIVE], 3e-5)
         assert not found[list(MASKED)].any()
 
@@ -194,10 +194,10 @@ def test_kernels_agree(combination: Combination) -> None:
 @every_combination
 def test_save_and_load_are_the_identity(combination: Combination, shelf: Path) -> None:
     sae = make_sae(combination)
-    sae.facts = {"site": "resid_post.3", "seed": 1, "nested": {"a": [1.5, None]}}
+    sae.metadata = {"site": "resid_post.3", "seed": 1, "nested": {"a": [1.5, None]}}
     back = load(save(sae, shelf))
     assert back.cfg == sae.cfg
-    assert back.facts == sae.facts
+    assert back.metadata == sae.metadata
     assert state_bytes(back) == state_bytes(sae)
     x_BD = make_x()
     assert_same_codes(back.encode(x_BD), sae.encode(x_BD))
@@ -456,14 +456,16 @@ def test_codes_of_any_origin_decode(combination: Combination) -> None:
     dense = codes.to_dense()
     rows = torch.tensor([1, 4, 20])
     needs_taken = combination.frame != "raw" or combination.norm_restoring
-    assert codes.taken is not None
-    torch.testing.assert_close(sae.decode(dense, taken=codes.taken), whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sae.decode(dense[rows], taken=codes.taken[rows]), whole[rows], rtol=1e-5, atol=1e-5)
+    assert codes.norm_stats is not None
+    torch.testing.assert_close(sae.decode(dense, norm_stats=codes.norm_stats), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        sae.decode(dense[rows], norm_stats=codes.norm_stats[rows]), whole[rows], rtol=1e-5, atol=1e-5
+    )
     if needs_taken:
-        with pytest.raises(ValueError, match=r"taken=codes\.taken"):
+        with pytest.raises(ValueError, match=r"norm_stats=codes\.norm_stats"):
             sae.decode(dense)
-        with pytest.raises(ValueError, match="3 tokens"):
-            sae.decode(dense[rows], taken=codes.taken)
+        with pytest.raises(ValueError, match="codes of 3"):
+            sae.decode(dense[rows], norm_stats=codes.norm_stats)
     else:
         torch.testing.assert_close(sae.decode(dense), whole, rtol=1e-5, atol=1e-5)
     edited = codes.with_values(codes.value_E * 0)
@@ -485,9 +487,9 @@ def test_norm_restoring_restores(combination: Combination) -> None:
     output = sae.train_forward(make_x())
     lengths_B = output.framed.z_BD.norm(dim=-1)
     entries = output.selection.fired().entries
-    for prefix, rebuilt_BD in zip(combination.prefixes, output.rebuilt, strict=True):
+    for prefix, recon_BD in zip(combination.prefixes, output.recon, strict=True):
         has_B = torch.zeros(TOKENS, dtype=torch.bool)
         has_B[entries.token_E[entries.feature_E < prefix]] = True
         assert int(has_B.sum()) > 2
-        torch.testing.assert_close(rebuilt_BD[has_B].norm(dim=-1), lengths_B[has_B], rtol=1e-5, atol=1e-5)
-        assert not rebuilt_BD[~has_B].any()
+        torch.testing.assert_close(recon_BD[has_B].norm(dim=-1), lengths_B[has_B], rtol=1e-5, atol=1e-5)
+        assert not recon_BD[~has_B].any()

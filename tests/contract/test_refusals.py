@@ -109,7 +109,7 @@ def test_codes_that_do_not_fit() -> None:
     codes = unit.encode(torch.ones(2, 6))
     refused("'unit' frame puts a norm back", unit.decode, codes.to_dense())
     refused("'unit' frame puts a norm back", unit.decode, Codes.from_dense(codes.to_dense()))
-    refused("1 tokens, the codes are of 2 tokens", unit.decode, codes.to_dense(), codes.taken[:1])
+    refused("of 1 tokens, the codes of 2", unit.decode, codes.to_dense(), codes.norm_stats[:1])
     refused("norm-restoring", SAE.build(6, 11, k=3, norm_restoring=True).decode, torch.ones(2, 11))
 
 

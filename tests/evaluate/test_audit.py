@@ -94,11 +94,11 @@ def test_it_is_json_and_a_page_with_everything_escaped(audits: dict) -> None:
         "name": "<script>alert(1)</script>",
         "sae": trained("standard").cfg.to_dict(),
         "source": {"model": "<b>m", "site": "s", "corpus": "c"},
-        "remark": "a & b",
+        "warning": "a & b",
         **found,
     }
     one["sinks"]["spelled"] = [["<img src=x>", 3, 5]]
-    result = {"saes": [one, one], "written": "now", "packages": {}, "seed": 0}
+    result = {"saes": [one, one], "written_at": "now", "packages": {}, "seed": 0}
     page = join(audit_page(result))
     assert "<script" not in page
     assert "<img" not in page

@@ -88,12 +88,12 @@ def test_the_parts_add_up_to_the_whole_gradient_only_with_the_competition_kept()
     sae, x_BD = build("inner"), tokens()
     output = sae.train_forward(x_BD)
     quartile_B = norm_quartiles(x_BD.double().norm(dim=-1), torch.ones(64, dtype=torch.bool))[0]
-    loss_B = (output.framed.z_BD - output.rebuilt[0]).square().sum(-1)
+    loss_B = (output.framed.z_BD - output.recon[0]).square().sum(-1)
     (whole,) = torch.autograd.grad(loss_B.sum(), sae.score.rows_FD)
     alone = torch.zeros_like(whole)
     for q in range(4):
         part = sae.train_forward(x_BD[quartile_B == q])
-        error = (part.framed.z_BD - part.rebuilt[0]).square().sum()
+        error = (part.framed.z_BD - part.recon[0]).square().sum()
         alone += torch.autograd.grad(error, sae.score.rows_FD)[0]
     assert (alone - whole).norm() > 0.1 * whole.norm()
     found = measure_gradients(sae, x_BD, batch_tokens=64)["selections"]

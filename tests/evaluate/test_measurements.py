@@ -46,7 +46,7 @@ MEASUREMENTS: Mapping[str, Measure] = {
     "reconstruction": lambda s, x, k, b: reconstruction.measure_with_and_without_sinks(s, x, k, b),
     "norm_driven": lambda s, x, k, b: norm_driven.norm_driven(s, x, k, batch_tokens=b, n_resamples=20),
     "firing_norms": lambda s, x, k, b: norm_driven.firing_norms(s, x, k),
-    "sinks": lambda s, x, k, b: sinks.sink_facts(s, x, k, b),
+    "sinks": lambda s, x, k, b: sinks.sink_metrics(s, x, k, b),
     "read_time": lambda s, x, k, b: reconstruction.measure(read_time.remove_norm(s, x[~k]), x, batch_tokens=b),
     "geometry": lambda s, x, k, b: geometry.geometry(s),
     "matching": lambda s, x, k, b: matching.match_saes(s, sae_of("inner", "batch_topk", "raw", 1), x, k).numbers(),

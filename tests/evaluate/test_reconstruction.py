@@ -13,7 +13,7 @@ from cosae.evaluate.reconstruction import (
     measure_with_and_without_sinks,
     paired_fve_differences,
     per_document,
-    rebuild_with_sinks,
+    reconstruct_with_sinks,
 )
 from cosae.sae.calibrate import calibrate
 from cosae.types import Activations, Codes
@@ -22,7 +22,7 @@ D = 6
 
 
 class Planted:
-    """Codes x itself, coordinate by coordinate (signed), rebuilds gain * x + offset; two features dead."""
+    """Codes x itself, coordinate by coordinate (signed), reconstructs gain * x + offset; two features dead."""
 
     d_in, d_sae = D, D + 2
 
@@ -48,19 +48,19 @@ def some_activations(n=500, n_docs=10, n_sinks=4, seed=0):
     return Activations(**{**vars(activations), "doc_N": doc_N}), sink_N
 
 
-def closed_form_fve(x_ND, rebuilt_ND):
-    x, rebuilt = x_ND.double(), rebuilt_ND.double()
-    return float(1 - (x - rebuilt).square().sum() / (x - x.mean(0)).square().sum())
+def closed_form_fve(x_ND, recon_ND):
+    x, recon = x_ND.double(), recon_ND.double()
+    return float(1 - (x - recon).square().sum() / (x - x.mean(0)).square().sum())
 
 
 def test_matches_the_closed_form_on_the_tokens_kept():
     activations, sink_N = some_activations()
     numbers = measure(Planted(0.8), activations, keep_N=~sink_N, batch_tokens=37)
     x_ND = activations.x_ND[~sink_N].double()
-    rebuilt_ND = activations.x_ND[~sink_N] * 0.8
-    token_N = 1 - (x_ND - rebuilt_ND).square().sum(1) / (x_ND - x_ND.mean(0)).square().sum(1)
+    recon_ND = activations.x_ND[~sink_N] * 0.8
+    token_N = 1 - (x_ND - recon_ND).square().sum(1) / (x_ND - x_ND.mean(0)).square().sum(1)
     assert numbers["tokens"] == 496
-    assert numbers["fve"] == pytest.approx(closed_form_fve(x_ND, rebuilt_ND), rel=1e-12)
+    assert numbers["fve"] == pytest.approx(closed_form_fve(x_ND, recon_ND), rel=1e-12)
     assert numbers["median_token_fve"] == pytest.approx(float(token_N.quantile(0.5)), rel=1e-9)
     assert numbers["fve_per_batch"] == pytest.approx(1 - 0.2**2, rel=1e-6)
     assert numbers["cosine"] == pytest.approx(1.0, abs=1e-6)
@@ -162,7 +162,7 @@ def test_quartiles_hold_a_quarter_each_and_find_the_planted_failure():
 
 
 class Counted(Planted):
-    """Rebuilds x; token t fires the features counts_NF says, whatever it is. Tokens are told by their first entry."""
+    """Reconstructs x; token t fires the features counts_NF says, whatever it is; tokens differ by their first entry."""
 
     def __init__(self, fired_NF):
         super().__init__(1.0)
@@ -268,7 +268,7 @@ def test_paired_difference_is_exact_for_a_uniform_gain_and_zero_for_a_twin():
     activations, sink_N = some_activations()
     arms = {"standard": Planted(0.8), "twin": Planted(0.8), "better": Planted(0.9)}
     sums = {
-        name: per_document(rebuild_with_sinks(sae, activations, sink_N), activations, "out")
+        name: per_document(reconstruct_with_sinks(sae, activations, sink_N), activations, "out")
         for name, sae in arms.items()
     }
     twin, better = paired_fve_differences(sums, "standard", seed=5, n_resamples=300)
@@ -284,18 +284,18 @@ def test_paired_difference_is_exact_for_a_uniform_gain_and_zero_for_a_twin():
 def test_the_pass_leaves_its_codes_where_they_are_asked_for():
     activations, sink_N = some_activations()
     sae = Planted()
-    kept = rebuild_with_sinks(sae, activations, sink_N, batch_tokens=64, keep_codes=True).codes
+    kept = reconstruct_with_sinks(sae, activations, sink_N, batch_tokens=64, keep_codes=True).codes
     expected = encode_all(sae, activations)
     assert kept.shape == expected.shape == (500,)
     for name in ("offset_B1", "feature_E", "value_E"):
         assert torch.equal(getattr(kept, name), getattr(expected, name))
-    assert rebuild_with_sinks(sae, activations, sink_N).codes is None
+    assert reconstruct_with_sinks(sae, activations, sink_N).codes is None
 
 
 def test_rows_are_resampled_in_blocks_where_there_are_no_documents():
     activations = Activations.bare(some_activations()[0].x_ND)
     sums = per_document(
-        rebuild_with_sinks(Planted(), activations, torch.zeros(500, dtype=torch.bool)), activations, "in"
+        reconstruct_with_sinks(Planted(), activations, torch.zeros(500, dtype=torch.bool)), activations, "in"
     )
     assert sums.unit == "blocks of 2 rows"
     assert len(sums.total_U) == 250
@@ -309,6 +309,6 @@ def test_mistakes_are_named():
         measure(Planted(), activations, sink_N[:3])
     with pytest.raises(CosaeError, match="batch_tokens"):
         measure(Planted(), activations, batch_tokens=0)
-    sums = per_document(rebuild_with_sinks(Planted(), activations, sink_N), activations, "in")
+    sums = per_document(reconstruct_with_sinks(Planted(), activations, sink_N), activations, "in")
     with pytest.raises(CosaeError, match="baseline"):
         paired_fve_differences({"a": sums}, "b")

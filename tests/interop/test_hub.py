@@ -43,14 +43,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def sae() -> cosae.SAE:
     made = cosae.SAE.build(d_in=16, d_sae=32, score="cosine_per_feature", selector="topk", k=4, seed=0)
-    made.facts = {
+    made.metadata = {
         "model": "/home/somebody/models/tiny<b>",
         "site": "resid_post.3",
         "hook_name": "blocks.3.hook_resid_post",
         "tokens": 1_234_567,
         "seed": 7,
         "filter": {"policy": {"kind": "norm", "factor": 10.0}},
-        "norm_facts": {
+        "norm_summary": {
             "window_tokens": 4096,
             "median_norm": 53.5,
             "mean_norm": 54.25,
@@ -77,17 +77,17 @@ def files(folder: Path) -> list[str]:
 
 def test_an_sae_there_and_back(hub: Hub, sae: cosae.SAE, tmp_path: Path) -> None:
     said: list[str] = []
-    url = push(sae, "me/thing", token=WRITER, license="apache-2.0", say=said.append)
+    url = push(sae, "me/thing", token=WRITER, license="apache-2.0", log=said.append)
     repository = hub.repositories["me/thing"]
     assert url == f"{hub.url}/me/thing/commit/{repository.branches['main']}"
     assert sorted(repository.files("main")[1]) == NAMES  # type: ignore[index]
     assert len(repository.commits) == 2  # one commit holds it all
-    out = pull("me/thing", tmp_path / "out", say=said.append)
+    out = pull("me/thing", tmp_path / "out", log=said.append)
     assert out == tmp_path / "out"
     assert files(out) == NAMES
     assert same(cosae.load(out), sae)
-    facts = cosae.load(out).facts
-    assert facts == {**sae.facts, "model": "tiny<b>"}  # a folder of somebody's machine stays there
+    metadata = cosae.load(out).metadata
+    assert metadata == {**sae.metadata, "model": "tiny<b>"}  # a folder of somebody's machine stays there
     assert "/home/somebody" not in (out / "cfg.json").read_text("utf-8")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     text = (out / "README.md").read_text("utf-8")

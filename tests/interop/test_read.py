@@ -29,14 +29,14 @@ def test_outputs_are_the_source_s_own(format_: str, kind: str, tmp_path: Path) -
     assert detect(written.folder) == format_
     sae = read_sae(written.folder)
     x = inputs()
-    features, rebuilt = written.answer(x)
+    features, recon = written.answer(x)
     with torch.no_grad():
         codes = sae.encode(x)
         mine = codes.to_dense().double()
         assert float((mine - features).abs().max()) <= 1e-5 * float(features.abs().max())
-        assert float((sae.decode(codes).double() - rebuilt).abs().max()) <= 1e-5 * float(rebuilt.abs().max())
+        assert float((sae.decode(codes).double() - recon).abs().max()) <= 1e-5 * float(recon.abs().max())
     assert int((features != 0).sum()) > 100
-    assert sae.facts["format"] == format_
+    assert sae.metadata["format"] == format_
 
 
 @pytest.mark.parametrize(("format_", "kind"), CASES)
@@ -46,7 +46,7 @@ def test_what_was_read_is_saved_and_loaded_as_cosae_s_own(format_: str, kind: st
     assert detect(tmp_path / "own") == "cosae"
     with torch.no_grad():
         assert torch.allclose(again(inputs()), sae(inputs()), rtol=1e-5, atol=1e-5)
-    assert again.facts["format"] == format_
+    assert again.metadata["format"] == format_
 
 
 def test_half_precision_files_are_read_as_they_are(tmp_path: Path) -> None:
@@ -58,14 +58,14 @@ def test_half_precision_files_are_read_as_they_are(tmp_path: Path) -> None:
 
 
 def test_facts_come_under_our_names(tmp_path: Path) -> None:
-    facts = read_sae(write("dictionary_learning", "BatchTopKSAE", tmp_path / "a").folder).facts
-    assert (facts["model"], facts["site"], facts["context"]) == ("a/model", "resid_post.3", 64)
-    facts = read_sae(write("saelens", "topk", tmp_path / "b").folder).facts
-    assert (facts["model"], facts["hook_name"]) == ("a/model", "blocks.3.hook_resid_post")
+    metadata = read_sae(write("dictionary_learning", "BatchTopKSAE", tmp_path / "a").folder).metadata
+    assert (metadata["model"], metadata["site"], metadata["context"]) == ("a/model", "resid_post.3", 64)
+    metadata = read_sae(write("saelens", "topk", tmp_path / "b").folder).metadata
+    assert (metadata["model"], metadata["hook_name"]) == ("a/model", "blocks.3.hook_resid_post")
     folder = tmp_path / "layer_20" / "width_16k" / "average_l0_5"
     sae = read_sae(write("gemma_scope", "npz", folder).folder)
-    assert (sae.k, sae.facts["layer"], "k_guessed" in sae.facts) == (5, 20, False)
-    assert read_sae(write("saelens", "standard", tmp_path / "c").folder).facts["k_guessed"]
+    assert (sae.k, sae.metadata["layer"], "k_guessed" in sae.metadata) == (5, 20, False)
+    assert read_sae(write("saelens", "standard", tmp_path / "c").folder).metadata["k_guessed"]
 
 
 # ------------------------------------------------------------------------------- dictionary_learning, written
@@ -119,10 +119,10 @@ def test_what_their_classes_cannot_hold_is_not_written(changes: dict[str, str], 
 def test_load_dictionary_is_a_drop_in(tmp_path: Path) -> None:
     written = write("dictionary_learning", "BatchTopKSAE", tmp_path / "theirs")
     dictionary, config = load_dictionary(str(written.folder), device="cpu")
-    features, rebuilt = written.answer(inputs())
+    features, recon = written.answer(inputs())
     x_hat, f = dictionary(inputs(), output_features=True)
     assert torch.allclose(f.double(), features, atol=1e-5)
-    assert torch.allclose(x_hat.double(), rebuilt, atol=1e-4)
+    assert torch.allclose(x_hat.double(), recon, atol=1e-4)
     assert torch.equal(dictionary(inputs()), x_hat)
     assert (dictionary.dict_size, dictionary.activation_dim, config["trainer"]["k"]) == (F, D, K)
     assert torch.allclose(dictionary.decode(dictionary.encode(inputs())), x_hat, atol=1e-5)

@@ -101,7 +101,7 @@ def test_delphis_loader_reads_every_activation(tmp_path: Path, n_splits: int | N
 @needs("nnsight")
 def test_the_plain_hook_in_nnsight_is_the_splice() -> None:
     got = answer("nnsight")
-    assert got["rebuilt"] == got["edited"] == got["afterwards"] == 0
+    assert got["reconstructed"] == got["edited"] == got["afterwards"] == 0
     assert got["moved"] > 1
     assert got["generated"] == got["wanted"]
 
@@ -149,9 +149,9 @@ def test_saelens_loads_what_was_pushed(score: str, tmp_path: Path, monkeypatch: 
         got = answer("hub", "me/saes", "layer_5/one", 16, peer="saelens", **place)
     x = torch.randn(20, 16, generator=torch.Generator().manual_seed(3)) * 3
     with torch.no_grad():
-        codes, rebuilt = sae.encode(x).to_dense(), sae(x)
+        codes, recon = sae.encode(x).to_dense(), sae(x)
     assert torch.allclose(torch.tensor(got["codes"]), codes, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(torch.tensor(got["rebuilt"]), rebuilt, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(torch.tensor(got["reconstructed"]), recon, rtol=1e-5, atol=1e-5)
     assert int((codes != 0).sum()) > 20
 
 

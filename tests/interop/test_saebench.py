@@ -146,7 +146,7 @@ class TestModule:
 
     def test_cfg_is_a_complete_json_able_dataclass(self):
         sae, _ = make()
-        sae.facts = {"tokens": 7, "path": torch.device("cpu")}
+        sae.metadata = {"tokens": 7, "path": torch.device("cpu")}
         cfg = SAEBenchSAE(sae, **PLACE, context_size=64).cfg
         assert is_dataclass(cfg)
         as_json = json.loads(json.dumps(cfg.to_dict()))
@@ -187,7 +187,7 @@ class TestModule:
 
     def test_place_from_the_facts_and_short_site_names(self):
         sae, _ = make()
-        sae.facts = {"model": "some/model", "site": "mlp_out.11"}
+        sae.metadata = {"model": "some/model", "site": "mlp_out.11"}
         cfg = SAEBenchSAE(sae).cfg
         assert (cfg.model_name, cfg.hook_name, cfg.hook_layer) == ("some/model", "blocks.11.hook_mlp_out", 11)
         assert SAEBenchSAE(sae, hook_layer=4).cfg.hook_layer == 4

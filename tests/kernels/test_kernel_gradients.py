@@ -110,11 +110,11 @@ def test_remembered_products_are_dropped_for_another_batch() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_squared_errors_match_autograd(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(6)
-    z_BD, rebuilt_BD = (torch.randn(23, 17, generator=draw, dtype=torch.float64) for _ in range(2))
+    z_BD, recon_BD = (torch.randn(23, 17, generator=draw, dtype=torch.float64) for _ in range(2))
     weight_B = torch.randn(23, generator=draw, dtype=torch.float64)
     answers = []
     for kernel, kind in ((REFERENCE, torch.float64), (CPU, dtype)):
-        leaves = [x.to(kind).clone().requires_grad_() for x in (z_BD, rebuilt_BD)]
+        leaves = [x.to(kind).clone().requires_grad_() for x in (z_BD, recon_BD)]
         error_B = kernel.squared_errors(*leaves)
         (error_B * weight_B.to(kind)).sum().backward()
         answers.append((error_B.detach(), *(leaf.grad for leaf in leaves)))

@@ -387,14 +387,14 @@ def test_a_source_restarts_at_any_chunk_to_the_bit(models: Callable[[str], Any])
 
 
 def test_a_source_describes_itself_in_plain_values(models: Callable[[str], Any]) -> None:
-    facts = make_source(models("gemma2"), store_dtype=torch.bfloat16).describe()
-    assert facts["model_type"] == "gemma2"
-    assert (facts["site"], facts["hook_name"]) == ("resid_post.1", "blocks.1.hook_resid_post")
-    assert facts["module_path"] == "model.layers.1"
-    assert (facts["context"], facts["n_sequences"], facts["n_tokens"]) == (12, 7, 67)
-    assert (facts["model_dtype"], facts["store_dtype"]) == ("float32", "bfloat16")
-    assert len(facts["sequences_sha256"]) == 64
-    assert {type(value) for value in facts.values()} <= {str, int, type(None)}
+    metadata = make_source(models("gemma2"), store_dtype=torch.bfloat16).describe()
+    assert metadata["model_type"] == "gemma2"
+    assert (metadata["site"], metadata["hook_name"]) == ("resid_post.1", "blocks.1.hook_resid_post")
+    assert metadata["module_path"] == "model.layers.1"
+    assert (metadata["context"], metadata["n_sequences"], metadata["n_tokens"]) == (12, 7, 67)
+    assert (metadata["model_dtype"], metadata["store_dtype"]) == ("float32", "bfloat16")
+    assert len(metadata["sequences_sha256"]) == 64
+    assert {type(value) for value in metadata.values()} <= {str, int, type(None)}
 
 
 def test_the_digest_sees_every_field() -> None:
@@ -441,9 +441,9 @@ def test_a_streamed_source_repeats_and_restarts(models: Callable[[str], Any]) ->
         assert equal(next(source.chunks(start)), straight[start])
     handle.remove()
     assert len(ran) == 4  # skipped chunks never went through the model
-    facts = source.describe()
-    assert facts["first_chunk_sha256"] == digest_sequences(make_sequences(seed=0))
-    assert facts["hook_name"] == "blocks.1.hook_resid_post"
+    metadata = source.describe()
+    assert metadata["first_chunk_sha256"] == digest_sequences(make_sequences(seed=0))
+    assert metadata["hook_name"] == "blocks.1.hook_resid_post"
 
 
 def test_a_streamed_source_without_tokens_is_refused(models: Callable[[str], Any]) -> None:

@@ -104,23 +104,23 @@ def test_it_predicts_held_out_files_far_better_than_the_baselines(pair):
     docs = [d for d in pylib.documents("held_out") if 2000 < len(d.text) < 8000]
     found = bits_per_byte(*pair, docs[:4])
     assert found < 1.5
-    assert found < 0.85 * embedded.facts()["baselines_bits_per_byte"]["bigram"]
+    assert found < 0.85 * embedded.metadata()["baselines_bits_per_byte"]["bigram"]
 
 
 def test_its_facts_are_complete_and_nobody_s_to_change():
-    facts = embedded.facts()
-    assert facts["finished"]
-    assert facts["bits_per_byte"]["no_overlap"] <= 1.25
-    assert facts["bits_per_byte"]["stride_half"] <= facts["bits_per_byte"]["no_overlap"]
-    assert facts["baselines_bits_per_byte"]["bigram"] < facts["baselines_bits_per_byte"]["unigram"]
-    assert [n["block"] for n in facts["norms"]] == list(range(facts["settings"]["n_layers"]))
-    assert all(0 < n["cv"] < 1 < n["max_over_median"] for n in facts["norms"])
-    facts["norms"].clear()
-    assert embedded.facts()["norms"]
+    metadata = embedded.metadata()
+    assert metadata["finished"]
+    assert metadata["bits_per_byte"]["no_overlap"] <= 1.25
+    assert metadata["bits_per_byte"]["stride_half"] <= metadata["bits_per_byte"]["no_overlap"]
+    assert metadata["baselines_bits_per_byte"]["bigram"] < metadata["baselines_bits_per_byte"]["unigram"]
+    assert [n["block"] for n in metadata["norms"]] == list(range(metadata["settings"]["n_layers"]))
+    assert all(0 < n["cv"] < 1 < n["max_over_median"] for n in metadata["norms"])
+    metadata["norms"].clear()
+    assert embedded.metadata()["norms"]
 
 
 def test_held_out_files_of_this_python_were_held_out_when_it_was_trained():
-    trained_on = set(embedded.facts()["corpus"]["held_out_names"])
+    trained_on = set(embedded.metadata()["corpus"]["held_out_names"])
     here = {f.name for f in pylib.library_files() if f.split == "held_out"}
     assert here & trained_on
     assert all(pylib.split_of_name(name) == "held_out" for name in trained_on)

@@ -206,7 +206,7 @@ def test_pieces_of_another_shape_are_left_out_rather_than_fatal(tmp_path, odd):
         change(run / "evaluation.json", lambda value, k=key: value.update({k: odd}))
     for key in ("concepts", "arms", "baselines", "summary", "paired"):
         change(run / "evaluation.json", lambda value, k=key: value["probing"].update({k: odd}))
-    for key in ("norm_facts", "filter", "source", "recipe", "packages", "hardware"):
+    for key in ("norm_summary", "filter", "source", "recipe", "packages", "hardware"):
         change(run / "run.json", lambda value, k=key: value.update({k: odd}))
     Reader(write_report([run], tmp_path / "page.html").read_text())
     summary_table([run])
@@ -253,7 +253,7 @@ def test_bad_paths_and_files_get_one_sentence(tmp_path):
         ("run.json", "{", "is damaged"),
         ("run.json", "[]", "must hold a JSON object"),
         ("run.json", '{"format": "other"}', "is not a cosae run"),
-        ("run.json", '{"format": "cosae-run", "version": 2}', "has version 2"),
+        ("run.json", '{"format": "cosae-run", "version": 3}', "has version 3"),
         ("run.json", b"\xff\xfe", "is damaged"),
         ("evaluation.json", "[" * 100_000, "is damaged"),
         ("metrics.jsonl", '{"step": 1}\nnot json\n{"step": 2}\n', "line 2"),

@@ -14,7 +14,7 @@ from cosae.cli import main
 from cosae.errors import CosaeError
 from cosae.interop.dictionary_learning.read import write as write_dictionary
 from cosae.run.audit import run_audit, screen
-from cosae.run.dataset.existing import Wanted
+from cosae.run.dataset.existing import EvalRequest
 from cosae.sae.calibrate import calibrate
 
 D = 12
@@ -82,9 +82,9 @@ def test_the_embedded_model_is_found_from_the_sae_s_own_facts(tmp_path: Path) ->
     x_ND = torch.randn(400, 192, generator=torch.Generator().manual_seed(0)) * 5
     sae = cosae.SAE.build(d_in=192, d_sae=64, score="inner", selector="batch_topk", k=4, seed=0, sample=x_ND)
     calibrate(sae, x_ND)
-    sae.facts = {"model": "embedded", "site": "resid_post.2"}
+    sae.metadata = {"model": "embedded", "site": "resid_post.2"}
     cosae.save(sae, tmp_path / "sae")
-    found = run_audit([tmp_path / "sae"], Wanted(tokens=600))["saes"][0]
+    found = run_audit([tmp_path / "sae"], EvalRequest(tokens=600))["saes"][0]
     assert found["source"]["site"] == "resid_post.2"
     assert found["tokens"] == 600
     assert "position 0" in screen({"saes": [found]}) or found["sinks"]["n_sinks"] == 0
@@ -92,16 +92,18 @@ def test_the_embedded_model_is_found_from_the_sae_s_own_facts(tmp_path: Path) ->
 
 def test_an_sae_without_a_threshold_gets_one_for_the_audit_only(vectors: Path, tmp_path: Path) -> None:
     folder = cosae.save(sae_on(vectors, calibrated=False), tmp_path / "sae")
-    found = run_audit([folder], Wanted(tokens=800, activations=str(vectors)))["saes"][0]
-    assert "no inference threshold" in found["remark"]
+    found = run_audit([folder], EvalRequest(tokens=800, activations=str(vectors)))["saes"][0]
+    assert "no inference threshold" in found["warning"]
     assert found["reconstruction"]["sinks_out"]["l0"] == pytest.approx(4, rel=0.25)
     assert not cosae.load(folder).calibrated
 
 
 def test_injected_norms_show_what_would_happen(vectors: Path, tmp_path: Path) -> None:
     folder = cosae.save(sae_on(vectors), tmp_path / "sae")
-    calm = run_audit([folder], Wanted(tokens=800, activations=str(vectors)))["saes"][0]
-    wild = run_audit([folder], Wanted(tokens=800, activations=str(vectors), inject="log_normal:sigma=2"))["saes"][0]
+    calm = run_audit([folder], EvalRequest(tokens=800, activations=str(vectors)))["saes"][0]
+    wild = run_audit([folder], EvalRequest(tokens=800, activations=str(vectors), inject="log_normal:sigma=2"))["saes"][
+        0
+    ]
     assert wild["norms"]["cv"] > 2 * calm["norms"]["cv"]
     assert wild["source"]["inject"] == "log_normal:sigma=2"
 
@@ -125,7 +127,7 @@ def test_mistakes_get_one_sentence(vectors: Path, tmp_path: Path, capsys: pytest
     assert "of width 5; those given have width 12" in says([narrow, *data], capsys)
     assert "from a file or store, or from a model" in says([own, *data, "--model", "embedded"], capsys)
     assert "at least 64 tokens" in says([own, *data, "--tokens", "3"], capsys)
-    assert "nuisance must be one of" in says([own, *data, "--inject", "earthquake"], capsys)
+    assert "perturbation must be one of" in says([own, *data, "--inject", "earthquake"], capsys)
     assert "is a file" in says([own, *data, "--out", str(vectors)], capsys)
     assert "format must be auto or one of" in says([own, *data, "--format", "onnx"], capsys)
     assert "sink_factor" in says([own, *data, "--sink-factor", "0.5"], capsys)
@@ -133,4 +135,4 @@ def test_mistakes_get_one_sentence(vectors: Path, tmp_path: Path, capsys: pytest
 
 def test_no_sae_at_all() -> None:
     with pytest.raises(CosaeError, match="at least one SAE"):
-        run_audit([], Wanted())
+        run_audit([], EvalRequest())

@@ -69,7 +69,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_row_of_the_table_is_tried_here() -> None:
-    tried = "loss|unit and|score swap at|score swap, t|norm noise in|norm noise at|free|a from|a held|worlds|norm nui"
+    tried = "loss|unit and|score swap at|score swap, t|norm noise in|norm noise at|free|a from|a held|worlds|norm per"
     assert [row for row in table() if not re.match(tried, row)] == []
     assert len(table()) == len(tried.split("|"))
 
@@ -150,7 +150,7 @@ def test_a_from_both_ends_and_held() -> None:
     assert all(float(sae.scale_a.detach().mean()) == 0.5 for sae in trained(line, 4).values())
 
 
-@pytest.mark.parametrize("row", ["worlds", "norm nui"])
+@pytest.mark.parametrize("row", ["worlds", "norm per"])
 def test_worlds_and_nuisances(row: str) -> None:
     for span in spans(row):
         text = span.removeprefix("--world ")

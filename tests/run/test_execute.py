@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import cosae
-from cosae.activations.perturbation import Nuisance
+from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError
 from cosae.recipe import Recipe
 from cosae.run import measure
 from cosae.run.dataset.dataset import open_data
-from cosae.run.execute import Finished, Logs, describe_setting, execute, moving_remarks
+from cosae.run.execute import Finished, Logs, describe_setting, execute, moving_warnings
 from cosae.train.arm import Arm
 from tests.support.tiny_runs import ARMS, QUIET, assert_same_run, metrics, recipe
 
@@ -39,7 +39,7 @@ def test_the_folder_holds_what_is_promised(ran: Any) -> None:
     record = json.loads((ran.out / "run.json").read_text())
     assert record == json.loads(json.dumps(ran.run))
     assert (record["format"], record["status"], record["tokens"]) == ("cosae-run", "finished", 40 * 64)
-    assert {"recipe", "seed", "commit", "packages", "hardware", "norm_facts", "filter", "source"} <= set(record)
+    assert {"recipe", "seed", "commit", "packages", "hardware", "norm_summary", "filter", "source"} <= set(record)
 
 
 def test_every_arm_saw_the_stream(ran: Any) -> None:
@@ -54,11 +54,11 @@ def test_saved_saes_are_the_finished_ones_and_carry_their_facts(ran: Any) -> Non
         for key, value in sae.state_dict().items():
             assert torch.equal(value.nan_to_num(nan=7.0), loaded.state_dict()[key].nan_to_num(nan=7.0)), key
         assert torch.equal(sae.encode(x_BD).to_dense(), loaded.encode(x_BD).to_dense())
-        facts = loaded.facts
-        assert (facts["arm"], facts["tokens"], facts["seed"]) == (name, 40 * 64, 0)
-        assert facts["stream_digest"] == ran.run["stream_digest"]
-        assert facts["l0_target"] == 4.0
-        assert [arm["name"] for arm in facts["recipe"]["arms"]] == [name]
+        metadata = loaded.metadata
+        assert (metadata["arm"], metadata["tokens"], metadata["seed"]) == (name, 40 * 64, 0)
+        assert metadata["stream_digest"] == ran.run["stream_digest"]
+        assert metadata["l0_target"] == 4.0
+        assert [arm["name"] for arm in metadata["recipe"]["arms"]] == [name]
 
 
 def test_inference_l0_is_calibrated_and_holds_on_held_out_tokens(ran: Any) -> None:
@@ -81,9 +81,9 @@ def test_a_moving_exponent_is_said(ran: Any) -> None:
     assert moved["standard"] is None
     assert isinstance(moved["cosine"], float)
     record = {"arms": {"x": {"a_moving": True, "a_change": 0.125}, "y": {"a_moving": False, "a_change": 0.0}}}
-    (remark,) = moving_remarks(record)
-    assert remark.startswith("x: a was still moving")
-    assert "+0.125" in remark
+    (warning,) = moving_warnings(record)
+    assert warning.startswith("x: a was still moving")
+    assert "+0.125" in warning
 
 
 def test_auto_b_fits_itself_to_norms_far_from_root_d() -> None:
@@ -209,7 +209,7 @@ def test_an_empty_folder_will_do(tmp_path: Path) -> None:
         ({"kernel": "magic"}, "kernel must be"),
         ({"training.buffer_tokens": 100}, "buffer_tokens must be at least two batches"),
         ({"filter.kind": "position_0"}, "needs activations that know their positions"),
-        ({"nuisance.kind": "sinks", "nuisance.position": 0}, "needs activations that know their positions"),
+        ({"perturbation.kind": "sinks", "perturbation.position": 0}, "needs activations that know their positions"),
         ({"data.activations": "x.npy"}, "not from both"),
         ({"data.world": None, "data.activations": "nowhere.npy"}, "nowhere.npy"),
         ({"data.world": None, "data.model": "embedded", "data.site": "attic.3"}, "attic.3"),
@@ -317,22 +317,22 @@ def test_cosine_detects_better_where_norms_are_a_nuisance() -> None:
 @pytest.mark.parametrize("where", ["both", "training", "evaluation"])
 def test_a_nuisance_goes_where_it_is_asked_to(where: str) -> None:
     """Training, calibration and held-out tokens carry it or not; an unknown place is refused."""
-    shift = Nuisance(kind="sinks", frac=1.0, factor=3.0)  # every token three times as long
-    plain, asked = recipe(), recipe(nuisance=shift, inject_into=where)
+    shift = Perturbation(kind="sinks", frac=1.0, factor=3.0)  # every token three times as long
+    plain, asked = recipe(), recipe(perturbation=shift, inject_into=where)
     data, shifted = open_data(plain), open_data(asked)
     for split in ("train", "calibration", "held_out"):
         ratio = float(shifted.sample(split, 100).activations.norm_N[0] / data.sample(split, 100).activations.norm_N[0])
         expected = 3.0 if where == "both" or (where == "evaluation" and split == "held_out") else 1.0
         assert ratio == pytest.approx(expected, rel=1e-5), split
-    assert asked.training_nuisance.kind == ("none" if where == "evaluation" else "sinks")
+    assert asked.training_perturbation.kind == ("none" if where == "evaluation" else "sinks")
     with pytest.raises(CosaeError, match="inject_into must be one of"):
         recipe(inject_into="elsewhere")
 
 
 def test_a_shift_at_deployment_only_is_met_by_thresholds_set_without_it() -> None:
-    shift = Nuisance(kind="sinks", frac=1.0, factor=3.0)
+    shift = Perturbation(kind="sinks", frac=1.0, factor=3.0)
     calm = execute(recipe(), None, logs=QUIET)
-    shifted = execute(recipe(nuisance=shift, inject_into="evaluation"), None, logs=QUIET)
+    shifted = execute(recipe(perturbation=shift, inject_into="evaluation"), None, logs=QUIET)
     for name, sae in calm.saes.items():
         other = shifted.saes[name]
         assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), other.parameters(), strict=True)), name
@@ -343,5 +343,5 @@ def test_a_shift_at_deployment_only_is_met_by_thresholds_set_without_it() -> Non
     assert l0(shifted, "standard") > 1.5 * l0(calm, "standard")
     # the unit frame sees a threefold x only through the centre, which stays where it was
     assert l0(shifted, "gated") == pytest.approx(l0(calm, "gated"), rel=0.15)
-    on_a_model = recipe(nuisance=shift, inject_into="training").changed({"data.world": None})
+    on_a_model = recipe(perturbation=shift, inject_into="training").changed({"data.world": None})
     assert describe_setting(on_a_model).endswith("in training only")

@@ -24,9 +24,9 @@ TEXT = "The quick brown fox jumps over the lazy dog, again and again, until line
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("export")
     sae = cosae.SAE.build(d_in=192, d_sae=24, score="cosine", selector="topk", k=3, seed=0)
-    sae.facts = {"model": "embedded", "site": "resid_post.1"}
+    sae.metadata = {"model": "embedded", "site": "resid_post.1"}
     cosae.save(sae, place / "sae")
-    sae.facts = {}
+    sae.metadata = {}
     cosae.save(sae, place / "silent")
     (place / "text").mkdir()
     for i in range(3):

@@ -158,7 +158,7 @@ def test_damaged_and_renamed_checkpoints_are_named_and_set_aside(
     record = json.loads((out / "run.json").read_text())
     (resumption,) = record["resumed"]
     assert resumption["step"] == int(before.name[5:]) == 18
-    assert "step_000000099" in resumption["remarks"][0]
+    assert "step_000000099" in resumption["warnings"][0]
     assert (out / "checkpoints" / "damaged_step_000000099").is_dir()
 
 
@@ -297,8 +297,8 @@ def test_a_model_that_emits_nan_stops_with_its_place_and_goes_on_without_those_r
     resume(out, QUIET)
     execute(longer.changed({"data.non_finite": "drop"}), tmp_path / "whole", logs=QUIET)
     assert_same_run(tmp_path / "whole", out)
-    facts = json.loads((out / "run.json").read_text())["non_finite"]
-    assert (facts["policy"], facts["dropped_tokens"], facts["first"][0]["chunk"]) == ("drop", 1, at)
+    metadata = json.loads((out / "run.json").read_text())["non_finite"]
+    assert (metadata["policy"], metadata["dropped_tokens"], metadata["first"][0]["chunk"]) == ("drop", 1, at)
     (event,) = [
         e for e in map(json.loads, (out / "events.jsonl").read_text().splitlines()) if e["kind"] == "non_finite"
     ]
@@ -311,15 +311,15 @@ def test_events_are_logged_shown_and_reported_and_change_no_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from cosae.report.page import write_report
-    from cosae.train.monitor import Watch
+    from cosae.train.monitor import LossMonitor
 
     plain = execute(small(), None, logs=QUIET, measured=False)
 
-    def look(self: Watch, measured: Any) -> list[dict[str, Any]]:
+    def look(self: LossMonitor, measured: Any) -> list[dict[str, Any]]:
         self.seen += 1
         return [{"kind": "loss_spike", "text": "a <spike>"}] if self.seen == 7 else []
 
-    monkeypatch.setattr(Watch, "look", look)
+    monkeypatch.setattr(LossMonitor, "look", look)
     out = tmp_path / "run"
     watched = execute(small(), out, logs=Logs(progress=True))
     shown = capsys.readouterr().err

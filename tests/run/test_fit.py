@@ -84,7 +84,7 @@ def test_a_recipe_and_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [3, 4, 20])
 def test_tiny_tensors_are_fitted_to(n: int) -> None:
     run = cosae.fit(x_of(n, 4), "standard", d_sae=8, k=2, steps=2)
-    assert run.run["norm_facts"]["window_tokens"] <= n
+    assert run.run["norm_summary"]["window_tokens"] <= n
     assert run.run["recipe"]["training"]["batch_tokens"] <= n
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from cosae.activations.perturbation import Nuisance
+from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.recipe import Recipe
 from cosae.train.arm import Arm
@@ -82,7 +82,7 @@ def recipe(data: str, texts: Path) -> Recipe:
     small = {
         "d_sae": 96,
         "k": 4,
-        "nuisance": Nuisance("log_normal", sigma=0.5),
+        "perturbation": Perturbation("log_normal", sigma=0.5),
         "filter.window_tokens": 1024,
         "training.steps": 90,
         "training.batch_tokens": 128,
@@ -150,7 +150,7 @@ def test_killed_twenty_times(tmp_path: Path, data: str) -> None:
     _, said = last.communicate(timeout=600)
     assert last.returncode == 0, said
     assert_same_run(whole, out)
-    assert json.loads((out / "run.json").read_text())["began"]
+    assert json.loads((out / "run.json").read_text())["started_at"]
     for one in sorted(whole.glob("arms/*/*")):
         assert (out / one.relative_to(whole)).read_bytes() == one.read_bytes(), one.name
     assert not list(out.rglob("*.partial"))

@@ -99,8 +99,8 @@ def test_a_folder_of_texts_end_to_end(model_folder: Path, texts: Path, tmp_path:
         assert row["sinks_out"]["fve"] > 0
         assert row["sinks_out"]["tokens"] < row["sinks_in"]["tokens"]
         loaded = cosae.load(tmp_path / "run" / "arms" / name)
-        assert (loaded.facts["site"], loaded.facts["model"]) == ("resid_post.2", str(model_folder))
-        assert loaded.facts["hook_name"] == "blocks.2.hook_resid_post"
+        assert (loaded.metadata["site"], loaded.metadata["model"]) == ("resid_post.2", str(model_folder))
+        assert loaded.metadata["hook_name"] == "blocks.2.hook_resid_post"
     assert {arm["stream_digest"] for arm in run.run["arms"].values()} == {run.run["stream_digest"]}
 
 
@@ -193,7 +193,7 @@ def test_captured_tokens_serve_a_second_run(model_folder: Path, texts: Path) -> 
     assert isinstance(kept, ModelData)
     plain = execute(small, None, logs=QUIET, measured=False)
     first = execute(small, None, logs=QUIET, measured=False, data=kept)
-    injected = small.changed({"nuisance.kind": "log_normal", "name": "loud"})
+    injected = small.changed({"perturbation.kind": "log_normal", "name": "loud"})
     second = execute(injected, None, logs=QUIET, measured=False, data=kept.again(injected))
     alone = execute(injected, None, logs=QUIET, measured=False)
     assert plain.run["stream_digest"] == first.run["stream_digest"] != second.run["stream_digest"]

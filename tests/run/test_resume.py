@@ -259,7 +259,7 @@ def test_a_damaged_record_is_one_sentence(died_at_33: Path, tmp_path: Path) -> N
         {"training.batch_tokens": 32},
         {"data.world.sigma": 0.25},
         {"filter.factor": 5.0},
-        {"nuisance.kind": "log_normal"},
+        {"perturbation.kind": "log_normal"},
         {"d_sae": 64, "arms": tuple({"name": arm.name, "d_sae": 64} for arm in recipe().arms)},
         {"arms": ({"name": "another"},)},
         {"arms": tuple({"name": arm.name, "score": "cosine"} for arm in recipe().arms)},

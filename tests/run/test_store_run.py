@@ -174,9 +174,9 @@ def test_a_run_from_a_store_needs_neither_model_nor_text(
     assert run.evaluation is not None
     assert run.evaluation["probing"] is not None
     assert run.run["source"]["source"] == "store"
-    facts = run.saes["cosine"].facts
-    assert (facts["site"], facts["hook_name"]) == ("resid_post.1", "blocks.1.hook_resid_post")
-    assert facts["model"] == "embedded"
+    metadata = run.saes["cosine"].metadata
+    assert (metadata["site"], metadata["hook_name"]) == ("resid_post.1", "blocks.1.hook_resid_post")
+    assert metadata["model"] == "embedded"
 
 
 def test_a_run_from_a_store_resumes_to_the_bit_wherever_the_store_is(plain: Path, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_several_sites_share_their_forward_passes_and_equal_single_captures(corp
 def test_the_same_command_on_a_finished_store_changes_nothing(plain: Path, corpus: Path) -> None:
     before = fingerprint(plain)
     said: list[str] = []
-    capture_stores(wanted(corpus), plain, say=said.append)
+    capture_stores(wanted(corpus), plain, log=said.append)
     assert fingerprint(plain) == before
     assert any("is complete" in line for line in said)
 
@@ -307,7 +307,7 @@ def test_shards_that_were_damaged_meanwhile_are_written_again(plain: Path, corpu
     with (out / "journal.jsonl").open("a") as journal:
         journal.write('{"file": "train-000')
     said: list[str] = []
-    capture_stores(wanted(corpus), out, say=said.append)
+    capture_stores(wanted(corpus), out, log=said.append)
     assert fingerprint(out) == fingerprint(plain)
     assert any("train-00000.safetensors: it is not what was written" in line for line in said)
 
@@ -338,9 +338,9 @@ def test_what_changed_of_the_packages_meanwhile_is_written_down(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = unfinished(corpus, tmp_path / "s", after=2)
-    monkeypatch.setattr(captures.facts, "packages", lambda: {"torch": "99"})
+    monkeypatch.setattr(captures.provenance, "packages", lambda: {"torch": "99"})
     said: list[str] = []
-    capture_stores(wanted(corpus), out, say=said.append)
+    capture_stores(wanted(corpus), out, log=said.append)
     assert [one["packages"].get("torch") for one in Store(out).record["written_by"]] == [torch.__version__, "99"]
     assert any("other packages" in line for line in said)
 

@@ -70,7 +70,7 @@ def whole(model: Path, sources: tuple[str, str], tmp_path_factory: pytest.TempPa
 def test_a_mixture_is_the_same_run_however_it_is_read_and_wherever_it_is_stopped(
     model: Path, sources: tuple[str, str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    busy = mixed(model, sources, **{"data.n_workers": 2, "data.ahead_chunks": 2})
+    busy = mixed(model, sources, **{"data.n_workers": 2, "data.prefetch_chunks": 2})
     interrupt_after(monkeypatch, 17)
     with pytest.raises(Interrupted):
         execute(busy, tmp_path / "run", logs=QUIET)
@@ -87,7 +87,7 @@ def test_a_mixture_is_the_same_run_however_it_is_read_and_wherever_it_is_stopped
 def test_a_data_set_that_breaks_in_the_middle_takes_no_step_with_it(
     model: Path, sources: tuple[str, str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    busy = mixed(model, sources, **{"data.n_workers": 2, "data.ahead_chunks": 2})
+    busy = mixed(model, sources, **{"data.n_workers": 2, "data.prefetch_chunks": 2})
     broken, real = tmp_path / "broken", StreamedModelSource.chunks
 
     def breaking(self: StreamedModelSource, start: int = 0) -> Iterator[Activations]:

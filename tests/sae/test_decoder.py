@@ -24,8 +24,8 @@ def test_each_prefix_is_the_sum_over_its_features() -> None:
     x_BD = torch.randn(9, D, generator=torch.Generator().manual_seed(2))
     output = sae.train_forward(x_BD)
     entries, value_E = output.selection.entries, output.selection.value_E
-    assert len(output.rebuilt) == 4
-    for prefix, found_BD in zip((1, 5, 12, F), output.rebuilt, strict=True):
+    assert len(output.recon) == 4
+    for prefix, found_BD in zip((1, 5, 12, F), output.recon, strict=True):
         wanted_BD = torch.zeros(9, D)
         for token, feature, value in zip(entries.token_E, entries.feature_E, value_E.detach(), strict=True):
             if feature < prefix:
@@ -43,7 +43,7 @@ def test_early_prefixes_learn_from_every_later_one() -> None:
     sae = make_sae(prefixes=(4, 10))
     x_BD = torch.randn(30, D, generator=torch.Generator().manual_seed(3))
     output = sae.train_forward(x_BD)
-    grads = [torch.autograd.grad(r.sum(), sae.decoder.rows_FD, retain_graph=True)[0] for r in output.rebuilt]
+    grads = [torch.autograd.grad(r.sum(), sae.decoder.rows_FD, retain_graph=True)[0] for r in output.recon]
     for prefix, grad_FD in zip((4, 10, F), grads, strict=True):
         assert not grad_FD[prefix:].any()
         assert bool(grad_FD[:prefix].any())
@@ -51,7 +51,7 @@ def test_early_prefixes_learn_from_every_later_one() -> None:
 
 
 def test_norm_restoring_ignores_row_lengths_and_code_scale() -> None:
-    """u · r / |u| keeps directions only: rows of other lengths and codes times a factor rebuild the same."""
+    """u · r / |u| keeps directions only: rows of other lengths and codes times a factor reconstruct the same."""
     sae, other = make_sae(norm_restoring=True), make_sae(norm_restoring=True)
     with torch.no_grad():
         other.decoder.rows_FD.mul_(torch.rand(F, 1, generator=torch.Generator().manual_seed(9)) + 0.1)
@@ -69,9 +69,9 @@ def test_norm_restoring_gradient_is_tangential() -> None:
     sae = make_sae(norm_restoring=True)
     codes = sae.encode(torch.randn(9, D, generator=torch.Generator().manual_seed(2)))
     value_E = codes.value_E.detach().clone().requires_grad_()
-    rebuilt_BD = sae.decode(codes.with_values(value_E)) - sae.b_dec
-    (grad_E,) = torch.autograd.grad(rebuilt_BD.square().sum(), value_E, retain_graph=True)
-    assert float(grad_E.abs().max()) < 1e-4 * float(rebuilt_BD.detach().square().sum())
+    recon_BD = sae.decode(codes.with_values(value_E)) - sae.b_dec
+    (grad_E,) = torch.autograd.grad(recon_BD.square().sum(), value_E, retain_graph=True)
+    assert float(grad_E.abs().max()) < 1e-4 * float(recon_BD.detach().square().sum())
     none = sae.decode(codes.with_values(value_E * 0))
     assert torch.equal(none, sae.b_dec.expand(9, -1))
     (grad_E,) = torch.autograd.grad(none.sum(), value_E)

@@ -72,19 +72,21 @@ def raw_state(sae: SAE) -> dict[str, bytes]:
 @given(
     configs(), st.integers(0, 2**31), st.dictionaries(st.text(), json_values, max_size=3), st.booleans(), st.booleans()
 )
-def test_any_sae_round_trips(cfg: SAEConfig, seed: int, facts: dict[str, Any], calibrated: bool, double: bool) -> None:
+def test_any_sae_round_trips(
+    cfg: SAEConfig, seed: int, metadata: dict[str, Any], calibrated: bool, double: bool
+) -> None:
     sae = SAE(cfg)
     randomise(sae, seed)
     if calibrated and cfg.selector in ("batch_topk", "gated"):
         sae.selector.threshold.fill_(0.1)
     if double:
         sae.double()
-    sae.facts = facts
+    sae.metadata = metadata
     with tempfile.TemporaryDirectory() as folder:
         back = load(save(sae, Path(folder) / "deep" / "er"))
         assert names(Path(folder) / "deep") == ["er"], "nothing is left beside it"
     assert back.cfg == cfg
-    assert back.facts == facts
+    assert back.metadata == metadata
     assert back.dtype == sae.dtype
     assert raw_state(back) == raw_state(sae)
 
@@ -111,7 +113,7 @@ def names(folder: Path) -> list[str]:
 
 def make(score: str = "cosine_per_feature", selector: str = "jumprelu") -> SAE:
     sae = SAE.build(D, F, score, selector, 3, 4)
-    sae.facts = {"site": "resid_post.3", "tokens": 1000}
+    sae.metadata = {"site": "resid_post.3", "tokens": 1000}
     return sae
 
 
@@ -289,7 +291,7 @@ def test_names_and_layouts_on_disk(tmp_path: Path) -> None:
     assert torch.equal(state["W_enc"].T, sae.score.rows_FD)
     assert torch.equal(state["scale_a"], sae.score.exponent_base + sae.score.exponent_delta_F)
     config = json.loads((tmp_path / "sae" / file.CONFIG).read_text())
-    assert (config["format"], config["version"], config["d_in"], config["d_sae"]) == ("cosae-sae", 1, D, F)
+    assert (config["format"], config["version"], config["d_in"], config["d_sae"]) == ("cosae-sae", 2, D, F)
     standard = SAE.build(D, F, "inner", k=3)
     standard.selector.threshold.fill_(0.5)
     config = json.loads((save(standard, tmp_path / "standard") / file.CONFIG).read_text())
@@ -377,13 +379,13 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_facts_that_json_cannot_hold(fact: object, tmp_path: Path) -> None:
     sae = make()
     old = save(sae, tmp_path / "sae")
-    sae.facts = {"fve": {"deep": fact}}
-    with pytest.raises(CosaeError, match=r"sae\.facts must be plain finite numbers"):
+    sae.metadata = {"fve": {"deep": fact}}
+    with pytest.raises(CosaeError, match=r"sae\.metadata must be plain finite numbers"):
         save(sae, old)
-    assert load(old).facts == {"site": "resid_post.3", "tokens": 1000}
+    assert load(old).metadata == {"site": "resid_post.3", "tokens": 1000}
 
 
 def test_facts_may_hold_tensors(tmp_path: Path) -> None:
     sae = make()
-    sae.facts = {"quantiles": torch.tensor([1.0, 2.0]), "norm_facts": {"median_norm": 3.0}}
-    assert load(save(sae, tmp_path / "sae")).facts == {"quantiles": [1.0, 2.0], "norm_facts": {"median_norm": 3.0}}
+    sae.metadata = {"quantiles": torch.tensor([1.0, 2.0]), "norm_summary": {"median_norm": 3.0}}
+    assert load(save(sae, tmp_path / "sae")).metadata == {"quantiles": [1.0, 2.0], "norm_summary": {"median_norm": 3.0}}

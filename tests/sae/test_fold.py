@@ -59,7 +59,7 @@ def test_decoder_norms(sae: SAE) -> None:
     near(folded(x_BD), sae(x_BD))
     factor_F = torch.ones_like(length_F) if sae.cfg.norm_restoring else length_F
     near(folded.encode(x_BD).to_dense(), sae.encode(x_BD).to_dense() * factor_F)
-    near(folded.train_forward(x_BD).rebuilt[0], sae.train_forward(x_BD).rebuilt[0])
+    near(folded.train_forward(x_BD).recon[0], sae.train_forward(x_BD).recon[0])
     near(fold_decoder_norm(folded)(x_BD), sae(x_BD))
 
 

@@ -63,13 +63,13 @@ def test_space_is_the_frames_or_raw() -> None:
         error_B = (x_BD - sae(x_BD)).square().sum(-1).detach()
         assert term(sae, x_BD, space="raw") == pytest.approx(float(error_B.mean()), rel=1e-4)
         assert term(sae, x_BD, space="frame") == pytest.approx(float((error_B / scale_B**2).mean()), rel=1e-4)
-        assert len(output.rebuilt) == 1
+        assert len(output.recon) == 1
 
 
 def test_prefixes_are_averaged() -> None:
     sae, x_BD = make_sae("topk", prefixes=(6, 15)), make_x()
     output = sae.train_forward(x_BD)
-    each = [float((output.framed.z_BD - r).square().sum(-1).mean().detach()) for r in output.rebuilt]
+    each = [float((output.framed.z_BD - r).square().sum(-1).mean().detach()) for r in output.recon]
     assert len(set(each)) == 3
     assert term(sae, x_BD) == pytest.approx(sum(each) / 3, rel=1e-5)
 
@@ -117,7 +117,7 @@ def test_aux_k_by_hand(frame: str, aux_k: int) -> None:
         score = np.where(score >= cut, score, 0.0)
     assert (score < 0).any() or aux_k == 1
     score = np.maximum(score, 0.0)
-    residual = (output.framed.z_BD - output.rebuilt[-1]).detach().double().numpy()[live]
+    residual = (output.framed.z_BD - output.recon[-1]).detach().double().numpy()[live]
     missed = residual - score @ sae.W_dec.detach().double().numpy()[dead]
     wanted = (missed**2).sum() / ((residual - residual.mean(0)) ** 2).sum()
     found = losses.aux_k(sae, output, dead_F, LossConfig(aux_k=aux_k))
@@ -141,7 +141,7 @@ def test_aux_k_reaches_scores_below_zero() -> None:
         sae.score.bias_F[5] = -100.0
     output = sae.train_forward(x_BD)
     dead_F = torch.arange(F) == 5
-    residual_BD = (output.framed.z_BD - output.rebuilt[-1]).detach()
+    residual_BD = (output.framed.z_BD - output.recon[-1]).detach()
     spread = (residual_BD - residual_BD.mean(0)).square().sum()
     found = losses.aux_k(sae, output, dead_F, LossConfig())
     torch.testing.assert_close(found.detach(), residual_BD.square().sum() / spread)
@@ -181,7 +181,7 @@ def test_sparsity_of_jumprelu_is_l0_over_k_and_its_gradient_the_kernel_estimate(
 
 
 def test_gated_terms() -> None:
-    """Sparsity: open gates over k in value, scale-free in gradient. Gate: rebuilt from π, decoder left alone."""
+    """Sparsity: open gates over k in value, scale-free in gradient. Gate: reconstructed from π, decoder left alone."""
     sae, x_BD = make_sae("gated"), make_x()
     output = sae.train_forward(x_BD)
     gate_BF = sae.scores(x_BD).relu()

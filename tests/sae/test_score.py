@@ -151,5 +151,5 @@ def test_tiny_and_zero_lengths_stay_finite() -> None:
         x_BD[1] = sae.centre_D.detach() * (1 + 1e-7)
         assert bool(sae.scores(x_BD).isfinite().all())
         output = sae.train_forward(x_BD)
-        output.rebuilt[0].square().sum().backward()
+        output.recon[0].square().sum().backward()
         assert all(bool(p.grad.isfinite().all()) for p in sae.parameters() if p.grad is not None)

@@ -58,7 +58,7 @@ def test_an_inner_product_is_a_per_feature_cosine_with_exponent_one(selector: st
 @pytest.mark.parametrize("selector", ["batch_topk", "topk", "abs_topk", "jumprelu", "gated"])
 @pytest.mark.parametrize("target", list(SCORES))
 @pytest.mark.parametrize("source", ["inner", "cosine_per_feature"])
-def test_a_refitted_swap_keeps_the_l0_and_rebuilds_best(source: str, target: str, selector: str) -> None:
+def test_a_refitted_swap_keeps_the_l0_and_reconstructs_best(source: str, target: str, selector: str) -> None:
     sae = build(source, selector)
     before = {name: value.clone() for name, value in sae.state_dict().items()}
     swapped = swap_score(sae, target, sample=sample(), refit=True)
@@ -68,8 +68,8 @@ def test_a_refitted_swap_keeps_the_l0_and_rebuilds_best(source: str, target: str
     with torch.no_grad():
         codes = swapped.encode(x_ND)
         centre = swapped.centre_D
-        rebuilt = swapped.decode(codes) - centre
-        best = float((rebuilt * (x_ND - centre)).sum() / rebuilt.square().sum())
+        recon = swapped.decode(codes) - centre
+        best = float((recon * (x_ND - centre)).sum() / recon.square().sum())
     assert best == pytest.approx(1.0, abs=1e-3)
     for name, value in sae.state_dict().items():
         assert torch.equal(value.nan_to_num(-1), before[name].nan_to_num(-1)), name

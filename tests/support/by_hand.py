@@ -84,7 +84,7 @@ def encode(sae: Any, x: Array, training: bool) -> tuple[Array, Array, Array, Arr
     return np.where(on, s, 0.0), z, scale, shift
 
 
-def rebuild(sae: Any, codes: Array, z: Array) -> list[Array]:
+def reconstruct(sae: Any, codes: Array, z: Array) -> list[Array]:
     """Reconstructions of z, one for each prefix."""
     rows = read(sae)["decoder.rows_FD"]
     if not sae.cfg.norm_restoring:
@@ -98,7 +98,7 @@ def rebuild(sae: Any, codes: Array, z: Array) -> list[Array]:
     return out
 
 
-def put_back(sae: Any, z_hat: Array, scale: Array, shift: Array) -> Array:
+def denormalize(sae: Any, z_hat: Array, scale: Array, shift: Array) -> Array:
     c = read(sae)["centre_D"]
     if sae.cfg.frame == "layer_norm":
         return scale[:, None] * (z_hat + c) + shift[:, None]

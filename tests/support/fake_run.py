@@ -59,7 +59,7 @@ def _run(name, setting, arms):
         "stream_digest": "9f2c1d0be71a55e3",
         "packages": {"torch": "2.13.0", "transformers": "4.57.1", "python": "3.11.9"},
         "hardware": {"cpu": "x86_64", "cores": 2, "device": "cpu"},
-        "norm_facts": {"window_tokens": 65536, "median_norm": 21.3, "mean_norm": 21.9, "max_over_median": 2.6,
+        "norm_summary": {"window_tokens": 65536, "median_norm": 21.3, "mean_norm": 21.9, "max_over_median": 2.6,
                        "quantiles": [9.1, 12.0, 14.1, 18.4, 21.3, 24.8, 30.2, 35.5, 55.0], "total_variance": 402.0,
                        "filtered_frac": 0.0039},
         "filter": {"policy": {"kind": "position_0", "factor": 10.0, "window_tokens": 65536,

@@ -89,8 +89,8 @@ def dictionary_learning(folder: Path, kind: str) -> Written:
         length = w.decoder_FD.double().norm(dim=-1)
 
         def answer(x: Tensor) -> tuple[Tensor, Tensor]:
-            features, rebuilt = relu(x)
-            return features * length, rebuilt
+            features, recon = relu(x)
+            return features * length, recon
     elif kind == "AutoEncoderNew":
         state["decoder.bias"] = w.centre_D
         answer = linear(w, torch.relu, centred=False)

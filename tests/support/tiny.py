@@ -1,4 +1,4 @@
-"""Tiny models of the activations' tests, SAEs for them, and an SAE that rebuilds everything."""
+"""Tiny models of the activations' tests, SAEs for them, and an SAE that reconstructs everything."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_blank_documents_and_files_that_are_not_text_are_counted(tmp_path):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     tally = documents.Tally()
     assert [d.name for d in documents.read_documents(str(tmp_path), tally=tally)] == ["a.py"]
-    assert tally.remark == "2 blank, 1 not UTF-8 (the first: latin.txt)"
+    assert tally.warning == "2 blank, 1 not UTF-8 (the first: latin.txt)"
 
 
 def test_documents_that_are_cut_to_the_same_text_are_on_the_same_side(tmp_path):

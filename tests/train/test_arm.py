@@ -180,7 +180,7 @@ def test_an_arm_goes_on_from_a_saved_sae_under_another_score(tmp_path: Path) -> 
     built = swapped.build(8, x_ND)
     assert built.cfg.score == "cosine"
     assert torch.equal(built.W_dec, first.W_dec)
-    assert built.facts["swapped_from"] == "inner"
+    assert built.metadata["swapped_from"] == "inner"
     wider = parse_arm(f"standard,name=wide,{start}").with_defaults(d_sae=24, k=3, seed=0, lr=1e-3, kernel="auto")
     with pytest.raises(CosaeError, match="asks for d_sae 24"):
         wider.build(8, x_ND)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, the damaged one passed over with a remark, the disk's refusal in one sentence."""
+"""Checkpoints: whole or absent, the damaged one passed over with a warning, the disk's refusal in one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from cosae.errors import CosaeError
 from cosae.train import checkpoint
-from cosae.train.checkpoint import FACTS, FOLDER, KEEP, checkpoints, read_latest, write_checkpoint
+from cosae.train.checkpoint import FOLDER, KEEP, RECORD, checkpoints, read_latest, write_checkpoint
 
 
 def written(run: Path, step: int) -> Path:
@@ -31,10 +31,10 @@ def written(run: Path, step: int) -> Path:
 def test_what_goes_in_comes_out_to_the_bit(tmp_path: Path) -> None:
     place = written(tmp_path, 7)
     assert place.parent == tmp_path / FOLDER
-    parts, facts, remarks = read_latest(tmp_path)
-    assert remarks == []
-    assert (facts["step"], facts["seconds"]) == (7, 7.1)
-    assert facts["arms"] == {"a<b": {"hint": None, "weight": 1 / 3}}
+    parts, record, warnings = read_latest(tmp_path)
+    assert warnings == []
+    assert (record["step"], record["seconds"]) == (7, 7.1)
+    assert record["arms"] == {"a<b": {"hint": None, "weight": 1 / 3}}
     assert set(parts) == {"stream", "arm.a<b"}
     assert torch.equal(parts["arm.a<b"]["w"], torch.arange(8.0).reshape(2, 4).T)
     assert parts["arm.a<b"]["age"].tolist() == [2**40, 0]
@@ -93,11 +93,11 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "file truncated": lambda place: truncate(place / "stream.safetensors"),
     "file emptied": lambda place: (place / "stream.safetensors").write_bytes(b""),
     "file missing": lambda place: (place / "stream.safetensors").unlink(),
-    "facts missing": lambda place: (place / FACTS).unlink(),
-    "facts truncated": lambda place: truncate(place / FACTS),
-    "facts flipped": lambda place: tamper(place / FACTS),
-    "facts a list": lambda place: (place / FACTS).write_text("[1]"),
-    "facts not text": lambda place: (place / FACTS).write_bytes(b"\xff\xfe\x00"),
+    "facts missing": lambda place: (place / RECORD).unlink(),
+    "facts truncated": lambda place: truncate(place / RECORD),
+    "facts flipped": lambda place: tamper(place / RECORD),
+    "facts a list": lambda place: (place / RECORD).write_text("[1]"),
+    "facts not text": lambda place: (place / RECORD).write_bytes(b"\xff\xfe\x00"),
     "folder emptied": lambda place: [file.unlink() for file in place.iterdir()],
     "a file in its place": lambda place: (shutil.rmtree(place), place.write_text("x")),
 }
@@ -107,18 +107,18 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 def test_a_damaged_checkpoint_is_passed_over_with_a_remark(tmp_path: Path, damage: str) -> None:
     written(tmp_path, 10)
     DAMAGES[damage](written(tmp_path, 20))
-    parts, facts, remarks = read_latest(tmp_path)
-    assert facts["step"] == 10
+    parts, record, warnings = read_latest(tmp_path)
+    assert record["step"] == 10
     assert parts["stream"]["buffer"][0, 0] == 10.0
-    (remark,) = remarks
-    assert "step_000000020 is damaged" in remark
-    assert "going on from the checkpoint before it" in remark
-    assert "\n" not in remark
+    (warning,) = warnings
+    assert "step_000000020 is damaged" in warning
+    assert "going on from the checkpoint before it" in warning
+    assert "\n" not in warning
 
 
 def test_every_single_bit_of_the_record_is_guarded(tmp_path: Path) -> None:
     written(tmp_path, 10)
-    file = written(tmp_path, 20) / FACTS
+    file = written(tmp_path, 20) / RECORD
     whole = file.read_bytes()
     for byte in range(0, len(whole), 3):
         file.write_bytes(whole[:byte] + bytes([whole[byte] ^ 0x02]) + whole[byte + 1 :])
@@ -188,6 +188,6 @@ def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_the_record_is_json_that_others_can_read(tmp_path: Path) -> None:
-    record = json.loads((written(tmp_path, 3) / FACTS).read_text())["record"]
+    record = json.loads((written(tmp_path, 3) / RECORD).read_text())["record"]
     assert (record["version"], record["step"]) == (1, 3)
     assert set(record["files"]) == {"stream.safetensors", "arm.a<b.safetensors"}

@@ -177,7 +177,7 @@ def test_progress_writes_plain_lines_where_nobody_watches(capsys: pytest.Capture
     progress.log(record(1))
     progress.log(record(2))  # within 15 s of the last line
     progress.log(record(200))
-    progress.say("hello")
+    progress.message("hello")
     progress.close()
     shown = capsys.readouterr().err
     assert shown.count("step ") == 2
@@ -192,7 +192,7 @@ def test_progress_says_nothing_when_told_so(capsys: pytest.CaptureFixture[str]) 
     progress = Progress(100, 8, ["standard"], shown=False)
     progress.step()
     progress.log(record(1))
-    progress.say("hello")
+    progress.message("hello")
     progress.close()
     captured = capsys.readouterr()
     assert captured.err == captured.out == ""

@@ -110,7 +110,7 @@ class Kept:
 def test_logging_leaves_weights_bit_identical() -> None:
     quiet = trained(SIX)
     kept = Kept()
-    loud = trained(SIX, replace(CONFIG, log_every=1), loggers=[kept, kept], on_step=lambda: None, say=lambda _: None)
+    loud = trained(SIX, replace(CONFIG, log_every=1), loggers=[kept, kept], on_step=lambda: None, log=lambda _: None)
     assert len(kept.records) == 24
     for a, b in zip(quiet, loud, strict=True):
         assert_same(weights(a), weights(b))
@@ -210,7 +210,7 @@ def test_a_wild_arm_stops_alone_with_its_last_good_weights() -> None:
     kept = Kept()
     stream = opened()
     states = started(stream, [ARMS["cosine"], WILD])
-    train(states, stream, replace(CONFIG, log_every=1), loggers=[kept], say=said.append)
+    train(states, stream, replace(CONFIG, log_every=1), loggers=[kept], log=said.append)
     good, wild = states
     assert good.stopped is None
     assert wild.stopped is not None

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from cosae.io.generators import generator_state, restore_generators
-from cosae.train.monitor import WARM, Watch
+from cosae.train.monitor import WARM, LossMonitor
 
 
 def looked(losses: list[float], dead: list[float] | None = None) -> list[tuple[int, dict[str, Any]]]:
-    watch = Watch()
+    monitor = LossMonitor()
     found = []
     for step, loss in enumerate(losses):
         if step == len(losses) // 2:  # through a checkpoint
-            watch = Watch(**asdict(watch))
+            monitor = LossMonitor(**asdict(monitor))
         measured = {"loss_reconstruction": torch.tensor(loss), "dead_frac": dead[step] if dead else 0.0}
-        found += [(step, event) for event in watch.look(measured)]
+        found += [(step, event) for event in monitor.look(measured)]
     return found
 
 

@@ -147,7 +147,7 @@ def flops(n_dead: int) -> int:
 
 
 def test_aux_k_costs_what_its_dead_features_cost() -> None:
-    """Scores, rebuilding and two gradients each: at most six products with the dead rows, none with the living."""
+    """Scores, reconstructing and two gradients each: at most six products with the dead rows, none with the living."""
     per_feature = 2 * B * D
     assert 2 * per_feature <= flops(1) <= 6 * per_feature
     assert flops(30) <= 30 * 6 * per_feature

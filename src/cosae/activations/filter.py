@@ -1,6 +1,6 @@
 """Which tokens take part: one declared policy, shared by training and evaluation.
 
-Enters: a window of activations, as they will be trained on (after any injected nuisance).
+Enters: a window of activations, as they will be trained on (after any injected perturbation).
 Leaves: a fitted filter that says which tokens to keep, the norm facts of the window, and the sink mask by
 which evaluation reports everything twice, with sinks and without.
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.types import Activations, NormFacts
+from cosae.types import Activations, NormSummary
 
 FilterKind = Literal["none", "position_0", "norm"]
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -138,7 +138,7 @@ def sinks(activations: Activations, median_norm: float, factor: float = 10.0) ->
     return large_N | (activations.position_N == 0) | activations.special_N
 
 
-def norm_facts(window: Activations, filter: Filter) -> NormFacts:
+def norm_summary(window: Activations, filter: Filter) -> NormSummary:
     """What a run's page begins with: the norms of a window before filtering, and what the filter removes.
 
     total_variance is the mean of |x - mean x|² over the kept tokens, in float64, two passes.
@@ -153,7 +153,7 @@ def norm_facts(window: Activations, filter: Filter) -> NormFacts:
     norm_N = window.norm_N.double()
     marks = quantiles(norm_N, QUANTILES)
     median = marks[QUANTILES.index(0.5)]
-    return NormFacts(
+    return NormSummary(
         window_tokens=len(window),
         median_norm=median,
         mean_norm=float(norm_N.mean()),

@@ -49,7 +49,7 @@ def check_policy(non_finite: str) -> None:
         raise CosaeError(f"non_finite must be one of {', '.join(get_args(NonFinite))}. Got {non_finite!r} instead.")
 
 
-class Guard:
+class StreamMonitor:
     """Counts and events of one stream.
 
     non_finite  fatal or drop
@@ -96,7 +96,7 @@ class Guard:
         return chunk[~bad_N]
 
     def see(self, norm_N: Tensor, index: int) -> None:
-        """Take note of the norms of chunk `index`, nuisance on, before the filter."""
+        """Take note of the norms of chunk `index`, perturbation on, before the filter."""
         if index >= self._n_chunks:
             self._n_chunks = index + 1
             self._norms.append(norm_N)
@@ -140,7 +140,7 @@ class Guard:
         events, self._events = self._events, []
         return events
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Policy, tokens dropped, and where the first LOCATED of them were; plain values, for records."""
         return {"policy": self.non_finite, "dropped_tokens": self._dropped, "first": list(self._located)}
 

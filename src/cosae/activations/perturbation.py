@@ -1,4 +1,4 @@
-"""Norm nuisances put on purpose onto real activations, so that what a score does with norm can be seen.
+"""Norm perturbations put on purpose onto real activations, so that what a score does with norm can be seen.
 
 Enters: activations. Leaves: the same tokens with other norms, x in fp32, norms recomputed.
 
@@ -38,8 +38,8 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Nuisance:
-    """A norm nuisance and its seed.
+class Perturbation:
+    """A norm perturbation and its seed.
 
     kind       none, log_normal or sinks
     sigma      log_normal: standard deviation of log norm, nats
@@ -62,30 +62,30 @@ class Nuisance:
 
     def __post_init__(self) -> None:
         if self.kind not in SETTINGS:
-            raise CosaeError(f"nuisance must be one of {', '.join(SETTINGS)}. Got {self.kind!r} instead.")
+            raise CosaeError(f"perturbation must be one of {', '.join(SETTINGS)}. Got {self.kind!r} instead.")
         if self.direction not in get_args(Direction):
-            raise CosaeError(f"nuisance direction must be own or massive. Got {self.direction!r} instead.")
+            raise CosaeError(f"perturbation direction must be own or massive. Got {self.direction!r} instead.")
         if not (isfinite(self.sigma) and self.sigma >= 0):
-            raise CosaeError(f"nuisance sigma must be 0 or more. Got {self.sigma} instead.")
+            raise CosaeError(f"perturbation sigma must be 0 or more. Got {self.sigma} instead.")
         if not 0 <= self.frac <= 1:
-            raise CosaeError(f"nuisance frac must lie between 0 and 1. Got {self.frac} instead.")
+            raise CosaeError(f"perturbation frac must lie between 0 and 1. Got {self.frac} instead.")
         if not (isfinite(self.factor) and self.factor > 0):
-            raise CosaeError(f"nuisance factor must be a finite number above 0. Got {self.factor} instead.")
+            raise CosaeError(f"perturbation factor must be a finite number above 0. Got {self.factor} instead.")
         if self.position is not None and self.position < 0:
-            raise CosaeError(f"nuisance position must be 0 or more. Got {self.position} instead.")
+            raise CosaeError(f"perturbation position must be 0 or more. Got {self.position} instead.")
 
     @classmethod
-    def parse(cls, text: str) -> Nuisance:
+    def parse(cls, text: str) -> Perturbation:
         """From the command line: `none`, `log_normal:sigma=1.0`,
         `sinks:frac=0.006,factor=160,direction=massive`.
 
         Raises CosaeError for anything else, and for settings the kind does not read.
         """
-        kind, settings = parse_settings(text, "nuisance", SETTINGS)
-        return cls(kind=kind, **cast_settings(cls, settings, "nuisance"))  # type: ignore[arg-type]
+        kind, settings = parse_settings(text, "perturbation", SETTINGS)
+        return cls(kind=kind, **cast_settings(cls, settings, "perturbation"))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """The text `parse` reads back to the same nuisance."""
+        """The text `parse` reads back to the same perturbation."""
         settings = ((name, getattr(self, name)) for name in SETTINGS[self.kind])
         shown = ",".join(f"{name}={value}" for name, value in settings if value is not None)
         return f"{self.kind}:{shown}" if shown else self.kind
@@ -95,58 +95,58 @@ class Nuisance:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Nuisance:
-        """The nuisance that `to_dict` wrote. Raises CosaeError if the record is not one."""
+    def from_dict(cls, record: Mapping[str, Any]) -> Perturbation:
+        """The perturbation that `to_dict` wrote. Raises CosaeError if the record is not one."""
         unknown = set(record) - {f.name for f in fields(cls)}
         if unknown:
             raise CosaeError(
-                f"a nuisance record has no {', '.join(sorted(unknown))}; was it written by another version?"
+                f"a perturbation record has no {', '.join(sorted(unknown))}; was it written by another version?"
             )
         return cls(**record)
 
 
 def apply(
     activations: Activations,
-    nuisance: Nuisance,
+    perturbation: Perturbation,
     chunk_index: int = 0,
     split: Literal["train", "held_out"] = "train",
 ) -> Activations:
-    """The activations with the nuisance on them; the very same object when the nuisance is `none`.
+    """The activations with the perturbation on them; the very same object when the perturbation is `none`.
 
     x_ND comes back in float32 and norm_N recomputed in float32; everything else is shared with the input.
     Raises CosaeError when a position is asked for and the activations have none.
     """
-    if nuisance.kind == "none":
+    if perturbation.kind == "none":
         return activations
-    generator = keyed_generator(nuisance.seed, "nuisance", split, chunk_index)
+    generator = keyed_generator(perturbation.seed, "nuisance", split, chunk_index)  # 0.1's word is part of the seed
     x_ND = activations.x_ND.float()
-    if nuisance.kind == "log_normal":
-        gain_N = torch.exp(nuisance.sigma * torch.randn(len(activations), generator=generator))
+    if perturbation.kind == "log_normal":
+        gain_N = torch.exp(perturbation.sigma * torch.randn(len(activations), generator=generator))
         x_ND = x_ND * gain_N.to(x_ND.device)[:, None]
     else:
-        x_ND = _plant_sinks(x_ND, _chosen(activations, nuisance, generator), activations.norm_N, nuisance)
+        x_ND = _plant_sinks(x_ND, _chosen(activations, perturbation, generator), activations.norm_N, perturbation)
     return replace(activations, x_ND=x_ND, norm_N=x_ND.norm(dim=-1))
 
 
-def _chosen(activations: Activations, nuisance: Nuisance, generator: torch.Generator) -> Tensor:
+def _chosen(activations: Activations, perturbation: Perturbation, generator: torch.Generator) -> Tensor:
     """(N,) bool: the tokens that become sinks."""
-    if nuisance.position is None:
-        return (torch.rand(len(activations), generator=generator) < nuisance.frac).to(activations.x_ND.device)
+    if perturbation.position is None:
+        return (torch.rand(len(activations), generator=generator) < perturbation.frac).to(activations.x_ND.device)
     if len(activations) and int(activations.position_N.max()) < 0:
         raise CosaeError(
-            f"a nuisance at position {nuisance.position} needs activations that know their positions, and "
+            f"a perturbation at position {perturbation.position} needs activations that know their positions, and "
             "these do not; use frac instead."
         )
-    return activations.position_N == nuisance.position
+    return activations.position_N == perturbation.position
 
 
-def _plant_sinks(x_ND: Tensor, chosen_N: Tensor, norm_N: Tensor, nuisance: Nuisance) -> Tensor:
-    if nuisance.direction == "own":
-        gain_N = torch.where(chosen_N, nuisance.factor, 1.0)
+def _plant_sinks(x_ND: Tensor, chosen_N: Tensor, norm_N: Tensor, perturbation: Perturbation) -> Tensor:
+    if perturbation.direction == "own":
+        gain_N = torch.where(chosen_N, perturbation.factor, 1.0)
         return x_ND * gain_N[:, None]
-    direction_D = torch.randn(x_ND.shape[1], generator=keyed_generator(nuisance.seed, "massive direction"))
+    direction_D = torch.randn(x_ND.shape[1], generator=keyed_generator(perturbation.seed, "massive direction"))
     direction_D = (direction_D / direction_D.norm()).to(x_ND.device)
-    massive_D = nuisance.factor * norm_N.float().median() * direction_D if len(norm_N) else direction_D
+    massive_D = perturbation.factor * norm_N.float().median() * direction_D if len(norm_N) else direction_D
     return torch.where(chosen_N[:, None], massive_D, x_ND)
 
 

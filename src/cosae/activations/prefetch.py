@@ -17,7 +17,7 @@ T = TypeVar("T")
 POLL_SECONDS = 0.1
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """`items`, up to `depth` of them made before they are asked for, and one more under way. The thread starts with the
     first `next`.
 
@@ -35,7 +35,7 @@ class Ahead(Generic[T]):
         self._ended: BaseException | None = None
         weakref.finalize(self, self._stop.set)
 
-    def __iter__(self) -> Ahead[T]:
+    def __iter__(self) -> Prefetcher[T]:
         return self
 
     def __next__(self) -> T:

@@ -4,7 +4,7 @@ Enters: a `Source`, chunks of activations in the order a model made them.
 Leaves: batches from a shuffle buffer, every row uniform over the rows that are live in it. A digest of everything
 handed out proves that two runs, or two arms, saw the same.
 
-    source chunk → finite? → nuisance → norms as before? → filter → buffer → batch
+    source chunk → finite? → perturbation → norms as before? → filter → buffer → batch
 
 The buffer is a ring of slots, allocated once. Its live rows are in one random order, and a batch is the next ones: a
 uniform draw without replacement. The slots they leave are filled from the source batch by batch, so that every batch
@@ -27,14 +27,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from cosae.activations import perturbation as nuisances
+from cosae.activations import perturbation as perturbations
 from cosae.activations.digest import chain
-from cosae.activations.filter import Filter, FilterPolicy, fit, norm_facts
-from cosae.activations.monitor import Guard
-from cosae.activations.perturbation import Nuisance, keyed_generator
-from cosae.activations.prefetch import Ahead
+from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary
+from cosae.activations.monitor import StreamMonitor
+from cosae.activations.perturbation import Perturbation, keyed_generator
+from cosae.activations.prefetch import Prefetcher
 from cosae.errors import CosaeError
-from cosae.types import Activations, NormFacts
+from cosae.io.legacy import upgrade
+from cosae.types import Activations, NormSummary
 
 SAMPLE_ROWS = 16384  # enough for a geometric median and for norm statistics, small enough to copy about
 BARREN_CHUNKS = 1000  # so many chunks in a row without one kept token: the filter is wrong, not the luck
@@ -83,10 +84,10 @@ class ActivationStream:
     buffer_tokens  rows of the shuffle buffer, at least two batches; its memory is allocated once
     seed           of the shuffle
     filter         which tokens take part; its median is fitted to the first window of the stream
-    nuisance       norm nuisance put on before the filter looks
+    perturbation       norm perturbation put on before the filter looks
     device         where the buffer and the batches live
     store_dtype    float32 or bfloat16, of the buffer only: batches are always float32
-    ahead_chunks   chunks of the source made ahead in a thread of their own, while batches are used; 0 for none. The
+    prefetch_chunks   chunks of the source made ahead in a thread of their own, while batches are used; 0 for none. The
                    batches are the same
     non_finite     fatal, or drop: leave out rows that are not finite, and count them
 
@@ -96,14 +97,14 @@ class ActivationStream:
 
     After construction:
     filter      Filter       the fitted policy
-    norm_facts  NormFacts    of the first window, before the filter
-    guard       Guard        what was dropped, and events: rows that are not finite, norms that shifted
+    norm_summary  NormSummary    of the first window, before the filter
+    monitor     StreamMonitor  what was dropped, and events: rows that are not finite, norms that shifted
     sample_ND   (≤ 16384, D) fp32, evenly spaced kept rows of the first window, for initialisation
     Looking at the window takes nothing from training: its tokens are handed out like all others.
     """
 
     filter: Filter
-    norm_facts: NormFacts
+    norm_summary: NormSummary
 
     def __init__(
         self,
@@ -113,10 +114,10 @@ class ActivationStream:
         buffer_tokens: int,
         seed: int,
         filter: FilterPolicy | None = None,
-        nuisance: Nuisance | None = None,
+        perturbation: Perturbation | None = None,
         device: str | torch.device = "cpu",
         store_dtype: torch.dtype = torch.float32,
-        ahead_chunks: int = 0,
+        prefetch_chunks: int = 0,
         non_finite: str = "fatal",
     ) -> None:
         if batch_tokens < 1:
@@ -128,18 +129,18 @@ class ActivationStream:
             )
         if store_dtype not in (torch.float32, torch.bfloat16):
             raise CosaeError(f"store_dtype must be torch.float32 or torch.bfloat16. Got {store_dtype} instead.")
-        if ahead_chunks < 0:
-            raise CosaeError(f"ahead_chunks must be at least 0. Got {ahead_chunks} instead.")
+        if prefetch_chunks < 0:
+            raise CosaeError(f"prefetch_chunks must be at least 0. Got {prefetch_chunks} instead.")
         self.source = source
-        self.ahead_chunks = ahead_chunks
+        self.prefetch_chunks = prefetch_chunks
         self.d_in = source.d_in
         self.batch_tokens = batch_tokens
         self.buffer_tokens = buffer_tokens
         self.seed = seed
-        self.nuisance = nuisance or Nuisance()
+        self.perturbation = perturbation or Perturbation()
         self.device = torch.device(device)
         self.store_dtype = store_dtype
-        self.guard = Guard(non_finite, getattr(source, "document_name", None))
+        self.monitor = StreamMonitor(non_finite, getattr(source, "document_name", None))
         self.n_batches = 0  # handed out so far
         self._digest = bytes(32)
         self._generator = keyed_generator(seed, "shuffle")
@@ -175,7 +176,7 @@ class ActivationStream:
             "buffer_tokens": self.buffer_tokens,
             "seed": self.seed,
             "filter": asdict(self.filter.policy),
-            "nuisance": self.nuisance.to_dict(),
+            "perturbation": self.perturbation.to_dict(),
             "store_dtype": str(self.store_dtype).removeprefix("torch."),
         }
 
@@ -210,7 +211,7 @@ class ActivationStream:
             "version": STATE_VERSION,
             "stream": json.dumps(self.describe(), sort_keys=True, default=str),
             "filter": json.dumps(self.filter.to_dict()),
-            "guard": self._guard_state,
+            "monitor": self._monitor_state,
             "chunk": chunk,
             "offset": offset,
             **({} if cursor is None else {"cursor": json.dumps(cursor)}),
@@ -230,15 +231,15 @@ class ActivationStream:
                 f"the saved stream must be of version {STATE_VERSION}. Got {state.get('version')!r} instead; "
                 "resume with the cosae that wrote it."
             )
-        if differing := _differences(json.loads(state["stream"]), self.describe()):
+        if differing := _differences(upgrade(json.loads(state["stream"])), self.describe()):
             raise CosaeError(
                 f"the saved stream differs from this one in {', '.join(differing)}; resume with the recipe "
                 "and the data it was started with."
             )
         # the fitted median comes from the state: on other hardware this window's may differ in its last bit
         self.filter = Filter.from_dict(json.loads(state["filter"]))
-        self._guard_state = state["guard"]
-        self.guard.restore(self._guard_state)
+        self._monitor_state = state["monitor"]
+        self.monitor.restore(self._monitor_state)
         live = len(state["buffer.x_ND"])
         for f in fields(self._buffer):
             getattr(self._buffer, f.name)[:live].copy_(state[f"buffer.{f.name}"])
@@ -263,11 +264,11 @@ class ActivationStream:
         """Read the source from kept row `offset` of chunk `chunk` on."""
         self._chunk, self._offset = chunk, offset
         self._ahead: deque[Activations] = deque()  # read and checked, not yet taken: the first window
-        if isinstance(self._chunks, Ahead):
+        if isinstance(self._chunks, Prefetcher):
             self._chunks.close()
         self._chunks = self.source.chunks(start=chunk)
-        if self.ahead_chunks:
-            self._chunks = Ahead(self._chunks, self.ahead_chunks)
+        if self.prefetch_chunks:
+            self._chunks = Prefetcher(self._chunks, self.prefetch_chunks)
         self._next_index = chunk
         self._kept: Activations | None = None  # kept rows of chunk self._chunk
 
@@ -278,8 +279,8 @@ class ActivationStream:
             self._ahead.append(self._read())
             seen += len(self._ahead[-1])
         reference = getattr(self.source, "norm_reference", None)
-        self.guard.begin(reference() if reference is not None and self.nuisance.kind == "none" else None)
-        self._guard_state = self.guard.state()  # as of the beginning of the round, where a resumption reads on
+        self.monitor.begin(reference() if reference is not None and self.perturbation.kind == "none" else None)
+        self._monitor_state = self.monitor.state()  # as of the beginning of the round, where a resumption reads on
         window = Activations.cat(list(self._ahead))[: policy.window_tokens]
         if policy.kind == "position_0" and int(window.position_N.max()) < 0:
             raise CosaeError(
@@ -287,13 +288,13 @@ class ActivationStream:
                 "use the filter norm or none."
             )
         self.filter = fit(policy, window.norm_N)
-        self.norm_facts = norm_facts(window, self.filter)
+        self.norm_summary = norm_summary(window, self.filter)
         kept = self.filter.keep(window).nonzero().flatten()
         spaced = torch.linspace(0, len(kept) - 1, min(len(kept), SAMPLE_ROWS), dtype=torch.float64).long()
         self.sample_ND: Tensor = window.x_ND[kept[spaced.to(kept.device)]].float().to(self.device)
 
     def _read(self) -> Activations:
-        """The next chunk of the source, checked, with the nuisance on it."""
+        """The next chunk of the source, checked, with the perturbation on it."""
         index = self._next_index
         assert self._chunks is not None
         chunk = next(self._chunks, None)
@@ -303,16 +304,16 @@ class ActivationStream:
             raise CosaeError(
                 f"the source promised width {self.d_in}. Got {chunk.x_ND.shape[-1]} in chunk {index} instead."
             )
-        chunk = nuisances.apply(self.guard.check(chunk, index), self.nuisance, index)
+        chunk = perturbations.apply(self.monitor.check(chunk, index), self.perturbation, index)
         self._next_index += 1
-        self.guard.see(chunk.norm_N, index)
+        self.monitor.see(chunk.norm_N, index)
         return chunk
 
     def _begin_round(self) -> None:
         """Fill the slots that are still free, let all new rows join the live ones, and shuffle the whole buffer."""
         self._fill(self._cursor)
-        self.guard.refilled()
-        self._guard_state = self.guard.state()
+        self.monitor.refilled()
+        self._monitor_state = self.monitor.state()
         shuffle = torch.randperm(self.buffer_tokens, generator=self._generator).to(self.device)
         self._order = self._order[shuffle]
         self._cursor = self._filled = 0

@@ -1,4 +1,4 @@
-"""Worlds whose true features are known, with a norm nuisance of one's choosing.
+"""Worlds whose true features are known, with a norm perturbation of one's choosing.
 
 Enters: a World, a handful of numbers. Leaves: activations, and the true codes they were made of.
 
@@ -6,7 +6,7 @@ Enters: a World, a handful of numbers. Leaves: activations, and the true codes t
 
 What fires is exactly Bernoulli(p_i) for every token and feature, drawn as points of a Poisson process with
 rate -log(1 - p_i) per cell (a cell fires when it holds a point): cost grows with what fires, not with N · F.
-The length |x| is drawn apart from what fires, so it is a nuisance by construction, except under `content`.
+The length |x| is drawn apart from what fires, so it is a perturbation by construction, except under `content`.
 
 Every chunk is a function of (seed, split, chunk index), so a stream can start anywhere and repeats itself.
 """

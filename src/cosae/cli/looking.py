@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cosae.cli.options import speaker
+from cosae.cli.options import logger
 from cosae.cli.stores import inspect_store
 
 
@@ -46,7 +46,7 @@ class Audit:
     context: int | None = None
     """Tokens per sequence."""
     inject: str | None = None
-    """Norm nuisance put on the activations first, such as log_normal:sigma=0.5: what if norms varied so?"""
+    """Norm perturbation put on the activations first, such as log_normal:sigma=0.5: what if norms varied so?"""
     sink_factor: float = 10.0
     """Tokens of at least this multiple of the median norm are sinks, beside position 0 and special ids."""
     format: str = "auto"
@@ -122,7 +122,7 @@ def inspect(command: Inspect) -> int:
         **sae.cfg.to_dict(),
         "calibrated": sae.calibrated,
         "a_mean": float(sae.scale_a.detach().mean()),
-        "facts": {k: v for k, v in sae.facts.items() if k != "recipe"},
+        "provenance": {k: v for k, v in sae.metadata.items() if k != "recipe"},
     }
     print(json.dumps(shown, indent=2))
     return 0
@@ -130,26 +130,26 @@ def inspect(command: Inspect) -> int:
 
 def audit(command: Audit) -> int:
     from cosae.run.audit import run_audit, screen
-    from cosae.run.dataset.existing import Wanted
+    from cosae.run.dataset.existing import EvalRequest
 
-    wanted = Wanted(**{f.name: getattr(command, f.name) for f in fields(Wanted)})
-    print(screen(run_audit(command.saes, wanted, command.out, speaker(command.quiet))))
+    request = EvalRequest(**{f.name: getattr(command, f.name) for f in fields(EvalRequest)})
+    print(screen(run_audit(command.saes, request, command.out, logger(command.quiet))))
     print(f"\nReport: {command.out / 'audit.html'}")
     return 0
 
 
 def evaluate(command: Eval) -> int:
-    from cosae.run.dataset.existing import Wanted
+    from cosae.run.dataset.existing import EvalRequest
     from cosae.run.dataset.labelled import Reading
     from cosae.run.evaluate import Texts, judge, tokens_of
     from cosae.run.evaluate_screen import screen
 
-    given = {f.name: getattr(command, f.name) for f in fields(Wanted) if f.name != "tokens"}
-    wanted = Wanted(tokens=tokens_of(command.measurement, command.tokens), **given)
+    given = {f.name: getattr(command, f.name) for f in fields(EvalRequest) if f.name != "tokens"}
+    request = EvalRequest(tokens=tokens_of(command.measurement, command.tokens), **given)
     reading = Reading(command.context or Reading.context, command.pooling, command.sink_factor)
     drawn = (command.max_texts, command.seeds, command.top)
     texts = Texts(command.texts, command.text_column, command.label_column, *drawn, reading)
-    say = speaker(command.quiet)
-    options: dict[str, Any] = {"texts": texts, "features": command.features, "out": command.out, "say": say}
-    print(screen(judge(command.measurement, command.saes, wanted, **options)))
+    log = logger(command.quiet)
+    options: dict[str, Any] = {"texts": texts, "features": command.features, "out": command.out, "log": log}
+    print(screen(judge(command.measurement, command.saes, request, **options)))
     return 0

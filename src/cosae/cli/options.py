@@ -29,6 +29,6 @@ def _literal(text: str) -> Any:
         return text
 
 
-def speaker(quiet: bool) -> Callable[[str], None]:
+def logger(quiet: bool) -> Callable[[str], None]:
     """What says things on standard error, or keeps them."""
     return (lambda _: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))

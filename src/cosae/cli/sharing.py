@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cosae.cli.options import changes_of, speaker
+from cosae.cli.options import changes_of, logger
 from cosae.errors import CosaeError
 
 
@@ -170,16 +170,16 @@ def export(command: Export) -> int:
     from cosae.run import export as exports
 
     to = command.to
-    say = speaker(to.quiet)
+    log = logger(to.quiet)
     reading = exports.Reading(**{f.name: getattr(to, f.name) for f in fields(exports.Reading)})
     if isinstance(to, ExportDelphi):
-        written = exports.export_delphi(to.sae, to.out, reading, to.n_splits, say)
+        written = exports.export_delphi(to.sae, to.out, reading, to.n_splits, log)
         left_out = f" ({written.dropped:,} below delphi's least left out)" if written.dropped else ""
         print(f"{written.entries:,} activations{left_out} of module {written.module} in {written.out}")
         return 0
     shown = {name: getattr(to, name) for name in ("top", "n_quantiles", "per_quantile", "ignore_norm_above")}
     naming = exports.Naming(to.model_id, to.set_name)
-    plan, lines = exports.export_neuronpedia(to.sae, to.out, reading, naming, shown, to.upload, say)
+    plan, lines = exports.export_neuronpedia(to.sae, to.out, reading, naming, shown, to.upload, log)
     print(f"{to.out}: {plan}.")
     for line in lines:
         print(line)
@@ -216,12 +216,12 @@ def push(command: Push) -> int:
     from cosae.interop.hub import transfer as hub
 
     options = {name: getattr(command, name) for name in ("license", "private", "revision", "message")}
-    print(hub.push(command.source, command.to, **options, say=speaker(command.quiet)))
+    print(hub.push(command.source, command.to, **options, log=logger(command.quiet)))
     return 0
 
 
 def pull(command: Pull) -> int:
     from cosae.interop.hub import transfer as hub
 
-    print(hub.pull(command.source, command.out, revision=command.revision, say=speaker(command.quiet)))
+    print(hub.pull(command.source, command.out, revision=command.revision, log=logger(command.quiet)))
     return 0

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cosae.cli.options import changes_of, speaker
+from cosae.cli.options import changes_of, logger
 from cosae.errors import CosaeError
 
 
@@ -78,7 +78,7 @@ class Verify:
 def build_capture(command: Capture) -> Any:
     """What a `capture` command line asks for. Raises CosaeError for what it does not allow."""
     from cosae.recipe import Recipe, preset
-    from cosae.run.capture.capture import Capture as Wanted
+    from cosae.run.capture.capture import Capture as CaptureRequest
 
     recipe = Recipe.read(command.recipe) if command.recipe is not None else preset(command.preset)
     named = {
@@ -91,7 +91,7 @@ def build_capture(command: Capture) -> Any:
         "device": command.device,
     }
     recipe = recipe.changed(changes_of(named, command.set))
-    return Wanted(
+    return CaptureRequest(
         recipe.data,
         command.site or (recipe.data.site,),
         command.tokens,
@@ -108,11 +108,11 @@ def capture(command: Capture) -> int:
     from cosae.run.capture.capture import capture_stores
     from cosae.run.plan.plan import plan_capture, screen
 
-    wanted, say = build_capture(command), speaker(command.quiet)
+    request, log = build_capture(command), logger(command.quiet)
     if command.dry_run or isinstance(command, PlanCapture):
-        print(screen(plan_capture(wanted, command.out, say)))
+        print(screen(plan_capture(request, command.out, log)))
         return 0
-    stores = capture_stores(wanted, command.out, progress=None if command.quiet else _bar, say=say)
+    stores = capture_stores(request, command.out, progress=None if command.quiet else _bar, log=log)
     for store in stores:
         print(f"{store}: {_summary(store)}")
     print(f"Train on it with: cosae train --store {stores[0]} --out RUN")

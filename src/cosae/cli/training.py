@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cosae.cli.options import changes_of, speaker
+from cosae.cli.options import changes_of, logger
 from cosae.errors import CosaeError
 
 
@@ -45,7 +45,7 @@ class Train:
     world: str | None = None
     """A synthetic world instead of a model, e.g. log_normal:sigma=0.5 or none:n_features=512,d_in=128."""
     inject: str | None = None
-    """Norm nuisance put on the activations: log_normal:sigma=1.0 or sinks:frac=0.006,factor=160 (recorded)."""
+    """Norm perturbation put on the activations: log_normal:sigma=1.0 or sinks:frac=0.006,factor=160 (recorded)."""
     inject_into: str | None = None
     """Which tokens get it: both (default), training, or evaluation (a shift at deployment)."""
     filter: str | None = None
@@ -127,7 +127,7 @@ class Report:
 
 def build_recipe(command: Train) -> Any:
     """The recipe a `train` command line names. Raises CosaeError for what it does not allow."""
-    from cosae.activations.perturbation import Nuisance
+    from cosae.activations.perturbation import Perturbation
     from cosae.activations.synthetic import World
     from cosae.recipe import Recipe, preset
     from cosae.train.arm import parse_arm
@@ -146,7 +146,7 @@ def build_recipe(command: Train) -> Any:
         "data.store_site": command.site if command.store is not None else None,
         "data.model_dtype": command.dtype,
         "data.world": None if command.world is None else World.parse(command.world),
-        "nuisance": None if command.inject is None else Nuisance.parse(command.inject),
+        "perturbation": None if command.inject is None else Perturbation.parse(command.inject),
         "inject_into": command.inject_into,
         "filter.kind": command.filter,
         "d_sae": command.d_sae,
@@ -176,7 +176,7 @@ def train(command: Train) -> int:
     if command.dry_run or isinstance(command, Plan):
         from cosae.run.plan.plan import plan_run, screen
 
-        print(screen(plan_run(recipe, command.out, speaker(command.quiet))))
+        print(screen(plan_run(recipe, command.out, logger(command.quiet))))
         return 0
     from cosae.run.execute import Logs, execute
 
@@ -200,17 +200,17 @@ def resume(command: Resume) -> int:
 
 
 def _conclude(finished: Sequence[Any], out: Path) -> int:
-    """Table and remarks on standard output, the page beside the run; status 1 where an arm had to stop."""
+    """Table and warnings on standard output, the page beside the run; status 1 where an arm had to stop."""
     from cosae.report.page import summary_table, write_report
-    from cosae.run.execute import moving_remarks
+    from cosae.run.execute import moving_warnings
 
     folders = [run.out for run in finished]
     page = write_report(folders, out / "report.html")
     print(summary_table(folders))
     stopped = []
     for run in finished:
-        for remark in moving_remarks(run.run):
-            print(f"[{run.run['setting']}] {remark}")
+        for warning in moving_warnings(run.run):
+            print(f"[{run.run['setting']}] {warning}")
         stopped += [f"{name} stopped: {arm['stopped']}" for name, arm in run.run["arms"].items() if arm["stopped"]]
     print(f"\nReport: {page}")
     for line in stopped:

@@ -19,7 +19,7 @@ from cosae.evaluate.geometry import geometry
 from cosae.evaluate.norms.describe import describe_norms
 from cosae.evaluate.norms.driven import firing_norms, lengths, norm_driven
 from cosae.evaluate.norms.read_time import remove_norm
-from cosae.evaluate.norms.sinks import sink_facts
+from cosae.evaluate.norms.sinks import sink_metrics
 from cosae.evaluate.reconstruction import measure_with_and_without_sinks
 from cosae.evaluate.verdict import lines, verdict
 from cosae.sae.model import SAE
@@ -52,7 +52,7 @@ def audit(
         "reconstruction": measure_with_and_without_sinks(sae, activations, sink_N, batch_tokens, median_norm),
         "norm_driven": norm_driven(sae, activations, sink_N, batch_tokens=batch_tokens),
         "firing_norms": firing_norms(sae, activations, sink_N, codes=codes),
-        "sinks": sink_facts(sae, activations, sink_N, batch_tokens),
+        "sinks": sink_metrics(sae, activations, sink_N, batch_tokens),
         "read_time": _read_time(sae, activations[~sink_N], batch_tokens),
         "geometry": geometry(sae),
         "shift": _shift(sae, activations),
@@ -110,8 +110,8 @@ def _jaccard_distance(a: Codes, b: Codes) -> float | None:
 def _shift(sae: SAE, activations: Activations) -> dict[str, Any]:
     """Today's median norm over that of the SAE's training activations, where its file knows it."""
     now = float(activations.norm_N.double().median())
-    facts = sae.facts.get("norm_facts")
-    trained = facts.get("median_norm") if isinstance(facts, Mapping) else None
+    metadata = sae.metadata.get("norm_summary")
+    trained = metadata.get("median_norm") if isinstance(metadata, Mapping) else None
     ratio = now / trained if isinstance(trained, int | float) and trained > 0 else None
     return {"median_norm": now, "trained_median_norm": trained, "ratio": ratio}
 

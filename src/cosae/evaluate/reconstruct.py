@@ -1,6 +1,6 @@
 """One pass of activations through an SAE, and what it leaves behind per token.
 
-In: anything with `encode`, `decode` and `d_sae`; Activations; named sets of tokens. Out: `Rebuilt`, from
+In: anything with `encode`, `decode` and `d_sae`; Activations; named sets of tokens. Out: `Reconstructed`, from
 which `reconstruction` makes its numbers. Encoding is the costly part, so sets that overlap (sinks in, sinks
 out) share it.
 """
@@ -38,7 +38,7 @@ class Autoencoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Rebuilt:
+class Reconstructed:
     """What one pass through an SAE leaves behind. N tokens; the mappings have one entry per set of tokens.
 
     error_N (N,) float64   |x - x̂|²          cosine_N (N,) float64   cos(x, x̂), 0 where either is 0
@@ -106,13 +106,13 @@ class _Set:
 
 
 @torch.no_grad()
-def rebuild(
+def reconstruct(
     sae: Autoencoder,
     activations: Activations,
     keep: Mapping[str, Tensor],
     batch_tokens: int = 4096,
     keep_codes: bool = False,
-) -> Rebuilt:
+) -> Reconstructed:
     """One pass of encode and decode over all tokens, for any number of sets of them. Changes no state."""
     n = len(activations)
     error_N, cosine_N, norm_N = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
@@ -125,19 +125,19 @@ def rebuild(
         codes = sae.encode(activations.x_ND[rows].float())
         if keep_codes:
             kept.append(Codes.cat([codes]))
-        rebuilt_BD = sae.decode(codes).double()
-        x_BD = activations.x_ND[rows].to(rebuilt_BD.device).double()
-        residual_BD = x_BD - rebuilt_BD
+        recon_BD = sae.decode(codes).double()
+        x_BD = activations.x_ND[rows].to(recon_BD.device).double()
+        residual_BD = x_BD - recon_BD
         error_N[rows] = residual_BD.square().sum(-1).cpu()
-        norm_N[rows] = rebuilt_BD.norm(dim=-1).cpu()
-        lengths_B = x_BD.norm(dim=-1) * rebuilt_BD.norm(dim=-1)
-        cosine_N[rows] = ((x_BD * rebuilt_BD).sum(-1) / lengths_B.clamp_min(1e-300)).cpu()
+        norm_N[rows] = recon_BD.norm(dim=-1).cpu()
+        lengths_B = x_BD.norm(dim=-1) * recon_BD.norm(dim=-1)
+        cosine_N[rows] = ((x_BD * recon_BD).sum(-1) / lengths_B.clamp_min(1e-300)).cpu()
         alive_E = (codes.value_E != 0).cpu()
         token_E, feature_E = codes.token_E.cpu()[alive_E], codes.feature_E.cpu()[alive_E]
         l0_N[rows] = torch.bincount(token_E, minlength=len(x_BD))
         for one in sets.values():
             one.add(rows, token_E, feature_E, x_BD, residual_BD)
-    return Rebuilt(
+    return Reconstructed(
         error_N,
         cosine_N,
         norm_N,
@@ -152,12 +152,12 @@ def rebuild(
     )
 
 
-def rebuild_with_sinks(
+def reconstruct_with_sinks(
     sae: Autoencoder, activations: Activations, sink_N: Tensor, batch_tokens: int = 4096, keep_codes: bool = False
-) -> Rebuilt:
-    """`rebuild` with the sets "in" (all tokens but padding) and "out" (those of them where sink_N is False)."""
+) -> Reconstructed:
+    """`reconstruct` with the sets "in" (all tokens but padding) and "out" (those of them where sink_N is False)."""
     sink_N = _checked(sink_N, len(activations))
-    return rebuild(sae, activations, {"in": torch.ones_like(sink_N), "out": ~sink_N}, batch_tokens, keep_codes)
+    return reconstruct(sae, activations, {"in": torch.ones_like(sink_N), "out": ~sink_N}, batch_tokens, keep_codes)
 
 
 def norm_quartiles(norm_N: Tensor, kept_N: Tensor) -> tuple[Tensor, list[float]]:

@@ -1,4 +1,4 @@
-"""How well an SAE rebuilds activations, over all tokens, by norm quartile, and with sinks in and out.
+"""How well an SAE reconstructs activations, over all tokens, by norm quartile, and with sinks in and out.
 
 In: an SAE (`encode`, `decode`, `d_sae`) and Activations. Out: plain numbers (paper §6, audited in §9).
 
@@ -31,10 +31,10 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.evaluate.reconstruct import (
     Autoencoder,
-    Rebuilt,
+    Reconstructed,
     norm_quartiles,
-    rebuild,
-    rebuild_with_sinks,
+    reconstruct,
+    reconstruct_with_sinks,
     resampling_units,
     spread,
 )
@@ -89,7 +89,7 @@ def measure(
     median by default. Raises CosaeError when there are no tokens.
     """
     kept_N = torch.ones(len(activations), dtype=torch.bool) if keep_N is None else keep_N
-    return summarise(rebuild(sae, activations, {"kept": kept_N}, batch_tokens), activations, "kept", median_norm)
+    return summarise(reconstruct(sae, activations, {"kept": kept_N}, batch_tokens), activations, "kept", median_norm)
 
 
 def measure_with_and_without_sinks(
@@ -98,30 +98,30 @@ def measure_with_and_without_sinks(
     sink_N: Tensor,
     batch_tokens: int = 4096,
     median_norm: float | None = None,
-    rebuilt: Rebuilt | None = None,
+    recon: Reconstructed | None = None,
 ) -> dict[str, Any]:
     """`measure` twice from one pass: over all tokens, and without those where sink_N (N,) bool is True.
 
     Returns {"sinks_in", "sinks_out", "n_sinks", "sink_frac", "on_sinks"}; on_sinks None when there are none.
-    Pass the `rebuilt` of `rebuild_with_sinks` when the sums by document are wanted as well.
+    Pass the `reconstructed` of `reconstruct_with_sinks` when the sums by document are wanted as well.
     """
-    rebuilt = rebuild_with_sinks(sae, activations, sink_N, batch_tokens) if rebuilt is None else rebuilt
-    sink_N = rebuilt.keep["in"] & ~rebuilt.keep["out"]
-    n_sinks, n = int(sink_N.sum()), int(rebuilt.keep["in"].sum())
+    recon = reconstruct_with_sinks(sae, activations, sink_N, batch_tokens) if recon is None else recon
+    sink_N = recon.keep["in"] & ~recon.keep["out"]
+    n_sinks, n = int(sink_N.sum()), int(recon.keep["in"].sum())
     return {
-        "sinks_in": summarise(rebuilt, activations, "in", median_norm),
-        "sinks_out": summarise(rebuilt, activations, "out", median_norm),
+        "sinks_in": summarise(recon, activations, "in", median_norm),
+        "sinks_out": summarise(recon, activations, "out", median_norm),
         "n_sinks": n_sinks,
         "sink_frac": n_sinks / n,
-        "on_sinks": _averages(rebuilt, activations.norm_N.cpu().double(), sink_N) if n_sinks else None,
+        "on_sinks": _averages(recon, activations.norm_N.cpu().double(), sink_N) if n_sinks else None,
     }
 
 
 def summarise(
-    rebuilt: Rebuilt, activations: Activations, name: str, median_norm: float | None = None
+    recon: Reconstructed, activations: Activations, name: str, median_norm: float | None = None
 ) -> dict[str, Any]:
-    """The numbers of one named set of a Rebuilt."""
-    kept_N = rebuilt.keep[name]
+    """The numbers of one named set of a Reconstructed."""
+    kept_N = recon.keep[name]
     n = int(kept_N.sum())
     if n == 0:
         raise CosaeError("reconstruction needs at least one token to measure; got none instead: check the filter")
@@ -130,26 +130,26 @@ def summarise(
     quartile_N, cuts = norm_quartiles(norm_N, kept_N)
     middle = float(np.median(norm_N[kept_N].numpy())) if median_norm is None else median_norm
     return {
-        "fve": _one_minus(float(rebuilt.error_N[kept_N].sum()), float(total_N[kept_N].sum())),
-        "median_token_fve": _median_token_fve(rebuilt.error_N[kept_N], total_N[kept_N]),
-        **_numbers(rebuilt, norm_N, kept_N, rebuilt.within[name], rebuilt.fired[name].sum(0)),
-        "fve_per_batch_tokens": rebuilt.batch_tokens,
+        "fve": _one_minus(float(recon.error_N[kept_N].sum()), float(total_N[kept_N].sum())),
+        "median_token_fve": _median_token_fve(recon.error_N[kept_N], total_N[kept_N]),
+        **_numbers(recon, norm_N, kept_N, recon.within[name], recon.fired[name].sum(0)),
+        "fve_per_batch_tokens": recon.batch_tokens,
         "l0_levels": list(L0_LEVELS),
         "rare_below": RARE_RATE,
-        "dead_by_tokens": _dead_by_tokens(rebuilt.first[name], n),
+        "dead_by_tokens": _dead_by_tokens(recon.first[name], n),
         "median_norm": middle,
         "by_norm_quartile": [
-            _quartile(rebuilt, activations, name, q, quartile_N == q, total_N, norm_N, (cuts[q], cuts[q + 1]), middle)
+            _quartile(recon, activations, name, q, quartile_N == q, total_N, norm_N, (cuts[q], cuts[q + 1]), middle)
             for q in range(4)
         ],
     }
 
 
-def per_document(rebuilt: Rebuilt, activations: Activations, name: str) -> DocumentSums:
+def per_document(recon: Reconstructed, activations: Activations, name: str) -> DocumentSums:
     """Sums by document of one named set; by blocks of consecutive rows when there are not two documents."""
-    kept_N = rebuilt.keep[name]
+    kept_N = recon.keep[name]
     total_N = spread(activations, kept_N)[kept_N].numpy()
-    error_N = rebuilt.error_N[kept_N].numpy()
+    error_N = recon.error_N[kept_N].numpy()
     unit_N, unit = resampling_units(activations.doc_N[kept_N.to(activations.doc_N.device)])
     varies_N = total_N > 0
     return DocumentSums(
@@ -205,7 +205,7 @@ def paired_fve_differences(
 
 
 def _quartile(
-    rebuilt: Rebuilt,
+    recon: Reconstructed,
     activations: Activations,
     name: str,
     q: int,
@@ -216,21 +216,21 @@ def _quartile(
     median_norm: float,
 ) -> dict[str, Any]:
     """One norm quartile. `fve` is about its own mean, `fve_global` and the median token's about the set's."""
-    numbers = _numbers(rebuilt, norm_N, in_N, rebuilt.within_quartile[name][q], rebuilt.fired[name][q])
-    error = float(rebuilt.error_N[in_N].sum())
+    numbers = _numbers(recon, norm_N, in_N, recon.within_quartile[name][q], recon.fired[name][q])
+    error = float(recon.error_N[in_N].sum())
     return {
         "norm_low": ends[0],
         "norm_high": ends[1],
         "norm_high_over_median": ends[1] / median_norm if median_norm else None,
         "fve": _one_minus(error, float(spread(activations, in_N)[in_N].sum())),
         "fve_global": _one_minus(error, float(total_N[in_N].sum())),
-        "median_token_fve": _median_token_fve(rebuilt.error_N[in_N], total_N[in_N]),
+        "median_token_fve": _median_token_fve(recon.error_N[in_N], total_N[in_N]),
         **numbers,
     }
 
 
 def _numbers(
-    rebuilt: Rebuilt, norm_N: Tensor, in_N: Tensor, within: tuple[float, float], fired_F: Tensor
+    recon: Reconstructed, norm_N: Tensor, in_N: Tensor, within: tuple[float, float], fired_F: Tensor
 ) -> dict[str, Any]:
     """What is counted alike for a whole set and for a quartile of it; None where it has no token."""
     n = int(in_N.sum())
@@ -238,23 +238,23 @@ def _numbers(
     return {
         "tokens": n,
         "fve_per_batch": _one_minus(*within),
-        **_averages(rebuilt, norm_N, in_N),
-        "l0_quantiles": np.quantile(rebuilt.l0_N[in_N].numpy(), L0_LEVELS).tolist() if some else None,
-        "l0_histogram": _l0_histogram(rebuilt.l0_N[in_N].numpy()) if some else None,
+        **_averages(recon, norm_N, in_N),
+        "l0_quantiles": np.quantile(recon.l0_N[in_N].numpy(), L0_LEVELS).tolist() if some else None,
+        "l0_histogram": _l0_histogram(recon.l0_N[in_N].numpy()) if some else None,
         "dead_frac": float((fired_F == 0).double().mean()) if some else None,
         "rare_frac": float((fired_F < RARE_RATE * n).double().mean()) if some else None,
         "rare_firings": RARE_RATE * n,
     }
 
 
-def _averages(rebuilt: Rebuilt, norm_N: Tensor, in_N: Tensor) -> dict[str, Any]:
+def _averages(recon: Reconstructed, norm_N: Tensor, in_N: Tensor) -> dict[str, Any]:
     if not bool(in_N.any()):
         return {"cosine": None, "norm_ratio": None, "l0": None}
     mean_norm = float(norm_N[in_N].mean())
     return {
-        "cosine": float(rebuilt.cosine_N[in_N].mean()),
-        "norm_ratio": float(rebuilt.norm_N[in_N].mean()) / mean_norm if mean_norm > 0 else None,
-        "l0": float(rebuilt.l0_N[in_N].double().mean()),
+        "cosine": float(recon.cosine_N[in_N].mean()),
+        "norm_ratio": float(recon.norm_N[in_N].mean()) / mean_norm if mean_norm > 0 else None,
+        "l0": float(recon.l0_N[in_N].double().mean()),
     }
 
 

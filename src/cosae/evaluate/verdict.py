@@ -137,7 +137,7 @@ def _quartile_line(numbers: Mapping[str, Any]) -> Line:
     known = [v for v in values if v is not None]
     uneven = len(known) > 1 and max(known) - min(known) > QUARTILE_GAP
     sentence = (
-        "How well a token is rebuilt depends on its length." if uneven else "Tokens of all lengths are rebuilt alike."
+        "Reconstruction depends on the token's length." if uneven else "Tokens of all lengths are reconstructed alike."
     )
     return Line(
         "reconstruction",
@@ -194,7 +194,7 @@ def _sink_effect_line(numbers: Mapping[str, Any]) -> list[Line]:
     sentence = (
         "On sinks it switches on a flood of features."
         if flood
-        else "On sinks it rebuilds worse than the mean would."
+        else "On sinks it reconstructs worse than the mean would."
         if failed
         else "On sinks it behaves as elsewhere."
     )

@@ -119,7 +119,7 @@ def cache_codes(
     *,
     ignored: Callable[[Tensor], Tensor] | None = None,
     batch_sequences: int = 16,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> CachedCodes:
     """Run the model over `sequences` once and keep the SAE's codes in `folder`, which must exist and be empty.
 
@@ -152,7 +152,7 @@ def cache_codes(
                 written += chunk.nnz
                 tokens.write((chunk.indices.astype(np.int64) + first * context).astype(np.int32).tobytes())
                 values.write(chunk.data.astype(np.float32).tobytes())
-                say(f"read {min(first + rows, len(sequences)):,} of {len(sequences):,} sequences")
+                log(f"read {min(first + rows, len(sequences)):,} of {len(sequences):,} sequences")
     except OSError as error:
         raise CosaeError(f"{folder} cannot be written ({error.strerror}): make room or choose another place.") from None
     return CachedCodes(folder, sequences.ids_ST, sae.d_sae, np.stack(starts), tally.sums())

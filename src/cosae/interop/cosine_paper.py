@@ -35,10 +35,10 @@ def read(path: str | Path) -> SAE:
     rows_FD, bias_F, decoder_FD, centre_D, threshold = take(state, KEYS, file)
     if threshold.numel() != 1:
         raise CosaeError(f"{file}: the threshold must be one number. Got shape {tuple(threshold.shape)} instead.")
-    facts = {"format": "authors", "step": _step(whole), "k_guessed": True}
+    metadata = {"format": "authors", "step": _step(whole), "k_guessed": True}
     k = min(PAPER_K, max(len(rows_FD), 1)) if rows_FD.ndim else 1
     weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, threshold.reshape(()))
-    sae = linear_sae(weights, str(file), {name: value for name, value in facts.items() if value is not None})
+    sae = linear_sae(weights, str(file), {name: value for name, value in metadata.items() if value is not None})
     return _cosine(sae, state, file) if "scale_a" in state or "scale_b" in state else sae
 
 
@@ -59,7 +59,7 @@ def _cosine(sae: SAE, state: dict[str, Tensor], file: Path) -> SAE:
     missing = {name: value for name, value in sae.state_dict().items() if name in cosine.state_dict()}
     missing |= {"score.exponent": a, "score.log_gain": b}
     cosine.load_state_dict(missing)
-    cosine.facts = sae.facts
+    cosine.metadata = sae.metadata
     return cosine
 
 

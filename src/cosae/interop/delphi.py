@@ -55,9 +55,9 @@ def write_cache(
     model_name: str,
     dataset: str,
     n_splits: int | None = None,
-    facts: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     batch_sequences: int = 16,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Written:
     """Write the cache to the folder `out`, whole or not at all; an earlier one of this kind there is replaced.
 
@@ -70,7 +70,7 @@ def write_cache(
     module = site.module_path if site.reads == "output" else site.hook_name.replace(":", "_")
     with filled(out, f"*/{MARK}") as staged:
         work = Path(tempfile.mkdtemp(prefix=".codes.", dir=staged))
-        codes = cache_codes(model, site, sae, sequences, work, batch_sequences=batch_sequences, say=say)
+        codes = cache_codes(model, site, sae, sequences, work, batch_sequences=batch_sequences, log=log)
         largest = float(codes.sums.largest_F.max(initial=0))
         if largest > LARGEST:
             raise CosaeError(
@@ -84,7 +84,7 @@ def write_cache(
         kept = 0
         for first, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             kept += _write_split(codes, first, stop, staged / module / f"{first}_{stop - 1}.safetensors")
-            say(f"wrote latents {first} to {stop - 1}")
+            log(f"wrote latents {first} to {stop - 1}")
         _write_configs(staged, module, codes, model_name, dataset, wanted, batch_sequences)
         mark = {
             "format": FORMAT,
@@ -93,7 +93,7 @@ def write_cache(
             "sequences_sha256": digest_sequences(sequences),
             "entries": kept,
             "dropped": total - kept,
-            **(facts or {}),
+            **(metadata or {}),
         }
         (staged / module / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(work)

@@ -40,7 +40,7 @@ def read(path: str | Path) -> SAE:
     if EMBEDDING.search(file.parent.as_posix()):  # scaled as the model scales its embeddings: by the root of the width
         enc_DF, decoder_FD = enc_DF / len(enc_DF) ** 0.5, decoder_FD * len(enc_DF) ** 0.5
     weights = Linear(enc_DF.T, bias_F, decoder_FD, centre_D, "jumprelu", _k(file), theta_F, centred=False)
-    return linear_sae(weights, str(file), _facts(config, file))
+    return linear_sae(weights, str(file), _metadata(config, file))
 
 
 def _check(config: dict[str, Any], folder: Path, state: dict[str, Tensor]) -> None:
@@ -59,12 +59,12 @@ def _k(file: Path) -> int | None:
     return max(int(found[3]), 1) if found else None
 
 
-def _facts(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = {"format": "gemma_scope"}
+def _metadata(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"format": "gemma_scope"}
     if found := FOLDER.search(file.parent.as_posix()):
-        facts |= {"layer": int(found[1]), "l0_published": int(found[3])}
+        metadata |= {"layer": int(found[1]), "l0_published": int(found[3])}
     names = {"model_name": "model", "hf_hook_point_in": "hf_hook_name", "layer": "layer", "l0": "l0_published"}
-    facts |= {
+    metadata |= {
         ours: config[theirs] for theirs, ours in names.items() if isinstance(config.get(theirs), str | int | float)
     }
-    return facts
+    return metadata

@@ -55,7 +55,7 @@ class Linear:
 
 
 @torch.no_grad()
-def linear_sae(weights: Linear, source: str, facts: dict[str, Any]) -> SAE:
+def linear_sae(weights: Linear, source: str, metadata: dict[str, Any]) -> SAE:
     """The SAE. Raises CosaeError naming `source` for shapes that do not fit or values that are not finite numbers."""
     d_sae, d_in = _check(weights, source)
     k = weights.k if weights.k is not None else min(GUESSED_K, d_sae)
@@ -84,7 +84,7 @@ def linear_sae(weights: Linear, source: str, facts: dict[str, Any]) -> SAE:
         sae.selector.r_mag_F.copy_(magnitude[0])
         sae.selector.b_mag_F.copy_(magnitude[1])
         sae.selector.threshold = torch.zeros(())
-    sae.facts = {**facts, **({} if weights.k is not None else {"k_guessed": True})}
+    sae.metadata = {**metadata, **({} if weights.k is not None else {"k_guessed": True})}
     return sae
 
 

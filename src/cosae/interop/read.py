@@ -16,7 +16,7 @@ from cosae.io.untrusted import read_json
 from cosae.sae import file as own
 from cosae.sae.model import SAE
 
-DOORS: dict[str, Callable[[Path], SAE]] = {
+READERS: dict[str, Callable[[Path], SAE]] = {
     "cosae": own.load,
     "saelens": saelens_files.read,
     "dictionary_learning": dictionary_learning.read,
@@ -24,7 +24,7 @@ DOORS: dict[str, Callable[[Path], SAE]] = {
     "sparsify": sparsify.read,
     "authors": authors.read,
 }
-FORMATS = tuple(DOORS)
+FORMATS = tuple(READERS)
 """Names of the formats, for `format=`."""
 
 
@@ -34,7 +34,7 @@ def read_sae(path: str | Path, *, format: str = "auto", device: str | torch.devi
     Raises CosaeError, in one sentence, for a path that does not exist, no known format, or files that cannot be read.
     """
     path = Path(path)
-    if format != "auto" and format not in DOORS:
+    if format != "auto" and format not in READERS:
         raise CosaeError(f"format must be auto or one of {', '.join(FORMATS)}. Got {format!r} instead.")
     try:
         there = path.exists()
@@ -42,7 +42,7 @@ def read_sae(path: str | Path, *, format: str = "auto", device: str | torch.devi
         raise CosaeError(f"{str(path)[:80]}… cannot be looked at ({error.strerror}): give an SAE's path.") from None
     if not there:
         raise CosaeError(f"{path} does not exist: give the folder or file of an SAE.")
-    return DOORS[detect(path) if format == "auto" else format](path).to(device)
+    return READERS[detect(path) if format == "auto" else format](path).to(device)
 
 
 def detect(path: Path) -> str:

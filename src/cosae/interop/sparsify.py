@@ -31,10 +31,10 @@ def read(folder: str | Path) -> SAE:
         raise CosaeError(f"{folder}: the activation must be topk. Got {activation!r}, which cosae has no selector for.")
     rows_FD, bias_F, decoder_FD, centre_D = take(state, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), path)
     weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "topk", whole(config.get("k"), "k", folder / CONFIG))
-    return linear_sae(weights, str(path), _facts(folder))
+    return linear_sae(weights, str(path), _metadata(folder))
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _metadata(folder: Path) -> dict[str, Any]:
     """Folders are named after the module that was hooked."""
     name = folder.name
     return {"format": "sparsify", **({"hf_hook_name": name} if "." in name else {})}

@@ -197,27 +197,27 @@ class _SquaredErrors(torch.autograd.Function):
     """|z_b − ẑ_b|²; backward makes one (B, D) matrix, ẑ's gradient, whose negative is z's."""
 
     @staticmethod
-    def forward(ctx: Any, z_BD: Tensor, rebuilt_BD: Tensor, centre_only: bool, sums: Sums) -> Tensor:
+    def forward(ctx: Any, z_BD: Tensor, recon_BD: Tensor, centre_only: bool, sums: Sums) -> Tensor:
         ctx.centre_only, ctx.sums = centre_only, sums
-        ctx.save_for_backward(z_BD, rebuilt_BD)
-        return sums.squared_errors(z_BD, rebuilt_BD)
+        ctx.save_for_backward(z_BD, recon_BD)
+        return sums.squared_errors(z_BD, recon_BD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z_BD, rebuilt_BD = ctx.saved_tensors
-        need_z, need_rebuilt, *_ = ctx.needs_input_grad
-        grad_rebuilt = ctx.sums.scaled_gaps(z_BD, rebuilt_BD, -2.0 * grads[0])
+        z_BD, recon_BD = ctx.saved_tensors
+        need_z, need_recon, *_ = ctx.needs_input_grad
+        grad_recon = ctx.sums.scaled_gaps(z_BD, recon_BD, -2.0 * grads[0])
         grad_z = None
         if need_z:
-            grad_z = _alike(-grad_rebuilt.sum(0), len(z_BD)) if ctx.centre_only else -grad_rebuilt
-        return grad_z, grad_rebuilt if need_rebuilt else None, None, None
+            grad_z = _alike(-grad_recon.sum(0), len(z_BD)) if ctx.centre_only else -grad_recon
+        return grad_z, grad_recon if need_recon else None, None, None
 
 
-def squared_errors(sums: Sums, z_BD: Tensor, rebuilt_BD: Tensor, centre_only: bool = False) -> Tensor:
+def squared_errors(sums: Sums, z_BD: Tensor, recon_BD: Tensor, centre_only: bool = False) -> Tensor:
     """(B,) |z − ẑ|², differentiable in both; `centre_only` as in ScoreTerms."""
     apply: Callable[..., Tensor] = _SquaredErrors.apply
-    return apply(z_BD, rebuilt_BD, centre_only, sums)
+    return apply(z_BD, recon_BD, centre_only, sums)
 
 
 def entry_content(sums: Sums, terms: ScoreTerms, entries: Entries) -> Tensor:

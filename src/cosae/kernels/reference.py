@@ -94,6 +94,6 @@ def decode(value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int)
     return dense @ decoder_FD
 
 
-def squared_errors(z_BD: Tensor, rebuilt_BD: Tensor, centre_only: bool = False) -> Tensor:
+def squared_errors(z_BD: Tensor, recon_BD: Tensor, centre_only: bool = False) -> Tensor:
     """(B,) |z − ẑ|², differentiable in both; `centre_only` as in ScoreTerms."""
-    return (z_BD - rebuilt_BD).square().sum(-1)
+    return (z_BD - recon_BD).square().sum(-1)

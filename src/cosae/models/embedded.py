@@ -47,7 +47,7 @@ def load(dtype: str = "float32", device: str = "cpu") -> tuple[Qwen3ForCausalLM,
     return model, tokenizer  # type: ignore[return-value]  # load_model promises any causal model
 
 
-def facts() -> Mapping[str, Any]:
+def metadata() -> Mapping[str, Any]:
     """provenance.json, read once; a copy of its own for every caller.
 
     Among its keys: bits_per_byte and baselines_bits_per_byte (on the held-out files, bits per UTF-8 byte),
@@ -59,5 +59,5 @@ def facts() -> Mapping[str, Any]:
 
 @cache
 def _read_facts() -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((model_path() / "provenance.json").read_text("utf-8"))
-    return facts
+    metadata: dict[str, Any] = json.loads((model_path() / "provenance.json").read_text("utf-8"))
+    return metadata

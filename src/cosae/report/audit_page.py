@@ -64,21 +64,21 @@ def _section(found: Mapping[str, Any]) -> list[object]:
     source = found["source"]
     where = source.get("activations") or f"{source.get('model')}, {source.get('site')}, {source.get('corpus')}"
     where += f", injected {source['inject']}" if source.get("inject") else ""
-    facts = (
+    metadata = (
         f"{made['score']} × {made['selector']}, frame {made['frame']}, {count(made['d_sae'])} features, "
         f"k {made['k']} · {count(found['tokens'])} tokens of {where}"
     )
     parts: list[object] = [
         tag("h2", found["name"]),
-        tag("p", facts, class_="muted"),
+        tag("p", metadata, class_="muted"),
         tag(
             "p",
             f"Fooled by norm: {found['verdict']['fooled']}. {_sentence(found['verdict']['because'])}",
             class_="verdict",
         ),
     ]
-    if found.get("remark"):
-        parts.append(tag("p", _sentence(found["remark"]), class_="warn"))
+    if found.get("warning"):
+        parts.append(tag("p", _sentence(found["warning"]), class_="warn"))
     parts.append(_answers(found["lines"]))
     quarters = _quarters(found)
     parts.append(tag("figure", quarters, tag("figcaption", _QUARTERS)))
@@ -164,7 +164,7 @@ def _reading(result: Mapping[str, Any]) -> Markup:
         "wherever it is not said otherwise.",
         "FVE: fraction of variance explained about the mean of the tokens measured; a few long tokens cannot carry the "
         "median token's. L0: features that fire per token, by the file's own inference threshold.",
-        f"Made {result['written']} with cosae {result['packages'].get('cosae')}, commit "
+        f"Made {result['written_at']} with cosae {result['packages'].get('cosae')}, commit "
         f"{result.get('commit') or 'unknown'}, seed {result['seed']}.",
     ]
     return tag("section", tag("h3", "How to read this"), tag("ul", *(tag("li", s) for s in said), class_="fine"))

@@ -1,4 +1,4 @@
-"""Section "Events" of a run's page: what the guards of the stream and of the arms noticed while it trained."""
+"""Section "Events" of a run's page: what the monitors of the stream and of the arms noticed while it trained."""
 
 from __future__ import annotations
 

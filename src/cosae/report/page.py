@@ -133,7 +133,7 @@ def _side_by_side(records: Sequence[RunRecord], looks: Looks) -> list[object]:
 
 def _norm_row(record: RunRecord) -> list[object]:
     norms = mapping(record.evaluation.get("norms"))
-    trained = mapping(record.run.get("norm_facts"))
+    trained = mapping(record.run.get("norm_summary"))
     removed = number(reach(norms, "filter", "removed_frac"))
     return [
         _titled(record),
@@ -208,7 +208,9 @@ def _notes(record: RunRecord) -> list[str]:
         group = (groups_of(record) or ["all"])[0]
         said.append(f"AUROC: {group} concepts, one latent each, chosen by AUROC, or by mean difference.")
     said = said if record.evaluation else ["Not evaluated: there are no held-out numbers."]
-    return said + [f"{arm} stopped: {facts['stopped']}" for arm, facts in record.arms.items() if facts.get("stopped")]
+    return said + [
+        f"{arm} stopped: {metadata['stopped']}" for arm, metadata in record.arms.items() if metadata.get("stopped")
+    ]
 
 
 def _printable(words: str) -> str:

@@ -16,8 +16,8 @@ from cosae.report.tables import table
 def digest_sentence(record: RunRecord) -> str:
     """Whether all arms saw the same batches, as far as the run records it."""
     whole = record.run.get("stream_digest")
-    by_arm = {arm: facts["stream_digest"] for arm, facts in record.arms.items() if facts.get("stream_digest")}
-    stopped = [arm for arm, facts in record.arms.items() if facts.get("stopped")]
+    by_arm = {arm: metadata["stream_digest"] for arm, metadata in record.arms.items() if metadata.get("stream_digest")}
+    stopped = [arm for arm, metadata in record.arms.items() if metadata.get("stopped")]
     cut = f" ({', '.join(stopped)} stopped before its end)" if stopped else ""
     if by_arm:
         whole = whole or next(iter(by_arm.values()))
@@ -36,20 +36,20 @@ def digest_sentence(record: RunRecord) -> str:
 def provenance(record: RunRecord) -> Markup:
     """Recipe, seed, commit, machine and stream of a run, and what each arm was."""
     run = record.run
-    facts = {
+    metadata = {
         k: run[k]
-        for k in ("seed", "commit", "status", "began", "written", "stream_digest", "tokens", "seconds")
+        for k in ("seed", "commit", "status", "started_at", "written_at", "stream_digest", "tokens", "seconds")
         if run.get(k) is not None
     }
     for key in ("source", "filter", "hardware", "packages"):
-        facts |= flattened(mapping(run.get(key)), key)
+        metadata |= flattened(mapping(run.get(key)), key)
     for key in ("tokens", "documents"):
         if (held_out := number(record.evaluation.get(key))) is not None:
-            facts[f"held-out {key}"] = count(held_out)
+            metadata[f"held-out {key}"] = count(held_out)
     for key in ("n_train", "n_held_out", "seed", "min_positives"):
         if record.probing.get(key) is not None:
-            facts[f"probing.{key}"] = record.probing[key]
-    facts["directory"] = record.path
+            metadata[f"probing.{key}"] = record.probing[key]
+    metadata["directory"] = record.path
     keys = {
         "d_sae": "d_sae", "k": "k", "score": "score", "selector": "selector", "frame": "frame", "seed": "seed",
         "kernel": "kernel", "L0 target": "l0_target", "L0 calibrated": "l0_calibrated",
@@ -61,15 +61,15 @@ def provenance(record: RunRecord) -> Markup:
         [
             tag("p", digest_sentence(record)),
             table(["arm", *keys], rows),
-            definitions(facts),
+            definitions(metadata),
             *([tag("h4", "Recipe"), definitions(recipe)] if recipe else [tag("p", "The run records no recipe.")]),
         ]
     )
 
 
-def definitions(facts: Mapping[str, object]) -> Markup:
+def definitions(metadata: Mapping[str, object]) -> Markup:
     """Names and values in columns."""
-    return tag("dl", *(tag("div", tag("dt", k), tag("dd", shortened(str(v), 400))) for k, v in facts.items()))
+    return tag("dl", *(tag("div", tag("dt", k), tag("dd", shortened(str(v), 400))) for k, v in metadata.items()))
 
 
 def flattened(value: Mapping[str, Any], prefix: str) -> dict[str, Any]:

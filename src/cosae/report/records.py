@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
+from cosae.io.legacy import upgrade
 
-FORMAT, VERSION = "cosae-run", 1
+FORMAT, VERSION = "cosae-run", 2
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read_run(path: Path | str) -> RunRecord:
         raise CosaeError(
             f"{path / 'run.json'} is not a cosae run: format must be {FORMAT!r}, got {run.get('format')!r}"
         )
-    if run.get("version") != VERSION:
+    if run.get("version") not in (1, VERSION):
         raise CosaeError(
             f"{path / 'run.json'} has version {run.get('version')!r}; this cosae reads version {VERSION}: "
             "use the cosae that wrote the run"
@@ -88,7 +89,7 @@ def read_run(path: Path | str) -> RunRecord:
 
 def _object(path: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = upgrade(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise CosaeError(f"{path} is damaged (not JSON: {error}); write it again or take the run from a copy") from None
     if not isinstance(value, dict):

@@ -14,7 +14,7 @@ from cosae.report.run_figures import Looks, exponent_figure, norm_histogram, qua
 from cosae.report.tables import (
     difference_tables,
     exponent_table,
-    norm_facts,
+    norm_summary,
     quartile_table,
     recovery_table,
     summary_rows,
@@ -29,7 +29,7 @@ def run_section(record: RunRecord, looks: Looks) -> list[object]:
     parts: list[object] = [_heading(record), *_warnings(record)]
     parts += [
         tag("h3", "Norms of the activations"),
-        norm_facts(record),
+        norm_summary(record),
         *_figure(norm_histogram(record), _NORMS),
     ]
     if not record.arms:
@@ -48,14 +48,14 @@ def run_section(record: RunRecord, looks: Looks) -> list[object]:
 
 def _heading(record: RunRecord) -> Markup:
     tokens = number(record.run.get("tokens"))
-    facts = [
+    metadata = [
         f"setting: {record.setting}" if record.setting else "",
         f"{count(tokens)} training tokens" if tokens is not None else "",
         f"{count(number(record.evaluation.get('tokens')))} held-out tokens" if record.evaluation.get("tokens") else "",
         f"seed {record.run['seed']}" if record.run.get("seed") is not None else "",
         f"commit {str(record.run['commit'])[:12]}" if record.run.get("commit") else "",
     ]
-    return join([tag("h2", record.name), tag("p", " · ".join(f for f in facts if f), class_="muted")])
+    return join([tag("h2", record.name), tag("p", " · ".join(f for f in metadata if f), class_="muted")])
 
 
 def _warnings(record: RunRecord) -> list[object]:
@@ -66,12 +66,13 @@ def _warnings(record: RunRecord) -> list[object]:
         )
     if not record.evaluation:
         said.append("This run has not been evaluated, so there are no held-out numbers.")
-    for arm, facts in record.arms.items():
-        if facts.get("stopped"):
+    for arm, metadata in record.arms.items():
+        if metadata.get("stopped"):
             said.append(
-                f"The arm {arm} stopped before the end ({facts['stopped']}); its numbers come from its last good state."
+                f"The arm {arm} stopped before the end ({metadata['stopped']}); its numbers come from its last "
+                "good state."
             )
-        if facts.get("a_moving") is True:
+        if metadata.get("a_moving") is True:
             said.append(f"The exponent of {arm} was still moving at the end: a longer run may end elsewhere.")
     return [tag("p", sentence, class_="warn") for sentence in said]
 

@@ -55,9 +55,9 @@ def swatch(arm: str, style: Style | None) -> Markup:
     return tag("span", mark, arm, class_=kept)
 
 
-def norm_facts(record: RunRecord) -> Markup:
+def norm_summary(record: RunRecord) -> Markup:
     """The facts that say whether the score can matter here at all, as tiles."""
-    norms, trained = mapping(record.evaluation.get("norms")), mapping(record.run.get("norm_facts"))
+    norms, trained = mapping(record.evaluation.get("norms")), mapping(record.run.get("norm_summary"))
     removed = mapping(norms.get("filter"))
     frac = number(removed.get("removed_frac"))
     frac = number(trained.get("filtered_frac")) if frac is None else frac
@@ -161,11 +161,11 @@ def _exponent(row: Mapping[str, Any]) -> Markup:
 
 
 def _note(record: RunRecord, arm: str) -> Markup:
-    facts = record.arms[arm]
-    made = " · ".join(str(facts[k]) for k in ("score", "selector", "frame") if facts.get(k))
+    metadata = record.arms[arm]
+    made = " · ".join(str(metadata[k]) for k in ("score", "selector", "frame") if metadata.get(k))
     made += " · baseline" if arm == record.baseline else ""
-    notes = [f"stopped: {facts['stopped']}"] if facts.get("stopped") else []
-    notes += ["a still moving at the end"] if facts.get("a_moving") is True else []
+    notes = [f"stopped: {metadata['stopped']}"] if metadata.get("stopped") else []
+    notes += ["a still moving at the end"] if metadata.get("a_moving") is True else []
     return join([tag("small", made), *(tag("small", note, class_="note") for note in notes)])
 
 

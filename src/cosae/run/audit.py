@@ -22,18 +22,18 @@ from cosae.evaluate.audit import audit
 from cosae.interop.read import read_sae
 from cosae.report.audit_page import audit_page
 from cosae.report.page import write_page
-from cosae.run import provenance as facts
-from cosae.run.dataset.existing import Sampled, Samples, Wanted, calibrated, names_of
+from cosae.run import provenance
+from cosae.run.dataset.existing import EvalRequest, Sampled, Samples, calibrated, names_of
 from cosae.run.folder import write_json
 from cosae.sae.model import SAE
 
 FORMAT, VERSION = "cosae-audit", 1
-SHOWN_FACTS = ("format", "model", "site", "hook_name", "tokens", "filter", "norm_facts")
+SHOWN_FACTS = ("format", "model", "site", "hook_name", "tokens", "filter", "norm_summary")
 
 
 @torch.no_grad()
 def run_audit(
-    paths: Sequence[Path], wanted: Wanted, out: Path | None = None, say: Callable[[str], None] = lambda _: None
+    paths: Sequence[Path], request: EvalRequest, out: Path | None = None, log: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """Audit the SAEs at `paths`; returns what audit.json holds, and writes it with audit.html into `out` if given.
 
@@ -44,21 +44,21 @@ def run_audit(
         raise CosaeError("audit needs at least one SAE: cosae audit SAE…")
     if out is not None:
         _check_place(out)
-    saes = [read_sae(path, format=wanted.format, device=wanted.device) for path in paths]
-    samples = Samples(wanted)
+    saes = [read_sae(path, format=request.format, device=request.device) for path in paths]
+    samples = Samples(request)
     found = []
     for name, path, sae in zip(names_of(paths), paths, saes, strict=True):
-        say(f"activations for {name}")
+        log(f"activations for {name}")
         sample = samples.of(sae, path)
-        say(f"auditing {name}")
-        found.append({"name": name, "path": str(path), **_audit_one(sae, sample, wanted)})
+        log(f"auditing {name}")
+        found.append({"name": name, "path": str(path), **_audit_one(sae, sample, request)})
     result = {
         "format": FORMAT,
         "version": VERSION,
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": facts.commit(),
-        "packages": facts.packages(),
-        "seed": wanted.seed,
+        "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": provenance.commit(),
+        "packages": provenance.packages(),
+        "seed": request.seed,
         "saes": found,
     }
     if out is not None:
@@ -66,17 +66,17 @@ def run_audit(
     return result
 
 
-def _audit_one(sae: SAE, sample: Sampled, wanted: Wanted) -> dict[str, Any]:
+def _audit_one(sae: SAE, sample: Sampled, request: EvalRequest) -> dict[str, Any]:
     activations = sample.activations
     median = float(np.median(activations.norm_N.cpu().double().numpy()))
-    sink_N = filters.sinks(activations, median, wanted.sink_factor)
-    sae, remark = calibrated(sae, activations, sink_N)
-    found = audit(sae, activations, sink_N, median_norm=median, spell=sample.spell, seed=wanted.seed)
+    sink_N = filters.sinks(activations, median, request.sink_factor)
+    sae, warning = calibrated(sae, activations, sink_N)
+    found = audit(sae, activations, sink_N, median_norm=median, spell=sample.spell, seed=request.seed)
     return {
         "sae": sae.cfg.to_dict(),
         "source": sample.source,
-        "facts": {key: sae.facts.get(key) for key in SHOWN_FACTS},
-        "remark": remark,
+        "provenance": {key: sae.metadata.get(key) for key in SHOWN_FACTS},
+        "warning": warning,
         **found,
     }
 
@@ -105,7 +105,7 @@ def _screen_of(found: Mapping[str, Any]) -> str:
     make = f"{made['score']} × {made['selector']}, frame {made['frame']}"
     head = f"{found['name']}: {make}, {made['d_sae']} features, k {made['k']}"
     lines = [head, f"fooled by norm: {said['fooled']}: {said['because']}"]
-    lines += [f"note: {found['remark']}"] if found["remark"] else []
+    lines += [f"note: {found['warning']}"] if found["warning"] else []
     width = max(len(line["topic"]) for line in found["lines"])
     for line in found["lines"]:
         mark = "!" if line["level"] == "look" else " "

@@ -23,12 +23,12 @@ from cosae.evaluate.model import causal, patching, splice
 from cosae.evaluate.norms import driven as norm_driven
 from cosae.evaluate.norms import sinks
 from cosae.evaluate.probing.texts import TOPS, probe_texts
-from cosae.evaluate.reconstruct import rebuild_with_sinks
+from cosae.evaluate.reconstruct import reconstruct_with_sinks
 from cosae.interop.read import read_sae
 from cosae.interop.sae_probes import datasets as sae_probes
-from cosae.run import provenance as facts
+from cosae.run import provenance
 from cosae.run.dataset.dataset import ModelData
-from cosae.run.dataset.existing import Sampled, Samples, Wanted, calibrated, names_of
+from cosae.run.dataset.existing import EvalRequest, Sampled, Samples, calibrated, names_of
 from cosae.run.dataset.labelled import Reading, encode_texts
 from cosae.run.discovery import measure_discovery
 from cosae.run.folder import write_json
@@ -67,7 +67,7 @@ class Opened:
     sample: Sampled
     sink_N: Tensor
     median: float
-    remarks: dict[str, str]
+    warnings: dict[str, str]
     seed: int
     sink_factor: float = 10.0
 
@@ -78,7 +78,7 @@ class Opened:
 
     @property
     def model(self) -> ModelData:
-        """Raises CosaeError where activations come from a file, or have a nuisance that the model does not know of."""
+        """Raises CosaeError where activations come from a file, or are perturbed, which the model knows nothing of."""
         if not isinstance(self.sample.data, ModelData):
             raise CosaeError(
                 "this measurement runs the model itself: give --model and --site, not --activations or --store."
@@ -88,23 +88,23 @@ class Opened:
         return self.sample.data
 
 
-def tokens_of(measurement: str, asked: int | None) -> int:
+def tokens_of(measurement: str, sae_specs: int | None) -> int:
     """How many tokens to sample where none were asked for."""
-    if asked is not None:
-        return asked
-    return SPLICED_TOKENS if measurement in ("splice", "causal", "patching") else Wanted.tokens
+    if sae_specs is not None:
+        return sae_specs
+    return SPLICED_TOKENS if measurement in ("splice", "causal", "patching") else EvalRequest.tokens
 
 
 @torch.no_grad()
 def judge(
     measurement: str,
-    asked: Sequence[str],
-    wanted: Wanted,
+    sae_specs: Sequence[str],
+    request: EvalRequest,
     *,
     texts: Texts | None = None,
     features: Sequence[int] = (),
     out: Path | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """One measurement of the SAEs asked for; returns what the JSON file `out` holds, and writes it if given.
 
@@ -119,20 +119,20 @@ def judge(
         raise CosaeError(f"a measurement must be one of {', '.join(MEASURES)}. Got {measurement!r} instead.")
     if out is not None and (out.is_dir() or not out.parent.exists()):
         raise CosaeError(f"{out} cannot be written: give a file in a folder that exists with --out.")
-    opened = _open(asked, wanted, say)
-    say(f"measuring {measurement}")
+    opened = _open(sae_specs, request, log)
+    log(f"measuring {measurement}")
     found = MEASURES[measurement](opened, texts or Texts(), tuple(features))
     result = {
         "format": FORMAT,
         "version": VERSION,
         "measurement": measurement,
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": facts.commit(),
-        "packages": facts.packages(),
-        "seed": wanted.seed,
+        "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": provenance.commit(),
+        "packages": provenance.packages(),
+        "seed": request.seed,
         "source": opened.sample.source,
         "saes": {name: [sae.cfg.to_dict() for sae in listed] for name, listed in opened.arms.items()},
-        "remarks": opened.remarks,
+        "warnings": opened.warnings,
         "found": found,
     }
     if out is not None:
@@ -140,16 +140,16 @@ def judge(
     return result
 
 
-def _open(asked: Sequence[str], wanted: Wanted, say: Callable[[str], None]) -> Opened:
-    paths = _paths(asked)
-    samples, sample = Samples(wanted), None
+def _open(sae_specs: Sequence[str], request: EvalRequest, log: Callable[[str], None]) -> Opened:
+    paths = _paths(sae_specs)
+    samples, sample = Samples(request), None
     arms: dict[str, list[SAE]] = {}
-    remarks: dict[str, str] = {}
+    warnings: dict[str, str] = {}
     for name, listed in paths.items():
         arms[name] = []
         for path in listed:
-            sae = read_sae(path, format=wanted.format, device=wanted.device)
-            say(f"activations for {name}")
+            sae = read_sae(path, format=request.format, device=request.device)
+            log(f"activations for {name}")
             mine = samples.of(sae, path)
             if sample is not None and mine.activations is not sample.activations:
                 raise CosaeError(
@@ -158,24 +158,24 @@ def _open(asked: Sequence[str], wanted: Wanted, say: Callable[[str], None]) -> O
                 )
             sample = mine
             median = float(sample.activations.norm_N.double().median())
-            sae, remark = calibrated(sae, sample.activations, _sinks(sample, median, wanted))
+            sae, warning = calibrated(sae, sample.activations, _sinks(sample, median, request))
             arms[name].append(sae)
-            if remark is not None:
-                remarks[name] = remark
+            if warning is not None:
+                warnings[name] = warning
     assert sample is not None
-    return Opened(arms, sample, _sinks(sample, median, wanted), median, remarks, wanted.seed, wanted.sink_factor)
+    return Opened(arms, sample, _sinks(sample, median, request), median, warnings, request.seed, request.sink_factor)
 
 
-def _sinks(sample: Sampled, median: float, wanted: Wanted) -> Tensor:
-    return filters.sinks(sample.activations, median, wanted.sink_factor).cpu()
+def _sinks(sample: Sampled, median: float, request: EvalRequest) -> Tensor:
+    return filters.sinks(sample.activations, median, request.sink_factor).cpu()
 
 
-def _paths(asked: Sequence[str]) -> dict[str, list[Path]]:
+def _paths(sae_specs: Sequence[str]) -> dict[str, list[Path]]:
     """Arms as they were asked for. Raises CosaeError for none, and for one name twice."""
-    if not asked:
+    if not sae_specs:
         raise CosaeError("give at least one SAE: cosae eval MEASUREMENT SAE…")
     named: list[tuple[str | None, list[Path]]] = []
-    for text in asked:
+    for text in sae_specs:
         name, equals, rest = text.partition("=")
         plain = not equals or Path(text).exists()
         named.append((None if plain else name, [Path(p) for p in ((text,) if plain else rest.split(","))]))
@@ -192,11 +192,11 @@ def _reconstruction(opened: Opened, texts: Texts, features: tuple[int, ...]) -> 
     x, sums = opened.sample.activations, {}
     found: dict[str, Any] = {"saes": {}}
     for name, sae in opened.firsts.items():
-        rebuilt = rebuild_with_sinks(sae, x, opened.sink_N)
+        recon = reconstruct_with_sinks(sae, x, opened.sink_N)
         found["saes"][name] = reconstruction.measure_with_and_without_sinks(
-            sae, x, opened.sink_N, median_norm=opened.median, rebuilt=rebuilt
+            sae, x, opened.sink_N, median_norm=opened.median, recon=recon
         )
-        sums[name] = reconstruction.per_document(rebuilt, x, "out")
+        sums[name] = reconstruction.per_document(recon, x, "out")
     base = next(iter(sums))
     found["paired_sinks_out"] = reconstruction.paired_fve_differences(sums, base, opened.seed)
     return found
@@ -218,7 +218,7 @@ def _norms(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[str,
 
 def _sink_facts(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[str, Any]:
     x = opened.sample.activations
-    return {"saes": {name: sinks.sink_facts(sae, x, opened.sink_N) for name, sae in opened.firsts.items()}}
+    return {"saes": {name: sinks.sink_metrics(sae, x, opened.sink_N) for name, sae in opened.firsts.items()}}
 
 
 def _geometry(opened: Opened, texts: Texts, features: tuple[int, ...]) -> dict[str, Any]:

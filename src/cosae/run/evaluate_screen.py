@@ -11,8 +11,8 @@ Table = tuple[str, Rows]
 
 
 def screen(result: Mapping[str, Any]) -> str:
-    """Every table of a measurement, and the remarks on SAEs whose file held no threshold."""
-    text = [f"{key}: {value}" for key, value in result["remarks"].items()]
+    """Every table of a measurement, and the warnings on SAEs whose file held no threshold."""
+    text = [f"{key}: {value}" for key, value in result["warnings"].items()]
     for caption, rows in TABLES[result["measurement"]](result["found"]):
         width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in rows]

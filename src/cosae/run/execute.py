@@ -26,7 +26,7 @@ from cosae.errors import CosaeError
 from cosae.io.generators import generator_state, restore_generators
 from cosae.io.signals import Stop, stop_on_signals
 from cosae.recipe import Recipe, from_plain, to_plain
-from cosae.run import provenance as facts
+from cosae.run import provenance
 from cosae.run.dataset.dataset import Data, ModelData, open_data
 from cosae.run.folder import (
     ARMS,
@@ -36,6 +36,7 @@ from cosae.run.folder import (
     METRICS,
     RECIPE,
     RUN,
+    VERSION,
     check_free,
     hold,
     read_json,
@@ -49,7 +50,7 @@ from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
-from cosae.train.checkpoint import checkpoints, has_checkpoints, read_latest, set_aside, write_checkpoint
+from cosae.train.checkpoint import checkpoints, has_checkpoints, quarantine, read_latest, write_checkpoint
 from cosae.train.log import JsonLines, Lines, Logger, Progress, TensorBoard, WandB
 from cosae.train.loop import MOVING, Interrupted, exponent_moving, train
 from cosae.train.step import ArmState
@@ -181,25 +182,25 @@ class _Run:
             buffer_tokens=training.buffer_tokens,
             seed=training.seed,
             filter=recipe.filter,
-            nuisance=recipe.training_nuisance,
+            perturbation=recipe.training_perturbation,
             device=recipe.device,
             store_dtype=getattr(torch, training.store_dtype),
-            ahead_chunks=recipe.data.ahead_chunks,
+            prefetch_chunks=recipe.data.prefetch_chunks,
             non_finite=recipe.data.non_finite,
         )
         sample_ND = self.stream.sample_ND
-        if not self.stream.norm_facts.total_variance > 0:
+        if not self.stream.norm_summary.total_variance > 0:
             raise CosaeError("activations must differ from one another: their variance in the first window is 0.")
         self.states = []
         for arm in recipe.arms:
             sae = arm.build(data.source.d_in, sample_ND, recipe.device)
             variance = _variance(sae, sample_ND) if arm.loss.normalise == "variance" else 1.0
             if arm.loss.normalise == "variance" and arm.loss.space == "raw":
-                variance = self.stream.norm_facts.total_variance
+                variance = self.stream.norm_summary.total_variance
             self.states.append(ArmState.start(arm, sae, variance, training.optimizer))
         self._records = _Records()
         self.start, self.seconds = 0, 0.0
-        self.began = _now()
+        self.started_at = _now()
         self.resumed: list[dict[str, Any]] = []
 
     def restore(self, record: Mapping[str, Any]) -> None:
@@ -209,9 +210,9 @@ class _Run:
             self._check_unchanged(from_plain(Recipe, record["recipe"], str(self.out / RUN)) if record else None)
             if record and record["source"] != json.loads(json.dumps(self.data.source.describe(), default=str)):
                 raise CosaeError(f"the data are not those the run in {self.out} was started with: put them back.")
-            remarks = ["there is no checkpoint yet: the run begins again, and ends as it would have."]
+            warnings = ["there is no checkpoint yet: the run begins again, and ends as it would have."]
         else:
-            parts, numbers, remarks = read_latest(self.out)
+            parts, numbers, warnings = read_latest(self.out)
             self._check_unchanged(from_plain(Recipe, numbers["recipe"], "checkpoint"))
             self.stream.restore({**parts["stream"], **numbers["stream"]})
             for state in self.states:
@@ -219,11 +220,11 @@ class _Run:
             self.start, self.seconds = int(numbers["step"]), float(numbers["seconds"])
             if "random" in parts:
                 restore_generators(parts["random"])
-            set_aside(self.out, self.start)
-        for remark in remarks:
-            print(remark, file=sys.stderr, flush=True)  # with or without a progress display
-        self.began = record.get("began") or self.began
-        self.resumed = [*record.get("resumed", []), {"at": _now(), "step": self.start, "remarks": remarks}]
+            quarantine(self.out, self.start)
+        for warning in warnings:
+            print(warning, file=sys.stderr, flush=True)  # with or without a progress display
+        self.started_at = record.get("started_at") or self.started_at
+        self.resumed = [*record.get("resumed", []), {"at": _now(), "step": self.start, "warnings": warnings}]
 
     def _check_unchanged(self, begun_with: Recipe | None) -> None:
         """Raises CosaeError where the recipe differs, in what decides weights, from that of the run's beginning."""
@@ -256,8 +257,8 @@ class _Run:
         training = self.recipe.training
         self.write_record("running")
         if isinstance(self.data, ModelData):
-            for remark in self.data.text.remarks:
-                self._say(f"corpus {remark}")
+            for warning in self.data.text.warnings:
+                self._log(f"corpus {warning}")
         progress = Progress(
             training.steps,
             training.batch_tokens,
@@ -286,7 +287,7 @@ class _Run:
                 loggers=loggers,
                 save=self._checkpoint if self.out is not None else None,
                 on_step=progress.step,
-                say=progress.say,
+                log=progress.message,
                 on_event=on_event,
                 stop=stop,
             )
@@ -312,17 +313,17 @@ class _Run:
             self.data.text.close()
 
     def _finish(self, measured: bool) -> Finished:
-        say = self._say
-        say("calibrating inference thresholds")
+        log = self._log
+        log("calibrating inference thresholds")
         saes = {state.arm.name: state.sae for state in self.states}
         calibrations = self._calibrate(saes)
         for name, sae in saes.items():
-            sae.facts = self._sae_facts(name, calibrations[name])
+            sae.metadata = self._sae_metadata(name, calibrations[name])
             if self.out is not None:
                 save(sae, self.out / ARMS / name, self.stream.sample_ND[:8])
         evaluation = None
         if measured:
-            evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, say)
+            evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, log)
             if self.out is not None:
                 write_json(self.out / EVALUATION, evaluation)
         record = self.write_record("finished", calibrations)
@@ -362,11 +363,11 @@ class _Run:
             loggers.append(WandB(self.out, self.logs.wandb, to_plain(self.recipe)))
         return loggers
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if self.logs.progress:
             print(text, file=sys.stderr, flush=True)  # before the bars are drawn, or after they are closed
 
-    def _sae_facts(self, name: str, calibration: Calibration) -> dict[str, Any]:
+    def _sae_metadata(self, name: str, calibration: Calibration) -> dict[str, Any]:
         site = getattr(self.data, "site", None)
         return {
             "arm": name,
@@ -381,16 +382,16 @@ class _Run:
             "tokens": self.recipe.training.steps * self.recipe.training.batch_tokens,
             "seed": next(arm.seed for arm in self.recipe.arms if arm.name == name),
             "filter": self.stream.filter.to_dict(),
-            "nuisance": self.recipe.nuisance.to_dict(),
+            "perturbation": self.recipe.perturbation.to_dict(),
             "inject_into": self.recipe.inject_into,
-            "norm_facts": asdict(self.stream.norm_facts),
+            "norm_summary": asdict(self.stream.norm_summary),
             "l0_target": calibration.target,
             "l0_calibrated": calibration.l0,
             "calibration_tokens": calibration.tokens,
             "stream_digest": self.stream.digest,
             "recipe": to_plain(replace(self.recipe, arms=tuple(a for a in self.recipe.arms if a.name == name))),
-            "commit": facts.commit(),
-            "packages": facts.packages(),
+            "commit": provenance.commit(),
+            "packages": provenance.packages(),
         }
 
     def write_record(self, status: str, calibrations: Mapping[str, Calibration] | None = None) -> dict[str, Any]:
@@ -398,32 +399,32 @@ class _Run:
         moving = self._moving() if status == "finished" else {}
         record = {
             "format": FORMAT,
-            "version": 1,
+            "version": VERSION,
             "status": status,
             "name": recipe.name,
             "setting": describe_setting(recipe),
-            "began": self.began,
-            "written": _now(),
+            "started_at": self.started_at,
+            "written_at": _now(),
             "resumed": self.resumed,
             "seconds": self.seconds,
-            "commit": facts.commit(),
-            "packages": facts.packages(),
-            "hardware": facts.hardware(recipe.device),
+            "commit": provenance.commit(),
+            "packages": provenance.packages(),
+            "hardware": provenance.hardware(recipe.device),
             "recipe": to_plain(recipe),
             "seed": recipe.training.seed,
             "stream_digest": self.stream.digest,
             "tokens": self.stream.n_tokens,
-            "norm_facts": asdict(self.stream.norm_facts),
+            "norm_summary": asdict(self.stream.norm_summary),
             "filter": self.stream.filter.to_dict(),
-            "non_finite": self.stream.guard.facts(),
+            "non_finite": self.stream.monitor.metadata(),
             "source": self.data.source.describe(),
-            "arms": {s.arm.name: self._arm_facts(s, moving, calibrations) for s in self.states},
+            "arms": {s.arm.name: self._arm_record(s, moving, calibrations) for s in self.states},
         }
         if self.out is not None:
             write_json(self.out / RUN, record)
         return record
 
-    def _arm_facts(
+    def _arm_record(
         self,
         state: ArmState,
         moving: Mapping[str, float | None],
@@ -464,7 +465,7 @@ class _Run:
 
 def _variance(sae: SAE, sample_ND: Tensor) -> float:
     """Mean |z − mean z|² of a sample in the frame's units."""
-    framed = frames.take(sae.cfg.frame, sample_ND.to(sae.centre_D), sae.centre_D.detach())
+    framed = frames.normalize(sae.cfg.frame, sample_ND.to(sae.centre_D), sae.centre_D.detach())
     z_ND = framed.z_BD[framed.live_B].double()
     return float((z_ND - z_ND.mean(0)).square().sum(-1).mean())
 
@@ -478,7 +479,7 @@ def _decides(path: str) -> bool:
     free = (
         "name",
         "data.n_workers",
-        "data.ahead_chunks",
+        "data.prefetch_chunks",
         "data.store",
         "data.non_finite",
         "training.log_every",
@@ -491,13 +492,13 @@ def describe_setting(recipe: Recipe) -> str:
     """What was done to the norms, in words."""
     if recipe.data.world is not None:
         return f"synthetic world, norm {recipe.data.world.norm}"
-    if recipe.nuisance.kind == "none":
+    if recipe.perturbation.kind == "none":
         return "natural"
     where = {"both": "", "training": " in training only", "evaluation": " in evaluation only"}[recipe.inject_into]
-    return f"injected {recipe.nuisance}{where}"
+    return f"injected {recipe.perturbation}{where}"
 
 
-def moving_remarks(run: Mapping[str, Any]) -> list[str]:
+def moving_warnings(run: Mapping[str, Any]) -> list[str]:
     """One sentence for each arm whose exponent was still moving when the learning rate began to fall."""
     return [
         f"{name}: a was still moving when the learning rate began to fall ({arm['a_change']:+.3f} over the last tenth "

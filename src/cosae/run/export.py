@@ -26,10 +26,10 @@ from cosae.interop.read import read_sae
 from cosae.io.staged import check_place
 from cosae.models.intervene.intervention import find_site
 from cosae.recipe import DataConfig
-from cosae.run import provenance as facts
+from cosae.run import provenance
 from cosae.run.dataset.corpus import adds_bos, check_corpus, pad_id, reading_of, streamed
 from cosae.run.dataset.dataset import batch_size, open_model
-from cosae.run.dataset.existing import Wanted, data_of
+from cosae.run.dataset.existing import EvalRequest, data_of
 from cosae.sae.model import SAE
 from cosae.text.documents import read_documents
 from cosae.text.mixture import Cursor, mix, parse_corpus
@@ -72,21 +72,21 @@ class Opened:
     tokenizer: Any
     site: Site
     sequences: Sequences
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
-def open_reading(path: Path, reading: Reading, say: Callable[[str], None]) -> Opened:
+def open_reading(path: Path, reading: Reading, log: Callable[[str], None]) -> Opened:
     """Read the SAE and its model, and cut the text. Raises CosaeError for whatever cannot be read."""
     sae = read_sae(path, format=reading.format, device=reading.device)
     data = replace(_data_of(sae, path, reading), context=reading.context)
     check_corpus(data)
-    say("opening the model")
+    log("opening the model")
     model, tokenizer = open_model(data, reading.device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and reading.context > limit:
         raise CosaeError(f"context must be at most {limit}, the model's own. Got {reading.context} instead.")
     site = find_site(model, data.site)
-    say("reading the text")
+    log("reading the text")
     sequences = read_sequences(data, tokenizer, reading)
     known = {
         "sae": str(path),
@@ -97,15 +97,15 @@ def open_reading(path: Path, reading: Reading, say: Callable[[str], None]) -> Op
         "prompts": len(sequences),
         "context": reading.context,
         "seed": reading.seed,
-        "commit": facts.commit(),
-        "packages": facts.packages(),
+        "commit": provenance.commit(),
+        "packages": provenance.packages(),
     }
     return Opened(sae, data, model, tokenizer, site, sequences, known)
 
 
 def _data_of(sae: SAE, path: Path, reading: Reading) -> DataConfig:
     try:
-        return data_of(sae, path, Wanted(model=reading.model, site=reading.site, corpus=reading.corpus))
+        return data_of(sae, path, EvalRequest(model=reading.model, site=reading.site, corpus=reading.corpus))
     except CosaeError as error:
         if "--activations" not in str(error):
             raise
@@ -191,7 +191,7 @@ def export_neuronpedia(
     naming: Naming,
     shown: dict[str, Any],
     upload: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> tuple[uploads.Plan, list[str]]:
     """Write the dashboards to `out` and, with `upload`, send them. Returns the plan and what was done, line by line.
 
@@ -201,7 +201,7 @@ def export_neuronpedia(
     if upload:
         uploads.check_ready()
     check_place(out, MARK)
-    opened = open_reading(path, reading, say)
+    opened = open_reading(path, reading, log)
     kind = opened.site.name.split(".")[0]
     settings = Dashboard(
         model_id=naming.model_id or Path(opened.data.model).name,
@@ -212,7 +212,7 @@ def export_neuronpedia(
         **shown,
     )
     lines = []
-    if uploads.same_export(out, settings, opened.facts):
+    if uploads.same_export(out, settings, opened.metadata):
         lines.append(f"{out} holds this export already: not made again.")
     else:
         write_dashboards(
@@ -223,24 +223,24 @@ def export_neuronpedia(
             opened.sequences,
             out,
             settings,
-            facts=opened.facts,
+            metadata=opened.metadata,
             batch_sequences=batch_size(opened.data, opened.model, opened.site, "float32"),
-            say=say,
+            log=log,
         )
     plan = uploads.plan(out)
     if upload:
-        lines.append(uploads.upload(out, plan, say))
+        lines.append(uploads.upload(out, plan, log))
     return plan, lines
 
 
 def export_delphi(
-    path: Path, out: Path, reading: Reading, n_splits: int | None = None, say: Callable[[str], None] = lambda _: None
+    path: Path, out: Path, reading: Reading, n_splits: int | None = None, log: Callable[[str], None] = lambda _: None
 ) -> Written:
     """Write delphi's cache to `out`. Raises CosaeError as `write_cache` does."""
     from cosae.models.embedded import model_path
 
     check_place(out, "*/cosae_export.json")
-    opened = open_reading(path, reading, say)
+    opened = open_reading(path, reading, log)
     return write_cache(
         opened.model,
         opened.site,
@@ -250,7 +250,7 @@ def export_delphi(
         model_name=str(model_path()) if opened.data.model == "embedded" else opened.data.model,
         dataset=_corpus_name(opened.data),
         n_splits=n_splits,
-        facts=opened.facts,
+        metadata=opened.metadata,
         batch_sequences=batch_size(opened.data, opened.model, opened.site, "float32"),
-        say=say,
+        log=log,
     )

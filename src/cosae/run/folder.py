@@ -16,18 +16,19 @@ from typing import Any, TextIO
 
 from cosae.errors import CosaeError
 from cosae.io.atomic import sync_file, sync_folder, write_text
+from cosae.io.legacy import upgrade
 from cosae.recipe import Recipe
 from cosae.train.log import finite
 
 RUN, RECIPE, METRICS, EVALUATION, ARMS = "run.json", "recipe.json", "metrics.jsonl", "evaluation.json", "arms"
 EVENTS, LOCK = "events.jsonl", ".lock"
-FORMAT = "cosae-run"
+FORMAT, VERSION = "cosae-run", 2
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON mapping. Raises CosaeError where it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = upgrade(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         raise CosaeError(f"{path} is not readable JSON: the run's folder is damaged.") from None
     if not isinstance(value, dict):

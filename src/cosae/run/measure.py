@@ -19,7 +19,7 @@ from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.norms import describe as norms
 from cosae.evaluate.probing import tokens as probing
 from cosae.evaluate.probing.ranking import EVERY_RULE
-from cosae.evaluate.reconstruct import rebuild_with_sinks
+from cosae.evaluate.reconstruct import reconstruct_with_sinks
 from cosae.evaluate.recovery import recovery
 from cosae.recipe import Recipe
 from cosae.run.dataset.dataset import Data, Sample, WorldData
@@ -34,21 +34,21 @@ def evaluate(
     recipe: Recipe,
     data: Data,
     fitted: Filter,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """evaluation.json of trained, calibrated SAEs that saw the same stream (shape: cosae.report.page)."""
     config = recipe.evaluation
-    say("capturing held-out activations")
+    log("capturing held-out activations")
     held_out = data.sample("held_out", config.held_out_tokens)
     activations = held_out.activations
     sink_N = filters.sinks(activations, fitted.median_norm, fitted.policy.factor)
-    facts = norms.describe_norms(activations, ~fitted.keep(activations), config.seed, sink_N=sink_N)
+    metadata = norms.describe_norms(activations, ~fitted.keep(activations), config.seed, sink_N=sink_N)
     baseline = "standard" if "standard" in saes else next(iter(saes))
     result: dict[str, Any] = {
         "tokens": len(activations),
         "dropped_tokens": held_out.n_dropped,
         "documents": len(held_out.documents),
-        "norms": facts,
+        "norms": metadata,
         "reconstruction": {},
         "exponents": {name: describe_exponent(sae) for name, sae in saes.items()},
         "probing": None,
@@ -59,15 +59,15 @@ def evaluate(
     probed = config.probing and data.has_concepts
     codes: dict[str, Codes] = {}
     for name, sae in saes.items():
-        say(f"measuring reconstruction of {name}")
-        rebuilt = rebuild_with_sinks(sae, activations, sink_N, keep_codes=probed)
-        if rebuilt.codes is not None:
-            codes[name] = rebuilt.codes
+        log(f"measuring reconstruction of {name}")
+        recon = reconstruct_with_sinks(sae, activations, sink_N, keep_codes=probed)
+        if recon.codes is not None:
+            codes[name] = recon.codes
         result["reconstruction"][name] = reconstruction.measure_with_and_without_sinks(
-            sae, activations, sink_N, median_norm=fitted.median_norm, rebuilt=rebuilt
+            sae, activations, sink_N, median_norm=fitted.median_norm, recon=recon
         )
         for which in sums:
-            sums[which][name] = reconstruction.per_document(rebuilt, activations, which)
+            sums[which][name] = reconstruction.per_document(recon, activations, which)
     result["paired_fve"] = [
         {**row, "sinks": which}
         for which, by_arm in sums.items()
@@ -79,7 +79,7 @@ def evaluate(
             for name, sae in saes.items()
         }
     if probed:
-        _probe(result, saes, codes, recipe, data, held_out, fitted, baseline, say)
+        _probe(result, saes, codes, recipe, data, held_out, fitted, baseline, log)
     return result
 
 
@@ -92,14 +92,14 @@ def _probe(
     held_out: Sample,
     fitted: Filter,
     baseline: str,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Probing with sinks out (under "probing") and in, on the same codes."""
     config = recipe.evaluation
-    say("probing concepts")
+    log("probing concepts")
     train = data.sample("train", config.probe_tokens)
     train_codes = {name: encode_all(sae, train.activations) for name, sae in saes.items()}
-    untrained = random_twin(saes[baseline], recipe, train.activations, fitted)
+    untrained = untrained_baseline(saes[baseline], recipe, train.activations, fitted)
     random_codes = (encode_all(untrained, train.activations), encode_all(untrained, held_out.activations))
     found = probe_concepts(
         (train_codes, held_out_codes),
@@ -151,7 +151,7 @@ def probe_concepts(
     return found
 
 
-def random_twin(sae: SAE, recipe: Recipe, activations: Activations, fitted: Filter) -> SAE:
+def untrained_baseline(sae: SAE, recipe: Recipe, activations: Activations, fitted: Filter) -> SAE:
     """An untrained SAE of the same make, initialised on data and calibrated: what random weights alone can do."""
     arm = next((arm for arm in recipe.arms if arm.name == "standard"), recipe.arms[0])
     sample_ND = activations.x_ND[fitted.keep(activations)].float()
@@ -164,12 +164,12 @@ def describe_exponent(sae: SAE) -> dict[str, Any]:
     """The exponent a: its value, or for one per feature its histogram."""
     a = sae.scale_a.detach().float().cpu()
     owner = "fixed" if sae.cfg.frame == "unit" else sae.score.family.exponent_owner  # there r = 1: a has no effect
-    facts: dict[str, Any] = {"mean": float(a.mean()), "b_mean": float(sae.scale_b.detach().mean())}
+    metadata: dict[str, Any] = {"mean": float(a.mean()), "b_mean": float(sae.scale_b.detach().mean())}
     if owner == "fixed" or a.ndim == 0:
-        return {**facts, "kind": "fixed" if owner == "fixed" else "scalar", "value": float(a.mean())}
+        return {**metadata, "kind": "fixed" if owner == "fixed" else "scalar", "value": float(a.mean())}
     counts, edges = np.histogram(a.numpy(), bins=40)
     return {
-        **facts,
+        **metadata,
         "kind": "per_feature",
         "quantiles": np.quantile(a.numpy(), [0.05, 0.25, 0.5, 0.75, 0.95]).tolist(),
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},

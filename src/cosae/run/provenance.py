@@ -45,15 +45,15 @@ def packages() -> dict[str, str]:
 
 def hardware(device: str) -> dict[str, Any]:
     """Processor, cores, threads, accelerator."""
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,
     }
     if device.startswith("cuda") and torch.cuda.is_available():
-        facts["accelerator"] = torch.cuda.get_device_name(torch.device(device))
-    return facts
+        metadata["accelerator"] = torch.cuda.get_device_name(torch.device(device))
+    return metadata
 
 
 def _processor() -> str:

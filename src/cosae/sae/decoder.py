@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.kernels import Entries, Kernel
-from cosae.types import Taken, at_least_fp32
+from cosae.types import NormStats, at_least_fp32
 
 LENGTH_MIN = 1e-8
 """Smallest |u| that is divided by when a norm is restored (paper §1)."""
@@ -26,8 +26,8 @@ class Decoder(nn.Module):
         self.prefixes = prefixes or (d_sae,)
         self.norm_restoring = norm_restoring
 
-    def rebuild(
-        self, kernel: Kernel, value_E: Tensor, entries: Entries, n_tokens: int, taken: Taken | None
+    def reconstruct(
+        self, kernel: Kernel, value_E: Tensor, entries: Entries, n_tokens: int, norm_stats: NormStats | None
     ) -> tuple[Tensor, ...]:
         """One (B, D) reconstruction of z for each prefix; differentiable in values and rows."""
         rows_FD = at_least_fp32(self.rows_FD)
@@ -47,11 +47,11 @@ class Decoder(nn.Module):
             low = high
         if not self.norm_restoring:
             return tuple(sums)
-        assert taken is not None
-        return tuple(self._restore(u_BD, taken.r_B) for u_BD in sums)
+        assert norm_stats is not None
+        return tuple(self._restore(u_BD, norm_stats.r_B) for u_BD in sums)
 
     @staticmethod
     def _restore(u_BD: Tensor, r_B: Tensor) -> Tensor:
-        """u · r / |u|; a token without codes rebuilds to 0 and passes no gradient through the division."""
+        """u · r / |u|; a token without codes reconstructs to 0 and passes no gradient through the division."""
         length_B: Tensor = torch.linalg.vector_norm(u_BD, dim=-1).clamp_min(LENGTH_MIN)
         return u_BD * (r_B / length_B)[:, None]

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosae.errors import CosaeError
+from cosae.io.legacy import upgrade
 from cosae.io.staged import swap_in
 from cosae.kernels import Entries
 from cosae.sae.model import SAE, SAEConfig
 
 FORMAT = "cosae-sae"
-VERSION = 1
+VERSION = 2
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SELF_CHECK = "self_check.safetensors"
@@ -212,13 +213,13 @@ def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
         "dtype": str(sae.dtype).removeprefix("torch."),
         **saelens_fields(sae),
         "sae": sae.cfg.to_dict(),
-        "facts": sae.facts,
+        "provenance": sae.metadata,
         "sha256": {name: _digest(folder / name) for name in (WEIGHTS, SELF_CHECK)},
     }
     try:
         text = json.dumps(config, indent=2, allow_nan=False, default=_jsonable)
     except (TypeError, ValueError) as error:
-        raise CosaeError(f"sae.facts must be plain finite numbers, texts, lists and mappings: {error}.") from None
+        raise CosaeError(f"sae.metadata must be plain finite numbers, texts, lists and mappings: {error}.") from None
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     for file in folder.iterdir():
         with file.open("rb") as handle:
@@ -242,7 +243,7 @@ def saelens_architecture(sae: SAE) -> str:
 def saelens_fields(sae: SAE) -> dict[str, Any]:
     """What SAELens 6 asks of a cfg.json beside the architecture; cosae itself reads none of it."""
     names = {"model": "model_name", "hook_name": "hook_name", "hf_hook_name": "hf_hook_name", "dataset": "dataset_path"}
-    known = {theirs: sae.facts.get(ours) for ours, theirs in names.items()}
+    known = {theirs: sae.metadata.get(ours) for ours, theirs in names.items()}
     return {
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -257,7 +258,7 @@ def _probe(sae: SAE, probes: Tensor | None) -> dict[str, Tensor]:
     if probes is None:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(PROBE_ROWS, sae.d_in, generator=generator)
-        length = float(sae.facts.get("norm_facts", {}).get("median_norm") or sae.d_in**0.5)
+        length = float(sae.metadata.get("norm_summary", {}).get("median_norm") or sae.d_in**0.5)
         probes = sae.centre_D.cpu() + noise * (length / sae.d_in**0.5)
     x = probes[:PROBE_ROWS].detach().to(sae.device, sae.dtype)
     codes = sae.encode(x)
@@ -299,7 +300,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "au
     except (TypeError, ValueError) as error:
         raise CosaeError(f"{path / CONFIG}: {error}") from None
     sae = from_disk(cfg, state, str(path / WEIGHTS))
-    sae.facts = config.get("facts", {})
+    sae.metadata = config["provenance"] if "provenance" in config else upgrade(config.get("facts", {}))
     sae.kernel = "auto" if kernel == "triton" else kernel  # the probes are encoded on the CPU
     _check_probe(sae, probe, path)
     sae.kernel = kernel

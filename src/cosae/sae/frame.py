@@ -1,4 +1,4 @@
-"""What is scored and rebuilt. Enters x (B, D); leaves z (B, D) and what has to be put back.
+"""What is scored and reconstructed. Enters x (B, D); leaves z (B, D) and what has to be put back.
 
     raw         z = x − c                         x̂ = ẑ + c
     unit        z = (x − c) / |x − c|             x̂ = |x − c| · ẑ + c
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.types import Framed, Taken, at_least_fp32
+from cosae.types import Framed, NormStats, at_least_fp32
 
 FRAMES = ("raw", "unit", "layer_norm")
 SCALE_MIN = 1e-8
@@ -56,7 +56,7 @@ def less_centre(x_BD: Tensor, centre_D: Tensor) -> Tensor:
     return apply(x_BD, centre_D)
 
 
-def take(frame: str, x_BD: Tensor, centre_D: Tensor, live_B: Tensor | None = None) -> Framed:
+def normalize(frame: str, x_BD: Tensor, centre_D: Tensor, live_B: Tensor | None = None) -> Framed:
     """x (B, D) any float dtype, centre (D,) → Framed, in the centre's precision, at least fp32.
 
     All-zero rows of x are masked: `live_B` is False for them (`live_rows`; pass it where it is known already).
@@ -70,30 +70,30 @@ def take(frame: str, x_BD: Tensor, centre_D: Tensor, live_B: Tensor | None = Non
         deviation_BD = x_BD - shift_B[:, None]
         scale_B = deviation_BD.square().mean(dim=-1).sqrt().clamp_min(SCALE_MIN)
         z_BD = less_centre(deviation_BD / scale_B[:, None], centre_D)
-        taken = Taken(scale_B, shift_B, torch.linalg.vector_norm(z_BD, dim=-1))
-        return Framed(z_BD, taken, live_B)
+        norm_stats = NormStats(scale_B, shift_B, torch.linalg.vector_norm(z_BD, dim=-1))
+        return Framed(z_BD, norm_stats, live_B)
     z_BD = less_centre(x_BD, centre_D)
     r_B = torch.linalg.vector_norm(z_BD, dim=-1)
     if frame == "unit":
         scale_B = r_B.clamp_min(SCALE_MIN)
         z_BD = z_BD / scale_B[:, None]
-        return Framed(z_BD, Taken(scale_B, zero_B, r_B / scale_B), live_B)
-    return Framed(z_BD, Taken(torch.ones_like(r_B), zero_B, r_B), live_B)
+        return Framed(z_BD, NormStats(scale_B, zero_B, r_B / scale_B), live_B)
+    return Framed(z_BD, NormStats(torch.ones_like(r_B), zero_B, r_B), live_B)
 
 
-def put_back(frame: str, rebuilt_BD: Tensor, taken: Taken | None, centre_D: Tensor) -> Tensor:
+def denormalize(frame: str, recon_BD: Tensor, norm_stats: NormStats | None, centre_D: Tensor) -> Tensor:
     """Reconstruction of z (B, D) → reconstruction of x (B, D).
 
-    Raises CosaeError where the frame took something out and `taken` does not say what.
+    Raises CosaeError where the frame took something out and `norm_stats` does not say what.
     """
     centre_D = at_least_fp32(centre_D)
     if frame == "raw":
-        return rebuilt_BD + centre_D
-    if taken is None:
+        return recon_BD + centre_D
+    if norm_stats is None:
         raise CosaeError(
             f"the {frame!r} frame puts a norm back that these codes do not carry: decode codes that `encode` "
-            "returned, or pass taken=codes.taken."
+            "returned, or pass norm_stats=codes.norm_stats."
         )
     if frame == "unit":
-        return taken.scale_B[:, None] * rebuilt_BD + centre_D
-    return taken.scale_B[:, None] * (rebuilt_BD + centre_D) + taken.shift_B[:, None]
+        return norm_stats.scale_B[:, None] * recon_BD + centre_D
+    return norm_stats.scale_B[:, None] * (recon_BD + centre_D) + norm_stats.shift_B[:, None]

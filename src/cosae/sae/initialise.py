@@ -52,7 +52,7 @@ def _centre(sae: SAE, sample_ND: Tensor, centre: str) -> Tensor:
         return torch.zeros_like(sae.centre_D)
     inside_ND = sample_ND
     if sae.cfg.frame == "layer_norm":
-        inside_ND = frames.take("layer_norm", sample_ND, torch.zeros_like(sae.centre_D)).z_BD
+        inside_ND = frames.normalize("layer_norm", sample_ND, torch.zeros_like(sae.centre_D)).z_BD
     return geometric_median(inside_ND) if centre == "geometric_median" else inside_ND.mean(0)
 
 
@@ -112,7 +112,7 @@ def initialise(
             raise CosaeError("sample must have at least one row that is not all zero (masked). Got none.")
         sample_ND = sample[:SAMPLE_ROWS].to(sae.centre_D)
         sae.centre_D.copy_(_centre(sae, sample_ND, centre))
-        framed = frames.take(sae.cfg.frame, sample_ND, sae.centre_D)
+        framed = frames.normalize(sae.cfg.frame, sample_ND, sae.centre_D)
         z_ND = framed.z_BD[framed.live_B]
     sae.score.set_log_gain(_log_gain(sae, b_init, z_ND))
     if sae.cfg.selector in ("jumprelu", "gated"):
@@ -130,7 +130,7 @@ def _open_gates(sae: SAE, sample: Tensor | None) -> None:
         cut = NormalDist(0.0, spread).inv_cdf(min(max(1.0 - share, 0.5), 1 - 1e-9)) if share < 1 else 0.0
     else:
         rows = sample[: max(64, min(len(sample), 16_000_000 // sae.d_sae))].to(sae.centre_D)
-        framed = frames.take(sae.cfg.frame, rows, sae.centre_D)
+        framed = frames.normalize(sae.cfg.frame, rows, sae.centre_D)
         score_BF = reference.scores(sae.score.terms(framed))[framed.live_B]
         n_keep = max(1, round(share * score_BF.numel()))
         cut = float(score_BF.reshape(-1).kthvalue(score_BF.numel() - n_keep + 1).values)

@@ -1,7 +1,7 @@
 """Named loss terms. Each is normalised so that it means the same at any d and any scale of the activations.
 
     reconstruction  Σ_b q_b |e_b|² / (Σ_b q_b · variance), averaged over prefixes; e in frame or raw units
-    aux_k           |residual − ε|² / |residual − mean residual|², ε rebuilt from dead features alone
+    aux_k           |residual − ε|² / |residual − mean residual|², ε reconstructed from dead features alone
     sparsity        λ · L0 / k (jumprelu) or λ · mean Σ_i ReLU(π_i) / (k · typical π) (gated)
     gate            reconstruction of z from ReLU(π) through the detached decoder (gated; arXiv 2404.16014)
 
@@ -39,7 +39,7 @@ class LossConfig:
     normalise: str = "variance"
     """What the squared error is divided by: variance (of the first window) or none (the paper's sum over d)."""
     aux_k: int | None = None
-    """Dead features per token that rebuild the residual; None is d_in / 2 (paper §3)."""
+    """Dead features per token that reconstruct the residual; None is d_in / 2 (paper §3)."""
     aux_coefficient: float = 1 / 32
     """Weight of aux_k; 0 turns it off."""
 
@@ -61,15 +61,15 @@ class LossConfig:
 def token_weights(output: TrainOutput, power: float) -> Tensor:
     """(B,) q = |x − c|^−p over its batch mean; 0 for masked rows; no gradient."""
     live_B = output.framed.live_B
-    taken = output.framed.taken
-    r_B = (taken.r_B * taken.scale_B).detach().clamp_min(DENOMINATOR_MIN)
+    norm_stats = output.framed.norm_stats
+    r_B = (norm_stats.r_B * norm_stats.scale_B).detach().clamp_min(DENOMINATOR_MIN)
     weight_B = torch.where(live_B, r_B.pow(-power), 0.0)
     return weight_B * (live_B.sum() / weight_B.sum().clamp_min(torch.finfo(weight_B.dtype).tiny))
 
 
 def squared_error(output: TrainOutput, error_B: Tensor, space: str) -> Tensor:
     """(B,) |x − x̂|² in raw units, or |z − ẑ|² in the frame's, from one of the output's own errors."""
-    return error_B * output.framed.taken.scale_B.square() if space == "raw" else error_B
+    return error_B * output.framed.norm_stats.scale_B.square() if space == "raw" else error_B
 
 
 def reconstruction(output: TrainOutput, config: LossConfig, variance: float) -> Tensor:
@@ -83,7 +83,7 @@ def reconstruction(output: TrainOutput, config: LossConfig, variance: float) -> 
 def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig, sparse_gradients: bool = False) -> Tensor:
     """() share of the residual's variance that the dead features fail to explain (paper §3, aux-k).
 
-    Per token the dead features of the aux_k largest pre-ReLU scores rebuild the detached residual with ReLU(s). The
+    Per token the dead features of the aux_k largest pre-ReLU scores reconstruct the detached residual with ReLU(s). The
     gradient goes past the ReLU, since a score below 0 would pass none and the feature would stay dead (paper §9 #13);
     the value does not, since dead features would then learn to subtract. Only the dead features' rows, biases and
     decoder rows learn: a centre or a shared exponent that follows the dead costs the living their reconstruction.
@@ -108,12 +108,12 @@ def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig, spa
     if dead_terms.bias_F is not None:
         score_BF = score_BF + dead_terms.bias_F
     score_BF = _relu_straight_through(score_BF, config.aux_k if config.aux_k is not None else max(1, sae.d_in // 2))
-    rebuilt_BD = score_BF @ embedding(dead, at_least_fp32(sae.decoder.rows_FD), sparse=sparse_gradients)
+    recon_BD = score_BF @ embedding(dead, at_least_fp32(sae.decoder.rows_FD), sparse=sparse_gradients)
     live_B1 = terms.live_B[:, None]
-    residual_BD = (output.framed.z_BD - output.rebuilt[-1]).detach() * live_B1
+    residual_BD = (output.framed.z_BD - output.recon[-1]).detach() * live_B1
     mean_D = residual_BD.sum(0) / terms.live_B.sum().clamp_min(1)
     spread = ((residual_BD - mean_D) * live_B1).square().sum().clamp_min(DENOMINATOR_MIN)
-    missed = ((residual_BD - rebuilt_BD) * live_B1).square().sum()
+    missed = ((residual_BD - recon_BD) * live_B1).square().sum()
     return missed / spread
 
 

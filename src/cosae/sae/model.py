@@ -20,7 +20,7 @@ from cosae.sae import frame as frames
 from cosae.sae.decoder import Decoder
 from cosae.sae.score import SCORES, Score
 from cosae.sae.selector import SELECTORS, Selection, Selector
-from cosae.types import Codes, Framed, Taken, at_least_fp32
+from cosae.types import Codes, Framed, NormStats, at_least_fp32
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What activations may come in. Eight-bit floats have no arithmetic of their own."""
@@ -41,7 +41,7 @@ class SAEConfig:
     k: int = 32
     """Mean active features per token (per token exactly for topk and abs_topk)."""
     frame: str = "raw"
-    """What is scored and rebuilt: raw, unit or layer_norm."""
+    """What is scored and reconstructed: raw, unit or layer_norm."""
     prefixes: tuple[int, ...] = ()
     """Matryoshka prefixes, ascending feature counts; d_sae is added at the end. Empty: one reconstruction."""
     norm_restoring: bool = False
@@ -96,7 +96,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 class TrainOutput:
     """What one training-mode forward pass leaves for the loss.
 
-    rebuilt  one (B, D) reconstruction of z for each prefix
+    reconstructed  one (B, D) reconstruction of z for each prefix
     error    (B,) |z − ẑ|² of each of them, in the frame's units
     gate_error  gated only: (B,) |z − ẑ|² of ReLU(π) through the detached decoder
     """
@@ -104,7 +104,7 @@ class TrainOutput:
     framed: Framed
     terms: ScoreTerms
     selection: Selection
-    rebuilt: tuple[Tensor, ...]
+    recon: tuple[Tensor, ...]
     error: tuple[Tensor, ...]
     gate_error: Tensor | None = None
 
@@ -120,7 +120,7 @@ class SAE(nn.Module):
     def __init__(self, cfg: SAEConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.facts: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
         self.kernel = "auto"
         self.centre_D = nn.Parameter(torch.zeros(cfg.d_in))
         self.score = Score(cfg.score, cfg.d_in, cfg.d_sae, cfg.n_groups, cfg.bias)
@@ -265,36 +265,36 @@ class SAE(nn.Module):
             selection.value_E,
             self.d_sae,
             tuple(x.shape[:-1]),
-            framed.taken,
+            framed.norm_stats,
         )
 
-    def decode(self, codes: Codes | Tensor, taken: Taken | None = None) -> Tensor:
+    def decode(self, codes: Codes | Tensor, norm_stats: NormStats | None = None) -> Tensor:
         """Codes, or a dense (..., d_sae) tensor → x̂ (..., d_in), fp32.
 
-        A token without codes rebuilds to the centre. `taken` overrides what the codes carry; frames other than raw
-        and norm-restoring decoders need one or the other. Raises CosaeError where it is missing or widths differ.
+        A token without codes reconstructs to the centre. `norm_stats` overrides what the codes carry; frames other than
+        raw and norm-restoring decoders need one or the other. Raises CosaeError where it is missing or widths differ.
         """
         codes = codes if isinstance(codes, Codes) else Codes.from_dense(codes)
         if codes.d_sae != self.d_sae:
             raise CosaeError(
                 f"codes must have d_sae = {self.d_sae} features, as this SAE has. Got {codes.d_sae} instead."
             )
-        taken = codes.taken if taken is None else taken
-        if self.cfg.norm_restoring and taken is None:
+        norm_stats = codes.norm_stats if norm_stats is None else norm_stats
+        if self.cfg.norm_restoring and norm_stats is None:
             raise CosaeError(
                 "a norm-restoring decoder needs the length it restores, which these codes do not carry: decode "
-                "codes that `encode` returned, or pass taken=codes.taken."
+                "codes that `encode` returned, or pass norm_stats=codes.norm_stats."
             )
-        if taken is not None and len(taken.r_B) != codes.n_tokens:
+        if norm_stats is not None and len(norm_stats.r_B) != codes.n_tokens:
             raise CosaeError(
-                f"taken must be of the tokens that are decoded: it is of {len(taken.r_B)} tokens, the codes are of "
-                f"{codes.n_tokens} tokens; slice both alike (taken[rows])."
+                f"norm_stats must be of the tokens that are decoded: they are of {len(norm_stats.r_B)} tokens, the "
+                f"codes of {codes.n_tokens}; slice both alike (norm_stats[rows])."
             )
         entries = Entries(codes.token_E, codes.feature_E)
         kernel = self._kernel()
         value_E = codes.value_E.to(at_least_fp32(self.centre_D).dtype)
-        rebuilt = self.decoder.rebuild(kernel, value_E, entries, codes.n_tokens, taken)[-1]
-        x_hat = frames.put_back(self.cfg.frame, rebuilt, taken, self.centre_D)
+        recon = self.decoder.reconstruct(kernel, value_E, entries, codes.n_tokens, norm_stats)[-1]
+        x_hat = frames.denormalize(self.cfg.frame, recon, norm_stats, self.centre_D)
         return x_hat.reshape(*codes.shape, self.d_in)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ class SAE(nn.Module):
         return flat
 
     def _framed(self, flat_BD: Tensor, live_B: Tensor | None = None) -> Framed:
-        return frames.take(self.cfg.frame, flat_BD.to(self.device), self.centre_D, live_B)
+        return frames.normalize(self.cfg.frame, flat_BD.to(self.device), self.centre_D, live_B)
 
     # ------------------------------------------------------------------ training
 
@@ -337,14 +337,14 @@ class SAE(nn.Module):
         selection = self.selector.train_select(terms, kernel, hint)
         entries = selection.entries
         n_tokens = terms.n_tokens
-        rebuilt = self.decoder.rebuild(kernel, selection.value_E, entries, n_tokens, framed.taken)
-        error = tuple(kernel.squared_errors(framed.z_BD, part, terms.centre_only) for part in rebuilt)
+        recon = self.decoder.reconstruct(kernel, selection.value_E, entries, n_tokens, framed.norm_stats)
+        error = tuple(kernel.squared_errors(framed.z_BD, part, terms.centre_only) for part in recon)
         gate_error = None
         if self.cfg.selector == "gated":
             rows_FD = at_least_fp32(self.decoder.rows_FD).detach()
             gate = kernel.decode(selection.score_E, entries, rows_FD, n_tokens)
             gate_error = kernel.squared_errors(framed.z_BD, gate, terms.centre_only)
-        return TrainOutput(framed, terms, selection, rebuilt, error, gate_error)
+        return TrainOutput(framed, terms, selection, recon, error, gate_error)
 
     def scores(self, x: Tensor) -> Tensor:
         """Dense (..., d_sae) scores s of the definition, −inf for all-zero rows: for looking, not for speed."""

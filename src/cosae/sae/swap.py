@@ -56,7 +56,7 @@ def swap_score(sae: SAE, score: str, *, sample: Tensor | None = None, refit: boo
         raise CosaeError("refitting a swapped score needs activations that are not all 0. Got none.")
     if not sae.calibrated:
         raise CosaeError("a swapped score is refitted to the old L0: calibrate this batch_topk SAE first.")
-    r_N = frames.take(sae.cfg.frame, flat_ND, sae.centre_D).taken.r_B
+    r_N = frames.normalize(sae.cfg.frame, flat_ND, sae.centre_D).norm_stats.r_B
     _match_gains(sae, swapped, float(r_N.median().clamp_min(R_MIN)))
     if sae.cfg.selector in CALIBRATED_SELECTORS:
         calibrate(swapped, flat_ND, max(measure_l0(sae, flat_ND), 1 / len(flat_ND)))
@@ -68,7 +68,7 @@ def swap_score(sae: SAE, score: str, *, sample: Tensor | None = None, refit: boo
 def _with_score(sae: SAE, score: str, a_init: float) -> SAE:
     """The same weights under another score, with fresh exponents and gains."""
     swapped = SAE(replace(sae.cfg, score=score)).to(sae.device)
-    swapped.kernel, swapped.facts = sae.kernel, {**sae.facts, "swapped_from": sae.cfg.score}
+    swapped.kernel, swapped.metadata = sae.kernel, {**sae.metadata, "swapped_from": sae.cfg.score}
     mine = swapped.state_dict()
     own = ("score.exponent", "score.exponent_base", "score.exponent_delta_F", "score.log_gain")
     for name, value in sae.state_dict().items():
@@ -104,14 +104,14 @@ def _match_gains(old: SAE, new: SAE, median_r: float) -> None:
 
 
 def _match_size(sae: SAE, x_ND: Tensor) -> None:
-    """Multiply all codes by s = Σ⟨z, ẑ⟩ / Σ|ẑ|², the factor that rebuilds the sample best; the same entries fire."""
+    """Multiply all codes by s = Σ⟨z, ẑ⟩ / Σ|ẑ|², the factor of least error on the sample; the same entries fire."""
     along = square = 0.0
     for x_BD in torch.split(x_ND, BATCH):
         codes = sae.encode(x_BD)
         about = sae.decode(codes.with_values(torch.zeros_like(codes.value_E)))
-        rebuilt_BD, wanted_BD = (sae.decode(codes) - about).double(), (x_BD.to(about) - about).double()
-        along += float((rebuilt_BD * wanted_BD).sum())
-        square += float(rebuilt_BD.square().sum())
+        recon_BD, wanted_BD = (sae.decode(codes) - about).double(), (x_BD.to(about) - about).double()
+        along += float((recon_BD * wanted_BD).sum())
+        square += float(recon_BD.square().sum())
     factor = along / square if square > 0 else 1.0
     if not factor > 0:
         return

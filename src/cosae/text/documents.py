@@ -114,7 +114,7 @@ def _chosen(
             tally.chosen += 1
             yield document
     if not tally.chosen:
-        passed = f", passed over {tally.remark}" if tally.remark else ""
+        passed = f", passed over {tally.warning}" if tally.warning else ""
         if tally.read == tally.blank:
             raise CosaeError(
                 f"The corpus {spec} must hold at least one document with text. Got {tally.read} documents, "

@@ -65,7 +65,7 @@ class Tally:
     undecodable: list[str] = field(default_factory=list)
 
     @property
-    def remark(self) -> str:
+    def warning(self) -> str:
         """What was passed over, in words; empty where nothing was."""
         parts = [f"{self.blank} blank"] if self.blank else []
         if self.undecodable:

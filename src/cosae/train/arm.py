@@ -154,7 +154,7 @@ class Arm:
                     f"the arm {self.name} asks for {name} {value}, and the SAE in {folder} that it starts from has "
                     f"{getattr(saved.cfg, name)}: make them agree."
                 )
-        saved.facts = {}
+        saved.metadata = {}
         if saved.cfg.score != self.score:
             saved = swap_score(saved, self.score, sample=sample_ND, refit=sample_ND is not None, a_init=self.a_init)
         return saved

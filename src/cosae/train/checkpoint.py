@@ -26,15 +26,16 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.io.atomic import sync_file, sync_folder
+from cosae.io.legacy import upgrade
 
 FOLDER = "checkpoints"
-FACTS = "checkpoint.json"
+RECORD = "checkpoint.json"
 VERSION = 1
 KEEP = 2
 NAME = re.compile(r"step_\d{9}")
 
 
-def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> Path:
+def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], record: dict[str, Any]) -> Path:
     """Write `parts` (file stem → tensors) and `facts` (JSON) as the checkpoint after `step` steps; prune old ones.
 
     Raises CosaeError where the disk refuses; the checkpoints before it are untouched then.
@@ -52,9 +53,9 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], 
             file = staged / f"{stem}.safetensors"
             save_file(_apart(tensors), file)
             digests[file.name] = _digest(file)
-        record = {"version": VERSION, "step": step, "files": digests, **facts}
+        record = {"version": VERSION, "step": step, "files": digests, **record}
         text = json.dumps({"sha256": _record_digest(record), "record": record})
-        (staged / FACTS).write_text(text, encoding="utf-8")
+        (staged / RECORD).write_text(text, encoding="utf-8")
         for file in staged.iterdir():
             sync_file(file)
         sync_folder(staged)
@@ -102,7 +103,7 @@ def has_checkpoints(run: Path) -> bool:
     return any((run / FOLDER).glob("step_*")) or any((run / FOLDER).glob("damaged_step_*"))
 
 
-def set_aside(run: Path, step: int) -> None:
+def quarantine(run: Path, step: int) -> None:
     """Rename checkpoints after `step`, which were found damaged: none of them is counted again, or takes a place."""
     for place in checkpoints(run):
         if place.name > f"step_{step:09d}":
@@ -113,38 +114,38 @@ def set_aside(run: Path, step: int) -> None:
 
 
 def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list[str]]:
-    """(parts, facts, remarks) of the newest checkpoint that is whole; remarks name the damaged ones passed over.
+    """(parts, facts, warnings) of the newest checkpoint that is whole; warnings name the damaged ones passed over.
 
     Raises CosaeError where the run has no whole checkpoint.
     """
-    remarks: list[str] = []
+    warnings: list[str] = []
     for place in sorted((run / FOLDER).glob("step_*"), reverse=True):
         try:
-            return (*_read(place), remarks)
+            return (*_read(place), warnings)
         except CosaeError:
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            remarks.append(f"{place} is damaged ({error}); going on from the checkpoint before it.")
-    if remarks:
-        raise CosaeError(f"no checkpoint in {run / FOLDER} is whole: {' '.join(remarks)} Start the run again.")
+            warnings.append(f"{place} is damaged ({error}); going on from the checkpoint before it.")
+    if warnings:
+        raise CosaeError(f"no checkpoint in {run / FOLDER} is whole: {' '.join(warnings)} Start the run again.")
     raise CosaeError(f"{run} has no checkpoint to go on from (none under {FOLDER}/). Start the run again.")
 
 
 def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    whole = json.loads((place / FACTS).read_text(encoding="utf-8"))
-    facts: dict[str, Any] = whole["record"]
-    if _record_digest(facts) != whole["sha256"]:
-        raise ValueError(f"{FACTS} differs from what was written")
-    if place.name != f"step_{facts['step']:09d}":
-        raise ValueError(f"it holds step {facts['step']}, and was renamed")
-    if facts["version"] > VERSION:
-        raise CosaeError(f"{place} was written by a later cosae (version {facts['version']}): upgrade cosae.")
+    whole = json.loads((place / RECORD).read_text(encoding="utf-8"))
+    record: dict[str, Any] = whole["record"]
+    if _record_digest(record) != whole["sha256"]:
+        raise ValueError(f"{RECORD} differs from what was written")
+    if place.name != f"step_{record['step']:09d}":
+        raise ValueError(f"it holds step {record['step']}, and was renamed")
+    if record["version"] > VERSION:
+        raise CosaeError(f"{place} was written by a later cosae (version {record['version']}): upgrade cosae.")
     parts = {}
-    for name, digest in facts["files"].items():
+    for name, digest in record["files"].items():
         if _digest(place / name) != digest:
             raise ValueError(f"{name} differs from what was written")
         parts[name.removesuffix(".safetensors")] = load_file(place / name)
-    return parts, facts
+    return parts, upgrade(record)
 
 
 def _record_digest(record: dict[str, Any]) -> str:

@@ -214,12 +214,12 @@ class Progress:
         self._n_events += 1
         who = "" if event["arm"] is None else f"{event['arm']}: "
         if event["kind"] != "stopped":  # was said already
-            self.say(f"step {event['step']}: {who}{event['text']}")
+            self.message(f"step {event['step']}: {who}{event['text']}")
 
     def _events(self) -> str:
         return f"  {self._n_events} event{'s' if self._n_events > 1 else ''}" if self._n_events else ""
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """A line above the bars."""
         if self._terminal:
             tqdm.write(text, file=sys.stderr)

@@ -76,14 +76,14 @@ def train(
     loggers: Sequence[Logger] = (),
     save: Callable[[int, float], None] | None = None,
     on_step: Callable[[], None] | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     stop: Stop | None = None,
 ) -> float:
     """Run steps start … config.steps − 1 for every arm; returns the seconds spent, earlier ones included.
 
     save(step, seconds) is called every `checkpoint_every` steps and on interruption; on_event(event) with whatever the
-    stream's guard or an arm's watch noticed: {"step", "kind", "arm" (None: the stream), numbers, "text"}. stop: who
+    stream's or an arm's monitor noticed: {"step", "kind", "arm" (None: the stream), numbers, "text"}. stop: who
     listens for Ctrl-C and SIGTERM; None listens here. An arm whose loss turns
     non-finite stops with a reason in `ArmState.stopped`; the others go on. Raises Interrupted after saving, CosaeError
     when no arm is left, and what the stream raises, after saving.
@@ -99,12 +99,12 @@ def train(
                 loggers=loggers,
                 save=save,
                 on_step=on_step,
-                say=say,
+                log=log,
                 on_event=on_event,
                 stop=stop,
             )
     tell = on_event or (lambda event: None)
-    guard = getattr(stream, "guard", None)
+    monitor = getattr(stream, "monitor", None)
     begun = time.perf_counter() - seconds
     saved = start
     for step in range(start, config.steps):
@@ -115,7 +115,7 @@ def train(
                 save(step, time.perf_counter() - begun)
             raise
         done = step + 1
-        for event in guard.take_events() if guard is not None else ():
+        for event in monitor.take_events() if monitor is not None else ():
             tell({"step": done, "arm": None, **event})
         scale = lr_scale(step, config.steps, config.optimizer)
         logged = done % config.log_every == 0 or done == config.steps or step == 0
@@ -125,11 +125,11 @@ def train(
             if state.stopped is not None:
                 continue
             state.digest = chain(state.digest, print_)
-            measured = _advance(state, batch, rows, step, scale, config, say)
+            measured = _advance(state, batch, rows, step, scale, config, log)
             if measured is None:
                 tell({"step": done, "arm": state.arm.name, "kind": "stopped", "text": f"stopped: {state.stopped}"})
                 continue
-            for event in state.watch.look(measured):
+            for event in state.monitor.look(measured):
                 tell({"step": done, "arm": state.arm.name, **event})
             if logged:
                 numbers[state.arm.name] = _record(state, measured, scale, step, config)
@@ -159,7 +159,7 @@ def _advance(
     step: int,
     scale: float,
     config: TrainingConfig,
-    say: Callable[[str], None] | None,
+    log: Callable[[str], None] | None,
 ) -> dict[str, Any] | None:
     """One step of one arm, timed; None where it had to stop."""
     begun = time.perf_counter()
@@ -169,8 +169,8 @@ def _advance(
         documents = sorted({int(d) for d in batch.doc_N.tolist()})[:3]
         where = f"batch {step} of the stream, documents {documents}…"
         state.stopped = f"{error} ({where}); its weights are those before that step"
-        if say is not None:
-            say(f"{state.arm.name} stopped: {state.stopped}")
+        if log is not None:
+            log(f"{state.arm.name} stopped: {state.stopped}")
         return None
     finally:
         state.seconds += time.perf_counter() - begun

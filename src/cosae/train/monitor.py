@@ -22,7 +22,7 @@ WARM = 50
 
 
 @dataclass
-class Watch:
+class LossMonitor:
     """What one arm's numbers have been lately: plain numbers, all of them in a checkpoint."""
 
     seen: int = 0

@@ -22,7 +22,7 @@ from cosae.sae.frame import live_rows
 from cosae.sae.model import SAE, TrainOutput
 from cosae.sae.selector import PENALISED_SELECTORS
 from cosae.train.arm import Arm, input_noise
-from cosae.train.monitor import Watch
+from cosae.train.monitor import LossMonitor
 from cosae.train.optimizer import UnitRowAdam
 
 CONTROLLER_START = 20
@@ -85,7 +85,7 @@ class ArmState:
     weight  λ of the sparsity term;  shift_mean, typical_gate  what its controller remembers
     stopped why this arm stopped, None while it runs
     digest  chained over the batches this arm was handed: equal digests mean the same batches in the same order
-    watch   what tells spikes and jumps from what was usual (cosae.train.monitor)
+    monitor what tells spikes and jumps from what was usual (cosae.train.monitor)
     """
 
     arm: Arm
@@ -100,7 +100,7 @@ class ArmState:
     seconds: float = 0.0
     stopped: str | None = None
     digest: bytes = bytes(32)
-    watch: Watch = field(default_factory=Watch)
+    monitor: LossMonitor = field(default_factory=LossMonitor)
 
     @classmethod
     def start(cls, arm: Arm, sae: SAE, variance: float, config: OptimizerConfig) -> ArmState:
@@ -144,7 +144,7 @@ class ArmState:
             "seconds": self.seconds,
             "stopped": self.stopped,
             "digest": self.digest.hex(),
-            "watch": asdict(self.watch),
+            "monitor": asdict(self.monitor),
         }
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -159,7 +159,7 @@ class ArmState:
         self.typical_gate = numbers["typical_gate"]
         self.stopped = numbers["stopped"]
         self.digest = bytes.fromhex(numbers["digest"])
-        self.watch = Watch(**numbers.get("watch", {}))
+        self.monitor = LossMonitor(**numbers.get("monitor", {}))
 
 
 @dataclass(frozen=True)

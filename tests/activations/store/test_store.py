@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cosae.activations.filter import FilterPolicy, fit, norm_facts
+from cosae.activations.filter import FilterPolicy, fit, norm_summary
 from cosae.activations.store.reader import Store, StoreSource, find_stores, open_store
 from cosae.activations.store.rounding import restore_rows, round_rows, store_dtype
 from cosae.activations.store.shards import ShardRows
@@ -147,7 +147,7 @@ def test_statistics_are_those_of_the_rows_as_stored(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(said["mean"], dtype=torch.float64), x_ND.mean(0))
     assert said["total_variance"] == pytest.approx(float((x_ND - x_ND.mean(0)).square().sum(1).mean()), rel=1e-12)
     policy = FilterPolicy(kind="none")
-    wanted = norm_facts(given_rows.activations, fit(policy, norm_N))
+    wanted = norm_summary(given_rows.activations, fit(policy, norm_N))
     assert [value for _, value in said["norm"]["quantiles"]] == pytest.approx(list(wanted.quantiles), rel=1e-12)
     assert said["norm"]["median"] == pytest.approx(wanted.median_norm, rel=1e-12)
     assert said["norm"]["max_over_median"] == pytest.approx(wanted.max_over_median, rel=1e-12)

@@ -147,7 +147,7 @@ def test_the_error_term_leaves_nothing(found: dict[str, Any]) -> None:
         assert found["saes"][name]["error_term"] == {"kl": 0.0, "increase": 0.0}
 
 
-def test_an_sae_that_rebuilds_the_mean_alone_recovers_nothing(model: Any, sequences: Sequences) -> None:
+def test_an_sae_that_reconstructs_the_mean_alone_recovers_nothing(model: Any, sequences: Sequences) -> None:
     sae = identity_sae()
     x_ND = capture(model, sequences, "resid_post.1")["resid_post.1"].x_ND
     with torch.no_grad():

@@ -47,9 +47,9 @@ def test_token_identity_predicts_the_planted_share():
 
 def test_rare_tokens_do_not_inflate_the_share():
     token_N = torch.arange(4000) // 2  # each id twice, one document holding both or its neighbour
-    facts = predict_log_norm(planted(random(4000), token_N, n_docs=2000))
-    assert facts["r2"] < 0.01
-    assert (facts["split_by"], facts["folds"], facts["ids"]) == ("document", 5, 2000)
+    metadata = predict_log_norm(planted(random(4000), token_N, n_docs=2000))
+    assert metadata["r2"] < 0.01
+    assert (metadata["split_by"], metadata["folds"], metadata["ids"]) == ("document", 5, 2000)
 
 
 def test_sinks_are_counted_and_set_apart():
@@ -57,16 +57,16 @@ def test_sinks_are_counted_and_set_apart():
     log_norm_N[::100] = float(np.log(50.0))
     activations = planted(log_norm_N, torch.zeros(2000))
     sink_N = activations.position_N == 0
-    facts = describe_norms(activations, sink_N)
-    assert facts["median"] == pytest.approx(1.0, abs=0.02)
-    assert facts["largest_over_median"] == pytest.approx(50.0, rel=0.02)
-    assert facts["position_0_over_median"] == pytest.approx(50.0, rel=0.02)
-    assert facts["position_0_tokens"] == facts["filter"]["removed_tokens"] == 20
-    assert facts["filter"]["removed_frac"] == pytest.approx(0.01)
-    assert facts["filter"]["variance_frac"] > 0.95
-    assert facts["sinks_out"]["largest_over_median"] < 1.6
-    assert facts["sinks_out"]["cv"] == pytest.approx(0.1, rel=0.1)
-    json.dumps(facts, allow_nan=False)
+    metadata = describe_norms(activations, sink_N)
+    assert metadata["median"] == pytest.approx(1.0, abs=0.02)
+    assert metadata["largest_over_median"] == pytest.approx(50.0, rel=0.02)
+    assert metadata["position_0_over_median"] == pytest.approx(50.0, rel=0.02)
+    assert metadata["position_0_tokens"] == metadata["filter"]["removed_tokens"] == 20
+    assert metadata["filter"]["removed_frac"] == pytest.approx(0.01)
+    assert metadata["filter"]["variance_frac"] > 0.95
+    assert metadata["sinks_out"]["largest_over_median"] < 1.6
+    assert metadata["sinks_out"]["cv"] == pytest.approx(0.1, rel=0.1)
+    json.dumps(metadata, allow_nan=False)
 
 
 def test_histogram_counts_every_token_once_and_marks_the_sinks():
@@ -85,18 +85,18 @@ def test_sinks_need_not_be_what_the_filter_removes():
     log_norm_N = 0.1 * random(2000)
     log_norm_N[::100] = float(np.log(50.0))
     activations = planted(log_norm_N, torch.zeros(2000))
-    facts = describe_norms(activations, torch.zeros(2000, dtype=torch.bool), sink_N=activations.position_N == 0)
-    assert facts["filter"]["removed_tokens"] == 0
-    assert facts["sinks"] == sum(facts["histogram"]["sink_counts"]) == 20
-    assert facts["sinks_out"]["largest_over_median"] < 1.6
+    metadata = describe_norms(activations, torch.zeros(2000, dtype=torch.bool), sink_N=activations.position_N == 0)
+    assert metadata["filter"]["removed_tokens"] == 0
+    assert metadata["sinks"] == sum(metadata["histogram"]["sink_counts"]) == 20
+    assert metadata["sinks_out"]["largest_over_median"] < 1.6
 
 
 def test_bare_vectors_have_norms_but_no_tokens_or_positions():
-    facts = describe_norms(Activations.bare(torch.eye(16)))
-    assert facts["log_norm_by_token"] is None
-    assert facts["position_0_over_median"] is None
-    assert facts["cv"] == 0
-    assert sum(facts["histogram"]["counts"]) == 16
+    metadata = describe_norms(Activations.bare(torch.eye(16)))
+    assert metadata["log_norm_by_token"] is None
+    assert metadata["position_0_over_median"] is None
+    assert metadata["cv"] == 0
+    assert sum(metadata["histogram"]["counts"]) == 16
 
 
 def test_padding_enters_nothing():

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.evaluate.norms.sinks import sink_facts
+from cosae.evaluate.norms.sinks import sink_metrics
 from cosae.types import Activations, Codes
 
 
 class Planted:
-    """Feature 0 fires wherever |x| > 10, feature 1 on every token; rebuilds half of x."""
+    """Feature 0 fires wherever |x| > 10, feature 1 on every token; reconstructs half of x."""
 
     d_sae = 4
 
@@ -40,7 +40,7 @@ def activations_with_sinks(n: int = 40, every: int = 10) -> tuple[Activations, T
 @pytest.mark.parametrize("batch_tokens", [1, 7, 4096])
 def test_planted_sinks_are_described(batch_tokens: int) -> None:
     activations, sink_N = activations_with_sinks()
-    found = sink_facts(Planted(), activations, sink_N, batch_tokens)
+    found = sink_metrics(Planted(), activations, sink_N, batch_tokens)
     assert (found["n_sinks"], found["sink_frac"]) == (4, 0.1)
     assert found["norm_over_median"] == pytest.approx(50, rel=1e-5)
     assert found["positions"] == [[0, 4]]
@@ -59,7 +59,7 @@ def test_planted_sinks_are_described(batch_tokens: int) -> None:
 
 def test_without_sinks_what_is_about_them_is_none() -> None:
     activations, sink_N = activations_with_sinks()
-    found = sink_facts(Planted(), activations[~sink_N], torch.zeros(36, dtype=torch.bool))
+    found = sink_metrics(Planted(), activations[~sink_N], torch.zeros(36, dtype=torch.bool))
     assert found["n_sinks"] == 0
     assert [found[k] for k in ("norm_over_median", "l0_on", "fve_on", "norm_ratio_on")] == [None] * 4
     assert (found["sink_features"], found["firing_frac"]) == (0, 0.0)
@@ -67,7 +67,7 @@ def test_without_sinks_what_is_about_them_is_none() -> None:
 
 def test_where_all_are_sinks_the_rest_is_none() -> None:
     activations, sink_N = activations_with_sinks()
-    found = sink_facts(Planted(), activations[sink_N], torch.ones(4, dtype=torch.bool))
+    found = sink_metrics(Planted(), activations[sink_N], torch.ones(4, dtype=torch.bool))
     assert found["l0_off"] is None
     assert found["error_frac"] == 1.0
 
@@ -75,4 +75,4 @@ def test_where_all_are_sinks_the_rest_is_none() -> None:
 def test_a_mask_of_another_length_is_refused() -> None:
     activations, sink_N = activations_with_sinks()
     with pytest.raises(CosaeError, match="one entry for each of 40"):
-        sink_facts(Planted(), activations, sink_N[:-1])
+        sink_metrics(Planted(), activations, sink_N[:-1])

@@ -55,8 +55,8 @@ def paper() -> list[dict[str, Any]]:
             written = write("authors", kind, Path(scratch) / "sae")
             sae = read_sae(written.folder)
         codes = sae.encode(inputs())
-        features, rebuilt = written.answer(inputs())
-        pairs = ((codes.to_dense().double(), features), (sae.decode(codes).double(), rebuilt))
+        features, recon = written.answer(inputs())
+        pairs = ((codes.to_dense().double(), features), (sae.decode(codes).double(), recon))
         worst = max(float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs)
         rows.append({"format": "the paper", "direction": "read", "architecture": kind, "difference": worst})
     return [{**row, "source": "formulae, float64"} for row in rows]

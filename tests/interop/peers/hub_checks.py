@@ -26,7 +26,7 @@ def main(repo: str, folder: str, d: str) -> dict[str, Any]:
         sae = sae[0]
     x = torch.randn(20, int(d), generator=torch.Generator().manual_seed(3)) * 3
     with torch.no_grad():
-        return {"class": type(sae).__name__, "codes": sae.encode(x).tolist(), "rebuilt": sae(x).tolist()}
+        return {"class": type(sae).__name__, "codes": sae.encode(x).tolist(), "reconstructed": sae(x).tolist()}
 
 
 if __name__ == "__main__":

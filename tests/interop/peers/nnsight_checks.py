@@ -30,7 +30,7 @@ def main() -> dict[str, Any]:
     with torch.no_grad():
         own = model(ids).logits
         with spliced(model, {"resid_post.3": sae}) as run:
-            rebuilt = model(ids).logits
+            recon = model(ids).logits
         feature = int(run.codes["resid_post.3"].feature_E[0])
         edits = [ablate(feature), steer(5, 20.0)]
         with spliced(model, {"resid_post.3": sae}, error_term=True, edits=edits):
@@ -47,7 +47,7 @@ def main() -> dict[str, Any]:
     with torch.no_grad(), wrapped.trace(ids):
         wrapped.model.layers[3].output = change(wrapped.model.layers[3].output)
         logits = wrapped.lm_head.output.save()
-    found = {"rebuilt": float((logits - rebuilt).abs().max()), "moved": float((logits - own).abs().max())}
+    found = {"reconstructed": float((logits - recon).abs().max()), "moved": float((logits - own).abs().max())}
     change = hook(sae, error_term=True, edits=edits)
     with torch.no_grad(), wrapped.trace(ids):
         wrapped.model.layers[3].output = change(wrapped.model.layers[3].output)

@@ -179,8 +179,8 @@ def scaled_checkpoint(rows: list[dict[str, Any]]) -> None:
         pre = theirs.encode_with_hidden_pre(scale * x)[1]
         features = pre * (pre > 0.8)
         codes = mine.encode(x)
-        rebuilt = theirs.decode(features) / scale
-        worst = max(difference(codes.to_dense(), features), difference(mine.decode(codes), rebuilt))
+        recon = theirs.decode(features) / scale
+        worst = max(difference(codes.to_dense(), features), difference(mine.decode(codes), recon))
     rows.append(row("SAELens", "read, a checkpoint", "batchtopk, scaled activations", worst))
 
 
@@ -318,7 +318,7 @@ def language_model_runner(rows: list[dict[str, Any]]) -> None:
         here = read_sae(Path(place) / "out")
         with torch.no_grad():
             worst = difference(here(x), there(x))
-    assert here.facts["hook_name"] == "model.layers.3"
+    assert here.metadata["hook_name"] == "model.layers.3"
     assert trained.cfg.d_sae == 256
     rows.append(row("SAELens", "LanguageModelSAETrainingRunner", "cosine_batchtopk", worst))
     everything = get_eval_everything_config(4, 2, 2)

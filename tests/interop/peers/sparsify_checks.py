@@ -32,9 +32,9 @@ def compare(folder: Path) -> float:
     x = torch.randn(400, D, generator=torch.Generator().manual_seed(9))
     found = theirs.encode(x)
     features = torch.zeros(len(x), F).scatter(-1, found.top_indices.long(), found.top_acts)
-    rebuilt = theirs.decode(found.top_acts, found.top_indices)
+    recon = theirs.decode(found.top_acts, found.top_indices)
     codes = mine.encode(x)
-    pairs = ((codes.to_dense(), features), (mine.decode(codes), rebuilt))
+    pairs = ((codes.to_dense(), features), (mine.decode(codes), recon))
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 

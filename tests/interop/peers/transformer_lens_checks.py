@@ -43,9 +43,9 @@ def main() -> dict[str, Any]:
         found["own"] = float((bridge(ids) - own).abs().max())
         for site, theirs in SITES.items():
             with spliced(model, {site: sae}) as run:
-                rebuilt = model(ids).logits
+                recon = model(ids).logits
             logits = bridge.run_with_hooks(ids, fwd_hooks=[(theirs, hook(sae))])
-            found["sites"][theirs] = [float((logits - rebuilt).abs().max()), float((logits - own).abs().max())]
+            found["sites"][theirs] = [float((logits - recon).abs().max()), float((logits - own).abs().max())]
         edits = [ablate(int(run.codes[site].feature_E[0])), steer(5, 20.0)]
         with spliced(model, {"resid_post.3": sae}, error_term=True, edits=edits):
             edited = model(ids).logits
@@ -61,10 +61,10 @@ def main() -> dict[str, Any]:
         logits = bridge.run_with_hooks(pair, attention_mask=mask.long(), fwd_hooks=fwd_hooks)
         found["padded"] = float((logits - padded)[mask].abs().max())
         with spliced(model, {"resid_post.3": sae}):
-            rebuilt = model(ids).logits
+            recon = model(ids).logits
         with bridge.hooks(fwd_hooks=[("blocks.3.hook_resid_post", hook(sae))]):
             logits, cache = bridge.run_with_cache(ids)
-        found["hooks"] = float((logits - rebuilt).abs().max())
+        found["hooks"] = float((logits - recon).abs().max())
         found["cached"] = sorted(name for name in cache if name == "blocks.4.hook_resid_pre")
         found["afterwards"] = float((bridge(ids) - own).abs().max())
     return found

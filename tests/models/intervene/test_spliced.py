@@ -200,7 +200,7 @@ def test_tokens_the_sae_never_trained_on_can_be_left(model: Any, sae: Any) -> No
     cut = float(x.norm_N.sort().values[-4:-2].mean())
     fitted = Filter(FilterPolicy("norm", factor=2.0), cut / 2, 36)
     assert 2 < int((~fitted.keep(x)).sum()) < 9
-    sae.facts["filter"] = fitted.to_dict()
+    sae.metadata["filter"] = fitted.to_dict()
     wanted = {
         "filter": fitted.keep(x),
         "sinks_out": fitted.keep(x) & (x.position_N != 0) & ~x.special_N,
@@ -216,7 +216,7 @@ def test_tokens_the_sae_never_trained_on_can_be_left(model: Any, sae: Any) -> No
         for same in (lambda a, kept_N=kept_N: kept_N, kept_N.reshape(3, 12)):
             with spliced(model, {"resid_post.2": sae}, tokens=same):
                 assert torch.equal(logits(model, sequences), got)
-    del sae.facts["filter"]
+    del sae.metadata["filter"]
 
 
 def test_a_policy_of_ones_own_sees_norms_positions_and_ids(model: Any, sae: Any) -> None:
@@ -259,14 +259,14 @@ def test_edits_on_codes_are_those_made_by_hand_on_dense_ones(model: Any, error_t
     for at in (0, 4):
         dense[:, at, never], dense[:, at, common[4]] = 2.5, 1.5
     dense[:, 6:, common[5]] = 0
-    rebuilt = sae.decode(dense, codes.taken)
+    recon = sae.decode(dense, codes.norm_stats)
     if error_term:
-        rebuilt = x_ND.reshape(3, 12, D) + rebuilt - sae(x_ND).reshape(3, 12, D)
+        recon = x_ND.reshape(3, 12, D) + recon - sae(x_ND).reshape(3, 12, D)
     with spliced(model, {"resid_post.2": sae}, error_term=error_term, edits=edits) as run:
         got = logits(model, sequences)
     assert torch.allclose(run.edited["resid_post.2"].to_dense(), dense, atol=1e-5)
     assert torch.allclose(run.codes["resid_post.2"].to_dense().reshape(36, 48), codes.to_dense(), atol=1e-6)
-    assert torch.allclose(got, by_hand(model, sequences, "model.layers.2", lambda _: rebuilt), atol=2e-4)
+    assert torch.allclose(got, by_hand(model, sequences, "model.layers.2", lambda _: recon), atol=2e-4)
 
 
 def test_with_the_error_term_only_edited_tokens_and_what_follows_change(model: Any, sae: Any) -> None:

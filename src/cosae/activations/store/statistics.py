@@ -64,7 +64,7 @@ def _join(shards: Iterable[Columns]) -> tuple[NDArray[np.float64], float, int]:
 
 
 def _quantiles(norms: Callable[[], Iterator[NDArray[np.float32]]], n: int, marks: Sequence[float]) -> tuple[float, ...]:
-    """Quantiles of n finite, non-negative values, as filter.norm_facts has them."""
+    """Quantiles of n finite, non-negative values, as filter.norm_summary has them."""
     places = [mark * (n - 1) for mark in marks]
     ranks = sorted({int(np.floor(p)) for p in places} | {int(np.ceil(p)) for p in places})
     value = dict(zip(ranks, _order_statistics(norms, ranks), strict=True))

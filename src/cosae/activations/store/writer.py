@@ -57,7 +57,7 @@ class StoreWriter:
         dtype: str,
         shard_tokens: int,
         concepts: Sequence[str] | None = None,
-        say: Callable[[str], None] = lambda _: None,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
         if shard_tokens < 1:
             raise CosaeError(f"shard_tokens must be at least 1. Got {shard_tokens} instead.")
@@ -68,7 +68,7 @@ class StoreWriter:
         self.request: dict[str, Any] = json.loads(json.dumps(whole))
         self._entries: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         self._waiting: dict[str, list[ShardRows]] = {side: [] for side in SIDES}
-        self._say = say
+        self._say = log
         self.finished = (folder / INDEX).exists()
         self.written_by = [dict(written_by)]
         if self.finished:

@@ -75,12 +75,12 @@ def readings(sae: SAE, activations: Activations, median_r: float, batch_tokens: 
             "it first (cosae.sae.calibrate.calibrate)."
         )
     for rows in row_slices(len(activations), max(1, min(batch_tokens, DENSE_ELEMENTS // sae.d_sae))):
-        framed = frames.take(sae.cfg.frame, activations.x_ND[rows].to(sae.device), sae.centre_D)
+        framed = frames.normalize(sae.cfg.frame, activations.x_ND[rows].to(sae.device), sae.centre_D)
         terms = sae.score.terms(framed).detached()
         content_BF = reference.content(terms)
-        log_ratio_B = torch.zeros_like(framed.taken.r_B)
+        log_ratio_B = torch.zeros_like(framed.norm_stats.r_B)
         if sae.cfg.frame == "raw" and median_r > 0:
-            r_B = framed.taken.r_B
+            r_B = framed.norm_stats.r_B
             log_ratio_B = torch.where(r_B > 0, np.log(median_r) - r_B.clamp_min(1e-30).log(), 0.0)
         other_BF = content_BF * (terms.exponent * log_ratio_B[:, None]).exp()
         now_BF, value_BF = _fired(sae, terms, content_BF)

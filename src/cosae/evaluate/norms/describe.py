@@ -134,12 +134,12 @@ def _shape(norm_N: Array, median: float) -> dict[str, Any]:
 
 
 def _removed(activations: Activations, norm_N: Array, out_N: NDArray[np.bool_], median: float) -> dict[str, Any]:
-    facts: dict[str, Any] = {"removed_tokens": int(out_N.sum()), "removed_frac": float(out_N.mean())}
+    metadata: dict[str, Any] = {"removed_tokens": int(out_N.sum()), "removed_frac": float(out_N.mean())}
     if not out_N.any():
-        return {**facts, "smallest_over_median": None, "largest_over_median": None, "variance_frac": 0.0}
+        return {**metadata, "smallest_over_median": None, "largest_over_median": None, "variance_frac": 0.0}
     total_N = _spread(activations)
     return {
-        **facts,
+        **metadata,
         "smallest_over_median": _over(float(norm_N[out_N].min()), median),
         "largest_over_median": _over(float(norm_N[out_N].max()), median),
         "variance_frac": _over(float(total_N[out_N].sum()), float(total_N.sum())),

@@ -21,7 +21,7 @@ from cosae.evaluate.reconstruct import row_slices
 from cosae.kernels import reference
 from cosae.sae import frame as frames
 from cosae.sae.model import SAE
-from cosae.types import Activations, Codes, Taken
+from cosae.types import Activations, Codes, NormStats
 
 DENSE_ELEMENTS = 1 << 24
 
@@ -50,12 +50,12 @@ class ReadTime:
         """x (..., d_in) → the changed codes, sparse. Raises what `SAE.encode` raises."""
         codes = self.sae.encode(x_BD)
         if self.threshold is None:
-            assert codes.taken is not None
-            factor_B = self._factor(codes.taken)
+            assert codes.norm_stats is not None
+            factor_B = self._factor(codes.norm_stats)
             if factor_B.ndim == 1:
                 return codes.with_values(codes.value_E * factor_B[codes.token_E])
             return codes.with_values(codes.value_E * factor_B[codes.token_E, codes.feature_E])
-        assert codes.taken is not None
+        assert codes.norm_stats is not None
         flat_BD = x_BD.reshape(-1, x_BD.shape[-1])
         tokens, features, values = [], [], []
         for rows in row_slices(len(flat_BD), max(1, DENSE_ELEMENTS // self.d_sae)):
@@ -65,31 +65,36 @@ class ReadTime:
             features.append(feature_E)
             values.append(score_BF[token_E, feature_E])
         return Codes.from_entries(
-            torch.cat(tokens), torch.cat(features), torch.cat(values), self.d_sae, tuple(x_BD.shape[:-1]), codes.taken
+            torch.cat(tokens),
+            torch.cat(features),
+            torch.cat(values),
+            self.d_sae,
+            tuple(x_BD.shape[:-1]),
+            codes.norm_stats,
         )
 
     @torch.no_grad()
     def decode(self, codes: Codes) -> Tensor:
         """The SAE's own reconstruction from these codes, their growth put back first."""
-        if codes.taken is None:
+        if codes.norm_stats is None:
             raise CosaeError("codes read without their norm need it back to be decoded: decode what `encode` returned.")
-        factor_B = self._factor(codes.taken)
+        factor_B = self._factor(codes.norm_stats)
         token_E = codes.token_E
         factor_E = factor_B[token_E] if factor_B.ndim == 1 else factor_B[token_E, codes.feature_E]
         return self.sae.decode(codes.with_values(codes.value_E / factor_E))
 
     def _changed_scores(self, x_BD: Tensor) -> Tensor:
         """(B, F) scores with the growth taken out; −inf for rows of zeros."""
-        framed = frames.take(self.sae.cfg.frame, x_BD.to(self.sae.device), self.sae.centre_D)
+        framed = frames.normalize(self.sae.cfg.frame, x_BD.to(self.sae.device), self.sae.centre_D)
         score_BF = reference.scores(self.sae.score.terms(framed).detached())
-        factor_B = self._factor(framed.taken)
+        factor_B = self._factor(framed.norm_stats)
         return score_BF * (factor_B[:, None] if factor_B.ndim == 1 else factor_B)
 
-    def _factor(self, taken: Taken) -> Tensor:
+    def _factor(self, norm_stats: NormStats) -> Tensor:
         """(B,) or (B, F): (r / median)^{a − a_i}; 1 where the frame has no length left to take out."""
         if self.sae.cfg.frame != "raw":
-            return torch.ones_like(taken.r_B)
-        log_r_B = (taken.r_B.clamp_min(1e-30) / self.median_r).log()
+            return torch.ones_like(norm_stats.r_B)
+        log_r_B = (norm_stats.r_B.clamp_min(1e-30) / self.median_r).log()
         a = self.sae.scale_a.detach()
         if a.ndim == 0:
             return ((self.exponent - a) * log_r_B).exp()

@@ -26,7 +26,9 @@ Counts = NDArray[np.int64]
 
 
 @torch.no_grad()
-def sink_facts(sae: Autoencoder, activations: Activations, sink_N: Tensor, batch_tokens: int = 4096) -> dict[str, Any]:
+def sink_metrics(
+    sae: Autoencoder, activations: Activations, sink_N: Tensor, batch_tokens: int = 4096
+) -> dict[str, Any]:
     """What the tokens where sink_N (N,) bool is True look like, and what an SAE does on them, as plain numbers.
 
     n_sinks, sink_frac        how many of the tokens, and what share
@@ -50,9 +52,9 @@ def sink_facts(sae: Autoencoder, activations: Activations, sink_N: Tensor, batch
     fired = torch.zeros(2, sae.d_sae, dtype=torch.int64)
     for rows in row_slices(n, batch_tokens):
         codes = sae.encode(activations.x_ND[rows].float())
-        rebuilt_BD = sae.decode(codes).double()
-        error_N[rows] = (activations.x_ND[rows].double() - rebuilt_BD).square().sum(-1).cpu()
-        length_N[rows] = rebuilt_BD.norm(dim=-1).cpu()
+        recon_BD = sae.decode(codes).double()
+        error_N[rows] = (activations.x_ND[rows].double() - recon_BD).square().sum(-1).cpu()
+        length_N[rows] = recon_BD.norm(dim=-1).cpu()
         alive_E = (codes.value_E != 0).cpu()
         token_E, feature_E = codes.token_E.cpu()[alive_E], codes.feature_E.cpu()[alive_E]
         l0_N[rows] = torch.bincount(token_E, minlength=rows.stop - rows.start)
@@ -65,7 +67,7 @@ def sink_facts(sae: Autoencoder, activations: Activations, sink_N: Tensor, batch
         "l0_on": _median(l0_N[sink_N]),
         "l0_off": _median(l0_N[~sink_N]),
         **_features(on_F, off_F),
-        **_rebuilt(activations, sink_N, error_N, length_N),
+        **_recon(activations, sink_N, error_N, length_N),
     }
 
 
@@ -91,7 +93,7 @@ def _features(on_F: Counts, off_F: Counts) -> dict[str, Any]:
     }
 
 
-def _rebuilt(activations: Activations, sink_N: Tensor, error_N: Tensor, length_N: Tensor) -> dict[str, Any]:
+def _recon(activations: Activations, sink_N: Tensor, error_N: Tensor, length_N: Tensor) -> dict[str, Any]:
     total_N = spread(activations, torch.ones_like(sink_N))
     norm_N = activations.norm_N.cpu().double()
     here = bool(sink_N.any())

@@ -204,7 +204,7 @@ def auroc_of_dimensions(x_ND: NDArray[Any], label_NC: Labels) -> Array:
 
 
 def take_tokens(codes: Codes, keep_N: Labels) -> Codes:
-    """The codes of the tokens where keep_N (N,) is True, in one row and without `taken`."""
+    """The codes of the tokens where keep_N (N,) is True, in one row and without `norm_stats`."""
     keep = torch.from_numpy(np.asarray(keep_N, dtype=bool)).to(codes.offset_B1.device)
     if len(keep) != codes.n_tokens:
         raise CosaeError(f"a mask must have one entry for each of the {codes.n_tokens} tokens; got {len(keep)}")

@@ -190,14 +190,14 @@ def compare(
                 member_C = _members(concepts, group)
                 for metric in METRICS if member_C.any() else ():
                     ours, theirs = (np.array(arms[name][rule][metric])[member_C] for name in (arm, baseline_arm))
-                    facts = {
+                    metadata = {
                         "arm": arm,
                         "versus": baseline_arm,
                         "rule": rule,
                         "group": group,
                         "metric": metric,
                     }
-                    rows.append({**facts, **paired_mean_interval(ours, theirs, seed, n_bootstrap)})
+                    rows.append({**metadata, **paired_mean_interval(ours, theirs, seed, n_bootstrap)})
     return rows
 
 

@@ -9,7 +9,7 @@ their options:
              return_gate=, normalize_decoder= GatedAutoEncoder
     forward  output_features=, normalize_decoder=
 
-One difference is meant: an all-zero row of x is padding, encodes to nothing and rebuilds to the centre.
+One difference is meant: an all-zero row of x is padding, encodes to nothing and reconstructs to the centre.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Dictionary(nn.Module):
     def threshold(self) -> Tensor:
         """() or (dict_size,): theirs by name; −1 where nothing was set."""
         if self.sae.cfg.selector == "topk":
-            return torch.tensor(float(self.sae.facts.get("topk_threshold", -1.0)), device=self.sae.device)
+            return torch.tensor(float(self.sae.metadata.get("topk_threshold", -1.0)), device=self.sae.device)
         return torch.nan_to_num(self.sae.threshold, nan=-1.0)
 
     @property
@@ -201,8 +201,8 @@ class Dictionary(nn.Module):
                 sae.selector.threshold = sae.selector.threshold * scale
             if sae.cfg.selector == "gated":
                 sae.selector.b_mag_F.mul_(scale)
-            if "topk_threshold" in sae.facts and sae.facts["topk_threshold"] >= 0:
-                sae.facts["topk_threshold"] *= scale
+            if "topk_threshold" in sae.metadata and sae.metadata["topk_threshold"] >= 0:
+                sae.metadata["topk_threshold"] *= scale
         else:
             sae = fold_input_scale(sae, 1.0 / scale)
         self.sae = sae.requires_grad_(False)
@@ -218,9 +218,9 @@ def load_dictionary(base_path: str | Path, device: str | torch.device = "cpu") -
     folder = Path(base_path)
     sae = read_sae(folder, device=device)
     sae.requires_grad_(False)
-    if sae.facts.get("format") == "dictionary_learning" and (folder / CONFIG).is_file():
-        return Dictionary(sae, str(sae.facts["dict_class"])), read_json(folder / CONFIG)
+    if sae.metadata.get("format") == "dictionary_learning" and (folder / CONFIG).is_file():
+        return Dictionary(sae, str(sae.metadata["dict_class"])), read_json(folder / CONFIG)
     trainer = {"dict_class": "cosae.SAE", "activation_dim": sae.d_in, "dict_size": sae.d_sae, "k": sae.k}
-    trainer |= {"lm_name": sae.facts.get("model"), "submodule_name": sae.facts.get("hf_hook_name")}
-    trainer |= {"layer": sae.facts.get("layer"), "trainer_class": None}
-    return Dictionary(sae), {"trainer": trainer, "buffer": {"ctx_len": sae.facts.get("context")}}
+    trainer |= {"lm_name": sae.metadata.get("model"), "submodule_name": sae.metadata.get("hf_hook_name")}
+    trainer |= {"layer": sae.metadata.get("layer"), "trainer_class": None}
+    return Dictionary(sae), {"trainer": trainer, "buffer": {"ctx_len": sae.metadata.get("context")}}

@@ -54,10 +54,10 @@ def read(folder: str | Path) -> SAE:
         raise CosaeError(f"{folder}: dict_class must be one of {', '.join(CLASSES)}. Got {kind!r} instead.")
     path = folder / WEIGHTS
     state = tensors(read_pickled(path), path)
-    facts = _facts(config, trainer, kind)
+    metadata = _metadata(config, trainer, kind)
     if kind == "AutoEncoderTopK" and "threshold" in state:
-        facts["topk_threshold"] = number(state["threshold"], "threshold", path)  # their encode(use_threshold=True)
-    sae = linear_sae(_linear(kind, state, trainer, path), str(path), facts)
+        metadata["topk_threshold"] = number(state["threshold"], "threshold", path)  # their encode(use_threshold=True)
+    sae = linear_sae(_linear(kind, state, trainer, path), str(path), metadata)
     return fold_decoder_norm(sae) if kind == "AutoEncoder" else sae
 
 
@@ -129,7 +129,7 @@ def _k(state: dict[str, Tensor], trainer: dict[str, Any], path: Path) -> int:
     return whole(asked if asked is not None else stored, "k", path)
 
 
-def _facts(config: dict[str, Any], trainer: dict[str, Any], kind: str) -> dict[str, Any]:
+def _metadata(config: dict[str, Any], trainer: dict[str, Any], kind: str) -> dict[str, Any]:
     """Training facts under cosae's names."""
     buffer = config.get("buffer") if isinstance(config.get("buffer"), dict) else {}
     assert isinstance(buffer, dict)

@@ -61,12 +61,12 @@ def write(
             "activation_dim": sae.d_in,
             "dict_size": sae.d_sae,
             "k": sae.k,
-            "layer": layer if layer is not None else sae.facts.get("layer"),
-            "lm_name": model if model is not None else sae.facts.get("model"),
-            "submodule_name": sae.facts.get("hf_hook_name"),
-            "seed": sae.facts.get("seed"),
+            "layer": layer if layer is not None else sae.metadata.get("layer"),
+            "lm_name": model if model is not None else sae.metadata.get("model"),
+            "submodule_name": sae.metadata.get("hf_hook_name"),
+            "seed": sae.metadata.get("seed"),
         },
-        "buffer": {"ctx_len": sae.facts.get("context", context)},
+        "buffer": {"ctx_len": sae.metadata.get("context", context)},
     }
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CosaeError(f"{folder} is not an empty folder: choose another place to write to.")
@@ -128,7 +128,10 @@ def _expressed(sae: SAE) -> tuple[str, State]:
     k = torch.tensor(sae.k, dtype=torch.int32)
     centred = {**linear, "encoder.bias": bias_F, "b_dec": centre_D, "k": k}
     if cfg.selector == "topk":
-        return "AutoEncoderTopK", {**centred, "threshold": torch.tensor(float(sae.facts.get("topk_threshold", -1.0)))}
+        return "AutoEncoderTopK", {
+            **centred,
+            "threshold": torch.tensor(float(sae.metadata.get("topk_threshold", -1.0))),
+        }
     threshold = threshold.reshape(())
     if not cfg.prefixes:
         return "BatchTopKSAE", {**centred, "threshold": threshold}

@@ -79,7 +79,7 @@ def _overview(saes: Mapping[str, SAE], metrics: Mapping[str, Any]) -> str:
 
 
 def _one(path: str, sae: SAE, metrics: Mapping[str, Any] | None, alone: bool) -> str:
-    cfg, facts = sae.cfg, sae.facts
+    cfg, metadata = sae.cfg, sae.metadata
     rows = [
         ("score", f"`{cfg.score}`: " + _score_words(sae).replace("|", "\\|")),
         ("selector", f"`{cfg.selector}`"),
@@ -92,8 +92,8 @@ def _one(path: str, sae: SAE, metrics: Mapping[str, Any] | None, alone: bool) ->
     if cfg.prefixes:
         rows.append(("Matryoshka prefixes", ", ".join(f"{p:,}" for p in cfg.prefixes)))
     heading = "What it is" if alone else f"`{_plain(path)}`"
-    parts = [f"## {heading}", _table(rows), _exponents(sae), "### What was measured", _measured(facts, metrics)]
-    parts += ["### Norms of the training activations", _norms(facts), "### Training", _training(facts)]
+    parts = [f"## {heading}", _table(rows), _exponents(sae), "### What was measured", _measured(metadata, metrics)]
+    parts += ["### Norms of the training activations", _norms(metadata), "### Training", _training(metadata)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -122,9 +122,9 @@ def _exponents(sae: SAE) -> str:
     )
 
 
-def _measured(facts: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
+def _measured(metadata: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     if not metrics or not isinstance(metrics.get("sinks_out"), Mapping):
-        l0 = facts.get("l0_calibrated")
+        l0 = metadata.get("l0_calibrated")
         found = f" The threshold was calibrated to L0 {_number(l0)}." if isinstance(l0, int | float) else ""
         return f"No evaluation came with the file: fraction of variance explained (FVE) and L0 are unknown.{found}"
     lines = ["| held-out tokens | FVE | FVE, mean of batches | median token | L0 | dead |", "|---|---|---|---|---|---|"]
@@ -153,8 +153,8 @@ def _dead(one: Mapping[str, Any]) -> Any:
     return next((one[name] for name in ("dead_frac", "dead") if name in one), None)
 
 
-def _norms(facts: Mapping[str, Any]) -> str:
-    norm = facts.get("norm_facts")
+def _norms(metadata: Mapping[str, Any]) -> str:
+    norm = metadata.get("norm_summary")
     if not isinstance(norm, Mapping) or "median_norm" not in norm:
         return "Unknown: the file does not say."
     rows = [
@@ -167,15 +167,15 @@ def _norms(facts: Mapping[str, Any]) -> str:
     if isinstance(quantiles, Sequence) and len(quantiles) == 9:
         levels = "0, 1, 5, 25, 50, 75, 95, 99, 100 %"
         rows.append((f"\\|x\\| at {levels}", ", ".join(_number(q) for q in quantiles)))
-    rows.append(("training filter", _filter(facts)))
+    rows.append(("training filter", _filter(metadata)))
     return _table(rows)
 
 
-def _filter(facts: Mapping[str, Any]) -> str:
-    policy = _reach(facts, "filter", "policy")
+def _filter(metadata: Mapping[str, Any]) -> str:
+    policy = _reach(metadata, "filter", "policy")
     if not isinstance(policy, Mapping):
         return "unknown"
-    share = _reach(facts, "norm_facts", "filtered_frac")
+    share = _reach(metadata, "norm_summary", "filtered_frac")
     dropped = f"; it drops {100 * share:.2f} % of tokens" if isinstance(share, int | float) else ""
     if policy.get("kind") == "norm":
         return f"tokens of at least {_number(policy.get('factor'))} × the median norm were left out{dropped}"
@@ -184,19 +184,19 @@ def _filter(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _training(facts: Mapping[str, Any]) -> str:
-    recipe = facts.get("recipe") if isinstance(facts.get("recipe"), Mapping) else {}
+def _training(metadata: Mapping[str, Any]) -> str:
+    recipe = metadata.get("recipe") if isinstance(metadata.get("recipe"), Mapping) else {}
     training, data = _reach(recipe, "training") or {}, _reach(recipe, "data") or {}
     rows = [
-        ("model", _model(facts)),
-        ("text", _plain(_name_of(str(data.get("corpus") or facts.get("dataset") or "unknown")))),
-        ("context", _number(data.get("context") or facts.get("context"))),
-        ("tokens", _number(facts.get("tokens"))),
+        ("model", _model(metadata)),
+        ("text", _plain(_name_of(str(data.get("corpus") or metadata.get("dataset") or "unknown")))),
+        ("context", _number(data.get("context") or metadata.get("context"))),
+        ("tokens", _number(metadata.get("tokens"))),
         ("steps × tokens per step", f"{_number(training.get('steps'))} × {_number(training.get('batch_tokens'))}"),
         ("learning rate", _number(_reach(training, "optimizer", "lr"))),
-        ("norm nuisance", _nuisance(facts)),
-        ("seed", _plain(facts.get("seed", "unknown"))),
-        ("commit", f"`{_plain(facts['commit'])}`" if facts.get("commit") else "unknown"),
+        ("norm perturbation", _nuisance(metadata)),
+        ("seed", _plain(metadata.get("seed", "unknown"))),
+        ("commit", f"`{_plain(metadata['commit'])}`" if metadata.get("commit") else "unknown"),
     ]
     text = _table(rows)
     if recipe:
@@ -211,8 +211,8 @@ def _training(facts: Mapping[str, Any]) -> str:
     return text
 
 
-def _nuisance(facts: Mapping[str, Any]) -> str:
-    kind = _reach(facts, "nuisance", "kind")
+def _nuisance(metadata: Mapping[str, Any]) -> str:
+    kind = _reach(metadata, "perturbation", "kind")
     return "none" if kind in (None, "none") else f"{_plain(kind)}, put on the activations on purpose"
 
 
@@ -232,7 +232,7 @@ def _loading(repo: str, path: str) -> str:
 
 
 def _warning(sae: SAE) -> str:
-    norm = sae.facts.get("norm_facts")
+    norm = sae.metadata.get("norm_summary")
     median = _reach(norm, "median_norm")
     known = f" (median {_number(median)} in training)" if isinstance(median, int | float) else ""
     if sae.score.is_plain and sae.cfg.frame == "raw":
@@ -252,11 +252,11 @@ def _warning(sae: SAE) -> str:
 
 
 def _where(sae: SAE) -> str:
-    return f"{_model(sae.facts)} at {_site(sae)}"
+    return f"{_model(sae.metadata)} at {_site(sae)}"
 
 
-def _model(facts: Mapping[str, Any]) -> str:
-    model = facts.get("model")
+def _model(metadata: Mapping[str, Any]) -> str:
+    model = metadata.get("model")
     if not isinstance(model, str) or not model:
         return "a model the file does not name"
     return "cosae's embedded model" if model == "embedded" else f"`{_plain(_name_of(model))}`"
@@ -269,7 +269,7 @@ def _name_of(model: str) -> str:
 
 
 def _site(sae: SAE) -> str:
-    names = dict.fromkeys(str(sae.facts[n]) for n in ("site", "hook_name", "hf_hook_name") if sae.facts.get(n))
+    names = dict.fromkeys(str(sae.metadata[n]) for n in ("site", "hook_name", "hf_hook_name") if sae.metadata.get(n))
     return " = ".join(f"`{_plain(name)}`" for name in names) or "a site the file does not name"
 
 

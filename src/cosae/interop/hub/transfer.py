@@ -83,7 +83,7 @@ def push(
     message: str | None = None,
     token: str | None = None,
     endpoint: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Push an SAE, an SAE's folder of any format cosae reads, or a run (all its arms); returns the page's address.
 
@@ -108,11 +108,11 @@ def push(
         with tempfile.TemporaryDirectory() as staged:
             files = _stage(saes, metrics, place, license, Path(staged))
             with plainly(hub, f"{place} was not pushed", writing=True):
-                say(f"repository {place.repo}")
+                log(f"repository {place.repo}")
                 api.create_repo(place.repo, private=private, exist_ok=True)
                 if place.path and _may_write_root_card(api, hub, place, revision):
                     files.setdefault(CARD, files[place.inside(CARD)])
-                say(f"{len(files)} files")
+                log(f"{len(files)} files")
                 operations = [
                     hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()
                 ]
@@ -134,7 +134,7 @@ def pull(
     revision: str | None = None,
     token: str | None = None,
     endpoint: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Pull the SAE at REPO[:PATH] into the folder `out`, which must not hold anything yet; returns it.
 
@@ -151,7 +151,7 @@ def pull(
             info = api.repo_info(place.repo, revision=revision)
             chosen = _choose(place, [sibling.rfilename for sibling in info.siblings or []])
             for name in chosen:
-                say(f"downloading {name}")
+                log(f"downloading {name}")
                 api.hf_hub_download(place.repo, name, revision=info.sha, local_dir=staged / ".download")
         for name, local in chosen.items():
             target = staged / local
@@ -194,7 +194,7 @@ def _stage(
     files: dict[str, Path] = {}
     for name, sae in saes.items():
         sent = copy.copy(sae)
-        sent.facts = _without_folders(sae.facts)
+        sent.metadata = _without_folders(sae.metadata)
         folder = file.save(sent, staged / "saes" / (name or "sae"))
         for path in sorted(folder.iterdir()):
             files[place.inside(name, path.name)] = path

@@ -89,9 +89,9 @@ def write_dashboards(
     out: Path,
     settings: Dashboard,
     *,
-    facts: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     batch_sequences: int = 16,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write the export to the folder `out`, whole or not at all; an earlier export of this kind there is replaced.
 
@@ -105,9 +105,9 @@ def write_dashboards(
         work = Path(tempfile.mkdtemp(prefix=".codes.", dir=staged))
         ignored = None if settings.ignore_norm_above is None else _high_norms(settings.ignore_norm_above)
         codes = cache_codes(
-            model, site, sae, sequences, work, ignored=ignored, batch_sequences=batch_sequences, say=say
+            model, site, sae, sequences, work, ignored=ignored, batch_sequences=batch_sequences, log=log
         )
-        say("correlations")
+        log("correlations")
         tables = _Tables.of(model, tokenizer, site, sae, codes)
         ranges = batches(sae.d_sae, settings.features_per_batch)
         for number, (first, stop) in enumerate(ranges):
@@ -120,8 +120,8 @@ def write_dashboards(
                 "features": features,
             }
             (staged / f"batch-{number}.json").write_text(json.dumps(batch, allow_nan=False), encoding="utf-8")
-            say(f"wrote {number + 1} of {len(ranges)} batches")
-        _write_settings(staged, settings, sequences, codes, facts or {})
+            log(f"wrote {number + 1} of {len(ranges)} batches")
+        _write_settings(staged, settings, sequences, codes, metadata or {})
         shutil.rmtree(work)
     return out
 
@@ -234,7 +234,7 @@ def _logits(feature: int, tables: _Tables) -> dict[str, Any]:
 
 
 def _write_settings(
-    folder: Path, settings: Dashboard, sequences: Sequences, codes: CachedCodes, facts: Mapping[str, Any]
+    folder: Path, settings: Dashboard, sequences: Sequences, codes: CachedCodes, metadata: Mapping[str, Any]
 ) -> None:
     n_rows, context = sequences.ids_ST.shape
     run = {
@@ -266,7 +266,7 @@ def _write_settings(
         "features": codes.d_sae,
         "dead_features": int((codes.sums.count_F == 0).sum()),
         "tokens_read": codes.sums.n,
-        **facts,
+        **metadata,
     }
     for name, value in ((SETTINGS, run), (SKIPPED, skipped), (MARK, mark)):
         (folder / name).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -66,13 +66,13 @@ def check_ready() -> None:
         raise CosaeError(f"uploading needs your Neuronpedia API key in the environment variable {KEY}: set it first.")
 
 
-def same_export(out: Path, settings: Dashboard, facts: Mapping[str, Any]) -> bool:
+def same_export(out: Path, settings: Dashboard, metadata: Mapping[str, Any]) -> bool:
     """Whether `out` holds the export of these settings, SAE and text."""
     if not (out / MARK).is_file():
         return False
     mark = read_json(out / MARK)
     names = ("sae_sha256", "model", "site", "corpus", "prompts", "context", "seed")
-    return mark.get("settings") == asdict(settings) and all(mark.get(name) == facts.get(name) for name in names)
+    return mark.get("settings") == asdict(settings) and all(mark.get(name) == metadata.get(name) for name in names)
 
 
 def plan(out: Path) -> Plan:
@@ -116,7 +116,7 @@ def check_feature(feature: Mapping[str, Any], path: Path) -> None:
             raise CosaeError(f"{where}: an activation holds a value that is not a finite number.")
 
 
-def upload(out: Path, plan: Plan, say: Callable[[str], None] = lambda _: None) -> str:
+def upload(out: Path, plan: Plan, log: Callable[[str], None] = lambda _: None) -> str:
     """Send what `plan` says, batch by batch, and say what was done.
 
     Raises CosaeError without the client or a key, and where the server refuses or cannot be reached; batches that
@@ -139,7 +139,7 @@ def upload(out: Path, plan: Plan, say: Callable[[str], None] = lambda _: None) -
         staged = place.with_name(f".{SENT}")
         staged.write_text(json.dumps({"target": target, "batches": sent}), encoding="utf-8")
         staged.replace(place)
-        say(f"sent {done + 1} of {len(todo)} batches")
+        log(f"sent {done + 1} of {len(todo)} batches")
     return f"sent {sum(n for _, n in todo):,} features to source {plan.source} of model {plan.model_id}"
 
 

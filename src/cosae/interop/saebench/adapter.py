@@ -209,8 +209,8 @@ def _config(
     prepend_bos: bool,
     seqpos_slice: tuple[int | None, ...],
 ) -> SAEBenchConfig:
-    model_name = model_name or sae.facts.get("model")
-    hook_name = hook_name or sae.facts.get("hook_name") or sae.facts.get("site")
+    model_name = model_name or sae.metadata.get("model")
+    hook_name = hook_name or sae.metadata.get("hook_name") or sae.metadata.get("site")
     if not model_name or not hook_name:
         raise CosaeError(
             "SAEBench needs the model and the place an SAE reads, and this one's facts name none: pass model_name and "
@@ -236,8 +236,8 @@ def _config(
         metadata=SAEBenchMetadata(model_name, hook_name, layer, None, context_size, prepend_bos, seqpos_slice),
         architecture_str=f"cosae_{sae.cfg.score}_{sae.cfg.selector}",
         activation_fn_str=sae.cfg.selector,
-        training_tokens=int(sae.facts.get("tokens") or 0),
-        cosae={"sae": sae.cfg.to_dict(), "facts": json.loads(json.dumps(sae.facts, default=str))},
+        training_tokens=int(sae.metadata.get("tokens") or 0),
+        cosae={"sae": sae.cfg.to_dict(), "provenance": json.loads(json.dumps(sae.metadata, default=str))},
     )
 
 

@@ -239,7 +239,7 @@ def _check(saes: Mapping[str, SAE], evals: Sequence[str], out: Path, dtype: str,
 
 def _model(saes: Mapping[str, SAE], model_name: str | None, model_path: str | Path | None) -> tuple[str, Path | None]:
     """A name for results and, for a model on disk, its folder. A name that is a folder is one; so is "embedded"."""
-    named = {str(sae.facts["model"]) for sae in saes.values() if sae.facts.get("model")}
+    named = {str(sae.metadata["model"]) for sae in saes.values() if sae.metadata.get("model")}
     if model_name is None:
         if len(named) != 1:
             raise CosaeError(f"model_name must be given: the SAEs name {', '.join(sorted(named)) or 'no model'}.")

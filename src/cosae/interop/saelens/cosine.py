@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.interop.saelens.folds import fold_decoder_norm, fold_input_scale
+from cosae.io.legacy import upgrade
 from cosae.io.untrusted import read_safetensors
 from cosae.sae import file
 from cosae.sae.model import SAE, SAEConfig
@@ -115,7 +116,7 @@ def assemble(
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise CosaeError(f"{source}: the configuration beside it is damaged ({error}).") from None
     sae = file.from_disk(cfg, weights, source)
-    sae.facts = _facts(config)
+    sae.metadata = _metadata(config)
     return sae
 
 
@@ -241,9 +242,9 @@ def _k(config: Mapping[str, Any]) -> int:
     return min(32, int(config["d_sae"]))
 
 
-def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     """cosae's own training facts where the file carries them, else SAELens' metadata, the known under our names."""
-    own, metadata = config.get("facts"), config.get("metadata")
+    own, metadata = config.get("provenance") or upgrade(config.get("facts")), config.get("metadata")
     if isinstance(own, Mapping) and own:
         return dict(own)
     metadata = dict(metadata) if isinstance(metadata, Mapping) else {}

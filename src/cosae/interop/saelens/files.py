@@ -52,7 +52,7 @@ def read(folder: str | Path) -> SAE:
     path = folder / WEIGHTS
     state = read_safetensors(path)
     _check_conventions(config, kind, folder)
-    sae = linear_sae(_linear(kind, config, state, path), str(path), _facts(config, kind))
+    sae = linear_sae(_linear(kind, config, state, path), str(path), _metadata(config, kind))
     scale = _training_scale(config, kind, folder)
     return sae if scale is None else fold_input_scale(sae, scale)
 
@@ -144,7 +144,7 @@ def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: P
     )
 
 
-def _facts(config: dict[str, Any], kind: str) -> dict[str, Any]:
+def _metadata(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """Training facts under cosae's names; SAELens keeps them in `metadata`, older versions beside the rest."""
     metadata = config.get("metadata")
     known = {**config, **(metadata if isinstance(metadata, dict) else {})}

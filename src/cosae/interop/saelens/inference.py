@@ -30,7 +30,7 @@ from cosae.sae import file, fold, frame
 from cosae.sae.decoder import LENGTH_MIN, Decoder
 from cosae.sae.model import SAEConfig as OwnConfig
 from cosae.sae.score import SCORES, sqrt_d_gain
-from cosae.types import Framed, Taken, at_least_fp32
+from cosae.types import Framed, NormStats, at_least_fp32
 
 WIDE = ("W_enc", "W_dec")
 """The only weights that may be held in half precision."""
@@ -43,7 +43,7 @@ class Precise:
         """x (..., d_in) → Framed (B, d_in) fp32 or float64, and the leading shape."""
         this: Any = self
         x = this.hook_sae_input(this.reshape_fn_in(x.to(torch.promote_types(this.b_dec.dtype, torch.float32))))
-        return frame.take(kind, x.reshape(-1, x.shape[-1]), this.b_dec), tuple(x.shape[:-1])
+        return frame.normalize(kind, x.reshape(-1, x.shape[-1]), this.b_dec), tuple(x.shape[:-1])
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
         """x − b_dec, fp32 at least; half precision would lose the direction of long vectors."""
@@ -243,7 +243,7 @@ class CosaeSAEConfig(sae_lens.SAEConfig):  # type: ignore[misc]
     """
 
     sae: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -283,11 +283,11 @@ class CosaeSAE(Precise, sae_lens.SAE):  # type: ignore[misc]
     def initialize_weights(self) -> None:
         """Parameters that every file of this configuration has; runs on the meta device when loading."""
         super().initialize_weights()
-        self._taken: Taken | None = None
+        self._taken: NormStats | None = None
         self.b_dec: nn.Parameter = nn.Parameter(at_least_fp32(self.W_dec.data[0] * 0))
         for name, fact in saelens_cosine.FACT_OF_METADATA.items():
-            if self.cfg.metadata.get(name) is None and self.cfg.facts.get(fact) is not None:
-                self.cfg.metadata[name] = self.cfg.facts[fact]
+            if self.cfg.metadata.get(name) is None and self.cfg.metadata.get(fact) is not None:
+                self.cfg.metadata[name] = self.cfg.metadata[fact]
         own = self.cfg.own
         f = (own.d_sae,)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -331,7 +331,7 @@ class CosaeSAE(Precise, sae_lens.SAE):  # type: ignore[misc]
             acts_BF = gated_codes(score_BF, magnitude_BF, framed.live_B, weights.get("threshold"))
         else:
             acts_BF = select_dense(own, self._hooked(score_BF, lead), framed.live_B, weights)
-        self._taken = framed.taken
+        self._taken = framed.norm_stats
         return self.hook_sae_acts_post(acts_BF.reshape(*lead, -1).to(self.dtype))  # type: ignore[no-any-return]
 
     def _hooked(self, value_BF: Tensor, lead: tuple[int, ...]) -> Tensor:
@@ -346,22 +346,22 @@ class CosaeSAE(Precise, sae_lens.SAE):  # type: ignore[misc]
         own = self.cfg.own
         rows_FD = at_least_fp32(self.W_dec)
         acts_BF = feature_acts.reshape(-1, feature_acts.shape[-1]).to(rows_FD.dtype)
-        taken = None
+        norm_stats = None
         if own.frame != "raw" or own.norm_restoring:
-            taken, self._taken = self._taken, None
-            if taken is None or len(taken.r_B) != len(acts_BF):
+            norm_stats, self._taken = self._taken, None
+            if norm_stats is None or len(norm_stats.r_B) != len(acts_BF):
                 raise CosaeError(
                     "this SAE puts back the norm that `encode` took out: call encode on the same tokens right before "
                     f"each decode. Got {len(acts_BF)} rows to decode after "
-                    f"{'no encode' if taken is None else f'an encode of {len(taken.r_B)}'}."
+                    f"{'no encode' if norm_stats is None else f'an encode of {len(norm_stats.r_B)}'}."
                 )
         if own.norm_restoring:
-            assert taken is not None
+            assert norm_stats is not None
             norm_F = torch.linalg.vector_norm(rows_FD, dim=-1).clamp_min(LENGTH_MIN)
-            rebuilt_BD = Decoder._restore((acts_BF / norm_F) @ rows_FD, taken.r_B)
+            recon_BD = Decoder._restore((acts_BF / norm_F) @ rows_FD, norm_stats.r_B)
         else:
-            rebuilt_BD = acts_BF @ rows_FD
-        x_hat_BD = frame.put_back(own.frame, rebuilt_BD, taken, self.b_dec)
+            recon_BD = acts_BF @ rows_FD
+        x_hat_BD = frame.denormalize(own.frame, recon_BD, norm_stats, self.b_dec)
         x_hat = self.hook_sae_recons(x_hat_BD.reshape(*feature_acts.shape[:-1], -1))
         return self.reshape_fn_out(x_hat.to(self.dtype), self.d_head)  # type: ignore[no-any-return]
 

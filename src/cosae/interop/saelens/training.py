@@ -221,7 +221,7 @@ class CosineTopKTrainingSAEConfig(TopKTrainingSAEConfig):  # type: ignore[misc]
         return SAEConfig(self.d_in, self.d_sae, score=self.score, selector="topk", k=self.k).to_dict()
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Section `facts`: nothing that SAELens' metadata does not say."""
         return {}
 

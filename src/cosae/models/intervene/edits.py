@@ -156,7 +156,9 @@ def edit_codes(codes: Codes, edits: Sequence[Edit], window: Window, covered_N: T
         return before, touched_N
     kept = (value_E != 0).nonzero()[:, 0]
     kept = kept[torch.argsort(token_E[kept] * codes.d_sae + feature_E[kept])]
-    edited = Codes.from_entries(token_E[kept], feature_E[kept], value_E[kept], codes.d_sae, codes.shape, codes.taken)
+    edited = Codes.from_entries(
+        token_E[kept], feature_E[kept], value_E[kept], codes.d_sae, codes.shape, codes.norm_stats
+    )
     return edited, touched_N
 
 

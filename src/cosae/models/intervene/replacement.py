@@ -89,7 +89,7 @@ class Replacement:
         self.sae = sae
         self.error_term = error_term
         self.edits = check_edits(edits, sae.d_sae, name)
-        self.policy = resolve_policy(tokens, getattr(sae, "facts", {}))
+        self.policy = resolve_policy(tokens, getattr(sae, "metadata", {}))
         self.grad = grad
         self.special_ids = tuple(special_ids)
         self.name = name
@@ -112,14 +112,14 @@ class Replacement:
                 seen_ND = torch.where(covered_N[:, None], x_ND, 0.0)  # rows of zeros encode to nothing
                 codes = replace(self.sae.encode(seen_ND), shape=window.shape)
                 edited, touched_N = edit_codes(codes, self.edits, window, covered_N)
-                new_ND = self._rebuilt(x_ND, codes, edited, covered_N, touched_N)
+                new_ND = self._recon(x_ND, codes, edited, covered_N, touched_N)
             added_ND = steering(self.edits, self.sae.W_dec, x_ND, window, covered_N)
             if added_ND is not None:
                 new_ND = new_ND + added_ND
             new = x if new_ND is x_ND else new_ND.reshape(x.shape).to(x.dtype)
         return Replaced(new, codes, edited)
 
-    def _rebuilt(self, x_ND: Tensor, codes: Codes, edited: Codes, covered_N: Tensor, touched_N: Tensor) -> Tensor:
+    def _recon(self, x_ND: Tensor, codes: Codes, edited: Codes, covered_N: Tensor, touched_N: Tensor) -> Tensor:
         if not self.error_term:
             return torch.where(covered_N[:, None], self._decode(edited, x_ND), x_ND)
         passes = torch.is_grad_enabled() and edited.value_E.requires_grad

@@ -166,7 +166,7 @@ def columns(mask: Tensor, window: Window, name: str) -> Tensor:
     return torch.cat([part, part.new_zeros(n_sequences, missing)], dim=1) if missing else part
 
 
-def resolve_policy(policy: Policy, facts: dict[str, Any]) -> Policy:
+def resolve_policy(policy: Policy, metadata: dict[str, Any]) -> Policy:
     """ "filter" and "sinks_out" with what the SAE's facts say filled in; everything else as it is.
 
     Raises CosaeError for an unknown word, and where the SAE carries no filter.
@@ -180,12 +180,12 @@ def resolve_policy(policy: Policy, facts: dict[str, Any]) -> Policy:
             "tokens must be 'all', 'filter', 'sinks_out', a Filter, an (S, T) boolean tensor or a function of "
             f"Activations. Got {policy!r} instead."
         )
-    if "filter" not in facts:
+    if "filter" not in metadata:
         raise CosaeError(
             f"tokens={policy!r} needs the filter the SAE was trained with, which this one does not carry: pass a "
             "cosae.activations.filter.Filter, or tokens='all'."
         )
-    fitted = Filter.from_dict(facts["filter"])
+    fitted = Filter.from_dict(metadata["filter"])
     if policy == "filter":
         return fitted
     factor = fitted.policy.factor

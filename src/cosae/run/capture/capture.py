@@ -27,7 +27,7 @@ from cosae.activations.store.shards import ShardRows, ShardShape
 from cosae.activations.store.writer import SIDES, StoreWriter, begun_request
 from cosae.errors import CosaeError
 from cosae.recipe import DataConfig, to_plain
-from cosae.run import provenance as facts
+from cosae.run import provenance
 from cosae.run.capture.text import CaptureText, Part
 from cosae.run.dataset.corpus import check_corpus
 from cosae.run.dataset.dataset import batch_size, open_model
@@ -36,7 +36,16 @@ from cosae.types import Activations, Site
 
 SHARD_BYTES = 128 * 2**20
 """A shard that nobody gave a size is about this large."""
-NO_SAY_IN_IT = ("site", "activations", "activations_key", "world", "store", "store_site", "n_workers", "ahead_chunks")
+NO_SAY_IN_IT = (
+    "site",
+    "activations",
+    "activations_key",
+    "world",
+    "store",
+    "store_site",
+    "n_workers",
+    "prefetch_chunks",
+)
 """Fields of a recipe's data that decide nothing of what is captured."""
 
 
@@ -94,11 +103,11 @@ Progress = Callable[[int], None]
 
 
 def capture_stores(
-    wanted: Capture,
+    request: Capture,
     out: Path,
     *,
     progress: Callable[[int], Progress] | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:
     """Write, or go on writing, the stores; returns their folders.
 
@@ -110,53 +119,53 @@ def capture_stores(
     from cosae.models.capture import capture, resolve_site
     from cosae.run.plan.plan import check_capture
 
-    check_corpus(wanted.data)
-    check_capture(wanted, out)
-    model, tokenizer = open_model(wanted.data, wanted.device)
-    sites = [resolve_site(model, name) for name in wanted.sites]
+    check_corpus(request.data)
+    check_capture(request, out)
+    model, tokenizer = open_model(request.data, request.device)
+    sites = [resolve_site(model, name) for name in request.sites]
     if len(set(sites)) < len(sites):
-        raise CosaeError(f"each site may be named once. Got {', '.join(wanted.sites)} instead.")
-    if wanted.data.batch_sequences == "auto":
-        at_once = begun_with(out, "batch_sequences") or batch_size(wanted.data, model, sites, wanted.captured_dtype)
-        wanted = replace(wanted, data=replace(wanted.data, batch_sequences=at_once))
-    text = CaptureText(wanted.data, tokenizer, wanted.seed, wanted.held_out_tokens)
+        raise CosaeError(f"each site may be named once. Got {', '.join(request.sites)} instead.")
+    if request.data.batch_sequences == "auto":
+        at_once = begun_with(out, "batch_sequences") or batch_size(request.data, model, sites, request.captured_dtype)
+        request = replace(request, data=replace(request.data, batch_sequences=at_once))
+    text = CaptureText(request.data, tokenizer, request.seed, request.held_out_tokens)
     first = next(text.parts("train", 1)).sequences[:1]
     widths = {site: int(capture(model, first, site)[site.name].x_ND.shape[1]) for site in sites}
     with hold(out):  # two captures into one folder would take each other's shards for their own
         try:
-            return _write(wanted, out, model, text, widths, progress, say)
+            return _write(request, out, model, text, widths, progress, log)
         finally:
             (out / LOCK).unlink(missing_ok=True)  # a store is its own files, the same bytes whoever wrote them
 
 
 def _write(
-    wanted: Capture,
+    request: Capture,
     out: Path,
     model: Any,
     text: CaptureText,
     widths: Mapping[Site, int],
     progress: Callable[[int], Progress] | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Path]:
     """The stores' folders, written to their end."""
     from cosae.models.capture import capture
 
     sites = list(widths)
-    writers = _writers(wanted, out, model, text, widths, say)
+    writers = _writers(request, out, model, text, widths, log)
     folders = [writer.folder for writer in writers.values()]
     if all(writer.finished for writer in writers.values()):
-        say(f"{out} is complete")
+        log(f"{out} is complete")
         return folders
-    report = (lambda _: None) if progress is None else progress(wanted.tokens + wanted.held_out_tokens)
+    report = (lambda _: None) if progress is None else progress(request.tokens + request.held_out_tokens)
     options: dict[str, Any] = {
-        "batch_sequences": wanted.data.batch_sequences,
-        "store_dtype": getattr(torch, wanted.captured_dtype),
+        "batch_sequences": request.data.batch_sequences,
+        "store_dtype": getattr(torch, request.captured_dtype),
     }
     documents: dict[str, Sequence[str]] = {}
     with _stop_requested() as stop_requested:
         for side in SIDES:
             done = 0
-            for part in text.parts(side, wanted.tokens):
+            for part in text.parts(side, request.tokens):
                 n = part.n_rows
                 missing = [w for w in writers.values() if not w.finished and w.n_rows(side) < done + n]
                 if missing:
@@ -171,11 +180,11 @@ def _write(
             documents[side] = text.names(side)
             for writer in writers.values():
                 writer.end(side)
-    for side, asked in (("train", wanted.tokens), ("held_out", wanted.held_out_tokens)):
+    for side, asked in (("train", request.tokens), ("held_out", request.held_out_tokens)):
         if text.n_rows[side] < asked:
-            say(f"the {side} side of the corpus ended after {text.n_rows[side]} of {asked} tokens")
-    for remark in text.remarks:
-        say(remark)
+            log(f"the {side} side of the corpus ended after {text.n_rows[side]} of {asked} tokens")
+    for warning in text.warnings:
+        log(warning)
     text.close()
     for writer in writers.values():
         if not writer.finished:
@@ -196,39 +205,39 @@ def _rows(found: Activations, part: Part) -> ShardRows:
 
 
 def _writers(
-    wanted: Capture,
+    request: Capture,
     out: Path,
     model: Any,
     text: CaptureText,
     widths: Mapping[Site, int],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[Site, StoreWriter]:
-    data = {k: v for k, v in to_plain(wanted.data).items() if k not in NO_SAY_IN_IT}
-    request = {
+    data = {k: v for k, v in to_plain(request.data).items() if k not in NO_SAY_IN_IT}
+    record = {
         **data,
         "revision": getattr(model.config, "_commit_hash", None) or data["revision"],
-        "model_sha256": _digest_of(wanted.data.model),
+        "model_sha256": _digest_of(request.data.model),
         "model_type": getattr(model.config, "model_type", type(model).__name__),
         "attention": getattr(model.config, "_attn_implementation", None),
         "add_bos": text.add_bos,
-        "seed": wanted.seed,
-        "tokens": wanted.tokens,
-        "held_out_tokens": wanted.held_out_tokens,
+        "seed": request.seed,
+        "tokens": request.tokens,
+        "held_out_tokens": request.held_out_tokens,
     }
-    written_by = {"commit": facts.commit(), "packages": facts.packages(), "threads": torch.get_num_threads()}
+    written_by = {"commit": provenance.commit(), "packages": provenance.packages(), "threads": torch.get_num_threads()}
     concepts = text.concepts
     label_bytes = -(-len(concepts or ()) // 8)
     several = len(widths) > 1
     return {
         site: StoreWriter(
             out / site.name if several else out,
-            {**request, "site": asdict(site)},
+            {**record, "site": asdict(site)},
             written_by,
             d_in=d_in,
-            dtype=wanted.dtype,
-            shard_tokens=wanted.rows_per_shard(d_in, label_bytes),
+            dtype=request.dtype,
+            shard_tokens=request.rows_per_shard(d_in, label_bytes),
             concepts=concepts,
-            say=say,
+            log=log,
         )
         for site, d_in in widths.items()
     }

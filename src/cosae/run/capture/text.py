@@ -56,9 +56,9 @@ class CaptureText:
             self.concepts = tuple(concept.name for concept in CONCEPTS)
 
     @property
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What a person should be told of what was passed over."""
-        return self._text.remarks
+        return self._text.warnings
 
     def close(self) -> None:
         """End the tokenising processes."""

@@ -33,7 +33,7 @@ class CorpusText:
     seed     of the order of documents, and of a mixture
     streamed whether training reads it as it comes (`text`), not as a list of documents
     add_bos  whether documents start with BOS
-    remarks  what a person should be told of what was read so far
+    warnings  what a person should be told of what was read so far
 
     Raises CosaeError where a source names nothing or leaves no document for the held-out side.
     """
@@ -54,8 +54,8 @@ class CorpusText:
         return tuple(source.spec for source in self.sources)
 
     @property
-    def remarks(self) -> list[str]:
-        return [f"{spec}: passed over {t.remark}" for spec, t in self._tallies.items() if t.remark]
+    def warnings(self) -> list[str]:
+        return [f"{spec}: passed over {t.warning}" for spec, t in self._tallies.items() if t.warning]
 
     def close(self) -> None:
         """End the tokenising processes; a later request starts others."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from cosae.activations import perturbation as nuisances
+from cosae.activations import perturbation as perturbations
 from cosae.activations.arrays import ArraySource
 from cosae.activations.memory import CachedSource, TensorSource
 from cosae.activations.monitor import finite_rows
@@ -37,7 +37,7 @@ POOL = 4
 
 @dataclass(frozen=True)
 class Sample:
-    """Activations of one split, nuisance on, no filter; and what is known about them.
+    """Activations of one split, perturbation on, no filter; and what is known about them.
 
     labels_NC  (N, C) bool numpy concept labels, None where the corpus has none
     truth      true codes of a synthetic world, None elsewhere
@@ -89,7 +89,7 @@ def open_data(recipe: Recipe, tensor: Tensor | None = None, keep_tokens: int = 0
 
 
 class WorldData:
-    """A synthetic world: known features, a chosen norm nuisance."""
+    """A synthetic world: known features, a chosen norm perturbation."""
 
     has_concepts = False
 
@@ -106,7 +106,7 @@ class WorldData:
     def sample(self, split: Split, n_tokens: int) -> Sample:
         side = _side(split)
         activations, truth = self.source.sample(n_tokens, side, index=int(split == "calibration"))
-        return Sample(nuisances.apply(activations, self._recipe.sample_nuisance(split), 0, side), truth=truth)
+        return Sample(perturbations.apply(activations, self._recipe.sample_perturbation(split), 0, side), truth=truth)
 
 
 class ArrayData:
@@ -138,7 +138,7 @@ class ArrayData:
     def sample(self, split: Split, n_tokens: int) -> Sample:
         if split != "train":
             activations = self.source.held_out()
-            activations = activations[divide(len(activations), split, self._recipe.evaluation)]
+            activations = activations[split_held_out(len(activations), split, self._recipe.evaluation)]
         else:
             parts, have = [], 0
             for chunk in itertools.islice(self.source.chunks(), self.source.chunks_per_epoch):
@@ -148,8 +148,10 @@ class ArrayData:
                     break
             activations = Activations.cat(parts)[:n_tokens]
         finite = finite_rows(activations)
-        nuisance = self._recipe.sample_nuisance(split)
-        return Sample(nuisances.apply(finite, nuisance, 0, _side(split)), n_dropped=len(activations) - len(finite))
+        perturbation = self._recipe.sample_perturbation(split)
+        return Sample(
+            perturbations.apply(finite, perturbation, 0, _side(split)), n_dropped=len(activations) - len(finite)
+        )
 
 
 class ModelData:
@@ -190,7 +192,7 @@ class ModelData:
         return self._recipe
 
     def again(self, recipe: Recipe) -> ModelData:
-        """The same data for another run that differs in arms or nuisance only: nothing is captured twice."""
+        """The same data for another run that differs in arms or perturbation only: nothing is captured twice."""
         mine, theirs = (replace(r.training, checkpoint_every=0) for r in (self._recipe, recipe))
         if self._recipe.data != recipe.data or mine != theirs:
             raise CosaeError("two runs share captured activations only where data and training are the same.")
@@ -199,17 +201,17 @@ class ModelData:
         return twin
 
     def sample(self, split: Split, n_tokens: int) -> Sample:
-        """The sample with the run's nuisance on it."""
+        """The sample with the run's perturbation on it."""
         side, wanted = _side(split), self._recipe.evaluation
         if side == "held_out":
             n_tokens = wanted.held_out_tokens + wanted.calibration_tokens
         if (side, n_tokens) not in self._samples:
             self._samples[side, n_tokens] = self._capture(side, n_tokens)
         whole = self._samples[side, n_tokens]
-        activations = nuisances.apply(whole.activations, self._recipe.sample_nuisance(split), 0, side)
+        activations = perturbations.apply(whole.activations, self._recipe.sample_perturbation(split), 0, side)
         if side == "train":
             return replace(whole, activations=activations)
-        rows = divide(len(activations), split, wanted)
+        rows = split_held_out(len(activations), split, wanted)
         labels_NC, labelled_N = whole.labels_NC, whole.labelled_N
         return Sample(
             activations[rows],
@@ -270,7 +272,7 @@ class ModelData:
         )
 
 
-def divide(n_tokens: int, split: Split, wanted: EvaluationConfig) -> Tensor:
+def split_held_out(n_tokens: int, split: Split, wanted: EvaluationConfig) -> Tensor:
     """Token numbers, ascending, of one of two disjoint draws from n_tokens held-out tokens: a seeded permutation.
 
     Where both do not fit they shrink in proportion; a single token serves both.

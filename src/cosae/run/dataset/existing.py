@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from cosae.activations import perturbation as nuisances
+from cosae.activations import perturbation as perturbations
 from cosae.activations.arrays import ArraySource
-from cosae.activations.perturbation import Nuisance
+from cosae.activations.perturbation import Perturbation
 from cosae.errors import CosaeError
 from cosae.recipe import DataConfig, Recipe, from_plain
 from cosae.run.dataset.dataset import Data, ModelData
@@ -26,7 +26,7 @@ from cosae.types import Activations
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalRequest:
     """What to ask SAEs on. Fields left None are taken from each SAE's own facts, then from DataConfig's defaults."""
 
     tokens: int = 32_768
@@ -41,7 +41,7 @@ class Wanted:
     """Which of the stores in that folder, where it holds several."""
     context: int | None = None
     inject: str | None = None
-    """Norm nuisance put on the activations first, such as log_normal:sigma=0.5: what if norms varied so?"""
+    """Norm perturbation put on the activations first, such as log_normal:sigma=0.5: what if norms varied so?"""
     sink_factor: float = 10.0
     """Tokens of at least this multiple of the median norm are sinks, beside position 0 and special ids."""
     format: str = "auto"
@@ -55,7 +55,7 @@ class Wanted:
         if not self.sink_factor > 1:
             raise CosaeError(f"sink_factor must be above 1 (a multiple of the median). Got {self.sink_factor} instead.")
         if self.inject is not None:
-            Nuisance.parse(self.inject)
+            Perturbation.parse(self.inject)
         if (self.activations or self.store) and (self.model or self.site or self.corpus):
             raise CosaeError("activations are taken from a file or store, or from a model, not from both: drop one.")
         if self.activations and self.store:
@@ -77,23 +77,23 @@ class Sampled:
 class Samples:
     """Samples by what they are of: SAEs of one site share theirs, so that they are audited on the same tokens."""
 
-    wanted: Wanted
+    request: EvalRequest
     made: dict[tuple[Any, ...], Sampled] = field(default_factory=dict)
 
     def of(self, sae: SAE, path: Path) -> Sampled:
-        if self.wanted.activations is not None:
-            key: tuple[Any, ...] = ("file", self.wanted.activations)
+        if self.request.activations is not None:
+            key: tuple[Any, ...] = ("file", self.request.activations)
             if key not in self.made:
-                self.made[key] = self._injected(_from_file(self.wanted))
-        elif self.wanted.store is not None:
-            key = ("store", self.wanted.store, self.wanted.store_site)
+                self.made[key] = self._injected(_from_file(self.request))
+        elif self.request.store is not None:
+            key = ("store", self.request.store, self.request.store_site)
             if key not in self.made:
-                self.made[key] = self._injected(_from_store(self.wanted))
+                self.made[key] = self._injected(_from_store(self.request))
         else:
-            data = data_of(sae, path, self.wanted)
+            data = data_of(sae, path, self.request)
             key = ("model", repr(data))
             if key not in self.made:
-                self.made[key] = self._injected(_from_model(data, self.wanted))
+                self.made[key] = self._injected(_from_model(data, self.request))
         found = self.made[key]
         width = found.activations.x_ND.shape[1]
         if width != sae.d_in:
@@ -104,19 +104,19 @@ class Samples:
         return found
 
     def _injected(self, found: Sampled) -> Sampled:
-        if self.wanted.inject is None:
+        if self.request.inject is None:
             return found
-        x = nuisances.apply(found.activations, Nuisance.parse(self.wanted.inject), 0, "held_out")
-        return replace(found, activations=x, source={**found.source, "inject": self.wanted.inject})
+        x = perturbations.apply(found.activations, Perturbation.parse(self.request.inject), 0, "held_out")
+        return replace(found, activations=x, source={**found.source, "inject": self.request.inject})
 
 
-def data_of(sae: SAE, path: Path, wanted: Wanted) -> DataConfig:
+def data_of(sae: SAE, path: Path, request: EvalRequest) -> DataConfig:
     """The data an SAE was trained on, as far as its file says, with what was asked for in its place."""
-    known = sae.facts
+    known = sae.metadata
     recorded = known.get("recipe", {}).get("data") if isinstance(known.get("recipe"), dict) else None
     data = from_plain(DataConfig, recorded, "recipe.data") if isinstance(recorded, dict) else DataConfig()
     if data.world is not None or data.activations is not None or data.store is not None:
-        if wanted.model is None:
+        if request.model is None:
             what, how = (
                 (f"the store {data.store}", "name it with --store FOLDER")
                 if data.store is not None
@@ -126,45 +126,45 @@ def data_of(sae: SAE, path: Path, wanted: Wanted) -> DataConfig:
             )
             raise CosaeError(f"{path} was trained on {what}: {how}.")
         data = DataConfig()
-    model = wanted.model or known.get("model")
-    site = wanted.site or known.get("site") or known.get("hook_name") or known.get("hf_hook_name")
+    model = request.model or known.get("model")
+    site = request.site or known.get("site") or known.get("hook_name") or known.get("hf_hook_name")
     if model is None:
         raise CosaeError(
             f"{path} does not say which model it was trained on: give --model and --site, or --activations FILE."
         )
     if site is None:
         raise CosaeError(f"{path} does not say which site it reads: give --site, for instance resid_post.3.")
-    changes = {"model": model, "site": site, "corpus": wanted.corpus, "context": wanted.context}
+    changes = {"model": model, "site": site, "corpus": request.corpus, "context": request.context}
     return replace(data, **{k: v for k, v in changes.items() if v is not None})
 
 
-def _recipe_of(data: DataConfig, wanted: Wanted) -> Recipe:
+def _recipe_of(data: DataConfig, request: EvalRequest) -> Recipe:
     """A recipe that trains nothing and measures the tokens wanted."""
-    return Recipe(data=data, device=wanted.device).changed(
+    return Recipe(data=data, device=request.device).changed(
         {
             "training.steps": 1,
             "training.batch_tokens": 1,
             "training.buffer_tokens": 2,
             "filter.window_tokens": 1,
-            "evaluation.held_out_tokens": wanted.tokens,
+            "evaluation.held_out_tokens": request.tokens,
             "evaluation.calibration_tokens": 1,
         }
     )
 
 
-def _from_store(wanted: Wanted) -> Sampled:
+def _from_store(request: EvalRequest) -> Sampled:
     from cosae.run.dataset.store import StoreData
 
-    opened = StoreData(_recipe_of(DataConfig(store=wanted.store, store_site=wanted.store_site), wanted))
-    sample = opened.sample("held_out", wanted.tokens)
-    source = {"store": wanted.store, "model": opened.model_name, "site": getattr(opened.site, "name", opened.site)}
+    opened = StoreData(_recipe_of(DataConfig(store=request.store, store_site=request.store_site), request))
+    sample = opened.sample("held_out", request.tokens)
+    source = {"store": request.store, "model": opened.model_name, "site": getattr(opened.site, "name", opened.site)}
     counts = {"documents": len(sample.documents), "tokens": len(sample.activations)}
     return Sampled(sample.activations, {**source, **counts}, data=opened)
 
 
-def _from_model(data: DataConfig, wanted: Wanted) -> Sampled:
-    opened = ModelData(_recipe_of(data, wanted))
-    sample = opened.sample("held_out", wanted.tokens)
+def _from_model(data: DataConfig, request: EvalRequest) -> Sampled:
+    opened = ModelData(_recipe_of(data, request))
+    sample = opened.sample("held_out", request.tokens)
     tokenizer = opened.tokenizer
     return Sampled(
         sample.activations,
@@ -180,12 +180,12 @@ def _from_model(data: DataConfig, wanted: Wanted) -> Sampled:
     )
 
 
-def _from_file(wanted: Wanted) -> Sampled:
-    assert wanted.activations is not None
-    source = ArraySource(wanted.activations, chunk_tokens=wanted.tokens, seed=wanted.seed, held_out_frac=0.0)
+def _from_file(request: EvalRequest) -> Sampled:
+    assert request.activations is not None
+    source = ArraySource(request.activations, chunk_tokens=request.tokens, seed=request.seed, held_out_frac=0.0)
     activations = next(source.chunks())
     return Sampled(
-        activations, {"activations": wanted.activations, "sha256": source.sha256, "tokens": len(activations)}
+        activations, {"activations": request.activations, "sha256": source.sha256, "tokens": len(activations)}
     )
 
 
@@ -200,7 +200,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def calibrated(sae: SAE, activations: Activations, sink_N: torch.Tensor) -> tuple[SAE, str | None]:
-    """The SAE itself, or, where its file holds no inference threshold, a copy with one and a remark that says so."""
+    """The SAE itself, or, where its file holds no inference threshold, a copy with one and a warning that says so."""
     if sae.calibrated:
         return sae, None
     sae = copy.deepcopy(sae)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cosae.activations import perturbation as nuisances
+from cosae.activations import perturbation as perturbations
 from cosae.activations.store.reader import BLOCK_ROWS, StoreSource, open_store
 from cosae.errors import CosaeError
 from cosae.recipe import Recipe
 from cosae.run.dataset.corpus import Side
-from cosae.run.dataset.dataset import Sample, Split, divide
+from cosae.run.dataset.dataset import Sample, Split, split_held_out
 from cosae.text.concepts.table import CONCEPTS
 
 
@@ -37,20 +37,20 @@ class StoreData:
         self.has_concepts = self.store.concepts == tuple(concept.name for concept in CONCEPTS)
 
     def sample(self, split: Split, n_tokens: int) -> Sample:
-        """Rows of one split with the run's nuisance on them, labels with them where there are any."""
+        """Rows of one split with the run's perturbation on them, labels with them where there are any."""
         side: Side = "train" if split == "train" else "held_out"
         if side == "train":
             row_N = self._spread(n_tokens)
         else:
-            row_N = divide(self.store.n_rows("held_out"), split, self._recipe.evaluation)
+            row_N = split_held_out(self.store.n_rows("held_out"), split, self._recipe.evaluation)
         found = self.store.take(side, row_N)
         used = torch.unique(found.doc_N).tolist()
         first = len(self.store.documents("held_out")) if side == "train" else 0
         names = self.store.documents(side)
         documents = tuple(names[i - first] for i in used if i >= 0)
         labels_NC, labelled_N = self.store.labels(side, row_N) if self.has_concepts else (None, None)
-        nuisance = self._recipe.sample_nuisance(split)
-        return Sample(nuisances.apply(found, nuisance, 0, side), labels_NC, labelled_N, documents=documents)
+        perturbation = self._recipe.sample_perturbation(split)
+        return Sample(perturbations.apply(found, perturbation, 0, side), labels_NC, labelled_N, documents=documents)
 
     def _spread(self, n_tokens: int) -> Tensor:
         """Ascending numbers of about n_tokens train rows: whole blocks drawn from all over the store."""

@@ -112,8 +112,8 @@ def _model_sizes(data: DataConfig, tokens: int, site: str | None = None) -> Size
     )
     chunk = data.chunk_sequences * data.context
     value = max(4, STORE_DTYPES[data.model_dtype].itemsize)
-    ahead = Item("chunks captured ahead", data.ahead_chunks * chunk * (value * size.d_in + IDS_BYTES))
-    return Sizes(size.d_in, (*items, ahead) if data.ahead_chunks else items, chunk, work)
+    ahead = Item("chunks captured ahead", data.prefetch_chunks * chunk * (value * size.d_in + IDS_BYTES))
+    return Sizes(size.d_in, (*items, ahead) if data.prefetch_chunks else items, chunk, work)
 
 
 def _held_tokens(data: DataConfig, tokens: int) -> int:
@@ -201,17 +201,17 @@ def run_disk(recipe: Recipe, d_in: int) -> tuple[Item, ...]:
     )
 
 
-def capture_memory(wanted: Capture, sizes: Sequence[Sizes], label_bytes: int) -> MemoryPlan:
+def capture_memory(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -> MemoryPlan:
     """Memory of a capture of one or several sites: two shards' rows of each, one chunk, one forward pass."""
-    value = STORE_DTYPES[wanted.captured_dtype].itemsize
+    value = STORE_DTYPES[request.captured_dtype].itemsize
     shards = [
         Item(
             f"rows of {site} on their way to a shard, twice",
             2
-            * min(wanted.rows_per_shard(size.d_in, label_bytes), max(wanted.tokens, wanted.held_out_tokens))
+            * min(request.rows_per_shard(size.d_in, label_bytes), max(request.tokens, request.held_out_tokens))
             * (value * size.d_in + IDS_BYTES + label_bytes),
         )
-        for site, size in zip(wanted.sites, sizes, strict=True)
+        for site, size in zip(request.sites, sizes, strict=True)
     ]
     chunk = sum(2 * size.chunk_rows * (value * size.d_in + IDS_BYTES) for size in sizes)
     return MemoryPlan(
@@ -219,12 +219,13 @@ def capture_memory(wanted: Capture, sizes: Sequence[Sizes], label_bytes: int) ->
     )
 
 
-def capture_disk(wanted: Capture, sizes: Sequence[Sizes], label_bytes: int) -> tuple[Item, ...]:
+def capture_disk(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -> tuple[Item, ...]:
     """Disk of the stores: rows × what a row takes; headers and the index are a few kB."""
     return tuple(
         Item(
             f"the store of {site}",
-            (wanted.tokens + wanted.held_out_tokens) * ShardShape(1, size.d_in, wanted.dtype, label_bytes).row_bytes(),
+            (request.tokens + request.held_out_tokens)
+            * ShardShape(1, size.d_in, request.dtype, label_bytes).row_bytes(),
         )
-        for site, size in zip(wanted.sites, sizes, strict=True)
+        for site, size in zip(request.sites, sizes, strict=True)
     )

@@ -74,9 +74,9 @@ def _choices(recipe: Recipe, needed: Callable[[Recipe], int], begun: bool) -> li
     return [choice for choice in found if choice.needed(choice.least) < needed(recipe)]
 
 
-def check_capture(wanted: Capture, out: Path) -> Plan:
+def check_capture(request: Capture, out: Path) -> Plan:
     """The plan of a capture without its time. Raises CosaeError where it cannot fit; rows already on disk count."""
-    sizes, label_bytes = _capture_sizes(wanted)
+    sizes, label_bytes = _capture_sizes(request)
 
     def memory(changed: Capture) -> int:
         return capture_memory(changed, sizes, label_bytes).n_bytes
@@ -84,46 +84,46 @@ def check_capture(wanted: Capture, out: Path) -> Plan:
     def on_disk(changed: Capture) -> int:
         return total(capture_disk(changed, sizes, label_bytes))
 
-    rows = max(wanted.rows_per_shard(size.d_in, label_bytes) for size in sizes)
+    rows = max(request.rows_per_shard(size.d_in, label_bytes) for size in sizes)
     plan = Plan(
-        capture_memory(wanted, sizes, label_bytes),
-        capture_disk(wanted, sizes, label_bytes),
-        free_memory(wanted.device),
+        capture_memory(request, sizes, label_bytes),
+        capture_disk(request, sizes, label_bytes),
+        free_memory(request.device),
         free_disk(out),
     )
-    shards = Choice("--shard-tokens", rows, 1024, lambda value: memory(replace(wanted, shard_tokens=value)))
-    tokens = Choice("--tokens", wanted.tokens, 1024, lambda value: on_disk(replace(wanted, tokens=value)))
+    shards = Choice("--shard-tokens", rows, 1024, lambda value: memory(replace(request, shard_tokens=value)))
+    tokens = Choice("--tokens", request.tokens, 1024, lambda value: on_disk(replace(request, tokens=value)))
     there = sum(path.stat().st_size for path in out.rglob("*.safetensors")) if out.is_dir() else 0
-    check_memory(plan.memory.peak, [shards], plan.free_memory, wanted.device)
+    check_memory(plan.memory.peak, [shards], plan.free_memory, request.device)
     check_disk(plan.disk, [tokens], plan.free_disk + there, out)
     return plan
 
 
-def plan_run(recipe: Recipe, out: Path | None, say: Callable[[str], None] = lambda _: None) -> Plan:
+def plan_run(recipe: Recipe, out: Path | None, log: Callable[[str], None] = lambda _: None) -> Plan:
     """The plan of a run, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
     from cosae.run.dataset.dataset import open_data
 
     checked = check_run(recipe, out)
-    say("opening the data for a short sample")
+    log("opening the data for a short sample")
     data = open_data(recipe)
     timed = train_time(recipe.resolved(data.source.d_in), data)
     return Plan(checked.memory, checked.disk, checked.free_memory, checked.free_disk, timed)
 
 
-def plan_capture(wanted: Capture, out: Path, say: Callable[[str], None] = lambda _: None) -> Plan:
+def plan_capture(request: Capture, out: Path, log: Callable[[str], None] = lambda _: None) -> Plan:
     """The plan of a capture, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
-    checked = check_capture(wanted, out)
-    timed = capture_time(wanted, say)
+    checked = check_capture(request, out)
+    timed = capture_time(request, log)
     return Plan(checked.memory, checked.disk, checked.free_memory, checked.free_disk, timed)
 
 
-def _capture_sizes(wanted: Capture) -> tuple[list[Sizes], int]:
+def _capture_sizes(request: Capture) -> tuple[list[Sizes], int]:
     from cosae.text.concepts.table import CONCEPTS
     from cosae.text.mixture import parse_corpus
 
-    n_labels = len(CONCEPTS) if [s.spec for s in parse_corpus(wanted.data.corpus)] == ["pylib"] else 0
-    chunk = wanted.data.chunk_sequences * wanted.data.context
-    sizes = [data_sizes(replace(wanted.data, site=site), wanted.device, chunk) for site in wanted.sites]
+    n_labels = len(CONCEPTS) if [s.spec for s in parse_corpus(request.data.corpus)] == ["pylib"] else 0
+    chunk = request.data.chunk_sequences * request.data.context
+    sizes = [data_sizes(replace(request.data, site=site), request.device, chunk) for site in request.sites]
     return sizes, -(-n_labels // 8)
 
 

@@ -54,12 +54,12 @@ def total(items: Sequence[Item]) -> int:
 def check_device(device: str) -> None:
     """Raises CosaeError for a device that is not, or that no run can use."""
     try:
-        wanted = torch.device(device)
+        request = torch.device(device)
     except RuntimeError:
-        wanted = None
-    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        request = None
+    if request is None or request.type not in ("cpu", "cuda"):
         raise CosaeError(f"device must be cpu, cuda or cuda:N. Got {device!r} instead.")
-    if wanted.type == "cuda" and not torch.cuda.is_available():
+    if request.type == "cuda" and not torch.cuda.is_available():
         raise CosaeError("device cuda was asked for, but this torch sees no CUDA device: use --device cpu.")
 
 

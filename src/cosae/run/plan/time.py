@@ -47,7 +47,7 @@ def train_time(recipe: Recipe, data: Data) -> TimePlan:
         buffer_tokens=2 * batch,
         seed=training.seed,
         filter=replace(recipe.filter, window_tokens=min(recipe.filter.window_tokens, max(2 * batch, 1024))),
-        nuisance=recipe.training_nuisance,
+        perturbation=recipe.training_perturbation,
         device=recipe.device,
     )
     batches = [small.next_batch().x_ND for _ in range(WARM_STEPS + TIMED_STEPS)]
@@ -55,7 +55,7 @@ def train_time(recipe: Recipe, data: Data) -> TimePlan:
     parts, rates = {"reading the stream": read / rate}, {"stream": rate}
     for arm in recipe.arms:
         sae = arm.build(data.source.d_in, small.sample_ND, recipe.device)
-        one = ArmState.start(arm, sae, max(small.norm_facts.total_variance, 1e-12), training.optimizer)
+        one = ArmState.start(arm, sae, max(small.norm_summary.total_variance, 1e-12), training.optimizer)
         taken = [_timed(one, x_BD, i, training.dead_after_tokens) for i, x_BD in enumerate(batches)][WARM_STEPS:]
         seconds = sorted(taken)[len(taken) // 2]
         parts[f"steps of {arm.name}"], rates[arm.name] = training.steps * seconds, batch / seconds
@@ -75,18 +75,18 @@ def _timed(state: ArmState, x_BD: torch.Tensor, step: int, dead_after_tokens: in
     return time.perf_counter() - began
 
 
-def capture_time(wanted: Capture, say: Callable[[str], None] = lambda _: None) -> TimePlan:
+def capture_time(request: Capture, log: Callable[[str], None] = lambda _: None) -> TimePlan:
     """Time of a capture: one chunk of sequences through the model, scaled to all tokens. Writes nothing."""
     from cosae.models.capture import capture, resolve_site
     from cosae.run.capture.text import CaptureText
     from cosae.run.dataset.dataset import batch_size, open_model
 
-    say("loading the model for a short sample")
-    model, tokenizer = open_model(wanted.data, wanted.device)
-    sites = [resolve_site(model, name) for name in wanted.sites]
-    text = CaptureText(wanted.data, tokenizer, wanted.seed, 0)
-    part = next(text.parts("train", wanted.tokens))
-    at_once = batch_size(wanted.data, model, sites, "float32")
+    log("loading the model for a short sample")
+    model, tokenizer = open_model(request.data, request.device)
+    sites = [resolve_site(model, name) for name in request.sites]
+    text = CaptureText(request.data, tokenizer, request.seed, 0)
+    part = next(text.parts("train", request.tokens))
+    at_once = batch_size(request.data, model, sites, "float32")
     capture(model, part.sequences[:at_once], sites, at_once)
     began = time.perf_counter()
     found = capture(model, part.sequences, sites, at_once)
@@ -94,4 +94,4 @@ def capture_time(wanted: Capture, say: Callable[[str], None] = lambda _: None) -
     part.labels(rows)
     rate = len(rows) / (time.perf_counter() - began)
     text.close()
-    return TimePlan({"capturing": (wanted.tokens + wanted.held_out_tokens) / rate}, {"capture": rate})
+    return TimePlan({"capturing": (request.tokens + request.held_out_tokens) / rate}, {"capture": rate})

@@ -1,0 +1,31 @@
+"""Names that files and commands of earlier versions carry, and what they are called now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RENAMED = {
+    "nuisance": "perturbation",
+    "ahead_chunks": "prefetch_chunks",
+    "norm_facts": "norm_summary",
+    "facts": "provenance",
+    "began": "started_at",
+    "written": "written_at",
+    "remark": "warning",
+    "remarks": "warnings",
+    "guard": "monitor",
+    "watch": "monitor",
+}
+"""0.1's name of a field → its name since 0.2."""
+
+
+def upgrade(value: Any) -> Any:
+    """A JSON value that 0.1 wrote, with today's names for its fields; a value with today's names as it is."""
+    if isinstance(value, dict):
+        return {RENAMED.get(key, key): upgrade(item) for key, item in value.items()}
+    return [upgrade(item) for item in value] if isinstance(value, list) else value
+
+
+def upgrade_path(path: str) -> str:
+    """A dotted path of fields, such as nuisance.sigma, with today's names."""
+    return ".".join(RENAMED.get(part, part) for part in path.split("."))
