@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 import cosae
-from cosae.activations import filter as filters
 from cosae.activations import perturbation as perturbations
 from cosae.activations.filter import Filter
 from cosae.activations.perturbation import Perturbation
+from cosae.activations.sinks import sink_mask
 from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.matching import match
 from cosae.evaluate.norms.driven import firing_norms, norm_driven
@@ -88,7 +88,7 @@ def saes_of(folder: Path) -> dict[str, SAE]:
 
 def sinks_of(activations: Activations, fitted: Filter) -> torch.Tensor:
     """(N,) bool: the tokens the run's evaluation calls sinks."""
-    return filters.sinks(activations, fitted.median_norm, fitted.policy.factor)
+    return sink_mask(activations, fitted.median_norm, fitted.policy.factor)
 
 
 class Probe:

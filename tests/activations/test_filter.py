@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary, sinks
+from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary
+from cosae.activations.sinks import median_norm, sink_mask
 from cosae.errors import CosaeError
 from cosae.types import Activations
 
@@ -46,8 +47,13 @@ def test_position_0_and_special() -> None:
 
 def test_sinks_are_the_union_of_the_three_rules() -> None:
     activations = made([1, 1, 1, 50, 9.9], positions=[0, 1, 2, 3, 4], special=[False, True, False, False, False])
-    assert sinks(activations, median_norm=1.0).tolist() == [True, True, False, True, False]
-    assert sinks(made([1, 10, 9.9]), median_norm=1.0).tolist() == [False, True, False]
+    assert sink_mask(activations, median_norm=1.0).tolist() == [True, True, False, True, False]
+    assert sink_mask(made([1, 10, 9.9]), median_norm=1.0).tolist() == [False, True, False]
+
+
+def test_median_is_the_mean_of_the_middle_two() -> None:
+    assert median_norm(torch.tensor([4.0, 1.0, 3.0, 8.0])) == 3.5
+    assert median_norm(torch.tensor([4.0, 1.0, 8.0])) == 4.0
 
 
 def test_filter_survives_its_record() -> None:

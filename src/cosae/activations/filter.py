@@ -1,8 +1,7 @@
 """Which tokens take part: one declared policy, shared by training and evaluation.
 
 Enters: a window of activations, as they will be trained on (after any injected perturbation).
-Leaves: a fitted filter that says which tokens to keep, the norm facts of the window, and the sink mask by
-which evaluation reports everything twice, with sinks and without.
+Leaves: a fitted filter that says which tokens to keep, and the norm summary of the window.
 
     norm:        drop tokens with |x| >= factor · median |x|        (paper §3: factor 10)
     position_0:  drop the first token of every sequence, where attention sinks sit
@@ -23,6 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from cosae.activations.sinks import median_norm, quantiles
 from cosae.errors import CosaeError
 from cosae.types import Activations, NormSummary
 
@@ -111,31 +111,20 @@ def fit(policy: FilterPolicy, norm_N: Tensor) -> Filter:
     """The policy fitted to the norms of a stream's first tokens.
 
     norm_N: (N,) |x| of the window before any filtering; only the first `policy.window_tokens` are read.
-    Raises CosaeError if there are none, if one is not finite, or if the median is 0 where it would be the
-    yardstick.
+    Raises CosaeError if there are none, if one is not finite, or if the median is 0 under the kind `norm`.
     """
     window_N = norm_N[: policy.window_tokens]
     if len(window_N) == 0:
         raise CosaeError("the filter needs at least one token to find the median norm; the stream gave none.")
     if not bool(torch.isfinite(window_N).all()):
         raise CosaeError("norms must be finite to fit a filter; check the activations for NaN or infinity.")
-    median_norm = quantiles(window_N, (0.5,))[0]
-    if policy.kind == "norm" and median_norm == 0:
+    median = median_norm(window_N)
+    if policy.kind == "norm" and median == 0:
         raise CosaeError(
             f"the median norm of the first {len(window_N)} tokens is 0, so the filter `norm` would drop "
             "everything; check the activations or use the filter `none`."
         )
-    return Filter(policy, median_norm, len(window_N))
-
-
-def sinks(activations: Activations, median_norm: float, factor: float = 10.0) -> Tensor:
-    """(N,) bool: tokens that evaluation sets apart as attention sinks, whatever training did with them.
-
-    position 0 | special id | |x| >= factor · median_norm. Without positions and tokens only the norm rule
-    applies.
-    """
-    large_N = activations.norm_N >= factor * median_norm
-    return large_N | (activations.position_N == 0) | activations.special_N
+    return Filter(policy, median, len(window_N))
 
 
 def norm_summary(window: Activations, filter: Filter) -> NormSummary:
@@ -162,14 +151,6 @@ def norm_summary(window: Activations, filter: Filter) -> NormSummary:
         total_variance=_total_variance(window.x_ND, keep_N),
         filtered_frac=1.0 - float(keep_N.double().mean()),
     )
-
-
-def quantiles(value_N: Tensor, marks: tuple[float, ...]) -> tuple[float, ...]:
-    """Linear interpolation between order statistics; torch.quantile refuses more than 16 million values."""
-    sorted_N = value_N.double().sort().values
-    place_Q = torch.tensor(marks, dtype=torch.float64, device=value_N.device) * (len(sorted_N) - 1)
-    low_Q, high_Q = place_Q.floor(), place_Q.ceil()
-    return tuple(torch.lerp(sorted_N[low_Q.long()], sorted_N[high_Q.long()], place_Q - low_Q).tolist())
 
 
 def _total_variance(x_ND: Tensor, keep_N: Tensor, rows: int = 8192) -> float:

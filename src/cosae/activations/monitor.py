@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from cosae.activations.filter import quantiles
+from cosae.activations.sinks import quantiles
 from cosae.errors import CosaeError
 from cosae.types import Activations
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cosae.activations import filter as filters
+from cosae.activations.sinks import sink_mask
 from cosae.errors import CosaeError
 from cosae.evaluate.audit import audit
 from cosae.interop.read import read_sae
@@ -69,7 +69,7 @@ def run_audit(
 def _audit_one(sae: SAE, sample: Sampled, request: EvalRequest) -> dict[str, Any]:
     activations = sample.activations
     median = float(np.median(activations.norm_N.cpu().double().numpy()))
-    sink_N = filters.sinks(activations, median, request.sink_factor)
+    sink_N = sink_mask(activations, median, request.sink_factor)
     sae, warning = calibrated(sae, activations, sink_N)
     found = audit(sae, activations, sink_N, median_norm=median, spell=sample.spell, seed=request.seed)
     return {

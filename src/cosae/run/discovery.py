@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cosae.activations import filter as filters
+from cosae.activations.sinks import sink_mask
 from cosae.errors import CosaeError
 from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.matching import match as matching
@@ -69,7 +69,7 @@ def measure_discovery(
 
 
 def _without_sinks(sample: Sample, median: float, factor: float) -> Sample:
-    keep_N = sample.labelled_N & ~filters.sinks(sample.activations, median, factor).cpu().numpy()
+    keep_N = sample.labelled_N & ~sink_mask(sample.activations, median, factor).cpu().numpy()
     kept = sample.activations[torch.from_numpy(keep_N)]
     return replace(sample, activations=kept, labels_NC=sample.labels_NC[keep_N], labelled_N=sample.labelled_N[keep_N])
 

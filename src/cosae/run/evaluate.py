@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.activations import filter as filters
+from cosae.activations.sinks import sink_mask
 from cosae.errors import CosaeError
 from cosae.evaluate import geometry, gradients, reconstruction
 from cosae.evaluate.encoding import encode_all
@@ -167,7 +167,7 @@ def _open(sae_specs: Sequence[str], request: EvalRequest, log: Callable[[str], N
 
 
 def _sinks(sample: Sampled, median: float, request: EvalRequest) -> Tensor:
-    return filters.sinks(sample.activations, median, request.sink_factor).cpu()
+    return sink_mask(sample.activations, median, request.sink_factor).cpu()
 
 
 def _paths(sae_specs: Sequence[str]) -> dict[str, list[Path]]:

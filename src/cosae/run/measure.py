@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cosae.activations import filter as filters
 from cosae.activations.filter import Filter
+from cosae.activations.sinks import sink_mask
 from cosae.evaluate import reconstruction
 from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.norms import describe as norms
@@ -41,7 +41,7 @@ def evaluate(
     log("capturing held-out activations")
     held_out = data.sample("held_out", config.held_out_tokens)
     activations = held_out.activations
-    sink_N = filters.sinks(activations, fitted.median_norm, fitted.policy.factor)
+    sink_N = sink_mask(activations, fitted.median_norm, fitted.policy.factor)
     metadata = norms.describe_norms(activations, ~fitted.keep(activations), config.seed, sink_N=sink_N)
     baseline = "standard" if "standard" in saes else next(iter(saes))
     result: dict[str, Any] = {
@@ -135,7 +135,7 @@ def probe_concepts(
         keep = [side.labelled_N.copy() for side in sides]
         if which == "sinks_out":
             for keep_N, side in zip(keep, sides, strict=True):
-                keep_N &= ~filters.sinks(side.activations, median, sink_factor).numpy()
+                keep_N &= ~sink_mask(side.activations, median, sink_factor).numpy()
         found[which] = probing.probe(
             *codes,
             train.activations,

@@ -3,7 +3,7 @@
 mean, variance   moments of each shard, joined by Chan, Golub & LeVeque (1983) in float64, in the shards' order
 norm quantiles   order statistics of the fp32 norms, linear between two of them. Non-negative floats sort as their
                  bits do, so two passes that count upper and then lower 16 bits find any of them exactly.
-sinks            position 0 | special id | |x| ≥ 10 × the median norm, as in cosae.activations.filter
+sinks            position 0 | special id | |x| ≥ 10 × the median norm, as in cosae.activations.sinks
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosae.activations.filter import QUANTILES
+from cosae.activations.sinks import FACTOR
 
-SINK_FACTOR = 10.0
 AT_ONCE = 1 << 20
 Columns = dict[str, NDArray[Any]]
 """Columns of one shard by their names in the file."""
@@ -34,7 +34,7 @@ def describe_rows(shards: Callable[[], Iterable[Columns]]) -> dict[str, Any]:
     for columns in shards():
         total += float(columns["norm"].sum(dtype=np.float64))
         first, special = columns["position"] == 0, columns["special"]
-        large = columns["norm"] >= SINK_FACTOR * median
+        large = columns["norm"] >= FACTOR * median
         for name, found in zip(sinks, (first, special, large, first | special | large), strict=True):
             sinks[name] += int(found.sum())
     return {
@@ -47,7 +47,7 @@ def describe_rows(shards: Callable[[], Iterable[Columns]]) -> dict[str, Any]:
             "max_over_median": quantiles[-1] / median if median > 0 else None,
             "quantiles": [[mark, value] for mark, value in zip(QUANTILES, quantiles, strict=True)],
         },
-        "sinks": {"factor": SINK_FACTOR, **sinks},
+        "sinks": {"factor": FACTOR, **sinks},
     }
 
 
@@ -64,7 +64,7 @@ def _join(shards: Iterable[Columns]) -> tuple[NDArray[np.float64], float, int]:
 
 
 def _quantiles(norms: Callable[[], Iterator[NDArray[np.float32]]], n: int, marks: Sequence[float]) -> tuple[float, ...]:
-    """Quantiles of n finite, non-negative values, as filter.norm_summary has them."""
+    """Quantiles of n finite, non-negative values, as sinks.quantiles has them."""
     places = [mark * (n - 1) for mark in marks]
     ranks = sorted({int(np.floor(p)) for p in places} | {int(np.ceil(p)) for p in places})
     value = dict(zip(ranks, _order_statistics(norms, ranks), strict=True))

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cosae.activations import filter as filters
+from cosae.activations.sinks import sink_mask
 from cosae.errors import CosaeError
 from cosae.evaluate.model.predictions import divergence, logits_at, predicting
 from cosae.evaluate.statistics import RESAMPLES, Array, percentile_interval, resample_counts
@@ -169,7 +169,7 @@ def _draw(
     median = float(activations.norm_N.double().median()) if median_norm is None else median_norm
     mask_ST = sequences.mask_ST
     z_ND = activations.x_ND.double() - (0.0 if centre_D is None else centre_D.double())
-    usable_N = predicting(sequences)[mask_ST] & ~filters.sinks(activations, median, factor) & (z_ND.norm(dim=-1) > 0)
+    usable_N = predicting(sequences)[mask_ST] & ~sink_mask(activations, median, factor) & (z_ND.norm(dim=-1) > 0)
     candidate_n = usable_N.nonzero()[:, 0]
     if len(candidate_n) < 2:
         raise CosaeError("patching needs at least two tokens that are no sinks and predict another. Give more text.")

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cosae.activations import filter as filters
+from cosae.activations.sinks import sink_mask
 from cosae.errors import CosaeError
 from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, predicting
 from cosae.evaluate.model.splice_numbers import ABLATIONS, PLACES, PerToken, mean, paired, table, units
@@ -79,7 +79,7 @@ def measure_splice(
     found = find_site(model, site)
     activations = capture(model, sequences, found, batch_sequences)[found.name]
     median = float(activations.norm_N.double().median()) if median_norm is None else median_norm
-    sink_N = filters.sinks(activations, median, factor).cpu()
+    sink_N = sink_mask(activations, median, factor).cpu()
     at_N = predicting(sequences)[sequences.mask_ST]
     if not bool(at_N.any()):
         raise CosaeError("no token here predicts another of its document: give sequences of two tokens and more.")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cosae.activations import filter as filters
 from cosae.activations.filter import Filter
+from cosae.activations.sinks import sink_mask
 from cosae.errors import CosaeError
 from cosae.models.hooks import positions
 from cosae.types import Activations
@@ -189,7 +189,7 @@ def resolve_policy(policy: Policy, metadata: dict[str, Any]) -> Policy:
     if policy == "filter":
         return fitted
     factor = fitted.policy.factor
-    return lambda activations: ~filters.sinks(activations, fitted.median_norm, factor)
+    return lambda activations: ~sink_mask(activations, fitted.median_norm, factor)
 
 
 def covered(policy: Policy, x_ND: Tensor, window: Window, special_ids: tuple[int, ...]) -> Tensor:

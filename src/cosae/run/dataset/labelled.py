@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from cosae.activations import filter as filters
+from cosae.activations.sinks import sink_mask
 from cosae.errors import CosaeError
 from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.norms.read_time import remove_norm
@@ -67,7 +67,7 @@ def encode_texts(
     reading = Reading() if reading is None else reading
     first = next(_chunks(sets[0], data, reading))[1]
     median = float(first.norm_N.double().median())
-    calm = first[~filters.sinks(first, median, reading.sink_factor)]
+    calm = first[~sink_mask(first, median, reading.sink_factor)]
     arms = _arms(saes, calm, reading)
     return [_encode(one, arms, data, reading, median) for one in sets]
 
@@ -118,7 +118,7 @@ def _encode(
         place_N = activations.doc_N.numpy().astype(np.int64) - len(rows)
         n = len(texts)
         rows += texts
-        sink_N = filters.sinks(activations, median, reading.sink_factor).numpy()
+        sink_N = sink_mask(activations, median, reading.sink_factor).numpy()
         for sinks, keep_N in zip(SINKS, (np.ones_like(sink_N), ~sink_N), strict=True):
             norm_N1 = activations.norm_N[:, None]
             dense[sinks]["norm"].append(pool_vectors(norm_N1, place_N, n, keep_N))
