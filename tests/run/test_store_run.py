@@ -25,7 +25,8 @@ from cosae.cli import main
 from cosae.errors import CosaeError
 from cosae.recipe import DataConfig, Recipe
 from cosae.run.capture import capture as captures
-from cosae.run.capture.capture import Capture, capture_stores
+from cosae.run.capture.capture import capture_stores
+from cosae.run.capture.request import Capture
 from cosae.run.dataset.dataset import ModelData, open_data, open_model
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.fit import fit

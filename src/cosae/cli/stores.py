@@ -78,7 +78,7 @@ class Verify:
 def build_capture(command: Capture) -> Any:
     """What a `capture` command line asks for. Raises CosaeError for what it does not allow."""
     from cosae.recipe import Recipe, preset
-    from cosae.run.capture.capture import Capture as CaptureRequest
+    from cosae.run.capture.request import Capture as CaptureRequest
 
     recipe = Recipe.read(command.recipe) if command.recipe is not None else preset(command.preset)
     named = {

@@ -17,7 +17,8 @@ from cosae.activations.synthetic import World
 from cosae.cli import main
 from cosae.errors import CosaeError
 from cosae.recipe import DataConfig, Recipe, preset
-from cosae.run.capture.capture import Capture, capture_stores
+from cosae.run.capture.capture import capture_stores
+from cosae.run.capture.request import Capture
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.plan import plan as plans
 from cosae.run.plan import resources as room

@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,20 +22,19 @@ from typing import Any
 import torch
 
 from cosae.activations.store.reader import find_stores
-from cosae.activations.store.rounding import store_dtype
-from cosae.activations.store.shards import ShardRows, ShardShape
+from cosae.activations.store.shards import ShardRows
 from cosae.activations.store.writer import SIDES, StoreWriter, begun_request
 from cosae.errors import CosaeError
-from cosae.recipe import DataConfig, to_plain
+from cosae.recipe import to_plain
 from cosae.run import provenance
+from cosae.run.capture.request import Capture
 from cosae.run.capture.text import CaptureText, Part
 from cosae.run.dataset.corpus import check_corpus
 from cosae.run.dataset.dataset import batch_size, open_model
 from cosae.run.folder import LOCK, hold
+from cosae.run.plan.plan import check_capture
 from cosae.types import Activations, Site
 
-SHARD_BYTES = 128 * 2**20
-"""A shard that nobody gave a size is about this large."""
 NO_SAY_IN_IT = (
     "site",
     "activations",
@@ -47,55 +46,6 @@ NO_SAY_IN_IT = (
     "prefetch_chunks",
 )
 """Fields of a recipe's data that decide nothing of what is captured."""
-
-
-@dataclass(frozen=True)
-class Capture:
-    """What to capture. Raises CosaeError on a value that is not allowed.
-
-    data             model and corpus, as a recipe names them
-    sites            one or several; several make one store each, below the folder
-    tokens           rows of the train side; fewer where the corpus ends before
-    held_out_tokens  rows of the held-out side, at least
-    dtype            of the rows on disk: float32, bfloat16, float16 or int8
-    shard_tokens     rows per shard; None: about 128 MB
-    seed             of the order of documents
-    """
-
-    data: DataConfig
-    sites: tuple[str, ...]
-    tokens: int
-    held_out_tokens: int = 196_608
-    dtype: str = "bfloat16"
-    shard_tokens: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("held_out_tokens", 0)):
-            if getattr(self, name) < least:
-                raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)} instead.")
-        if self.shard_tokens is not None and self.shard_tokens < 1:
-            raise CosaeError(f"shard_tokens must be at least 1. Got {self.shard_tokens} instead.")
-        if not self.sites:
-            raise CosaeError("capture needs at least one site, such as resid_post.5.")
-        if self.data.activations is not None or self.data.world is not None or self.data.store is not None:
-            raise CosaeError("capture runs a model on a corpus; activations in files need no capture.")
-        if self.data.non_finite != "fatal":
-            raise CosaeError(
-                "data.non_finite must be fatal for a capture, since a store holds the row of every token. Got "
-                f"{self.data.non_finite!r} instead: run the model in float32 or bfloat16, or train without a store."
-            )
-        object.__setattr__(self, "dtype", store_dtype(self.dtype))
-
-    @property
-    def captured_dtype(self) -> str:
-        """Of rows before they are rounded for the disk: int8 takes its scales from float32."""
-        return "float32" if self.dtype == "int8" else self.dtype
-
-    def rows_per_shard(self, d_in: int, label_bytes: int) -> int:
-        """`shard_tokens`, or what fills about SHARD_BYTES."""
-        return self.shard_tokens or max(1024, SHARD_BYTES // ShardShape(1, d_in, self.dtype, label_bytes).row_bytes())
 
 
 Progress = Callable[[int], None]
@@ -117,7 +67,6 @@ def capture_stores(
     progress is written. All that is whole then is gone on from.
     """
     from cosae.models.capture import capture, resolve_site
-    from cosae.run.plan.plan import check_capture
 
     check_corpus(request.data)
     check_capture(request, out)

@@ -28,7 +28,7 @@ from cosae.activations.store.rounding import STORE_DTYPES
 from cosae.activations.store.shards import ShardShape
 from cosae.activations.stream import SAMPLE_ROWS
 from cosae.recipe import DataConfig, Recipe
-from cosae.run.capture.capture import Capture
+from cosae.run.capture.request import Capture
 from cosae.run.plan.resources import Item, human, total
 from cosae.train.checkpoint import KEEP
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cosae.recipe import Recipe
-from cosae.run.capture.capture import Capture
+from cosae.run.capture.request import Capture
 from cosae.run.plan.memory import MemoryPlan, Sizes, capture_disk, capture_memory, data_sizes, run_disk, train_memory
 from cosae.run.plan.resources import Choice, Item, check_disk, check_memory, free_disk, free_memory, human, total
 from cosae.run.plan.time import TimePlan, capture_time, train_time

@@ -10,7 +10,7 @@ import torch
 
 from cosae.activations.stream import ActivationStream
 from cosae.recipe import Recipe
-from cosae.run.capture.capture import Capture
+from cosae.run.capture.request import Capture
 from cosae.run.dataset.dataset import Data
 from cosae.train.step import ArmState, train_step
 
