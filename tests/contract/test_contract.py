@@ -1,4 +1,7 @@
-"""One contract for every frame × score × selector × decoder."""
+"""One contract for every frame × score × selector × decoder.
+
+The quick suite runs combinations in which every two parts meet, `-m slow` the rest of the grid.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from cosae.sae.frame import FRAMES
 from cosae.sae.model import SAE
 from cosae.sae.score import SCORES
 from cosae.sae.selector import SELECTORS
+from tests.support.all_pairs import all_pairs
 
 D_IN, D_SAE, K, TOKENS = 12, 30, 4, 24
 DECODERS: dict[str, tuple[tuple[int, ...], bool]] = {
@@ -38,6 +39,11 @@ class Combination:
         return f"{self.frame}-{self.score}-{self.selector}-{self.decoder}"
 
     @property
+    def axes(self) -> tuple[str | tuple[int, ...] | bool, ...]:
+        """Frame, score, selector, prefixes and norm restoring: a decoder is two choices."""
+        return (self.frame, self.score, self.selector, self.prefixes, self.norm_restoring)
+
+    @property
     def prefixes(self) -> tuple[int, ...]:
         """Feature counts of all reconstructions."""
         return (*DECODERS[self.decoder][0], D_SAE)
@@ -48,12 +54,19 @@ class Combination:
 
 
 COMBINATIONS = [Combination(*c) for c in itertools.product(FRAMES, SCORES, SELECTORS, DECODERS)]
-every_combination = pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
 
 
 def some_combinations(wanted: Callable[[Combination], bool]) -> pytest.MarkDecorator:
-    """The combinations for which a property differs; the others share the code that is tested."""
-    return pytest.mark.parametrize("combination", [c for c in COMBINATIONS if wanted(c)], ids=str)
+    """The combinations for which a property differs: all pairs of their parts, the rest of their grid as `slow`."""
+    grid = {c.axes: c for c in COMBINATIONS if wanted(c)}
+    quick = set(all_pairs(list(grid)))
+    parameters = [
+        pytest.param(c, id=str(c), marks=[] if axes in quick else [pytest.mark.slow]) for axes, c in grid.items()
+    ]
+    return pytest.mark.parametrize("combination", parameters)
+
+
+every_combination = some_combinations(lambda c: True)
 
 
 def make_x(seed: int = 0, tokens: int = TOKENS) -> Tensor:
