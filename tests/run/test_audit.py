@@ -13,7 +13,8 @@ import cosae
 from cosae.cli import main
 from cosae.errors import CosaeError
 from cosae.interop.dictionary_learning.read import write as write_dictionary
-from cosae.run.audit import run_audit, screen
+from cosae.report.audit import audit_text
+from cosae.run.audit import run_audit
 from cosae.run.dataset.existing import EvalRequest
 from cosae.sae.calibrate import calibrate
 
@@ -87,7 +88,7 @@ def test_the_embedded_model_is_found_from_the_sae_s_own_facts(tmp_path: Path) ->
     found = run_audit([tmp_path / "sae"], EvalRequest(tokens=600))["saes"][0]
     assert found["source"]["site"] == "resid_post.2"
     assert found["tokens"] == 600
-    assert "position 0" in screen({"saes": [found]}) or found["sinks"]["n_sinks"] == 0
+    assert "position 0" in audit_text({"saes": [found]}) or found["sinks"]["n_sinks"] == 0
 
 
 def test_an_sae_without_a_threshold_gets_one_for_the_audit_only(vectors: Path, tmp_path: Path) -> None:

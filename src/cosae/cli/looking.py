@@ -129,11 +129,12 @@ def inspect(command: Inspect) -> int:
 
 
 def audit(command: Audit) -> int:
-    from cosae.run.audit import run_audit, screen
+    from cosae.report.audit import audit_text
+    from cosae.run.audit import run_audit
     from cosae.run.dataset.existing import EvalRequest
 
     request = EvalRequest(**{f.name: getattr(command, f.name) for f in fields(EvalRequest)})
-    print(screen(run_audit(command.saes, request, command.out, logger(command.quiet))))
+    print(audit_text(run_audit(command.saes, request, command.out, logger(command.quiet))))
     print(f"\nReport: {command.out / 'audit.html'}")
     return 0
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from cosae.evaluate.verdict import NORM_DRIVEN
 from cosae.report.figures import Panel, drawing, label, style_of
-from cosae.report.markup import Markup, count, fixed, percent, tag
+from cosae.report.format import count, fixed, percent
+from cosae.report.markup import Markup, tag
 from cosae.report.tables import table
 
 HISTOGRAM_BINS = 20

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cosae.report.markup import count, tag
+from cosae.report.format import count
+from cosae.report.markup import tag
 from cosae.report.records import RunRecord, number
 from cosae.report.tables import table
 

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cosae.report.markup import MINUS, Markup, join, shortened, tag
+from cosae.report.format import MINUS, shortened
+from cosae.report.markup import Markup, join, tag
 
 INK, MUTED, FAINT, GRID = "#1a1a1a", "#5c5f66", "#9a9ca1", "#e6e7ea"
 WIDTH = 1040

@@ -15,13 +15,15 @@ from typing import Any
 
 from cosae.errors import CosaeError
 from cosae.report.figures import style_of
-from cosae.report.markup import MINUS, NONE, Markup, fixed, join, percent, significant, tag
+from cosae.report.format import NONE, fixed, percent, significant
+from cosae.report.markup import Markup, join, tag
 from cosae.report.probing import RULES, estimate, groups_of
 from cosae.report.records import RunRecord, mapping, number, reach, read_run
 from cosae.report.run_figures import Looks
 from cosae.report.sections import reading, run_section
 from cosae.report.style import CSS
 from cosae.report.tables import summary_rows, swatch, table
+from cosae.report.terminal import text_table
 from cosae.report.verdict import claims, verdict
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -176,12 +178,12 @@ def _compared_cells(record: RunRecord, arm: str) -> list[object]:
 
 
 def _summary_text(record: RunRecord) -> str:
-    """Columns of one run, right-aligned, and the verdict below; ASCII but for the names, for any terminal."""
+    """The summary of one run and its verdict."""
     gaps = {c.arm: c for c in claims(record) if c.what == "FVE, sinks out"}
     head = ["arm", "FVE", "median", "L0", "dead", "a"]
     head += ["AUROC", "by mean"] if record.probing else []
     head += [f"FVE - {record.baseline}"] if gaps else []
-    rows = [head]
+    rows = []
     for row in summary_rows(record):
         cells = [row["arm"], fixed(row["fve"], 4), fixed(row["median_token_fve"], 4)]
         cells += [fixed(row["l0"], 2), percent(row["dead_frac"]), fixed(row["a"], 3)]
@@ -191,15 +193,7 @@ def _summary_text(record: RunRecord) -> str:
             ends = f" [{fixed(gap.low, 4, True)}, {fixed(gap.high, 4, True)}]" if gap else ""
             cells.append(f"{fixed(gap.difference, 4, True)}{ends}" if gap else NONE)
         rows.append(cells)
-    return "\n".join(_printable(line) for line in [_titled(record), *_columns(rows), *_notes(record), verdict(record)])
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    return text_table(head, rows, title=_titled(record), notes=[*_notes(record), verdict(record)])
 
 
 def _notes(record: RunRecord) -> list[str]:
@@ -211,8 +205,3 @@ def _notes(record: RunRecord) -> list[str]:
     return said + [
         f"{arm} stopped: {metadata['stopped']}" for arm, metadata in record.arms.items() if metadata.get("stopped")
     ]
-
-
-def _printable(words: str) -> str:
-    """Without control characters, which would move a terminal's cursor; minus signs and dashes as hyphens."""
-    return "".join(c if c.isprintable() else "?" for c in words.replace(MINUS, "-").replace(NONE, "-"))

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cosae.report.figures import INK, MUTED, WIDTH, Panel, Style, drawing, label, legend, marker, padded, stroke
-from cosae.report.markup import Markup, fixed, join, shortened, tag
+from cosae.report.format import fixed, shortened
+from cosae.report.markup import Markup, join, tag
 from cosae.report.records import RunRecord, items, mapping, number, numbers, reach
 from cosae.report.run_figures import Looks
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cosae.report.markup import Markup, count, fixed, join, shortened, tag
+from cosae.report.format import count, fixed, shortened
+from cosae.report.markup import Markup, join, tag
 from cosae.report.records import RunRecord, mapping, number
 from cosae.report.tables import table
 

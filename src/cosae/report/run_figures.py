@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cosae.report.figures import FAINT, WIDTH, Panel, Style, drawing, label, legend, padded
-from cosae.report.markup import Markup, fixed, join, percent, shortened, significant, tag
+from cosae.report.format import fixed, percent, shortened, significant
+from cosae.report.markup import Markup, join, tag
 from cosae.report.records import RunRecord, finite, items, mapping, number, reach
 
 Looks = Mapping[str, Style]

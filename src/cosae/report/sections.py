@@ -6,7 +6,8 @@ In: a RunRecord and the looks of its arms. Out: pieces of Markup in the order th
 from __future__ import annotations
 
 from cosae.report.events import events_section
-from cosae.report.markup import Markup, count, join, tag
+from cosae.report.format import count
+from cosae.report.markup import Markup, join, tag
 from cosae.report.probing import RULES, concept_figures, differences_figure, groups_of, means_figure, means_table
 from cosae.report.provenance import provenance
 from cosae.report.records import RunRecord, number

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cosae.report.figures import Style, marker
-from cosae.report.markup import Markup, count, fixed, join, percent, significant, tag
+from cosae.report.format import count, fixed, percent, significant
+from cosae.report.markup import Markup, join, tag
 from cosae.report.probing import BASELINES, RULES, estimate, groups_of, summary
 from cosae.report.records import RunRecord, finite, items, mapping, number, reach
 from cosae.report.run_figures import Looks

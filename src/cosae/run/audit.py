@@ -9,7 +9,7 @@ sample, for the audit only, and the audit says so.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +93,3 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
     write_json(out / "audit.json", result)
     write_page(out / "audit.html", "audit", audit_page(result))
-
-
-def screen(result: Mapping[str, Any]) -> str:
-    """The answers as text for a terminal."""
-    return "\n\n".join(_screen_of(found) for found in result["saes"])
-
-
-def _screen_of(found: Mapping[str, Any]) -> str:
-    made, said = found["sae"], found["verdict"]
-    make = f"{made['score']} × {made['selector']}, frame {made['frame']}"
-    head = f"{found['name']}: {make}, {made['d_sae']} features, k {made['k']}"
-    lines = [head, f"fooled by norm: {said['fooled']}: {said['because']}"]
-    lines += [f"note: {found['warning']}"] if found["warning"] else []
-    width = max(len(line["topic"]) for line in found["lines"])
-    for line in found["lines"]:
-        mark = "!" if line["level"] == "look" else " "
-        lines += [f"{mark} {line['topic'].ljust(width)}  {line['sentence']}", f"  {' ' * width}  {line['evidence']}"]
-    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
