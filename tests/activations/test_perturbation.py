@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosae.activations.perturbation import Perturbation, apply, keyed_generator
+from cosae.activations.perturbation import Perturbation, apply
 from cosae.errors import CosaeError
+from cosae.io.generators import keyed_generator
 from cosae.types import Activations
 
 N, D = 20_000, 8

@@ -21,6 +21,7 @@ from cosae.activations.stream import ActivationStream
 from cosae.activations.synthetic import SyntheticSource
 from cosae.errors import CosaeError
 from cosae.io import atomic as durable
+from cosae.io import lock
 from cosae.recipe import Recipe
 from cosae.run import execute as module
 from cosae.run import folder
@@ -177,7 +178,7 @@ def test_no_whole_checkpoint_is_refused_and_nothing_is_begun_again(whole: Path, 
 
 def test_a_folder_that_is_being_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    child = "import sys; from pathlib import Path; from cosae.run.folder import hold\n"
+    child = "import sys; from pathlib import Path; from cosae.io.lock import hold\n"
     child += "with hold(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", child, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -192,7 +193,7 @@ def test_a_folder_that_is_being_written_is_refused(tmp_path: Path, monkeypatch: 
     holder.wait()
     holder.stdin.close()
     holder.stdout.close()
-    with folder.hold(out), pytest.raises(CosaeError, match="written by this very process"), folder.hold(out):
+    with lock.hold(out), pytest.raises(CosaeError, match="written by this very process"), lock.hold(out):
         pass
     execute(small(**{"training.steps": 2}), out, logs=QUIET)
 

@@ -23,6 +23,7 @@ from cosae.activations.store import writer as store_writer
 from cosae.activations.store.reader import Store
 from cosae.cli import main
 from cosae.errors import CosaeError
+from cosae.io.lock import hold
 from cosae.recipe import DataConfig, Recipe
 from cosae.run.capture import capture as captures
 from cosae.run.capture.capture import capture_stores
@@ -30,7 +31,6 @@ from cosae.run.capture.request import Capture
 from cosae.run.dataset.dataset import ModelData, open_data, open_model
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.fit import fit
-from cosae.run.folder import hold
 from tests.support.small_stores import fingerprint
 
 SMALL = {

@@ -9,7 +9,6 @@ held-out are told apart by whole blocks of consecutive rows, drawn by a seeded p
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from cosae.activations.array_files import open_array
 from cosae.errors import CosaeError
+from cosae.io.digest import file_digest
 from cosae.io.generators import epoch_order, seeded
 from cosae.types import Activations
 
@@ -68,8 +68,7 @@ class ArraySource:
             self._check_finite()
         self.block_rows = max(1, min(MAX_BLOCK_ROWS, self.n_rows // 100))
         self._train_rows, self._held_out_rows = self._split()
-        with self.path.open("rb") as file:
-            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.sha256 = file_digest(self.path)
 
     @property
     def chunks_per_epoch(self) -> int:

@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from cosae.activations.perturbation import keyed_generator
+from cosae.io.generators import keyed_generator
 from cosae.types import Activations
 
 

@@ -14,7 +14,6 @@ training. Draws are made on the CPU, so every device sees the same ones.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
+from cosae.io.generators import keyed_generator
 from cosae.types import Activations
 
 NuisanceKind = Literal["none", "log_normal", "sinks"]
@@ -148,13 +148,6 @@ def _plant_sinks(x_ND: Tensor, chosen_N: Tensor, norm_N: Tensor, perturbation: P
     direction_D = (direction_D / direction_D.norm()).to(x_ND.device)
     massive_D = perturbation.factor * norm_N.float().median() * direction_D if len(norm_N) else direction_D
     return torch.where(chosen_N[:, None], massive_D, x_ND)
-
-
-def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
-    """A CPU generator whose stream depends on the seed and on every part of the key, and on nothing else."""
-    text = "/".join(map(repr, (seed, *key)))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # 63 bits: seeds are signed
 
 
 def parse_settings(text: str, what: str, allowed: Mapping[str, tuple[str, ...]]) -> tuple[str, dict[str, str]]:

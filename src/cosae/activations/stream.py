@@ -31,9 +31,10 @@ from cosae.activations import perturbation as perturbations
 from cosae.activations.digest import chain
 from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary
 from cosae.activations.monitor import StreamMonitor
-from cosae.activations.perturbation import Perturbation, keyed_generator
+from cosae.activations.perturbation import Perturbation
 from cosae.activations.prefetch import Prefetcher
 from cosae.errors import CosaeError
+from cosae.io.generators import keyed_generator
 from cosae.io.legacy import upgrade
 from cosae.types import Activations, NormSummary
 

@@ -21,8 +21,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from cosae.activations.perturbation import cast_settings, keyed_generator, parse_settings
+from cosae.activations.perturbation import cast_settings, parse_settings
 from cosae.errors import CosaeError
+from cosae.io.generators import keyed_generator
 from cosae.types import Activations, Codes
 
 Frequencies = Literal["uniform", "power"]

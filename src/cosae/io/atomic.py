@@ -1,26 +1,35 @@
-"""Files that are whole or absent, and that survive a power cut once they stand: staged, flushed, renamed, and the
+"""Files that are complete or absent, and that survive a power cut once they stand: staged, flushed, renamed, and the
 folder flushed after the rename."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step. Raises OSError; what was there before is untouched then."""
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A hidden path beside `path` to write to; it replaces `path` in one step when the block ends well.
+
+    Otherwise it is removed, and what was there before is untouched. Raises OSError.
+    """
     staged = path.with_name(f".{path.name}.partial")
     try:
-        with staged.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield staged
+        sync_file(staged)
         staged.replace(path)
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step. Raises OSError; what was there before is untouched then."""
+    with replaced(path) as staged:
+        staged.write_text(text, encoding="utf-8")
 
 
 def sync_file(path: Path) -> None:

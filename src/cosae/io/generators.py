@@ -1,7 +1,8 @@
-"""The global random generators of a process, as tensors and back.
+"""Random generators: cosae's own, one for every choice, keyed by a seed; and those that a process shares.
 
-Nothing of cosae draws from them while it trains: every choice has a generator of its own, keyed by a seed. They are
-saved all the same, for models, services and arms of other people's that do.
+Nothing of cosae draws from the shared ones while it trains. They are saved all the same, for models, services and arms
+of other people's that do. The two families of keyed streams hash their key differently; what 0.1 drew from each is
+drawn again.
 """
 
 from __future__ import annotations
@@ -54,6 +55,14 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def seeded(*key: str | int) -> torch.Generator:
-    """A generator of its own for each key; hashed, so that neighbouring seeds and epochs share nothing."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    """A CPU generator of its own for each key; hashed, so that neighbouring seeds and epochs share nothing."""
+    return _generator(hashlib.sha256(repr(key).encode()).digest())
+
+
+def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
+    """As `seeded`, of another family: perturbations, synthetic worlds, shuffles, input noise."""
+    return _generator(hashlib.blake2b("/".join(map(repr, (seed, *key))).encode(), digest_size=8).digest())
+
+
+def _generator(digest: bytes) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # 63 bits: seeds are signed

@@ -24,6 +24,7 @@ from cosae import kernels
 from cosae.activations.stream import ActivationStream
 from cosae.errors import CosaeError
 from cosae.io.generators import generator_state, restore_generators
+from cosae.io.lock import hold
 from cosae.io.signals import Stop, stop_on_signals
 from cosae.recipe import Recipe, from_plain, to_plain
 from cosae.run import provenance
@@ -38,7 +39,6 @@ from cosae.run.folder import (
     RUN,
     VERSION,
     check_free,
-    hold,
     read_json,
     write_json,
     write_recipe,

@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, and reading and writing it without ever leaving a torn file.
+"""A run's folder: what lies in it, and reading and writing it without ever leaving a partial file.
 
 RUN/ recipe.json · run.json · metrics.jsonl · timing.jsonl · events.jsonl · evaluation.json · checkpoints/ · arms/NAME/
 (SAE folders) · .lock (who writes it)
@@ -7,21 +7,18 @@ RUN/ recipe.json · run.json · metrics.jsonl · timing.jsonl · events.jsonl ·
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from cosae.errors import CosaeError
-from cosae.io.atomic import sync_file, sync_folder, write_text
+from cosae.io.atomic import replaced, write_text
 from cosae.io.legacy import upgrade
+from cosae.io.lock import LOCK
 from cosae.recipe import Recipe
 from cosae.train.log import finite
 
 RUN, RECIPE, METRICS, EVALUATION, ARMS = "run.json", "recipe.json", "metrics.jsonl", "evaluation.json", "arms"
-EVENTS, LOCK = "events.jsonl", ".lock"
+EVENTS = "events.jsonl"
 FORMAT, VERSION = "cosae-run", 2
 
 
@@ -58,62 +55,10 @@ def check_free(out: Path) -> None:
         raise CosaeError(f"{out} is not empty and holds no run: choose another --out.")
 
 
-@contextmanager
-def hold(out: Path) -> Iterator[None]:
-    """Make the folder `out` where there is none, and be the only process that writes a run or a store there.
-
-    The lock goes with its process, however that ends. Raises CosaeError where another one holds it, or the disk
-    refuses. Systems without POSIX locks get none.
-    """
-    key = str(out.resolve())
-    if key in _HELD:
-        raise CosaeError(f"{out} is being written by this very process: wait for it, or choose another folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another folder.") from None
-    _HELD.add(key)
-    try:
-        with file:
-            _lock(file, out)
-            yield
-    finally:
-        _HELD.discard(key)
-
-
-def _lock(file: TextIO, out: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by worker processes
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise CosaeError(
-            f"{out} is being written by another process ({file.read().strip() or 'unknown'}): wait for it, or stop it "
-            "first."
-        ) from None
-    except OSError:
-        return  # a file system without locks
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-
-
-_HELD: set[str] = set()
-"""Folders this process writes: POSIX locks do not keep a process from itself."""
-
-
 def write_recipe(out: Path, recipe: Recipe) -> None:
     """recipe.json, in one step. Raises CosaeError where the disk refuses."""
-    staged = out / f".{RECIPE}.partial"
     try:
-        recipe.write(staged)
-        sync_file(staged)
-        staged.replace(out / RECIPE)
-        sync_folder(out)
+        with replaced(out / RECIPE) as staged:
+            recipe.write(staged)
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise CosaeError(f"{out} cannot be written ({error.strerror}); make room, or choose another --out.") from None

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.activations.perturbation import keyed_generator
 from cosae.errors import CosaeError
+from cosae.io.generators import keyed_generator
 from cosae.sae.file import load
 from cosae.sae.loss import LossConfig
 from cosae.sae.model import SAE, SAEConfig

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from cosae.activations.monitor import MARKS, NormReference
-from cosae.activations.store.records import digest, read_record
+from cosae.activations.store.records import read_record
 from cosae.activations.store.rounding import STORE_DTYPES, restore_rows
-from cosae.activations.store.shards import COLUMNS, MappedShard, ShardShape, ShardTag, digest_file, find_fault
+from cosae.activations.store.shards import COLUMNS, MappedShard, ShardShape, ShardTag, find_fault
 from cosae.activations.store.writer import CAPTURE, FORMAT, INDEX, SIDES, VERSION
 from cosae.errors import CosaeError
+from cosae.io.digest import file_digest, value_digest
 from cosae.io.generators import seeded
 from cosae.types import Activations, Site
 
@@ -71,8 +72,8 @@ class Store:
             assert self.dtype in STORE_DTYPES
         except (KeyError, TypeError, ValueError, AssertionError):
             raise CosaeError(f"{self.folder / INDEX} is no index that cosae wrote: its fields do not fit.") from None
-        self.identity = digest(self.record)
-        self._tag = digest(request)
+        self.identity = value_digest(self.record)
+        self._tag = value_digest(request)
         self._sound: set[tuple[str, int]] = set()
         self._mapped: dict[tuple[str, int], MappedShard] = {}
         for side in SIDES if check else ():
@@ -191,7 +192,7 @@ class Store:
     def _content_fault(self, side: str, number: int) -> str | None:
         entry = self._shards[side][number]
         try:
-            same = digest_file(self.folder / entry["file"]) == entry["sha256"]
+            same = file_digest(self.folder / entry["file"]) == entry["sha256"]
         except OSError as error:
             return f"it cannot be read ({error.strerror})"
         return None if same else "its checksum is not the one that was written: bits of it have changed"

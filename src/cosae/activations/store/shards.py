@@ -16,10 +16,8 @@ reading it. A shard is written under a hidden name, flushed, and then renamed: i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cosae.activations.store.rounding import restore_rows, round_rows
+from cosae.io.atomic import replaced
+from cosae.io.digest import file_digest
 from cosae.types import Activations
 
 HEADER_KEY = "cosae"
@@ -153,43 +152,15 @@ def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> dic
     tensors |= {"mean": mean_D, "squares": squares}
     optional = {"scale": scale_N, "labels": rows.labels_NL, "labelled": rows.labelled_N}
     tensors |= {name: value for name, value in optional.items() if value is not None}
-    place, staged = folder / tag.file, folder / f".{tag.file}.partial"
-    try:
-        # one key: safetensors writes several in an order of its own, and equal shards must be equal files
-        metadata = {HEADER_KEY: json.dumps({"store": tag.store, "side": tag.side, "number": tag.number})}
+    # one key: safetensors writes several in an order of its own, and equal shards must be equal files
+    metadata = {HEADER_KEY: json.dumps({"store": tag.store, "side": tag.side, "number": tag.number})}
+    with replaced(folder / tag.file) as staged:
         staged.touch()
         mode = staged.stat().st_mode
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, staged, metadata)
         staged.chmod(mode)  # safetensors' own is for one's own eyes only
-        entry = {
-            "file": tag.file,
-            "side": tag.side,
-            "rows": len(rows),
-            "bytes": staged.stat().st_size,
-            "sha256": digest_file(staged),
-        }
-        flush(staged)
-        staged.replace(place)
-        flush(folder)
-    except (OSError, SafetensorError):
-        staged.unlink(missing_ok=True)
-        raise
-    return entry
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file, in hex. Read, not mapped: its pages do not count as this process's memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Let the disk have a file, or a folder's names, before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        size, sha256 = staged.stat().st_size, file_digest(staged)
+    return {"file": tag.file, "side": tag.side, "rows": len(rows), "bytes": size, "sha256": sha256}
 
 
 def find_fault(folder: Path, tag: ShardTag, shape: ShardShape, n_bytes: int) -> str | None:

@@ -18,11 +18,13 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 
-from cosae.activations.store.records import digest, read_record, write_record
+from cosae.activations.store.records import read_record, write_record
 from cosae.activations.store.rounding import store_dtype
-from cosae.activations.store.shards import MappedShard, ShardRows, ShardShape, ShardTag, digest_file, flush, write_shard
+from cosae.activations.store.shards import MappedShard, ShardRows, ShardShape, ShardTag, write_shard
 from cosae.activations.store.statistics import Columns, describe_rows
 from cosae.errors import CosaeError
+from cosae.io.atomic import write_text
+from cosae.io.digest import file_digest, value_digest
 
 INDEX, CAPTURE, JOURNAL = "index.json", "capture.json", "journal.jsonl"
 FORMAT, VERSION = "cosae-store", 1
@@ -155,18 +157,15 @@ class StoreWriter:
         for side in SIDES:
             mine = [entry for entry in listed if entry["side"] == side]
             for number, entry in enumerate(mine):
-                fault = self._fault(entry, ShardTag(digest(self.request), side, number))
+                fault = self._fault(entry, ShardTag(value_digest(self.request), side, number))
                 if fault is not None:
                     self._say(f"{self.folder / str(entry['file'])}: {fault}; it is written again")
                     break
                 self._entries[side].append(entry)
         kept = [entry for side in SIDES for entry in self._entries[side]]
         try:
-            # anew, so that the next line does not go on from a torn one
-            staged = self.folder / f".{JOURNAL}.partial"
-            staged.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="ascii")
-            flush(staged)
-            staged.replace(self.folder / JOURNAL)
+            # written again, so that the next line does not go on from a partial one
+            write_text(self.folder / JOURNAL, "".join(json.dumps(entry) + "\n" for entry in kept))
             if kept and self.written_by[-1] != written_by:
                 self.written_by.append(written_by)
                 self._say(f"{self.folder} was begun with another commit or other packages; both are written down")
@@ -181,7 +180,7 @@ class StoreWriter:
         path = self.folder / tag.file
         if entry["file"] != tag.file or not path.is_file():
             return "it is missing"
-        same = path.stat().st_size == entry["bytes"] and digest_file(path) == entry["sha256"]
+        same = path.stat().st_size == entry["bytes"] and file_digest(path) == entry["sha256"]
         return None if same else "it is not what was written"
 
     def _write_full(self, side: str) -> None:
@@ -193,7 +192,7 @@ class StoreWriter:
             self._write(side, rows[: self.shard_tokens])
 
     def _write(self, side: str, rows: ShardRows) -> None:
-        tag = ShardTag(digest(self.request), side, len(self._entries[side]))
+        tag = ShardTag(value_digest(self.request), side, len(self._entries[side]))
         try:
             entry = write_shard(self.folder, tag, rows, self.dtype)
             with (self.folder / JOURNAL).open("a", encoding="ascii") as journal:

@@ -10,13 +10,9 @@ goes on writes what one that never stopped would have.
 from __future__ import annotations
 
 import hashlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,13 +21,15 @@ from cosae.activations.store.reader import find_stores
 from cosae.activations.store.shards import ShardRows
 from cosae.activations.store.writer import SIDES, StoreWriter, begun_request
 from cosae.errors import CosaeError
+from cosae.io.digest import file_digest
+from cosae.io.lock import LOCK, hold
+from cosae.io.signals import stop_on_signals
 from cosae.recipe import to_plain
 from cosae.run import provenance
 from cosae.run.capture.request import Capture
 from cosae.run.capture.text import CaptureText, Part
 from cosae.run.dataset.corpus import check_corpus
 from cosae.run.dataset.dataset import batch_size, open_model
-from cosae.run.folder import LOCK, hold
 from cosae.run.plan.plan import check_capture
 from cosae.types import Activations, Site
 
@@ -111,7 +109,8 @@ def _write(
         "store_dtype": getattr(torch, request.captured_dtype),
     }
     documents: dict[str, Sequence[str]] = {}
-    with _stop_requested() as stop_requested:
+    rows_then: dict[Path, int] = {}
+    with stop_on_signals() as stop:
         for side in SIDES:
             done = 0
             for part in text.parts(side, request.tokens):
@@ -124,7 +123,7 @@ def _write(
                             writer.append(side, done, _rows(found[site.name], part)[:n])
                 done += n
                 report(n)
-                if stop_requested(missing):
+                if stop.asked and _shard_finished(missing, rows_then):
                     raise KeyboardInterrupt
             documents[side] = text.names(side)
             for writer in writers.values():
@@ -205,38 +204,13 @@ def _digest_of(model: str) -> str | None:
     running = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
         if path.is_file():
-            with path.open("rb") as file:
-                running.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            running.update(path.name.encode() + bytes.fromhex(file_digest(path)))
     return running.hexdigest()
 
 
-@contextmanager
-def _stop_requested() -> Iterator[Callable[[Sequence[StoreWriter]], bool]]:
-    """Whether SIGINT or SIGTERM came and a shard was finished since; a second SIGINT interrupts at once."""
-    asked = False
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-
-    before: dict[str, int] = {}
-
-    def stop(writers: Sequence[StoreWriter]) -> bool:
-        if not asked:
-            return False
-        now = {str(w.folder): sum(w.n_rows(side) for side in SIDES) for w in writers}
-        ready = not now or any(before.get(name, rows) != rows for name, rows in now.items())
-        before.update(now)
-        return ready
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda _: False
-        return
-    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+def _shard_finished(missing: Sequence[StoreWriter], rows_then: dict[Path, int]) -> bool:
+    """Whether one of the stores has more rows on disk than at the last look, or none misses any."""
+    rows_now = {writer.folder: sum(writer.n_rows(side) for side in SIDES) for writer in missing}
+    finished = not missing or any(rows_then.get(folder, n) != n for folder, n in rows_now.items())
+    rows_then.update(rows_now)
+    return finished
