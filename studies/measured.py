@@ -28,7 +28,7 @@ from cosae.evaluate.encoding import encode_all
 from cosae.evaluate.matching import match
 from cosae.evaluate.norms.driven import firing_norms, norm_driven
 from cosae.evaluate.norms.read_time import remove_norm
-from cosae.evaluate.probing.ranking import EVERY_RULE, latent_columns, rank_quality, select, take_tokens
+from cosae.evaluate.probing.ranking import EVERY_RULE, latent_columns, rank_quality, select
 from cosae.evaluate.reconstruct import Autoencoder
 from cosae.evaluate.reconstruction import measure
 from cosae.recipe import Recipe
@@ -110,7 +110,7 @@ class Probe:
 
     def __call__(self, codes: tuple[cosae.Codes, cosae.Codes]) -> dict[str, dict[str, float]]:
         """Held-out AUROC of the single latent chosen by each rule, by concept name."""
-        train, held_out = (take_tokens(c, k) for c, k in zip(codes, self.keep, strict=True))
+        train, held_out = (c.take(k) for c, k in zip(codes, self.keep, strict=True))
         found = {}
         for rule in EVERY_RULE:
             chosen = select(train, self.label_c[0], rule)
@@ -193,7 +193,7 @@ def _matchings(
 ) -> dict[str, Any]:
     """Shared features of each pair of arms, and of each arm with itself trained from another seed."""
     rows = keep_N.numpy()
-    kept = {arm: take_tokens(held_out_codes[arm], rows) for arm in MATCHED}
+    kept = {arm: held_out_codes[arm].take(rows) for arm in MATCHED}
     found = {}
     for i, first in enumerate(MATCHED):
         for second in MATCHED[i + 1 :]:
@@ -203,7 +203,7 @@ def _matchings(
     if finished(folder_of(name, other_seed)):
         others = saes_of(folder_of(name, other_seed))
         for arm in MATCHED:
-            theirs = take_tokens(encode_all(others[arm], held_out.activations), rows)
+            theirs = encode_all(others[arm], held_out.activations).take(rows)
             found[f"{arm} / other seed"] = match(kept[arm], theirs, saes[arm].W_dec, others[arm].W_dec).numbers()
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,6 +97,22 @@ def test_codes_are_cut_by_token() -> None:
     assert codes[4:].n_tokens == 0
     with pytest.raises(CosaeError, match="plain slice"):
         codes[::2]
+
+
+def test_codes_of_chosen_tokens_and_as_a_sparse_matrix() -> None:
+    dense = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 0.0], [3.0, 0.0, -4.0], [0.0, 5.0, 0.0]])
+    codes = Codes.from_dense(dense, NormStats(torch.arange(4.0), torch.arange(4.0), torch.arange(4.0)))
+    keep = torch.tensor([True, True, False, True])
+    for mask in (keep, keep.numpy()):
+        kept = codes.take(mask)
+        assert (kept.shape, torch.equal(kept.to_dense(), dense[keep])) == ((3,), True)
+        assert kept.norm_stats is not None
+        assert kept.norm_stats.r_B.tolist() == [0, 1, 3]
+    with pytest.raises(CosaeError, match="4 tokens"):
+        codes.take(keep[1:])
+    matrix = codes.to_scipy()
+    assert (matrix.dtype, matrix.toarray().tolist()) == (np.float64, dense.tolist())
+    assert codes.to_scipy(np.float32).dtype == np.float32
 
 
 def test_parts_of_codes_are_put_together() -> None:

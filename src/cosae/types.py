@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
+from scipy import sparse
 from torch import Tensor
 
 from cosae.errors import CosaeError
@@ -213,6 +216,26 @@ class Codes:
         return Codes(
             offset - offset[0], self.feature_E[inside], self.value_E[inside], self.d_sae, (stop - start,), norm_stats
         )
+
+    def take(self, keep_N: Tensor | NDArray[np.bool_]) -> Codes:
+        """Codes of the tokens (of the flattened leading shape) where keep_N (N,) bool is True, in order."""
+        keep = torch.as_tensor(keep_N, device=self.offset_B1.device)
+        if keep.dtype != torch.bool or keep.shape != (self.n_tokens,):
+            raise CosaeError(
+                f"a mask must have one boolean for each of {self.n_tokens} tokens. Got {keep.dtype} of shape "
+                f"{tuple(keep.shape)} instead."
+            )
+        keep_E = keep[self.token_E]
+        offset = torch.cat([self.offset_B1[:1], torch.cumsum(self.count_B[keep], 0)])
+        norm_stats = None if self.norm_stats is None else self.norm_stats[keep]
+        shape = (len(offset) - 1,)
+        return Codes(offset, self.feature_E[keep_E], self.value_E[keep_E], self.d_sae, shape, norm_stats)
+
+    def to_scipy(self, dtype: DTypeLike = np.float64) -> sparse.csr_matrix:
+        """(N, F) sparse matrix of the codes, a copy on the CPU."""
+        value_E = at_least_fp32(self.value_E.detach()).cpu().numpy().astype(dtype)
+        place = (self.feature_E.cpu().numpy(), self.offset_B1.cpu().numpy())
+        return sparse.csr_matrix((value_E, *place), shape=(self.n_tokens, self.d_sae))
 
     def with_values(self, value_E: Tensor) -> Codes:
         """The same entries with other values."""

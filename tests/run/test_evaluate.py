@@ -168,7 +168,6 @@ def _compress(path: Path, lines: list[str]) -> None:
 
 
 def test_a_saved_text_set_is_pooled_alike_whatever_the_chunk(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cosae.evaluate.probing.pooling import matrix_of
     from cosae.recipe import DataConfig, Recipe
     from cosae.run.dataset import labelled as texts
     from cosae.run.dataset.dataset import ModelData
@@ -184,7 +183,7 @@ def test_a_saved_text_set_is_pooled_alike_whatever_the_chunk(world: Path, monkey
     parts = texts.encode_texts([one], {"A": [sae]}, data, reading)[0]
     assert len(whole.class_S) == 120
     for sinks in ("sinks_in", "sinks_out"):
-        a, b = (matrix_of(found.codes[sinks]["A"][0]).toarray() for found in (whole, parts))
+        a, b = (found.codes[sinks]["A"][0].to_scipy().toarray() for found in (whole, parts))
         assert a == pytest.approx(b, abs=1e-5)
         assert whole.dense[sinks]["x"] == pytest.approx(parts.dense[sinks]["x"], abs=1e-5)
     assert (whole.dense["sinks_in"]["length"] == whole.dense["sinks_out"]["length"] + 1).all()  # position 0

@@ -19,7 +19,6 @@ from cosae.evaluate.probing.ranking import (
     rank_quality,
     rank_quality_of_latents,
     select,
-    take_tokens,
 )
 from cosae.types import Codes
 
@@ -123,7 +122,7 @@ def test_columns_and_kept_tokens_are_those_of_dense_codes() -> None:
     wanted = np.array([3, 0, 3])
     np.testing.assert_array_equal(latent_columns(codes, wanted), dense.numpy()[:, wanted])
     keep = np.random.default_rng(0).random(30) < 0.5
-    kept = take_tokens(codes, keep)
+    kept = codes.take(keep)
     assert kept.shape == (int(keep.sum()),)
     torch.testing.assert_close(kept.to_dense(), dense[torch.from_numpy(keep)])
 
@@ -173,7 +172,7 @@ def test_mistakes_get_one_sentence() -> None:
     with pytest.raises(CosaeError, match="rule must be one of auroc, mean_difference"):
         select(codes, label, "best")  # type: ignore[arg-type]
     with pytest.raises(CosaeError, match="20 tokens"):
-        take_tokens(codes, np.ones(3, dtype=bool))
+        codes.take(np.ones(3, dtype=bool))
 
 
 def test_the_standardised_rule_is_not_carried_by_a_latent_s_size() -> None:

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from cosae.errors import CosaeError
 from cosae.evaluate.probing.logistic import fit, scores
-from cosae.evaluate.probing.pooling import matrix_of, pool, pool_vectors
+from cosae.evaluate.probing.pooling import pool, pool_vectors
 from cosae.evaluate.probing.ranking import EVERY_RULE
 from cosae.evaluate.probing.texts import SINKS, PooledSet, choose, probe_texts, split_of
 from cosae.types import Codes
@@ -107,13 +107,13 @@ def test_pooling_by_hand_with_sinks_in_and_out() -> None:
     codes, text_N = Codes.from_dense(dense), np.array([0, 0, 0, 2])
     keep_N = np.array([False, True, True, True])
     everything = np.ones(4, dtype=bool)
-    assert matrix_of(pool(codes, text_N, 3, everything)).toarray() == pytest.approx(
+    assert pool(codes, text_N, 3, everything).to_scipy().toarray() == pytest.approx(
         np.array([[4, 2 / 3, 1 / 3], [0, 0, 0], [0, 0, 3]]), abs=1e-6
     )
-    assert matrix_of(pool(codes, text_N, 3, keep_N)).toarray() == pytest.approx(
+    assert pool(codes, text_N, 3, keep_N).to_scipy().toarray() == pytest.approx(
         np.array([[2, 1, 0], [0, 0, 0], [0, 0, 3]])
     )
-    assert matrix_of(pool(codes, text_N, 3, everything, "last")).toarray().tolist() == [[4, 0, 0], [0, 0, 0], [0, 0, 3]]
+    assert pool(codes, text_N, 3, everything, "last").to_scipy().toarray().tolist() == [[4, 0, 0], [0, 0, 0], [0, 0, 3]]
     assert pool_vectors(dense, text_N, 3, keep_N).tolist() == [[2, 1, 0], [0, 0, 0], [0, 0, 3]]
     both = Codes.cat([pool(codes, text_N, 3, keep_N), pool(codes, text_N, 3, keep_N)])
     assert both.n_tokens == 6

@@ -47,9 +47,7 @@ class Side:
 
 def side_of(codes: Codes, decoder_FD: Tensor, min_firings: int) -> Side:
     """Features that fire on at least `min_firings` tokens and whose codes are not the same on all of them."""
-    value_E = codes.value_E.detach().cpu().double().numpy()
-    place = (codes.feature_E.cpu().numpy(), codes.offset_B1.cpu().numpy())
-    code_NF = sparse.csr_matrix((value_E, *place), shape=(codes.n_tokens, codes.d_sae)).tocsc()
+    code_NF = codes.to_scipy().tocsc()
     code_NF.eliminate_zeros()
     n = codes.n_tokens
     mean_F = np.asarray(code_NF.sum(0)).ravel() / n

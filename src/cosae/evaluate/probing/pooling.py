@@ -35,9 +35,7 @@ def pool(codes: Codes, text_N: NDArray[np.int64], n_texts: int, keep_N: NDArray[
     weight_SN = weights(text_N, n_texts, keep_N, how)
     if codes.n_tokens != len(text_N):
         raise CosaeError(f"every token needs its text; got {codes.n_tokens} tokens and {len(text_N)} texts of tokens.")
-    value_E = codes.value_E.detach().cpu().double().numpy()
-    place = (codes.feature_E.cpu().numpy(), codes.offset_B1.cpu().numpy())
-    pooled = (weight_SN @ sparse.csr_matrix((value_E, *place), shape=(codes.n_tokens, codes.d_sae))).tocsr()
+    pooled = (weight_SN @ codes.to_scipy()).tocsr()
     pooled.sort_indices()
     return Codes(
         torch.from_numpy(pooled.indptr.astype(np.int64)),
@@ -76,15 +74,7 @@ def weights(text_N: NDArray[np.int64], n_texts: int, keep_N: NDArray[np.bool_], 
     return sparse.csr_matrix((1.0 / count_S[text_E], (text_E, token_E)), shape=(n_texts, len(text_N)))
 
 
-def matrix_of(codes: Codes, rows: NDArray[np.int64] | None = None) -> Any:
-    """(S, F) float64 sparse; the chosen rows in the order given."""
-    value_E = codes.value_E.detach().cpu().double().numpy()
-    place = (codes.feature_E.cpu().numpy(), codes.offset_B1.cpu().numpy())
-    whole = sparse.csr_matrix((value_E, *place), shape=(codes.n_tokens, codes.d_sae))
-    return whole if rows is None else whole[rows]
-
-
 def columns_of(codes: Codes, feature_K: NDArray[np.int64]) -> NDArray[np.float64]:
     """(S, K) float64: the codes of these features, in the order given."""
-    columns: NDArray[np.float64] = matrix_of(codes).tocsc()[:, feature_K].toarray()
+    columns: NDArray[np.float64] = codes.to_scipy().tocsc()[:, feature_K].toarray()
     return columns

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -203,17 +202,6 @@ def auroc_of_dimensions(x_ND: NDArray[Any], label_NC: Labels) -> Array:
     return area_DC
 
 
-def take_tokens(codes: Codes, keep_N: Labels) -> Codes:
-    """The codes of the tokens where keep_N (N,) is True, in one row and without `norm_stats`."""
-    keep = torch.from_numpy(np.asarray(keep_N, dtype=bool)).to(codes.offset_B1.device)
-    if len(keep) != codes.n_tokens:
-        raise CosaeError(f"a mask must have one entry for each of the {codes.n_tokens} tokens; got {len(keep)}")
-    keep_E = keep[codes.token_E]
-    offset = torch.cat([codes.offset_B1[:1], torch.cumsum(codes.count_B[keep], 0)])
-    n_kept = int(keep.sum())
-    return Codes(offset, codes.feature_E[keep_E], codes.value_E[keep_E], codes.d_sae, (n_kept,))
-
-
 def _counts(n_tokens: int, label_NC: Labels) -> tuple[Array, Array]:
     """Tokens with and without each concept."""
     if label_NC.ndim != 2 or len(label_NC) != n_tokens or label_NC.dtype != np.bool_:
@@ -232,11 +220,9 @@ def _counts(n_tokens: int, label_NC: Labels) -> tuple[Array, Array]:
 
 def _matrix(codes: Codes) -> sparse.csr_matrix:
     """(N, F) float64 sparse: the codes but those of exactly 0, which tie with the silent tokens."""
-    value_E = codes.value_E.detach().float().cpu().numpy().astype(np.float64)
-    if np.isnan(value_E).any():
+    matrix = codes.to_scipy(np.float32).astype(np.float64)
+    if np.isnan(matrix.data).any():
         raise CosaeError("codes must be numbers; got NaN instead: is the SAE diverged?")
-    index_E, offset_N1 = codes.feature_E.cpu().numpy(), codes.offset_B1.cpu().numpy()
-    matrix = sparse.csr_matrix((value_E, index_E, offset_N1), shape=(codes.n_tokens, codes.d_sae))
     matrix.eliminate_zeros()
     return matrix
 

@@ -29,7 +29,7 @@ from scipy import stats
 
 from cosae.errors import CosaeError
 from cosae.evaluate.probing.logistic import scores
-from cosae.evaluate.probing.pooling import columns_of, matrix_of
+from cosae.evaluate.probing.pooling import columns_of
 from cosae.evaluate.probing.ranking import (
     EVERY_RULE,
     Array,
@@ -38,7 +38,6 @@ from cosae.evaluate.probing.ranking import (
     auroc_of_dimensions,
     quality_of_latents,
     rank_quality,
-    take_tokens,
 )
 from cosae.evaluate.statistics import RESAMPLES, percentile_interval
 from cosae.types import Codes
@@ -196,7 +195,7 @@ def _answers(
                                 _score(columns[:, :top], split)
                             )
                     if full:
-                        sums.setdefault((sinks, arm, "full"), []).append(_score(matrix_of(codes), split))
+                        sums.setdefault((sinks, arm, "full"), []).append(_score(codes.to_scipy(), split))
                 for name, reading, x in _others(one, sinks, split):
                     sums.setdefault((sinks, name, reading), []).append(_score(x, split))
         yield s, {key: np.mean(found, axis=0) for key, found in sums.items()}
@@ -206,7 +205,7 @@ def choose(codes: Codes, split: Split, rule: Rule, n: int) -> Rows:
     """(n,) the features of the largest absolute quality on train texts, best first; the smallest id of equals."""
     keep_S = np.zeros(codes.n_tokens, dtype=bool)
     keep_S[split.train_R] = True
-    quality_F = quality_of_latents(take_tokens(codes, keep_S), split.train_label[:, None], rule)[:, 0]
+    quality_F = quality_of_latents(codes.take(keep_S), split.train_label[:, None], rule)[:, 0]
     size_F = np.abs(quality_F - 0.5) if rule == "auroc" else np.abs(quality_F)
     return np.argsort(-size_F, kind="stable")[:n]
 

@@ -35,7 +35,6 @@ from cosae.evaluate.probing.ranking import (
     rank_quality_of_latents,
     select,
     select_by,
-    take_tokens,
 )
 from cosae.evaluate.statistics import RESAMPLES, mean_interval, paired_mean_interval
 from cosae.text.concepts.labels import Concept
@@ -309,6 +308,6 @@ def _split(codes: Mapping[str, Codes], activations: Activations, label_NC: Label
             )
     if keep_N is None:
         return Split(dict(codes), activations, label_NC)
-    kept = {arm: take_tokens(arm_codes, keep_N) for arm, arm_codes in codes.items()}
+    kept = {arm: arm_codes.take(keep_N) for arm, arm_codes in codes.items()}
     keep = torch.from_numpy(np.asarray(keep_N, dtype=bool)).to(activations.x_ND.device)
     return Split(kept, activations[keep], label_NC[keep_N])
