@@ -26,6 +26,7 @@ from cosae.errors import CosaeError
 from cosae.interop.saelens import cosine as saelens_cosine
 from cosae.interop.saelens import folds as saelens_folds
 from cosae.interop.saelens.dense import HALF, dense_scores, gated_codes, gated_magnitude, select_dense
+from cosae.io.legacy import upgrade
 from cosae.sae import file, fold, frame
 from cosae.sae.decoder import LENGTH_MIN, Decoder
 from cosae.sae.model import SAEConfig as OwnConfig
@@ -239,14 +240,17 @@ class CosaeSAEConfig(sae_lens.SAEConfig):  # type: ignore[misc]
 
     Args:
         sae: every field of cosae.SAEConfig.
-        facts: cosae's training facts.
+        provenance: what cosae knows of the SAE's training.
+        facts: the same, as files of cosae 0.1 call it; becomes `provenance`.
     """
 
     sae: dict[str, Any] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.provenance, self.facts = self.provenance or upgrade(self.facts), {}
         saelens_cosine.check_conventions(
             {
                 "architecture": self.architecture(),
@@ -286,8 +290,8 @@ class CosaeSAE(Precise, sae_lens.SAE):  # type: ignore[misc]
         self._taken: NormStats | None = None
         self.b_dec: nn.Parameter = nn.Parameter(at_least_fp32(self.W_dec.data[0] * 0))
         for name, fact in saelens_cosine.FACT_OF_METADATA.items():
-            if self.cfg.metadata.get(name) is None and self.cfg.metadata.get(fact) is not None:
-                self.cfg.metadata[name] = self.cfg.metadata[fact]
+            if self.cfg.metadata.get(name) is None and self.cfg.provenance.get(fact) is not None:
+                self.cfg.metadata[name] = self.cfg.provenance[fact]
         own = self.cfg.own
         f = (own.d_sae,)
         shapes: dict[str, tuple[int, ...]] = {}

@@ -221,9 +221,11 @@ class CosineTopKTrainingSAEConfig(TopKTrainingSAEConfig):  # type: ignore[misc]
         return SAEConfig(self.d_in, self.d_sae, score=self.score, selector="topk", k=self.k).to_dict()
 
     @property
-    def metadata(self) -> dict[str, Any]:
-        """Section `facts`: nothing that SAELens' metadata does not say."""
+    def provenance(self) -> dict[str, Any]:
+        """Nothing that SAELens' metadata does not say."""
         return {}
+
+    facts = provenance
 
 
 class CosineTopKTrainingSAE(CosineTraining, TopKTrainingSAE):  # type: ignore[misc]
