@@ -58,7 +58,7 @@ _LATER = {
     "resume": "cosae.run.execute",
     "Arm": "cosae.train.arm",
     "spliced": "cosae.models.intervene.spliced",
-    "load_dictionary": "cosae.interop.dictionary_learning.read",
+    "load_dictionary": "cosae.interop.dictionary_learning.drop_in",
 }
 
 

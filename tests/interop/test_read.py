@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -17,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import cosae
 from cosae.errors import CosaeError
-from cosae.interop.dictionary_learning.read import load_dictionary
-from cosae.interop.dictionary_learning.read import write as write_dictionary
+from cosae.interop.dictionary_learning.drop_in import load_dictionary
+from cosae.interop.dictionary_learning.write import write as write_dictionary
 from cosae.interop.read import FORMATS, detect, read_sae
 from tests.support.foreign_files import CASES, D, F, K, dictionary_learning, inputs, saelens, weights, write
 
@@ -155,14 +156,14 @@ WEIGHT_FILES = {
     "saelens": "sae_weights.safetensors",
     "gemma_scope": "params.npz",
     "sparsify": "sae.safetensors",
-    "authors": "sae_final.pt",
+    "cosine_paper": "sae_final.pt",
 }
 ONE_OF_EACH = [
     ("dictionary_learning", "BatchTopKSAE"),
     ("saelens", "topk"),
     ("gemma_scope", "npz"),
     ("sparsify", "topk"),
-    ("authors", "global-a"),
+    ("cosine_paper", "global-a"),
 ]
 
 
@@ -224,7 +225,7 @@ class Payload:
         return os.system, (f"touch {self.mark}",)
 
 
-@pytest.mark.parametrize(("format_", "kind"), [("dictionary_learning", "BatchTopKSAE"), ("authors", "standard")])
+@pytest.mark.parametrize(("format_", "kind"), [("dictionary_learning", "BatchTopKSAE"), ("cosine_paper", "standard")])
 @pytest.mark.parametrize("archive", [True, False])
 def test_pickled_code_is_not_run(format_: str, kind: str, archive: bool, tmp_path: Path) -> None:
     folder = write(format_, kind, tmp_path / "sae").folder
@@ -252,10 +253,11 @@ def test_pickled_objects_in_an_archive_of_arrays_are_not_run(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("format_", "name"), [("gemma_scope", "params.npz"), ("authors", "sae_final.pt"), ("dictionary_learning", "ae.pt")]
+    ("format_", "name"),
+    [("gemma_scope", "params.npz"), ("cosine_paper", "sae_final.pt"), ("dictionary_learning", "ae.pt")],
 )
 def test_a_bomb_is_not_unpacked(format_: str, name: str, tmp_path: Path) -> None:
-    kind = {"gemma_scope": "npz", "authors": "standard", "dictionary_learning": "BatchTopKSAE"}[format_]
+    kind = {"gemma_scope": "npz", "cosine_paper": "standard", "dictionary_learning": "BatchTopKSAE"}[format_]
     folder = write(format_, kind, tmp_path / "sae").folder
     with zipfile.ZipFile(folder / WEIGHT_FILES[format_], "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("W_enc.npy", b"\0" * 50_000_000)
@@ -309,8 +311,16 @@ def test_a_k_that_disagrees_with_the_weights(tmp_path: Path) -> None:
 
 
 def test_exponents_of_the_wrong_shape(tmp_path: Path) -> None:
-    folder = write("authors", "global-a", tmp_path / "sae").folder
+    folder = write("cosine_paper", "global-a", tmp_path / "sae").folder
     state = _load(folder / "sae_final.pt")
     torch.save({**state, "scale_a": torch.zeros(3)}, folder / "sae_final.pt")
     assert "scale_a" in refused(folder)
     assert weights().rows_FD.shape == (F, D)
+
+
+def test_names_of_0_1_still_work_or_say_what_replaced_them(tmp_path: Path) -> None:
+    folder = write("cosine_paper", "standard", tmp_path / "sae").folder
+    assert read_sae(folder, format="authors").metadata["format"] == "cosine_paper"
+    for name in ("cosae.share", "cosae.share.saelens"):
+        with pytest.raises(ModuleNotFoundError, match=r"cosae\.interop\.read"):
+            importlib.import_module(name)

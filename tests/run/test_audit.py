@@ -12,7 +12,7 @@ import torch
 import cosae
 from cosae.cli import main
 from cosae.errors import CosaeError
-from cosae.interop.dictionary_learning.read import write as write_dictionary
+from cosae.interop.dictionary_learning.write import write as write_dictionary
 from cosae.report.audit import audit_text
 from cosae.run.audit import run_audit
 from cosae.run.dataset.existing import EvalRequest

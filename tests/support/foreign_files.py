@@ -189,7 +189,7 @@ def sparsify(folder: Path, kind: str) -> Written:
     return Written(folder, linear(w, lambda s: topk(s, K)))
 
 
-def authors(folder: Path, kind: str) -> Written:
+def cosine_paper(folder: Path, kind: str) -> Written:
     w = weights()
     folder.mkdir(parents=True)
     state = {"W_enc": w.rows_FD, "b_enc": w.bias_F, "W_dec": w.decoder_FD, "b_dec": w.centre_D}
@@ -226,7 +226,7 @@ WRITERS: dict[str, tuple[Callable[[Path, str], Written], tuple[str, ...]]] = {
     ),
     "gemma_scope": (gemma_scope, ("npz", "safetensors")),
     "sparsify": (sparsify, ("topk",)),
-    "authors": (authors, ("standard", "global-a", "perfeature")),
+    "cosine_paper": (cosine_paper, ("standard", "global-a", "perfeature")),
 }  # fmt: skip
 CASES = [(format_, kind) for format_, (_, kinds) in WRITERS.items() for kind in kinds]
 

@@ -35,7 +35,7 @@ def read(path: str | Path) -> SAE:
     rows_FD, bias_F, decoder_FD, centre_D, threshold = take(state, KEYS, file)
     if threshold.numel() != 1:
         raise CosaeError(f"{file}: the threshold must be one number. Got shape {tuple(threshold.shape)} instead.")
-    metadata = {"format": "authors", "step": _step(whole), "k_guessed": True}
+    metadata = {"format": "cosine_paper", "step": _step(whole), "k_guessed": True}
     k = min(PAPER_K, max(len(rows_FD), 1)) if rows_FD.ndim else 1
     weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, threshold.reshape(()))
     sae = linear_sae(weights, str(file), {name: value for name, value in metadata.items() if value is not None})

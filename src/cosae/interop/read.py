@@ -1,4 +1,4 @@
-"""One function that reads an SAE of any library there is a door for; nothing in the files is ever run."""
+"""One function that reads an SAE of any library there is a reader for; nothing in the files is ever run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from cosae.errors import CosaeError
-from cosae.interop import cosine_paper as authors
-from cosae.interop import gemma_scope, sparsify
+from cosae.interop import cosine_paper, gemma_scope, sparsify
 from cosae.interop.dictionary_learning import read as dictionary_learning
 from cosae.interop.saelens import files as saelens_files
 from cosae.io.untrusted import read_json
@@ -22,18 +21,20 @@ READERS: dict[str, Callable[[Path], SAE]] = {
     "dictionary_learning": dictionary_learning.read,
     "gemma_scope": gemma_scope.read,
     "sparsify": sparsify.read,
-    "authors": authors.read,
+    "cosine_paper": cosine_paper.read,
 }
 FORMATS = tuple(READERS)
 """Names of the formats, for `format=`."""
+RENAMED = {"authors": "cosine_paper"}
+"""Names of formats in cosae 0.1, which still work."""
 
 
 def read_sae(path: str | Path, *, format: str = "auto", device: str | torch.device = "cpu") -> SAE:
-    """The SAE at `path`, a folder or a file; its `facts["format"]` says whose it was where it is not cosae's own.
+    """The SAE at `path`, a folder or a file; its `metadata["format"]` says whose it was where it is not cosae's own.
 
     Raises CosaeError, in one sentence, for a path that does not exist, no known format, or files that cannot be read.
     """
-    path = Path(path)
+    path, format = Path(path), RENAMED.get(format, format)
     if format != "auto" and format not in READERS:
         raise CosaeError(f"format must be auto or one of {', '.join(FORMATS)}. Got {format!r} instead.")
     try:
@@ -51,10 +52,10 @@ def detect(path: Path) -> str:
         if path.suffix == ".npz" or path.name == gemma_scope.WEIGHTS:
             return "gemma_scope"
         if path.suffix == ".pt":
-            return "authors"
+            return "cosine_paper"
         raise CosaeError(
             f"{path} is a file of no format known here: give the SAE's folder, a params.npz of Gemma Scope or an "
-            f"{authors.NAME} of the paper."
+            f"{cosine_paper.NAME} of the paper."
         )
     try:
         there = {child.name for child in path.iterdir()}
@@ -66,7 +67,7 @@ def detect(path: Path) -> str:
     signs = {
         "sparsify": {sparsify.CONFIG, sparsify.WEIGHTS},
         "dictionary_learning": {dictionary_learning.WEIGHTS, dictionary_learning.CONFIG},
-        "authors": {authors.NAME},
+        "cosine_paper": {cosine_paper.NAME},
     }
     for name, needed in signs.items():
         if needed <= there:
@@ -76,5 +77,5 @@ def detect(path: Path) -> str:
     raise CosaeError(
         f"{path} holds no SAE of a known format; looked for cfg.json with sae_weights.safetensors (cosae, SAELens) or "
         "sae.safetensors (sparsify), ae.pt with config.json (dictionary_learning), params.npz or params.safetensors "
-        f"(Gemma Scope), {authors.NAME} (the paper)."
+        f"(Gemma Scope), {cosine_paper.NAME} (the paper)."
     )

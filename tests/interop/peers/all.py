@@ -50,9 +50,9 @@ def measure(name: str) -> list[dict[str, Any]]:
 def paper() -> list[dict[str, Any]]:
     """Rows of the paper's checkpoints, against its formulae."""
     rows = []
-    for kind in WRITERS["authors"][1]:
+    for kind in WRITERS["cosine_paper"][1]:
         with tempfile.TemporaryDirectory() as scratch:
-            written = write("authors", kind, Path(scratch) / "sae")
+            written = write("cosine_paper", kind, Path(scratch) / "sae")
             sae = read_sae(written.folder)
         codes = sae.encode(inputs())
         features, recon = written.answer(inputs())

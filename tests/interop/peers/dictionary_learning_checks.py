@@ -21,7 +21,7 @@ from dictionary_learning.trainers.top_k import AutoEncoderTopK
 from dictionary_learning.utils import load_dictionary as their_load
 
 import cosae
-from cosae.interop.dictionary_learning.read import write
+from cosae.interop.dictionary_learning.write import write
 from cosae.interop.read import read_sae
 from cosae.sae.calibrate import calibrate
 from cosae.sae.fold import fold_decoder_norm

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.interop.dictionary_learning.write import CONFIG, WEIGHTS
+from cosae.interop.dictionary_learning.read import CONFIG, WEIGHTS
+from cosae.interop.read import read_sae
 from cosae.io.untrusted import read_json
 from cosae.sae.fold import fold_input_scale
 from cosae.sae.model import SAE
@@ -213,8 +214,6 @@ def load_dictionary(base_path: str | Path, device: str | torch.device = "cpu") -
 
     config is their config.json, or one made from the SAE's facts. Raises CosaeError where the folder holds no SAE.
     """
-    from cosae.interop.read import read_sae
-
     folder = Path(base_path)
     sae = read_sae(folder, device=device)
     sae.requires_grad_(False)

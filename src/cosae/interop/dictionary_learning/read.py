@@ -1,16 +1,13 @@
-"""dictionary_learning's folders (`ae.pt`, `config.json`), read and written (ecosystem.md §2b; the package's 0.1.0).
+"""dictionary_learning's folders (`ae.pt`, `config.json`) → `cosae.SAE` (ecosystem.md §2b; the package's 0.1.0).
 
-    dict_class               fires where                       becomes
-    AutoEncoder              s > 0, decoder normalised on load  jumprelu, θ = 0, unit decoder rows
-    AutoEncoderNew           s > 0, no centre subtracted        jumprelu, θ = 0
-    JumpReluAutoEncoder      s > θ_i, no centre subtracted      jumprelu
-    GatedAutoEncoder         π > 0                              gated
-    AutoEncoderTopK          k largest positive                 topk
-    BatchTopKSAE             s > threshold (−1: all positive)   batch_topk
-    MatryoshkaBatchTopKSAE   the same, all groups               batch_topk with prefixes
-
-`write` is in `dictionary_learning_write`, the drop-in for their `load_dictionary` in `dictionary_learning_drop_in`;
-both are names of this module too.
+dict_class               fires where                       becomes
+AutoEncoder              s > 0, decoder normalised on load  jumprelu, θ = 0, unit decoder rows
+AutoEncoderNew           s > 0, no centre subtracted        jumprelu, θ = 0
+JumpReluAutoEncoder      s > θ_i, no centre subtracted      jumprelu
+GatedAutoEncoder         π > 0                              gated
+AutoEncoderTopK          k largest positive                 topk
+BatchTopKSAE             s > threshold (−1: all positive)   batch_topk
+MatryoshkaBatchTopKSAE   the same, all groups               batch_topk with prefixes
 """
 
 from __future__ import annotations
@@ -22,15 +19,12 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.interop.dictionary_learning.drop_in import Dictionary, load_dictionary
-from cosae.interop.dictionary_learning.write import CONFIG, WEIGHTS, write
 from cosae.interop.linear import Linear, linear_sae
 from cosae.io.untrusted import number, read_json, read_pickled, take, tensors, whole
 from cosae.sae.fold import fold_decoder_norm
 from cosae.sae.model import SAE
 
-__all__ = ["CLASSES", "CONFIG", "WEIGHTS", "Dictionary", "load_dictionary", "read", "write"]
-
+WEIGHTS, CONFIG = "ae.pt", "config.json"
 CLASSES = (
     "AutoEncoder",
     "AutoEncoderNew",

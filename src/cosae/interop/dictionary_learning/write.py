@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
+from cosae.interop.dictionary_learning.read import CONFIG, WEIGHTS
 from cosae.interop.linear import NO_THRESHOLD
 from cosae.kernels.terms import ROW_MIN
 from cosae.sae.model import SAE
 
-WEIGHTS, CONFIG = "ae.pt", "config.json"
 TRAINERS = {
     "AutoEncoder": "StandardTrainer",
     "AutoEncoderNew": "StandardTrainerAprilUpdate",

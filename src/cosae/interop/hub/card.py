@@ -223,7 +223,7 @@ def _loading(repo: str, path: str) -> str:
     )
     return (
         "## How to load it\n\nWith cosae:\n\n"
-        f"```python\nimport cosae\nfrom cosae.interop.hub.transfer import pull\n\n"
+        f"```python\nimport cosae\nfrom cosae.interop.hub import pull\n\n"
         f"sae = cosae.load(pull({place!r}, out='sae'))\n"
         "codes = sae.encode(x)  # x (..., d_in)\n```\n\n"
         "With SAELens (cosae's import makes the cosine scores known to it):\n\n"

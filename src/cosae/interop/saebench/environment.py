@@ -10,20 +10,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
-from cosae.sae.file import load, save
+from cosae.sae.file import save
 from cosae.sae.model import SAE
 
 JOB, ANSWER = "job.json", "answer.json"
 
 
 def run_elsewhere(python: Path, saes: Mapping[str, SAE], arguments: Mapping[str, Any], folder: Path, log: Path) -> Any:
-    """What `answer(saes, arguments)` returns over there, by way of JSON; what it prints goes to `log`.
+    """What `run.evaluate_here(saes, **arguments)` returns there, by way of JSON; what is printed goes to `log`.
 
     Raises CosaeError where `python` cannot be run, cannot import cosae, or ends without an answer; and with the very
     sentence of a CosaeError over there.
@@ -35,7 +34,7 @@ def run_elsewhere(python: Path, saes: Mapping[str, SAE], arguments: Mapping[str,
     (folder / JOB).write_text(json.dumps({"saes": list(saes), "arguments": dict(arguments)}), encoding="utf-8")
     paths = [str(folder / "lent"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [str(python), "-m", __name__, str(folder)]
+    command = [str(python), "-m", __package__, str(folder)]
     try:
         with log.open("a", encoding="utf-8") as printed:
             done = subprocess.run(command, env=environment, stdout=printed, stderr=subprocess.STDOUT, check=False)
@@ -51,23 +50,3 @@ def run_elsewhere(python: Path, saes: Mapping[str, SAE], arguments: Mapping[str,
     if "error" in answer:
         raise CosaeError(answer["error"])
     return answer["value"]
-
-
-def main(folder: Path) -> int:
-    """The other side: reads the job, runs it here, and writes the answer."""
-    from cosae.interop.saebench.run import evaluate_here
-
-    job = json.loads((folder / JOB).read_text("utf-8"))
-    try:
-        saes = {name: load(folder / "saes" / name) for name in job["saes"]}
-        answer: dict[str, Any] = {"value": evaluate_here(saes, **job["arguments"])}
-    except CosaeError as error:
-        answer = {"error": str(error)}
-    staged = folder / f".{ANSWER}"
-    staged.write_text(json.dumps(answer), encoding="utf-8")
-    staged.replace(folder / ANSWER)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
