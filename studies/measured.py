@@ -31,6 +31,7 @@ from cosae.evaluate.norms.read_time import remove_norm
 from cosae.evaluate.probing.ranking import EVERY_RULE, latent_columns, rank_quality, select
 from cosae.evaluate.reconstruct import Autoencoder
 from cosae.evaluate.reconstruction import measure
+from cosae.io.values import from_plain
 from cosae.recipe import Recipe
 from cosae.run.dataset.dataset import ModelData, Sample
 from cosae.run.folder import read_json, write_json
@@ -125,7 +126,7 @@ def measure_run(name: str, seed: int, samples: Samples) -> dict[str, Any]:
     """Everything extra about one run; reads its SAEs, changes none."""
     folder = folder_of(name, seed)
     recipe = Recipe.read(folder / "recipe.json")
-    fitted = Filter.from_dict(read_json(folder / "run.json")["filter"])
+    fitted = from_plain(Filter, read_json(folder / "run.json")["filter"], "the filter")
     saes = {arm: sae for arm, sae in saes_of(folder).items() if arm in ARMS}
     held_out, train = samples.of(recipe, "held_out"), samples.of(recipe, "train")
     sink_N = sinks_of(held_out.activations, fitted)

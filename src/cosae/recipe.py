@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-import types
 import typing
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError
 from cosae.io.legacy import upgrade, upgrade_path
+from cosae.io.values import convert, from_plain, to_plain
 from cosae.sae.loss import LossConfig
 from cosae.text.documents import Reading
 from cosae.text.mixture import parse_corpus
@@ -231,8 +230,7 @@ class Recipe:
             plain = _parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
         except ValueError as error:
             raise CosaeError(f"the recipe {path} is not well-formed: {error}.") from None
-        recipe: Recipe = from_plain(cls, upgrade(plain), str(path))
-        return recipe
+        return from_plain(cls, upgrade(plain), str(path))
 
 
 def _parse_yaml(text: str) -> Any:
@@ -252,63 +250,6 @@ def _parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples and scalars → dicts, lists and scalars that JSON holds."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    return value
-
-
-def from_plain(kind: Any, plain: Any, where: str) -> Any:
-    """The inverse of `to_plain` for a dataclass, checking names and kinds. Raises CosaeError naming `where`."""
-    if not isinstance(plain, dict):
-        raise CosaeError(f"{where} must be a mapping of fields. Got {type(plain).__name__} instead.")
-    hints = typing.get_type_hints(kind)
-    known = {f.name for f in fields(kind)}
-    unknown = sorted(set(plain) - known)
-    if unknown:
-        raise CosaeError(f"{where} has no field {', '.join(map(repr, unknown))}. It has {', '.join(sorted(known))}.")
-    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in plain.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = [o for o in typing.get_args(hint) if o is not type(None)]
-        if value is None and len(options) < len(typing.get_args(hint)):
-            return None
-        for other in options[1:]:
-            with suppress(CosaeError):
-                return _convert(other, value, where)
-        return _convert(options[0], value, where)
-    if origin is typing.Literal:
-        if value not in (choices := typing.get_args(hint)):
-            raise CosaeError(f"{where} must be one of {', '.join(map(str, choices))}. Got {value!r} instead.")
-        return value
-    if is_dataclass(hint):
-        if isinstance(value, hint if isinstance(hint, type) else ()):
-            return value
-        return from_plain(hint, value, where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise CosaeError(f"{where} must be a list. Got {value!r} instead.")
-        inner = typing.get_args(hint)[0]
-        return tuple(_convert(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
-    return _scalar(hint, value, where)
-
-
-def _scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
-        raise CosaeError(f"{where} must be of type {hint.__name__}. Got {value!r} instead.")
-    return value
-
-
 def _change(node: Any, path: list[str], value: Any, whole: str) -> Any:
     name, *rest = path
     if not is_dataclass(node) or name not in {f.name for f in fields(node)}:
@@ -317,7 +258,7 @@ def _change(node: Any, path: list[str], value: Any, whole: str) -> Any:
     if rest:
         value = _change(getattr(node, name), rest, value, whole)
     else:
-        value = _convert(typing.get_type_hints(type(node))[name], value, whole)
+        value = convert(typing.get_type_hints(type(node))[name], value, whole)
     return replace(node, **{name: value})  # type: ignore[type-var]
 
 

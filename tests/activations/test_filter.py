@@ -8,6 +8,7 @@ import torch
 from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary
 from cosae.activations.sinks import median_norm, sink_mask
 from cosae.errors import CosaeError
+from cosae.io.values import from_plain, to_plain
 from cosae.types import Activations
 
 
@@ -58,9 +59,9 @@ def test_median_is_the_mean_of_the_middle_two() -> None:
 
 def test_filter_survives_its_record() -> None:
     fitted = fit(FilterPolicy("norm", factor=7.0, window_tokens=5, drop_special=True), torch.rand(9) + 1)
-    assert Filter.from_dict(fitted.to_dict()) == fitted
+    assert from_plain(Filter, to_plain(fitted), "it") == fitted
     with pytest.raises(CosaeError, match="median_norm"):
-        Filter.from_dict({"policy": {}})
+        from_plain(Filter, {"policy": {}}, "it")
 
 
 def test_norm_facts_match_the_closed_form() -> None:

@@ -8,6 +8,7 @@ import torch
 from cosae.activations.perturbation import Perturbation, apply
 from cosae.errors import CosaeError
 from cosae.io.generators import keyed_generator
+from cosae.io.values import from_plain, to_plain
 from cosae.types import Activations
 
 N, D = 20_000, 8
@@ -105,7 +106,7 @@ def test_key_parts_do_not_run_together() -> None:
 def test_text_and_record_round_trip(text: str, perturbation: Perturbation) -> None:
     assert Perturbation.parse(text) == perturbation
     assert Perturbation.parse(str(perturbation)) == perturbation
-    assert Perturbation.from_dict(perturbation.to_dict()) == perturbation
+    assert from_plain(Perturbation, to_plain(perturbation), "it") == perturbation
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_text_and_record_round_trip(text: str, perturbation: Perturbation) -> No
         ("sinks:frac=nan", "between 0 and 1"),
         ("sinks:factor=0", "above 0"),
         ("sinks:position=-1", "0 or more"),
-        ("sinks:direction=up", "own or massive"),
+        ("sinks:direction=up", "own"),
         ("sinks:seed=1,seed=2", "twice"),
     ],
 )
@@ -132,4 +133,4 @@ def test_wrong_text_is_answered_in_one_sentence(text: str, message: str) -> None
 
 def test_foreign_record_is_refused() -> None:
     with pytest.raises(CosaeError, match="strength"):
-        Perturbation.from_dict({"kind": "sinks", "strength": 1})
+        from_plain(Perturbation, {"kind": "sinks", "strength": 1}, "it")

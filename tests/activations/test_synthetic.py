@@ -9,6 +9,7 @@ import torch
 from cosae.activations.stream import Source
 from cosae.activations.synthetic import SyntheticSource, World
 from cosae.errors import CosaeError
+from cosae.io.values import from_plain, to_plain
 
 N = 20_000
 
@@ -122,7 +123,7 @@ def test_spreading_lowers_the_overlap_of_features() -> None:
 def test_worlds_round_trip() -> None:
     world = World.parse("log_normal+sinks:sigma=1.0,n_features=1024,norm_median=3,frequencies=power")
     assert world == World(norm="log_normal+sinks", sigma=1.0, n_features=1024, norm_median=3.0, frequencies="power")
-    assert World.from_dict(world.to_dict()) == world
+    assert from_plain(World, to_plain(world), "it") == world
     assert World.parse("none") == World()
 
 

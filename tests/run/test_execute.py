@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import cosae
+from cosae.activations.filter import Filter
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError
+from cosae.io.values import from_plain
 from cosae.recipe import Recipe
 from cosae.run import measure
 from cosae.run.dataset.dataset import open_data
@@ -268,7 +270,7 @@ def test_measuring_changes_no_sae(ran: Any) -> None:
     files = everything(ran.out)
     small = recipe()
     data = open_data(small)
-    fitted = measure.filters.Filter.from_dict(ran.run["filter"])
+    fitted = from_plain(Filter, ran.run["filter"], "the filter")
     again = measure.evaluate(ran.saes, small, data, fitted)
     assert json.dumps(again, sort_keys=True) == json.dumps(ran.evaluation, sort_keys=True)
     assert everything(ran.out) == files

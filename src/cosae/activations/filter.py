@@ -14,10 +14,9 @@ filtered sinks, most analyses did not).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -88,23 +87,6 @@ class Filter:
         else:
             keep_N = torch.ones_like(activations.special_N)
         return keep_N & ~activations.special_N if self.policy.drop_special else keep_N
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Filter:
-        """The filter that `to_dict` wrote. Raises CosaeError if the record is not one."""
-        try:
-            policy = FilterPolicy(**record["policy"])
-            return cls(policy, float(record["median_norm"]), int(record["seen_tokens"]))
-        except CosaeError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise CosaeError(
-                f"a filter record must hold policy, median_norm and seen_tokens as cosae writes them: {error}."
-            ) from error
 
 
 def fit(policy: FilterPolicy, norm_N: Tensor) -> Filter:

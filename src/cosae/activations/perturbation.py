@@ -15,14 +15,15 @@ training. Draws are made on the CPU, so every device sees the same ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
+from cosae.io import values
 from cosae.io.generators import keyed_generator
 from cosae.types import Activations
 
@@ -81,28 +82,13 @@ class Perturbation:
 
         Raises CosaeError for anything else, and for settings the kind does not read.
         """
-        kind, settings = parse_settings(text, "perturbation", SETTINGS)
-        return cls(kind=kind, **cast_settings(cls, settings, "perturbation"))  # type: ignore[arg-type]
+        return values.parse(cls, text, "perturbation", "kind", SETTINGS)
 
     def __str__(self) -> str:
         """The text `parse` reads back to the same perturbation."""
         settings = ((name, getattr(self, name)) for name in SETTINGS[self.kind])
         shown = ",".join(f"{name}={value}" for name, value in settings if value is not None)
         return f"{self.kind}:{shown}" if shown else self.kind
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Perturbation:
-        """The perturbation that `to_dict` wrote. Raises CosaeError if the record is not one."""
-        unknown = set(record) - {f.name for f in fields(cls)}
-        if unknown:
-            raise CosaeError(
-                f"a perturbation record has no {', '.join(sorted(unknown))}; was it written by another version?"
-            )
-        return cls(**record)
 
 
 def apply(
@@ -148,35 +134,3 @@ def _plant_sinks(x_ND: Tensor, chosen_N: Tensor, norm_N: Tensor, perturbation: P
     direction_D = (direction_D / direction_D.norm()).to(x_ND.device)
     massive_D = perturbation.factor * norm_N.float().median() * direction_D if len(norm_N) else direction_D
     return torch.where(chosen_N[:, None], massive_D, x_ND)
-
-
-def parse_settings(text: str, what: str, allowed: Mapping[str, tuple[str, ...]]) -> tuple[str, dict[str, str]]:
-    """`kind:name=value,name=value` → kind and settings. Raises CosaeError, naming `what`, for other text."""
-    kind, _, rest = text.strip().partition(":")
-    if kind not in allowed:
-        raise CosaeError(f"{what} must be one of {', '.join(allowed)}. Got {kind!r} instead.")
-    settings: dict[str, str] = {}
-    for part in filter(None, rest.split(",")):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not value:
-            raise CosaeError(f"{what} settings are written name=value, with commas between. Got {part!r} instead.")
-        if name not in allowed[kind]:
-            takes = ", ".join(allowed[kind]) or "no settings"
-            raise CosaeError(f"{what} {kind} takes {takes}. Got {name!r} instead.")
-        if name in settings:
-            raise CosaeError(f"{what} {kind} was given {name} twice; give it once.")
-        settings[name] = value
-    return kind, settings
-
-
-def cast_settings(cls: type, settings: Mapping[str, str], what: str) -> dict[str, Any]:
-    """Strings to the types of the dataclass' defaults. Raises CosaeError for a value of another type."""
-    cast: dict[str, Any] = {}
-    kinds = {f.name: int if "int" in str(f.type) else float if "float" in str(f.type) else str for f in fields(cls)}
-    for name, value in settings.items():
-        try:
-            cast[name] = kinds[name](value)
-        except ValueError as error:
-            wanted = "a whole number" if kinds[name] is int else "a number"
-            raise CosaeError(f"{what} {name} must be {wanted}. Got {value!r} instead.") from error
-    return cast

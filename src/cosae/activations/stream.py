@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -36,6 +36,7 @@ from cosae.activations.prefetch import Prefetcher
 from cosae.errors import CosaeError
 from cosae.io.generators import keyed_generator
 from cosae.io.legacy import upgrade
+from cosae.io.values import from_plain, to_plain
 from cosae.types import Activations, NormSummary
 
 SAMPLE_ROWS = 16384  # enough for a geometric median and for norm statistics, small enough to copy about
@@ -176,8 +177,8 @@ class ActivationStream:
             "batch_tokens": self.batch_tokens,
             "buffer_tokens": self.buffer_tokens,
             "seed": self.seed,
-            "filter": asdict(self.filter.policy),
-            "perturbation": self.perturbation.to_dict(),
+            "filter": to_plain(self.filter.policy),
+            "perturbation": to_plain(self.perturbation),
             "store_dtype": str(self.store_dtype).removeprefix("torch."),
         }
 
@@ -211,7 +212,7 @@ class ActivationStream:
         return {
             "version": STATE_VERSION,
             "stream": json.dumps(self.describe(), sort_keys=True, default=str),
-            "filter": json.dumps(self.filter.to_dict()),
+            "filter": json.dumps(to_plain(self.filter)),
             "monitor": self._monitor_state,
             "chunk": chunk,
             "offset": offset,
@@ -238,7 +239,7 @@ class ActivationStream:
                 "and the data it was started with."
             )
         # the fitted median comes from the state: on other hardware this window's may differ in its last bit
-        self.filter = Filter.from_dict(json.loads(state["filter"]))
+        self.filter = from_plain(Filter, json.loads(state["filter"]), "the saved filter")
         self._monitor_state = state["monitor"]
         self.monitor.restore(self._monitor_state)
         live = len(state["buffer.x_ND"])

@@ -13,16 +13,16 @@ Every chunk is a function of (seed, split, chunk index), so a stream can start a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from math import isfinite, sqrt
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from cosae.activations.perturbation import cast_settings, parse_settings
 from cosae.errors import CosaeError
+from cosae.io import values
 from cosae.io.generators import keyed_generator
 from cosae.types import Activations, Codes
 
@@ -132,20 +132,7 @@ class World:
         Raises CosaeError for anything else.
         """
         names = tuple(f.name for f in fields(cls) if f.name != "norm")
-        norm, settings = parse_settings(text, "world", dict.fromkeys(get_args(NormKind), names))
-        return cls(norm=norm, **cast_settings(cls, settings, "world"))  # type: ignore[arg-type]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> World:
-        """The world that `to_dict` wrote. Raises CosaeError if the record is not one."""
-        unknown = set(record) - {f.name for f in fields(cls)}
-        if unknown:
-            raise CosaeError(f"a world record has no {', '.join(sorted(unknown))}; was it written by another version?")
-        return cls(**record)
+        return values.parse(cls, text, "world", "norm", dict.fromkeys(get_args(NormKind), names))
 
 
 class SyntheticSource:
@@ -169,7 +156,7 @@ class SyntheticSource:
 
     def describe(self) -> dict[str, Any]:
         """What the stream is, for records."""
-        return {"kind": "synthetic", "world": self.world.to_dict(), "chunk_tokens": self.chunk_tokens}
+        return {"kind": "synthetic", "world": values.to_plain(self.world), "chunk_tokens": self.chunk_tokens}
 
     def chunks(self, start: int = 0) -> Iterator[Activations]:
         """Chunks of `chunk_tokens` activations from number `start` on, without end."""

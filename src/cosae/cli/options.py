@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cosae.errors import CosaeError
+from cosae.io.values import literal
 
 
 def changes_of(named: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -17,16 +17,8 @@ def changes_of(named: Mapping[str, Any], settings: Sequence[str]) -> dict[str, A
         path, equals, value = text.partition("=")
         if not equals:
             raise CosaeError(f"--set takes field=value, with a dotted path for the field. Got {text!r} instead.")
-        changes[path] = _literal(value)
+        changes[path] = literal(value)
     return changes
-
-
-def _literal(text: str) -> Any:
-    """JSON where it is JSON (numbers, true, null, lists), else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def logger(quiet: bool) -> Callable[[str], None]:

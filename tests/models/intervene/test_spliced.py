@@ -9,6 +9,7 @@ import torch
 
 from cosae.activations.filter import Filter, FilterPolicy
 from cosae.errors import CosaeError
+from cosae.io.values import to_plain
 from cosae.models import embedded
 from cosae.models.capture import capture
 from cosae.models.intervene.edits import ablate, scale, set_to, steer
@@ -200,7 +201,7 @@ def test_tokens_the_sae_never_trained_on_can_be_left(model: Any, sae: Any) -> No
     cut = float(x.norm_N.sort().values[-4:-2].mean())
     fitted = Filter(FilterPolicy("norm", factor=2.0), cut / 2, 36)
     assert 2 < int((~fitted.keep(x)).sum()) < 9
-    sae.metadata["filter"] = fitted.to_dict()
+    sae.metadata["filter"] = to_plain(fitted)
     wanted = {
         "filter": fitted.keep(x),
         "sinks_out": fitted.keep(x) & (x.position_N != 0) & ~x.special_N,

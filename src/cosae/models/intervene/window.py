@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cosae.activations.filter import Filter
 from cosae.activations.sinks import sink_mask
 from cosae.errors import CosaeError
+from cosae.io.values import from_plain
 from cosae.models.hooks import positions
 from cosae.types import Activations
 
@@ -185,7 +186,7 @@ def resolve_policy(policy: Policy, metadata: dict[str, Any]) -> Policy:
             f"tokens={policy!r} needs the filter the SAE was trained with, which this one does not carry: pass a "
             "cosae.activations.filter.Filter, or tokens='all'."
         )
-    fitted = Filter.from_dict(metadata["filter"])
+    fitted = from_plain(Filter, metadata["filter"], "the SAE's filter")
     if policy == "filter":
         return fitted
     factor = fitted.policy.factor

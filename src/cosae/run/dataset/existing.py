@@ -134,7 +134,7 @@ def data_of(sae: SAE, path: Path, request: EvalRequest) -> DataConfig:
         )
     if site is None:
         raise CosaeError(f"{path} does not say which site it reads: give --site, for instance resid_post.3.")
-    changes = {"model": model, "site": site, "corpus": request.corpus, "context": request.context}
+    changes: dict[str, Any] = {"model": model, "site": site, "corpus": request.corpus, "context": request.context}
     return replace(data, **{k: v for k, v in changes.items() if v is not None})
 
 
