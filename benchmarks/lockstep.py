@@ -20,7 +20,7 @@ from benchmarks.shapes import SHAPES, Shape, draw_batches
 from benchmarks.timing import CLOCKS, describe_machine, interleave, median_ratio
 from benchmarks.worker import forget_peak, memory_kib
 from cosae.activations.digest import fingerprint
-from cosae.kernels import keep_memory
+from cosae.kernels import Workspace, keep_memory
 from cosae.sae.model import SAE
 from cosae.train.arm import Arm
 from cosae.train.step import ArmState, Batch, OptimizerConfig, train_step
@@ -29,16 +29,20 @@ from cosae.types import Activations
 SCORES = ("inner", "cosine", "cosine_per_feature", "inner_unit")
 
 
-def start(score: str, shape: Shape, x_ND: torch.Tensor) -> ArmState:
-    """A fresh arm."""
+def start(score: str, shape: Shape, x_ND: torch.Tensor, workspace: Workspace) -> ArmState:
+    """A fresh arm that steps in this memory."""
     sae = SAE.build(d_in=shape.d, d_sae=shape.m, score=score, k=shape.k, seed=0, sample=x_ND)
-    return ArmState.start(Arm(score, score, k=shape.k, seed=0), sae, float(x_ND.var(0).sum()), OptimizerConfig(lr=LR))
+    arm = Arm(score, score, k=shape.k, seed=0)
+    state = ArmState.start(arm, sae, float(x_ND.var(0).sum()), OptimizerConfig(lr=LR))
+    state.cache.workspace = workspace
+    return state
 
 
 def time_company(shape: Shape, rounds: int, clock: str) -> None:
     """Print each arm's step in company over the same step alone."""
     x_ND = draw_batches(shape, 1)[0]
-    states = [start(score, shape, x_ND) for score in SCORES]
+    workspace = Workspace()
+    states = [start(score, shape, x_ND, workspace) for score in SCORES]
     batch, bare = Batch.of(x_ND), Activations.bare(x_ND)
 
     def step(state: ArmState) -> None:
@@ -58,10 +62,11 @@ def measure_memory(shape: Shape, n_arms: int) -> dict[str, float]:
     """MiB: peak of n arms' steps, and what their parameters and moments take."""
     x_ND = draw_batches(shape, 1)[0]
     tiny = Shape(16, 64, 4, 32)
-    train_step(start("cosine", tiny, draw_batches(tiny, 1)[0]), draw_batches(tiny, 1)[0], 0, 1.0, NEVER)
+    train_step(start("cosine", tiny, draw_batches(tiny, 1)[0], Workspace()), draw_batches(tiny, 1)[0], 0, 1.0, NEVER)
     forget_peak()
     before = memory_kib("VmRSS")
-    states = [start(SCORES[i % len(SCORES)], shape, x_ND) for i in range(n_arms)]
+    workspace = Workspace()
+    states = [start(SCORES[i % len(SCORES)], shape, x_ND, workspace) for i in range(n_arms)]
     for _ in range(3):
         for state in states:
             train_step(state, Batch.of(x_ND), 0, 1.0, NEVER)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.kernels import Entries, Kernel, ScoreTerms, choose, reference
+from cosae.kernels import Entries, Kernel, ScoreTerms, StepCache, choose, reference
 from cosae.kernels.select import search
 from tests.support.score_worlds import FAMILY, aligned, in_double, make_terms, on
 
@@ -290,20 +290,20 @@ def test_the_same_bits_twice(device: torch.device, triton_path: Kernel) -> None:
 
 
 def test_prepared_rows_are_for_the_same_state_only(device: torch.device, triton_path: Kernel) -> None:
-    from cosae.kernels import kept
     from cosae.kernels.triton import rows as triton_rows
 
     weight = torch.nn.Parameter(torch.randn(6, 5, device=device))
     rows = triton_rows.unit_rows(weight.detach(), 1e-12, torch.bfloat16)
-    kept.leave(weight, rows)
-    assert triton_rows.prepared(weight.detach(), torch.bfloat16) is rows
-    assert triton_rows.prepared(weight.detach(), torch.float32) is None
-    assert triton_rows.prepared(weight.detach()[:3], torch.bfloat16) is None
+    cache = StepCache()
+    cache.leave_rows(weight, rows)
+    assert triton_rows.prepared(cache, weight.detach(), torch.bfloat16) is rows
+    assert triton_rows.prepared(cache, weight.detach(), torch.float32) is None
+    assert triton_rows.prepared(cache, weight.detach()[:3], torch.bfloat16) is None
     with torch.no_grad():
         weight.mul_(2.0)
-    assert triton_rows.prepared(weight.detach(), torch.bfloat16) is None
-    assert triton_rows.left(weight, torch.bfloat16) is rows
-    assert triton_rows.left(weight, torch.float32) is not rows
+    assert triton_rows.prepared(cache, weight.detach(), torch.bfloat16) is None
+    assert triton_rows.left(cache, weight, torch.bfloat16) is rows
+    assert triton_rows.left(cache, weight, torch.float32) is not rows
 
 
 def test_where_it_cannot_run_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cosae.kernels import Kernel
+from cosae.kernels import Kernel, StepCache
 from cosae.train.optimizer import UnitRowAdam
 
 SHAPES = {"encoder": (7, 300), "decoder": (7, 19), "bias": (7,), "a": ()}
@@ -21,7 +21,7 @@ def start(device: torch.device, kernel: str, state_dtype: str) -> tuple[dict[str
     values = draw(0, device)
     values["decoder"] /= values["decoder"].norm(dim=-1, keepdim=True)
     parameters = {name: nn.Parameter(value) for name, value in values.items()}
-    options = {"lr": 0.01, "kernel": kernel, "state_dtype": state_dtype, "screened": ("encoder",)}
+    options = {"lr": 0.01, "kernel": kernel, "state_dtype": state_dtype, "screened": "encoder"}
     return parameters, UnitRowAdam(parameters, ("decoder",), **options)
 
 
@@ -55,17 +55,18 @@ def test_the_next_screen_finds_its_rows(device: torch.device, triton_path: Kerne
     from cosae.kernels.triton import rows as triton_rows
 
     parameters, optimizer = start(device, "triton", "float32")
+    cache = StepCache()
     for seed in (1, 2):
         for name, value in draw(seed, device).items():
             parameters[name].grad = value
-        optimizer.step()
-        left = triton_rows.prepared(parameters["encoder"].detach(), torch.bfloat16)
+        optimizer.step(cache=cache)
+        left = triton_rows.prepared(cache, parameters["encoder"].detach(), torch.bfloat16)
         assert left is not None
         fresh = triton_rows.unit_rows(parameters["encoder"].detach(), 1e-12, torch.bfloat16)
         torch.testing.assert_close(left.unit_RD.float(), fresh.unit_RD.float(), rtol=2.0**-7, atol=0)
         torch.testing.assert_close(left.norm_R, fresh.norm_R)
         torch.testing.assert_close(left.error_R, fresh.error_R, rtol=1e-2, atol=1e-6)
-    assert triton_rows.prepared(parameters["decoder"].detach(), torch.bfloat16) is None
+    assert triton_rows.prepared(cache, parameters["decoder"].detach(), torch.bfloat16) is None
 
 
 def test_a_non_finite_gradient_changes_nothing(device: torch.device, triton_path: Kernel) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.kernels import kept
-from cosae.kernels.cpu import native, sums
+from cosae.kernels import StepCache
+from cosae.kernels.cpu import native
 from cosae.kernels.select import screen
 from cosae.sae.model import SAE
 from cosae.train import adam
@@ -245,43 +245,41 @@ def test_norms_left_for_the_screen_are_those_it_would_find(width: int, unit: boo
     """To the bit: a run that is resumed finds them anew, and must go on as if it had not stopped."""
     draw = torch.Generator().manual_seed(width)
     rows = torch.nn.Parameter(torch.nn.functional.normalize(torch.randn(53, width, generator=draw), dim=-1))
-    optimizer = UnitRowAdam({"rows": rows}, unit_rows=("rows",) if unit else (), lr=0.1, screened=("rows",))
+    optimizer = UnitRowAdam({"rows": rows}, unit_rows=("rows",) if unit else (), lr=0.1, screened="rows")
+    cache = StepCache()
     for _ in range(3):
         rows.grad = torch.randn(53, width, generator=draw)
-        optimizer.step()
-        left = kept.found(rows)
-        assert (left is not None) == native.serves()
-        found = screen.row_norms(rows.detach())
+        optimizer.step(cache=cache)
+        assert (cache.rows(rows) is not None) == native.serves()
+        found = screen.row_norms(rows.detach(), cache)
         again = screen.row_norms(rows.detach().clone())
         assert torch.equal(found, again)
         torch.testing.assert_close(again, rows.detach().norm(dim=-1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("touched", [False, True])
-def test_what_the_gradients_loop_measured_is_what_a_sweep_measures(
-    touched: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The step is the same with and without what the loop left; a gradient written to afterwards is measured anew."""
+def test_what_the_gradients_loop_measured_is_what_a_sweep_measures(touched: bool) -> None:
+    """The step is the same with and without what the loop saw; a gradient written to afterwards is measured anew."""
     if not native.serves():
         pytest.skip("numba is not installed")
 
-    def step() -> tuple[float, dict[str, torch.Tensor], int]:
+    def step(passed: bool) -> tuple[float, dict[str, torch.Tensor], int]:
         sae = SAE.build(d_in=24, d_sae=96, score="cosine", k=4, seed=0)
         x_BD = torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
         parameters = dict(sae.named_parameters())
         optimizer = UnitRowAdam(parameters, unit_rows=("decoder.rows_FD",), lr=1e-2)
-        sae.train_forward(x_BD).error[0].sum().backward()
+        cache = StepCache()
+        sae.train_forward(x_BD, cache=cache).error[0].sum().backward()
         if touched:
             parameters["decoder.rows_FD"].grad.mul_(0.5)
         names = ("score.rows_FD", "decoder.rows_FD")
-        known = sum(sums.measured(parameters[n].grad, parameters[n].detach(), n != names[0]) is not None for n in names)
-        norm = optimizer.step()
-        return norm, {name: p.detach().clone() for name, p in parameters.items()}, known
+        known = [cache.measured_of(parameters[n].grad, parameters[n].detach(), n != names[0]) for n in names]
+        norm = optimizer.step(cache=cache if passed else None)
+        return norm, {name: p.detach().clone() for name, p in parameters.items()}, 2 - known.count(None)
 
-    norm, after, known = step()
+    norm, after, known = step(passed=True)
     assert known == (1 if touched else 2)
-    monkeypatch.setattr(sums, "measured", lambda *_: None)
-    wanted_norm, wanted, _ = step()
+    wanted_norm, wanted, _ = step(passed=False)
     assert norm == wanted_norm
     for name, value in after.items():
         assert torch.equal(value, wanted[name]), name

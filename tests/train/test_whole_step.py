@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosae.activations.digest import chain, fingerprint
+from cosae.kernels import Workspace
 from cosae.kernels.cpu import native
-from cosae.kernels.memory import keep_spares, spare_like
 from cosae.kernels.select import search
 from cosae.sae import loss as losses
 from cosae.sae.model import SAE
@@ -205,10 +205,11 @@ def held_bytes() -> int:
 def test_between_steps_an_arm_holds_its_parameters_and_moments_alone() -> None:
     """No gradient, graph or work buffer of its own outlives a step: lockstep needs one arm's of those."""
     x_BD = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
-    before, n_arms, states = held_bytes(), 3, []
+    before, n_arms, states, workspace = held_bytes(), 3, [], Workspace()
     for seed in range(n_arms):
         sae = SAE.build(d_in=32, d_sae=2048, score="cosine", k=4, seed=seed, sample=x_BD)
         states.append(ArmState.start(Arm("arm", seed=seed), sae, 1.0, OptimizerConfig()))
+        states[-1].cache.workspace = workspace
     built = held_bytes() - before
     for step in range(2):
         for state in states:
@@ -218,16 +219,5 @@ def test_between_steps_an_arm_holds_its_parameters_and_moments_alone() -> None:
     assert built >= n_arms * 6 * matrix
     work = 64 * 2048 * 4 + 2 * matrix  # the search's buffer and the last arm's gradients, for the next to write over
     assert held_bytes() - before - built < work + matrix
-    keep_spares([])
-    assert held_bytes() - before - built < work - matrix
-
-
-def test_spares_are_written_over_only_where_they_fit() -> None:
-    a, b = torch.ones(3, 4), torch.ones(5, 4)
-    keep_spares([a, b[1:], torch.ones(3), torch.ones(4, 3).T])
-    place = a.data_ptr()
-    assert spare_like(torch.zeros(3, 4, dtype=torch.float64)).dtype == torch.float64
-    assert spare_like(torch.zeros(4, 4)).data_ptr() != b[1:].data_ptr()
-    assert spare_like(torch.zeros(3, 4)).data_ptr() == place
-    assert spare_like(torch.zeros(3, 4)).data_ptr() != place
-    keep_spares([])
+    workspace.clear()
+    assert held_bytes() - before - built < matrix

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cosae.kernels.select.search import remembered
 from cosae.kernels.terms import R_MIN, ROW_MIN, Entries, ScoreTerms
 
 
@@ -63,7 +62,7 @@ class _Content(torch.autograd.Function):
         entries: Entries,
         sums: Sums,
     ) -> Tensor:
-        known = remembered(terms, entries)
+        known = entries.products if entries.products is not None and entries.products.of(terms) else None
         dot_E = sums.entry_dots(z_BD, rows_FD, entries) if known is None else known.dot_E
         ctx.entries, ctx.sums, ctx.plain, ctx.row_power = entries, sums, terms.plain, terms.row_power
         ctx.centre_only = terms.centre_only

@@ -1,14 +1,9 @@
-"""Memory that a step needs is mapped once, not afresh by every step: gradients' matrices, and freed blocks at large."""
+"""Freed memory is reused by the whole process, where the system's allocator can be asked to."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-import threading
-from collections.abc import Iterable
-
-import torch
-from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -27,25 +22,3 @@ def keep_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
-
-
-_held = threading.local()
-
-
-def spare_like(x: Tensor) -> Tensor:
-    """Uninitialised, contiguous, of x's shape, dtype and device: a spare where one fits, else fresh memory."""
-    spares: list[Tensor] = getattr(_held, "spares", [])
-    for place, spare in enumerate(spares):
-        if spare.shape == x.shape and spare.dtype == x.dtype and spare.device == x.device:
-            return spares.pop(place)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def keep_spares(gradients: Iterable[Tensor]) -> None:
-    """Hold these matrices for the calling thread's next `spare_like`, instead of all that were held before.
-
-    For gradients that nothing else refers to: they will be written over. Only one arm's are held at a time. Matrices
-    that are part of larger memory are let go.
-    """
-    fit = (g for g in gradients if g.dim() == 2 and g.layout == torch.strided and g.is_contiguous())
-    _held.spares = [g for g in fit if g.untyped_storage().nbytes() == g.nbytes]

@@ -9,11 +9,12 @@ log_gain = 0, u = 1: then every factor is exactly 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from cosae.kernels.cache import Seen, StepCache
 
 R_MIN = 1e-8
 """Smallest r that enters a logarithm (paper §1, clamps)."""
@@ -46,6 +47,8 @@ class ScoreTerms:
     centre_only: bool = False
     """True where parameters reach z only as one vector taken from every row (z = x − c, x without gradient): then
     only Σ_b ∂L/∂z_b is used, and a path may return any gradient of z with that column sum (E gathers fewer)."""
+    cache: StepCache | None = None
+    """That of the training step these terms are part of; changes no result."""
 
     @property
     def log_r_B(self) -> Tensor:
@@ -80,30 +83,57 @@ class ScoreTerms:
 
     def detached(self) -> ScoreTerms:
         """The same numbers without a graph: what selection looks at."""
-        return ScoreTerms(
-            self.z_BD.detach(),
-            self.rows_FD.detach(),
-            None if self.bias_F is None else self.bias_F.detach(),
-            self.exponent.detach(),
-            self.log_gain.detach(),
-            self.row_power,
-            self.live_B,
-            self.plain,
-            self.centre_only,
+        return replace(
+            self,
+            z_BD=self.z_BD.detach(),
+            rows_FD=self.rows_FD.detach(),
+            bias_F=None if self.bias_F is None else self.bias_F.detach(),
+            exponent=self.exponent.detach(),
+            log_gain=self.log_gain.detach(),
         )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Entries token by token, as they lie, and feature by feature; all int64.
+
+    offset_B1 (B + 1,) entries of token t are offset[t] : offset[t + 1]
+    order_E (E,) entry positions feature by feature;  offset_F1 (F + 1,) where each feature's begin in it
+    """
+
+    offset_B1: Tensor
+    order_E: Tensor
+    offset_F1: Tensor
+
+
+@dataclass(frozen=True)
+class Products:
+    """What selection computed of its entries: ⟨z, w⟩ (E,), ln r (B,), |w| (F,), and of which z and w they are."""
+
+    z: Seen
+    rows: Seen
+    dot_E: Tensor
+    log_r_B: Tensor
+    norm_F: Tensor
+
+    def of(self, terms: ScoreTerms) -> bool:
+        """Whether they are still those of these terms."""
+        return self.z.holds(terms.z_BD) and self.rows.holds(terms.rows_FD)
 
 
 @dataclass(frozen=True)
 class Entries:
     """Selected (token, feature) pairs, sorted by token, then feature; int64.
 
-    memo holds what a path already worked out about these entries (their grouping by feature, their plain products)
-    so that one step works it out once; it never changes a result.
+    groups, products  what selection knows of them, so that one step works it out once; no result depends on it
+    cache             that of the training step they are part of
     """
 
     token_E: Tensor
     feature_E: Tensor
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    groups: Groups | None = field(default=None, compare=False, repr=False)
+    products: Products | None = field(default=None, compare=False, repr=False)
+    cache: StepCache | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return int(self.token_E.shape[0])

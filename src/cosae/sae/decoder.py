@@ -41,7 +41,7 @@ class Decoder(nn.Module):
                 part_BD = kernel.decode(value_E, entries, rows_FD, n_tokens)
             else:
                 inside = ((entries.feature_E >= low) & (entries.feature_E < high)).nonzero()[:, 0]
-                chosen = Entries(entries.token_E[inside], entries.feature_E[inside])
+                chosen = Entries(entries.token_E[inside], entries.feature_E[inside], cache=entries.cache)
                 part_BD = kernel.decode(value_E[inside], chosen, rows_FD, n_tokens)
             sums.append(sums[-1] + part_BD if sums else part_BD)
             low = high

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.kernels import Entries, Kernel, ScoreTerms, choose
+from cosae.kernels import Entries, Kernel, ScoreTerms, StepCache, choose
 from cosae.sae import frame as frames
 from cosae.sae.decoder import Decoder
 from cosae.sae.score import SCORES, Score
@@ -325,15 +325,17 @@ class SAE(nn.Module):
 
     # ------------------------------------------------------------------ training
 
-    def train_forward(self, x_BD: Tensor, hint: float | None = None, live_B: Tensor | None = None) -> TrainOutput:
+    def train_forward(
+        self, x_BD: Tensor, hint: float | None = None, live_B: Tensor | None = None, cache: StepCache | None = None
+    ) -> TrainOutput:
         """x (B, d_in) → everything a loss needs, by the training rule; differentiable in all parameters.
 
         `hint` is `selection.hint` of the batch before: it makes the search faster and changes no result. `live_B` is
-        `frame.live_rows(x)`, where arms that share a batch have it already.
+        `frame.live_rows(x)`, where arms that share a batch have it already. `cache` is that of the training step.
         """
         kernel = self._kernel()
         framed = self._framed(x_BD, live_B)
-        terms = self.score.terms(framed, centre_only=self.cfg.frame != "unit" and not x_BD.requires_grad)
+        terms = self.score.terms(framed, self.cfg.frame != "unit" and not x_BD.requires_grad, cache)
         selection = self.selector.train_select(terms, kernel, hint)
         entries = selection.entries
         n_tokens = terms.n_tokens

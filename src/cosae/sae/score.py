@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cosae.kernels import ScoreTerms
+from cosae.kernels import ScoreTerms, StepCache
 from cosae.types import Framed, at_least_fp32
 
 
@@ -107,10 +107,11 @@ class Score(nn.Module):
         """True where every factor around the product is exactly 1: the standard inner product."""
         return self.family.row_power == 1
 
-    def terms(self, framed: Framed, centre_only: bool = False) -> ScoreTerms:
+    def terms(self, framed: Framed, centre_only: bool = False, cache: StepCache | None = None) -> ScoreTerms:
         """What the kernels compute scores from; differentiable in everything.
 
         centre_only: parameters reach z as one vector taken from every row and x needs no gradient (ScoreTerms).
+        cache: that of the training step, where this is one.
         """
         return ScoreTerms(
             z_BD=framed.z_BD,
@@ -122,6 +123,7 @@ class Score(nn.Module):
             live_B=framed.live_B,
             plain=self.is_plain,
             centre_only=centre_only,
+            cache=cache,
         )
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ class Selection:
         on = (self.value_E != 0).nonzero()[:, 0]
         if len(on) == len(self.entries):
             return self
-        entries = Entries(self.entries.token_E[on], self.entries.feature_E[on])
+        entries = Entries(self.entries.token_E[on], self.entries.feature_E[on], cache=self.entries.cache)
         return Selection(entries, self.score_E[on], self.value_E[on], self.count_B, self.hint)
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.kernels import choose, kept
-from cosae.kernels.cpu import native, sums
+from cosae.kernels import StepCache, choose
+from cosae.kernels.cpu import native
 from cosae.kernels.moments import Moment
 from cosae.kernels.terms import ROW_MIN
 
@@ -33,7 +33,7 @@ class Task:
     along_R     (R,) component of each gradient row along its unit row; None where rows are not unit
     rate        lr / (1 − β1^t);  root_bias2  √(1 − β2^t);  clip  factor on the gradient
     keys        of the draws that round mean and square (cosae.kernels.moments)
-    screened    the parameter itself where the next step's screen wants its rows' norms (on a GPU: its unit rows)
+    cache       where the new rows' norms (on a GPU: unit rows) are left, where the next step's screen wants them
     """
 
     grad: Tensor
@@ -47,20 +47,24 @@ class Task:
     betas: tuple[float, float]
     eps: float
     keys: tuple[int, int]
-    screened: Tensor | None = None
+    cache: StepCache | None = None
 
 
 class Path(Protocol):
     """How a parameter is measured and moved."""
 
-    def measure(self, grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]: ...
+    def measure(
+        self, grad: Tensor, weight: Tensor, unit: bool, cache: StepCache | None
+    ) -> tuple[Tensor | None, Tensor]: ...
     def step(self, task: Task) -> None: ...
 
 
 class Plain:
     """The definition: each parameter in PyTorch; compressed moments a stretch of rows at a time."""
 
-    def measure(self, grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]:
+    def measure(
+        self, grad: Tensor, weight: Tensor, unit: bool, cache: StepCache | None
+    ) -> tuple[Tensor | None, Tensor]:
         """Component of each gradient row along its row (R,), and the squared norm of what is left, () float64."""
         if not unit:
             return None, torch.linalg.vector_norm(grad, dtype=torch.float64).square()
@@ -98,8 +102,10 @@ class Plain:
 class Compiled:
     """The same for fp32 matrices and moments on the CPU, by compiled loops."""
 
-    def measure(self, grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]:
-        known = sums.measured(grad, weight, unit)
+    def measure(
+        self, grad: Tensor, weight: Tensor, unit: bool, cache: StepCache | None
+    ) -> tuple[Tensor | None, Tensor]:
+        known = None if cache is None else cache.measured_of(grad, weight, unit)
         if known is not None:
             return known.along_F, known.square
         along_R = torch.empty(len(grad))
@@ -116,7 +122,7 @@ class Compiled:
         along_R = torch.zeros(len(task.grad)) if task.along_R is None else task.along_R
         tensors = (task.grad, task.weight, task.mean.data, task.square.data, along_R)
         numbers = (task.clip, *task.betas, task.rate, task.root_bias2, task.eps, ROW_MIN)
-        norm_R = torch.empty(0 if task.screened is None else len(task.weight))
+        norm_R = torch.empty(0 if task.cache is None else len(task.weight))
         native.run_parts(
             native.adam_loops().step_rows,
             native.parts_for(4 * task.grad.numel(), 2),
@@ -126,14 +132,16 @@ class Compiled:
             norm_R.numpy(),
         )
         torch.autograd.graph.increment_version(task.weight)
-        if task.screened is not None:
-            kept.leave(task.screened, norm_R)
+        if task.cache is not None:
+            task.cache.leave_rows(task.weight, norm_R)
 
 
 class Triton:
     """The same for fp32 matrices and any moments on a GPU."""
 
-    def measure(self, grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]:
+    def measure(
+        self, grad: Tensor, weight: Tensor, unit: bool, cache: StepCache | None
+    ) -> tuple[Tensor | None, Tensor]:
         from cosae.kernels.triton import adam as triton_adam
 
         return triton_adam.measure(grad, weight, unit)
@@ -143,7 +151,7 @@ class Triton:
 
         triton_adam.step(
             task.grad, task.weight, task.mean, task.square, task.along_R, clip=task.clip, rate=task.rate,
-            root_bias2=task.root_bias2, betas=task.betas, eps=task.eps, keys=task.keys, screened=task.screened,
+            root_bias2=task.root_bias2, betas=task.betas, eps=task.eps, keys=task.keys, cache=task.cache,
         )  # fmt: skip
 
 

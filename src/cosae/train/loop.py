@@ -17,7 +17,7 @@ import torch
 from cosae.activations.digest import chain, fingerprint
 from cosae.errors import CosaeError
 from cosae.io.signals import Interrupted, Stop, stop_on_signals
-from cosae.kernels.memory import keep_spares
+from cosae.kernels import Workspace
 from cosae.train.arm import check_seed
 from cosae.train.log import Logger
 from cosae.train.step import ArmState, Batch, NonFiniteError, OptimizerConfig, lr_scale, train_step
@@ -107,6 +107,9 @@ def train(
     monitor = getattr(stream, "monitor", None)
     begun = time.perf_counter() - seconds
     saved = start
+    workspace = Workspace()
+    for state in states:
+        state.cache.workspace = workspace  # arms step in turn and need one arm's memory
     for step in range(start, config.steps):
         try:
             batch = stream.next_batch()
@@ -148,7 +151,7 @@ def train(
             saved = done
         if stop.asked:
             raise Interrupted(done)
-    keep_spares([])
+    workspace.clear()
     return time.perf_counter() - begun
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
+from cosae.kernels import StepCache
 from cosae.kernels.moments import STATE_DTYPES, Moment, key_of
 from cosae.train import adam
 
@@ -32,8 +33,8 @@ class UnitRowAdam:
     state_dtype     what the moments of matrices are kept in: float32, bfloat16 or int8 (cosae.kernels.moments)
     seed            of the stochastic rounding of compressed moments
     kernel          which path steps (cosae.kernels.choose)
-    screened        names of parameters that the next step screens by: the sweep leaves their rows' norms behind
-                    (on a GPU their unit rows)
+    screened        the parameter that the next step screens by: a step with a cache leaves its rows' norms there
+                    (on a GPU its unit rows)
 
     Raises CosaeError for a name that is not a parameter, an unit-row parameter that is not a matrix, or a value out
     of range.
@@ -51,13 +52,13 @@ class UnitRowAdam:
         state_dtype: str = "float32",
         seed: int = 0,
         kernel: str = "auto",
-        screened: tuple[str, ...] = (),
+        screened: str | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.unit_rows = frozenset(unit_rows)
         self.lr, self.lr_multipliers = lr, dict(lr_multipliers or {})
         self.betas, self.eps, self.clip = betas, eps, clip
-        self.state_dtype, self.seed, self.kernel, self.screened = state_dtype, seed, kernel, frozenset(screened)
+        self.state_dtype, self.seed, self.kernel, self.screened = state_dtype, seed, kernel, screened
         self._check()
         self._count = dict.fromkeys(self.parameters, 0)
         self._mean = {name: Moment.zero(p, state_dtype, signed=True) for name, p in self.parameters.items()}
@@ -82,23 +83,25 @@ class UnitRowAdam:
             raise CosaeError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}. Got {self.state_dtype!r} instead.")
 
     @torch.no_grad()
-    def step(self, lr_scale: float = 1.0) -> float:
+    def step(self, lr_scale: float = 1.0, cache: StepCache | None = None) -> float:
         """One step at lr · lr_scale; returns the global gradient norm after projection and before the clip.
 
-        A parameter without gradient is left alone, its moments too. Raises FloatingPointError, before anything has
-        changed, where a gradient is not finite; the message names the parameter.
+        cache: that of the training step, which may hold what the gradients' loops measured. A parameter without
+        gradient is left alone, its moments too. Raises FloatingPointError, before anything has changed, where a
+        gradient is not finite; the message names the parameter.
         """
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         paths = {name: adam.path_of(self.kernel, grad, self.parameters[name]) for name, grad in grads.items()}
         along: dict[str, Tensor | None] = {}
         squares: list[Tensor] = []
         for name, grad in grads.items():
-            along[name], square = paths[name].measure(grad, self.parameters[name].detach(), name in self.unit_rows)
+            weight, unit = self.parameters[name].detach(), name in self.unit_rows
+            along[name], square = paths[name].measure(grad, weight, unit, cache)
             squares.append(square)
         norm = self._norm(dict(zip(grads, torch.stack(squares).tolist() if squares else [], strict=True)))
         clip = 1.0 if self.clip is None else min(1.0, self.clip / (norm + 1e-6))
         for name, grad in grads.items():
-            paths[name].step(self._task(name, grad, along[name], clip, self.lr * lr_scale))
+            paths[name].step(self._task(name, grad, along[name], clip, self.lr * lr_scale, cache))
         return norm
 
     @staticmethod
@@ -109,7 +112,9 @@ class UnitRowAdam:
                 raise FloatingPointError(f"the gradient of {name} is not finite")
         return math.sqrt(sum(square.values()))
 
-    def _task(self, name: str, grad: Tensor, along_R: Tensor | None, clip: float, lr: float) -> adam.Task:
+    def _task(
+        self, name: str, grad: Tensor, along_R: Tensor | None, clip: float, lr: float, cache: StepCache | None
+    ) -> adam.Task:
         """What one parameter's step needs; counts it."""
         self._count[name] += 1
         count = self._count[name]
@@ -125,7 +130,7 @@ class UnitRowAdam:
             betas=self.betas,
             eps=self.eps,
             keys=(key_of(self.seed, f"mean.{name}", count), key_of(self.seed, f"square.{name}", count)),
-            screened=self.parameters[name] if name in self.screened else None,
+            cache=cache if name == self.screened else None,
         )
 
     def zero_grad(self) -> None:

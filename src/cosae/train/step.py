@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.kernels.memory import keep_spares
+from cosae.kernels import StepCache
 from cosae.kernels.moments import STATE_DTYPES
 from cosae.kernels.select.search import carried
 from cosae.sae import loss as losses
@@ -85,6 +85,7 @@ class ArmState:
     weight  λ of the sparsity term;  shift_mean, typical_gate  what its controller remembers
     stopped why this arm stopped, None while it runs
     digest  chained over the batches this arm was handed: equal digests mean the same batches in the same order
+    cache   what the parts of a step tell each other and the next step; no result depends on it, no checkpoint holds it
     monitor what tells spikes and jumps from what was usual (cosae.train.monitor)
     """
 
@@ -100,6 +101,7 @@ class ArmState:
     seconds: float = 0.0
     stopped: str | None = None
     digest: bytes = bytes(32)
+    cache: StepCache = field(default_factory=StepCache)
     monitor: LossMonitor = field(default_factory=LossMonitor)
 
     @classmethod
@@ -117,7 +119,7 @@ class ArmState:
             state_dtype=config.state_dtype,
             seed=arm.seed or 0,
             kernel=sae.kernel,
-            screened=("score.rows_FD",),
+            screened="score.rows_FD",
         )
         age_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         return cls(arm, sae, optimizer, variance, age_F, arm.sparsity_weight)
@@ -190,14 +192,14 @@ def train_step(
     """Change `state` by one step on x (B, d_in) fp32, or its `Batch`; `scale` multiplies the learning rate.
 
     Returns loss, its terms and what `measure` reads, as 0-d tensors or numbers. Raises NonFiniteError, with nothing
-    changed, where the loss or a gradient is not finite. No gradient outlives the step; the last arm's matrices are kept
-    as memory for the next one's, so that arms in lockstep need one arm's.
+    changed, where the loss or a gradient is not finite. No gradient outlives the step; its matrices are kept in the
+    cache's workspace as memory for the next one's: arms in lockstep share one and need one arm's.
     """
     sae, arm = state.sae, state.arm
     batch = x_BD if isinstance(x_BD, Batch) else Batch.of(x_BD)
     if arm.input_noise != 1.0:
         batch = Batch.of(input_noise(batch.x_BD, arm.input_noise, arm.seed or 0, step))
-    output = sae.train_forward(batch.x_BD, state.hint, batch.live_B)
+    output = sae.train_forward(batch.x_BD, state.hint, batch.live_B, state.cache)
     fired_F, n_fired = _fired(sae, output)
     n_live = output.framed.live_B.sum()
     age_F = torch.where(fired_F, 0, state.age_F + n_live)
@@ -218,11 +220,11 @@ def train_step(
     state.optimizer.zero_grad()
     torch.autograd.backward(total)
     try:
-        grad_norm = state.optimizer.step(scale)
+        grad_norm = state.optimizer.step(scale, state.cache)
     except FloatingPointError:
         raise NonFiniteError(f"a gradient became non-finite at step {step}") from None
     finally:
-        keep_spares([p.grad for p in state.optimizer.parameters.values() if p.grad is not None])
+        state.cache.end_step([p.grad for p in state.optimizer.parameters.values() if p.grad is not None])
         state.optimizer.zero_grad()
     state.age_F = age_F
     state.hint = carried(state.hint, output.selection.hint)

@@ -6,49 +6,20 @@ where numba is installed. No function here knows autograd.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from cosae.kernels import kept
+from cosae.kernels.cache import Workspace
 from cosae.kernels.cpu import native
-from cosae.kernels.memory import spare_like
-from cosae.kernels.terms import Entries
+from cosae.kernels.terms import Entries, Groups, ScoreTerms
 
 GATHER = 1 << 21
 """Numbers gathered at a time by the plain dot products: 8 MB of fp32."""
 NEAR = 3 << 20
 """Numbers of the rows that `token_sums` reads at a time for all tokens: 12 MB of fp32, less than a last-level cache."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the loop that made a gradient matrix saw of its rows while it had them (`train.adam` measures so).
-
-    of        identity and version of the rows that the gradient is a gradient of
-    along_F   (F,) component of each gradient row along its row of unit length; None where that was not asked for
-    square    () float64 squared norm of the gradient, without those components where along_F is there
-    """
-
-    of: tuple[int, int]
-    along_F: Tensor | None
-    square: Tensor
-
-
-def _leave_measured(grad_FD: Tensor, rows_FD: Tensor, along_F: Tensor | None, square_F: Tensor) -> None:
-    if not rows_FD.is_inference():
-        kept.leave(grad_FD, Measured((rows_FD.data_ptr(), rows_FD._version), along_F, square_F.sum()))
-
-
-def measured(grad_FD: Tensor, rows_FD: Tensor, unit: bool) -> Measured | None:
-    """What is known of this gradient of these rows, or None: where it was written to since, or never measured so."""
-    facts = kept.found(grad_FD)
-    if not isinstance(facts, Measured) or rows_FD.is_inference() or facts.of != (rows_FD.data_ptr(), rows_FD._version):
-        return None
-    return facts if unit == (facts.along_F is not None) else None
 
 
 def compiled(*tensors: Tensor) -> bool:
@@ -58,25 +29,35 @@ def compiled(*tensors: Tensor) -> bool:
 
 def token_offsets(entries: Entries, n_tokens: int) -> Tensor:
     """(B + 1,) int64: entries of token t are offset[t] : offset[t + 1]."""
-    if "offset_B1" not in entries.memo or len(entries.memo["offset_B1"]) != n_tokens + 1:
-        count_B = torch.bincount(entries.token_E, minlength=n_tokens)
-        entries.memo["offset_B1"] = torch.cat([count_B.new_zeros(1), count_B.cumsum(0)])
-    return cast(Tensor, entries.memo["offset_B1"])
+    if entries.groups is not None:
+        return entries.groups.offset_B1
+    count_B = torch.bincount(entries.token_E, minlength=n_tokens)
+    return torch.cat([count_B.new_zeros(1), count_B.cumsum(0)])
 
 
 def by_feature(entries: Entries, n_features: int) -> tuple[Tensor, Tensor]:
-    """Entry positions feature by feature (E,), and where each feature's begin (F + 1,); both int64, made once."""
-    if "by_feature" not in entries.memo or len(entries.memo["by_feature"][1]) != n_features + 1:
-        feature_E = entries.feature_E
-        if native.serves() and feature_E.device.type == "cpu":
-            order_E, offset_F1 = torch.empty_like(feature_E), feature_E.new_empty(n_features + 1)
-            native.loops().group_by_feature(feature_E.numpy(), offset_F1.numpy(), order_E.numpy())
-        else:
-            order_E = feature_E.argsort(stable=True)
-            count_F = torch.bincount(feature_E, minlength=n_features)
-            offset_F1 = torch.cat([count_F.new_zeros(1), count_F.cumsum(0)])
-        entries.memo["by_feature"] = (order_E, offset_F1)
-    return cast(tuple[Tensor, Tensor], entries.memo["by_feature"])
+    """`order_E` and `offset_F1` of `Groups`: known, or found now."""
+    if entries.groups is not None:
+        return entries.groups.order_E, entries.groups.offset_F1
+    feature_E = entries.feature_E
+    if native.serves() and feature_E.device.type == "cpu":
+        order_E, offset_F1 = torch.empty_like(feature_E), feature_E.new_empty(n_features + 1)
+        native.loops().group_by_feature(feature_E.numpy(), offset_F1.numpy(), order_E.numpy())
+        return order_E, offset_F1
+    count_F = torch.bincount(feature_E, minlength=n_features)
+    return feature_E.argsort(stable=True), torch.cat([count_F.new_zeros(1), count_F.cumsum(0)])
+
+
+def grouped(entries: Entries, terms: ScoreTerms) -> Entries:
+    """The same entries of these terms with their groups, as a part of the terms' step."""
+    groups = Groups(token_offsets(entries, terms.n_tokens), *by_feature(entries, terms.n_features))
+    return replace(entries, groups=groups, cache=terms.cache)
+
+
+def _spare_like(rows_FD: Tensor, entries: Entries) -> Tensor:
+    """Uninitialised memory for a gradient of these rows: a spare of the step's where it has one."""
+    workspace = Workspace() if entries.cache is None else entries.cache.workspace
+    return workspace.spare_like(rows_FD)
 
 
 def entry_dots(x_BD: Tensor, rows_FD: Tensor, entries: Entries) -> Tensor:
@@ -127,13 +108,14 @@ def _feature_sums(
     order_E, offset_F1 = by_feature(entries, rows_FD.shape[0])
     n_features, width = rows_FD.shape
     if compiled(value_E, x_BD, rows_FD):
-        out_FD = spare_like(rows_FD)
+        out_FD = _spare_like(rows_FD, entries)
         pull_F = rows_FD.new_zeros(n_features) if pull_F is None else pull_F
         square_F = torch.empty(n_features, dtype=torch.float64)
         total_KD = rows_FD.new_empty(-(-n_features // native.loops().TOTAL_ROWS) if total else 0, width)
         arrays = (value_E, x_BD, entries.token_E, order_E, offset_F1, pull_F, rows_FD, out_FD, square_F, total_KD)
         _run("feature_sums", len(entries) * width, *arrays)
-        _leave_measured(out_FD, rows_FD, None, square_F)
+        if entries.cache is not None:
+            entries.cache.leave_measured(out_FD, rows_FD, None, square_F)
         return out_FD, total_KD.sum(0)
     out_FD = embedding_bag(
         entries.token_E[order_E], x_BD, offset_F1[:-1], mode="sum", per_sample_weights=value_E[order_E]
@@ -147,12 +129,13 @@ def feature_sums_and_dots(value_E: Tensor, x_BD: Tensor, entries: Entries, rows_
     if not compiled(value_E, x_BD, rows_FD):
         return feature_sums(value_E, x_BD, entries, rows_FD), entry_dots(x_BD, rows_FD, entries)
     order_E, offset_F1 = by_feature(entries, rows_FD.shape[0])
-    out_FD = spare_like(rows_FD)
+    out_FD = _spare_like(rows_FD, entries)
     dot_E = x_BD.new_empty(len(entries))
     along_F, square_F = rows_FD.new_empty(len(rows_FD)), torch.empty(len(rows_FD), dtype=torch.float64)
     arrays = (value_E, x_BD, entries.token_E, order_E, offset_F1, rows_FD, out_FD, dot_E, along_F, square_F)
     _run("feature_sums_and_dots", 2 * len(entries) * x_BD.shape[1], *arrays)
-    _leave_measured(out_FD, rows_FD, along_F, square_F)
+    if entries.cache is not None:
+        entries.cache.leave_measured(out_FD, rows_FD, along_F, square_F)
     return out_FD, dot_E
 
 

@@ -46,7 +46,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosae.kernels import kept
+from cosae.kernels.cache import StepCache
 from cosae.kernels.cpu import native
 from cosae.kernels.cpu.sums import compiled
 from cosae.kernels.terms import R_MIN, ROW_MIN, ScoreTerms
@@ -200,9 +200,9 @@ class Rows:
     loss_R: Tensor | None
 
 
-def row_norms(rows_FD: Tensor) -> Tensor:
-    """(F,) max(|w|, ROW_MIN): what the optimiser left for these very rows (`kept`), or found now."""
-    norm_F = kept.found(rows_FD)
+def row_norms(rows_FD: Tensor, cache: StepCache | None = None) -> Tensor:
+    """(F,) max(|w|, ROW_MIN): what the optimiser left of these very rows, or found now."""
+    norm_F = None if cache is None else cache.rows(rows_FD)
     return norm_F if isinstance(norm_F, Tensor) else norms(rows_FD, ROW_MIN)
 
 

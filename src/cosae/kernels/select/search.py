@@ -12,19 +12,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cosae.kernels import reference
+from cosae.kernels.cache import Seen
 from cosae.kernels.cpu import native
+from cosae.kernels.cpu.sums import grouped, token_offsets
 from cosae.kernels.select import screen
 from cosae.kernels.select.survivors import Survivors, survivors
-from cosae.kernels.terms import Entries, ScoreTerms
+from cosae.kernels.terms import Entries, Groups, Products, ScoreTerms
 
 HINT_SHARE = 0.97
 """Share of the hint at which the search begins; 1.05–1.2 × the wanted entries pass where batches are alike."""
@@ -79,20 +81,6 @@ def carried(hint: float | None, smallest: float | None) -> float | None:
     return max(min(smallest, HINT_RISE * hint), HINT_FALL * smallest)
 
 
-@dataclass(frozen=True)
-class Products:
-    """What selection leaves with its entries: ⟨z, w⟩ (E,), ln r (B,), |w| (F,), and of which z and w they are.
-
-    held keeps z and w alive, so that no other tensor can come to lie at their addresses and be taken for them.
-    """
-
-    identity: Any
-    held: tuple[Tensor, Tensor]
-    dot_E: Tensor
-    log_r_B: Tensor
-    norm_F: Tensor
-
-
 def _entries(terms: ScoreTerms, found: Survivors, lowest: float, last_flat: int) -> Entries:
     """The survivors above `lowest`, or equal to it with flat index ≤ last_flat; what is known goes along."""
     size, n_features = len(found), terms.n_features
@@ -103,48 +91,29 @@ def _entries(terms: ScoreTerms, found: Survivors, lowest: float, last_flat: int)
         outs = [t.numpy() for t in (token_E, feature_E, dot_E, order_E, offset_F1)]
         lowest32 = torch.tensor(lowest, dtype=torch.float32).numpy()[()]
         n_parts = native.parts_for(KEEPING * size)
-        kept, *_ = native.run_parts(
+        n_kept, *_ = native.run_parts(
             native.loops().keep_and_sort, n_parts, *arrays, lowest32, last_flat, terms.n_tokens, *outs
         )
-        entries = Entries(token_E[:kept], feature_E[:kept])
-        entries.memo["by_feature"] = (order_E[:kept], offset_F1)
-        dot_E = dot_E[:kept]
+        token_E, feature_E, dot_E, order_E = (t[:n_kept] for t in (token_E, feature_E, dot_E, order_E))
     else:
         flat_S = flat(found, n_features)
         keep = ((found.score_S > lowest) | ((found.score_S == lowest) & (flat_S <= last_flat))).nonzero()[:, 0]
         flat_E, place_E = flat_S[keep].sort()
-        entries = Entries(flat_E // n_features, flat_E % n_features)
+        token_E, feature_E = flat_E // n_features, flat_E % n_features
         dot_E = found.dot_S[keep][place_E]
         order_E = torch.empty_like(place_E)
         order_E[place_E] = torch.arange(len(place_E), device=place_E.device)
-        feature_E = flat_S[keep] % n_features
         edge_F1 = torch.arange(n_features + 1, device=place_E.device)
-        entries.memo["by_feature"] = (order_E, torch.searchsorted(feature_E, edge_F1))
-    entries.memo["products"] = Products(
-        _identity(terms), (terms.z_BD, terms.rows_FD), dot_E, found.log_r_B, found.norm_F
-    )
-    return entries
+        offset_F1 = torch.searchsorted(flat_S[keep] % n_features, edge_F1)
+    entries = Entries(token_E, feature_E, cache=terms.cache)
+    groups = Groups(token_offsets(entries, terms.n_tokens), order_E, offset_F1)
+    products = Products(Seen(terms.z_BD), Seen(terms.rows_FD), dot_E, found.log_r_B, found.norm_F)
+    return replace(entries, groups=groups, products=products)
 
 
 def flat(found: Survivors, n_features: int) -> Tensor:
     """(S,) int64 token · F + feature of each survivor."""
     return found.token_S * n_features + torch.repeat_interleave(found.count_F, output_size=len(found))
-
-
-def _identity(terms: ScoreTerms) -> Any:
-    """What tells these z and rows from any others, edits in place included; None in inference mode."""
-    z_BD, rows_FD = terms.z_BD, terms.rows_FD
-    if z_BD.is_inference() or rows_FD.is_inference():
-        return None
-    return (z_BD.data_ptr(), z_BD._version, z_BD.shape, rows_FD.data_ptr(), rows_FD._version, rows_FD.shape)
-
-
-def remembered(terms: ScoreTerms, entries: Entries) -> Products | None:
-    """What selection computed for these very entries of these very terms, or None."""
-    products = entries.memo.get("products")
-    if products is None or products.identity is None or products.identity != _identity(terms):
-        return None
-    return cast(Products, products)
 
 
 def _sampled_threshold(terms: ScoreTerms, n_keep: int) -> float:
@@ -154,10 +123,7 @@ def _sampled_threshold(terms: ScoreTerms, n_keep: int) -> float:
         return 0.0
     spread = torch.linspace(0, len(live) - 1, min(SAMPLE, len(live)), device=live.device).long()
     few = live[spread]
-    part = ScoreTerms(
-        terms.z_BD[few], terms.rows_FD, terms.bias_F, terms.exponent, terms.log_gain, terms.row_power,
-        terms.live_B[few], terms.plain,
-    )  # fmt: skip
+    part = replace(terms, z_BD=terms.z_BD[few], live_B=terms.live_B[few])
     flat = reference.scores(part).reshape(-1)
     rank = min(flat.numel(), max(1, math.ceil(1.2 * n_keep * len(few) / len(live))))
     return max(0.0, 0.95 * float(flat.topk(rank).values[-1]))
@@ -221,11 +187,12 @@ def select_batch_topk(
         reason = "a large share of all scores is wanted"
     if reason is not None:
         say_dense(reason)
-        return reference.select_batch_topk(terms, n_keep, hint)
+        entries, smallest = reference.select_batch_topk(terms, n_keep, hint)
+        return grouped(entries, terms), smallest
     found = _search(terms, n_keep, hint, finder) if n_keep > 0 else None
     if found is None or len(found) == 0:
         empty = torch.empty(0, dtype=torch.int64, device=terms.z_BD.device)
-        return Entries(empty, empty.clone()), 0.0
+        return Entries(empty, empty.clone(), cache=terms.cache), 0.0
     last_flat = terms.n_tokens * terms.n_features
     if len(found) <= n_keep:
         lowest = float(found.score_S.min())
@@ -244,7 +211,7 @@ def select_above(terms: ScoreTerms, threshold: Tensor, *, finder: Finder = CPU) 
     reason = finder.unserved(terms)
     if reason is not None:
         say_dense(reason)
-        return reference.select_above(terms, threshold)
+        return grouped(reference.select_above(terms, threshold), terms)
     everything = terms.n_tokens * terms.n_features
     threshold_F = threshold.detach().float().expand(terms.n_features).contiguous()
     answer = finder.survivors(terms, threshold_F, max(4096, everything // 16), None)

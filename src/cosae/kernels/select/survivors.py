@@ -5,7 +5,6 @@ Enters: `ScoreTerms` and thresholds; leaves: `Survivors`, feature by feature. No
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosae.kernels.cache import Workspace
 from cosae.kernels.cpu import native
 from cosae.kernels.cpu.sums import GATHER, compiled
 from cosae.kernels.select import screen
@@ -20,8 +20,6 @@ from cosae.kernels.terms import ScoreTerms
 
 CHUNK = 1 << 24
 """Bytes of screen scores made at a time."""
-
-_scratch = threading.local()
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,6 @@ class Survivors:
 def screen_dtype() -> torch.dtype:
     """bf16 where the processor multiplies it natively, else fp32."""
     return torch.bfloat16 if screen.has_fast_bf16() else torch.float32
-
-
-def _buffer(size: int, dtype: torch.dtype) -> Tensor:
-    """The calling thread's reused work buffer (fresh pages cost more than the product that fills them)."""
-    buffers: dict[torch.dtype, Tensor] = _scratch.__dict__.setdefault("buffers", {})
-    if dtype not in buffers or buffers[dtype].numel() < size:
-        buffers[dtype] = torch.empty(size, dtype=dtype)
-    return buffers[dtype][:size]
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,8 @@ def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor
     tokens = screen.prepare_tokens(terms, dtype, floor_B)
     scales = _scales(terms, tokens.log_r_B, floor_B)
     n_tokens, n_features = terms.n_tokens, terms.n_features
-    norm_F = screen.row_norms(terms.rows_FD)
+    norm_F = screen.row_norms(terms.rows_FD, terms.cache)
+    workspace = Workspace() if terms.cache is None else terms.cache.workspace
     line = screen.lines(terms, tokens, threshold_F, norm_F)
     count_F = torch.zeros(n_features, dtype=torch.int64)
     room += 2 * n_tokens * torch.get_num_threads()  # a part of a chunk begins a row only with room for all of it
@@ -102,7 +93,7 @@ def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor
     for first in range(0, n_features, step):
         rows = slice(first, min(first + step, n_features))
         part = screen.prepare_rows(terms.rows_FD[rows], norm_F[rows], dtype)
-        product_RB = _buffer(len(part.factor_RD) * n_tokens, dtype).view(-1, n_tokens)
+        product_RB = workspace.product(len(part.factor_RD) * n_tokens, dtype).view(-1, n_tokens)
         torch.mm(part.factor_RD, tokens.factor_BD.T, out=product_RB)
         base_NR, slope_NR = (x_NF[:, rows] for x_NF in line)
         base_NR = base_NR if part.loss_R is None else base_NR - part.loss_R

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cosae.kernels import reference
+from cosae.kernels.cpu.sums import grouped
 from cosae.kernels.select import search
 from cosae.kernels.select.survivors import Survivors
 from cosae.kernels.terms import Entries, ScoreTerms
@@ -87,7 +88,7 @@ def select_topk(terms: ScoreTerms, k: int, absolute: bool = False, *, finder: se
         reason = "a large share of all scores is wanted"
     if reason is not None or k < 1:
         search.say_dense(reason or "nothing is wanted")
-        return reference.select_topk(terms, k, absolute)
+        return grouped(reference.select_topk(terms, k, absolute), terms)
     floor_B = _guess(terms, k, absolute, finder.guess_dtype)
     zero_F = terms.z_BD.new_zeros(terms.n_features)
     room = 8 * k * terms.n_tokens + 4096
@@ -96,7 +97,7 @@ def select_topk(terms: ScoreTerms, k: int, absolute: bool = False, *, finder: se
     sides = [part for part in found if part is not None]
     if len(sides) < len(found):
         search.say_dense("more scores than expected pass the guessed thresholds")
-        return reference.select_topk(terms, k, absolute)
+        return grouped(reference.select_topk(terms, k, absolute), terms)
     n_tokens, n_features = terms.n_tokens, terms.n_features
     flat_S, rank_S = _flat_and_rank(terms, sides)
     flat_E, count_B = _best(flat_S, rank_S, n_tokens, n_features, k)
@@ -105,4 +106,4 @@ def select_topk(terms: ScoreTerms, k: int, absolute: bool = False, *, finder: se
         dense = reference.select_topk(_part(terms, tokens=short), k, absolute)
         keep = ~torch.isin(flat_E // n_features, short)
         flat_E = torch.cat([flat_E[keep], short[dense.token_E] * n_features + dense.feature_E]).sort().values
-    return Entries(flat_E // n_features, flat_E % n_features)
+    return grouped(Entries(flat_E // n_features, flat_E % n_features), terms)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.kernels import kept
+from cosae.kernels.cache import StepCache
 from cosae.kernels.moments import Moment
 from cosae.kernels.terms import ROW_MIN
 from cosae.kernels.triton import adam_loops as loops
@@ -52,15 +52,15 @@ def measure(grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Te
 
 def step(
     grad: Tensor, weight: Tensor, mean: Moment, square: Moment, along_R: Tensor | None, *, clip: float, rate: float,
-    root_bias2: float, betas: tuple[float, float], eps: float, keys: tuple[int, int], screened: Tensor | None,
+    root_bias2: float, betas: tuple[float, float], eps: float, keys: tuple[int, int], cache: StepCache | None,
 ) -> None:  # fmt: skip
-    """One sweep over weight (R, D), in place. screened: the parameter whose unit rows the next screen will want."""
+    """One sweep over weight (R, D), in place. cache: where the new unit rows are left for the next screen."""
     n_rows, width = weight.shape
     sizes = _sizes(weight)
     none = weight.new_empty(0)
     state = 0 if mean.whole else 1 if mean.scale_RK is None else 2
     scales = [none if moment.scale_RK is None else moment.scale_RK for moment in (mean, square)]
-    rows = None if screened is None else left(screened, screen_dtype(weight.device))
+    rows = None if cache is None else left(cache, weight, screen_dtype(weight.device))
     outs = (none, none, none) if rows is None else (rows.unit_RD, rows.norm_R, rows.error_R)
     flags: dict[str, Any] = {"UNIT": along_R is not None, "LEAVE": rows is not None, "STATE": state}
     loops.step_rows[(-(-n_rows // sizes["BLOCK_R"]),)](
@@ -69,5 +69,5 @@ def step(
         **flags, **sizes,
     )  # fmt: skip
     torch.autograd.graph.increment_version(weight)
-    if rows is not None and screened is not None:
-        kept.leave(screened, rows)
+    if cache is not None:
+        cache.leave_rows(weight, rows)

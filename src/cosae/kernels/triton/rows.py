@@ -1,7 +1,6 @@
 """Unit rows in the screen's precision, made by Triton; the optimiser's sweep leaves those of the next step behind.
 
-What was left is found by `prepared` only for the same tensor in the same state (`kept`). It costs 2 bytes a parameter
-of the encoder to keep.
+They cost 2 bytes a parameter of the encoder to keep.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cosae.kernels import kept
+from cosae.kernels.cache import StepCache
 from cosae.kernels.triton import loops as triton_loops
 from cosae.kernels.triton.sums import rows_block, width_block
 
@@ -42,9 +41,9 @@ def unit_rows(x_RD: Tensor, floor: float, dtype: torch.dtype) -> UnitRows:
     return UnitRows(unit_RD, norm_R, error_R)
 
 
-def left(weight_RD: Tensor, dtype: torch.dtype) -> UnitRows:
-    """Room for the unit rows of a parameter: what was left for it before, to be overwritten, or fresh memory."""
-    rows = kept.before(weight_RD)
+def left(cache: StepCache, weight_RD: Tensor, dtype: torch.dtype) -> UnitRows:
+    """Room for the unit rows of a parameter: what was left of it before, to be overwritten, or fresh memory."""
+    rows = cache.rows(weight_RD, stale=True)
     if isinstance(rows, UnitRows) and rows.unit_RD.dtype == dtype:
         return rows
     n_rows = len(weight_RD)
@@ -52,7 +51,7 @@ def left(weight_RD: Tensor, dtype: torch.dtype) -> UnitRows:
     return UnitRows(torch.empty(weight_RD.shape, dtype=dtype, device=weight_RD.device), norm_R, error_R)
 
 
-def prepared(rows_RD: Tensor, dtype: torch.dtype) -> UnitRows | None:
-    """What `kept.leave` was given for these very rows, or None."""
-    rows = kept.found(rows_RD)
+def prepared(cache: StepCache | None, rows_RD: Tensor, dtype: torch.dtype) -> UnitRows | None:
+    """What the optimiser left of these very rows, or None."""
+    rows = None if cache is None else cache.rows(rows_RD)
     return rows if isinstance(rows, UnitRows) and rows.unit_RD.dtype == dtype else None

@@ -78,7 +78,9 @@ def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor
     terms = replace(terms, z_BD=terms.z_BD.contiguous(), rows_FD=terms.rows_FD.contiguous())
     dtype = screen_dtype(terms.z_BD.device)
     tokens = triton_rows.unit_rows(terms.z_BD, R_MIN, dtype)
-    rows = triton_rows.prepared(terms.rows_FD, dtype) or triton_rows.unit_rows(terms.rows_FD, ROW_MIN, dtype)
+    rows = triton_rows.prepared(terms.cache, terms.rows_FD, dtype) or triton_rows.unit_rows(
+        terms.rows_FD, ROW_MIN, dtype
+    )
     log_r_B = tokens.norm_R.log()
     slack = 3.0 * (terms.z_BD.shape[1] + 32) * 2.0**-23 + 2e-4
     # a masked token's bound is +inf: nothing of it passes
