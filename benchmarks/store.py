@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import CLOCKS, describe_machine, interleave, median_ratio
+from cosae.activations.arrays import TensorSource
 from cosae.activations.filter import FilterPolicy
-from cosae.activations.memory import TensorSource
 from cosae.activations.store.reader import Store, StoreSource
 from cosae.activations.store.rounding import restore_rows, round_rows
 from cosae.activations.store.shards import ShardRows

@@ -26,7 +26,7 @@ from cosae.sae.model import SAE, SAEConfig
 from cosae.types import Activations, Codes
 
 if TYPE_CHECKING:
-    from cosae.models.intervene.spliced import spliced
+    from cosae.models.intervene.splice import spliced
     from cosae.recipe import Recipe
     from cosae.run.execute import resume
     from cosae.run.fit import fit
@@ -57,7 +57,7 @@ _LATER = {
     "fit": "cosae.run.fit",
     "resume": "cosae.run.execute",
     "Arm": "cosae.train.arm",
-    "spliced": "cosae.models.intervene.spliced",
+    "spliced": "cosae.models.intervene.splice",
     "load_dictionary": "cosae.interop.dictionary_learning.drop_in",
 }
 

@@ -1,7 +1,22 @@
-"""What a user can get wrong."""
+"""What a user can get wrong, and the checks that everybody makes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 
 class CosaeError(ValueError):
     """A mistake of the user's that one sentence can put right: what came, what is allowed, what to do."""
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """Raises CosaeError for a value below the least one."""
+    if value < least:
+        raise CosaeError(f"{name} must be at least {least}. Got {value!r} instead.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises CosaeError for a value that is not among the choices."""
+    if value not in (listed := tuple(choices)):
+        raise CosaeError(f"{name} must be one of {', '.join(map(str, listed))}. Got {value!r} instead.")

@@ -17,7 +17,7 @@ from cosae.activations.filter import FilterPolicy
 from cosae.activations.monitor import check_policy
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io.legacy import upgrade, upgrade_path
 from cosae.io.values import convert, from_plain, to_plain
 from cosae.sae.loss import LossConfig
@@ -93,8 +93,8 @@ class DataConfig:
         Reading(self.text_field, self.suffixes, self.txt_unit, self.max_chars)
         least_of = {"context": 2, "batch_sequences": 1, "chunk_sequences": 1, "n_workers": 0, "prefetch_chunks": 0}
         for name, least in least_of.items():
-            if getattr(self, name) != "auto" and getattr(self, name) < least:
-                raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)!r} instead.")
+            if getattr(self, name) != "auto":
+                check_least(name, getattr(self, name), least)
         if self.packing not in ("packed", "document"):
             raise CosaeError(f"packing must be packed or document. Got {self.packing!r} instead.")
         if self.max_chars is not None and self.min_chars > self.max_chars:
@@ -122,8 +122,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for name in ("held_out_tokens", "calibration_tokens", "probe_tokens", "min_positives", "resamples"):
-            if getattr(self, name) < 1:
-                raise CosaeError(f"{name} must be at least 1. Got {getattr(self, name)!r} instead.")
+            check_least(name, getattr(self, name), 1)
 
 
 INJECT_INTO = ("both", "training", "evaluation")
@@ -157,10 +156,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_arms(self.arms)
-        if self.inject_into not in INJECT_INTO:
-            raise CosaeError(f"inject_into must be one of {', '.join(INJECT_INTO)}. Got {self.inject_into!r} instead.")
-        if self.d_sae is not None and self.d_sae < 1:
-            raise CosaeError(f"d_sae must be at least 1. Got {self.d_sae} instead.")
+        check_choice("inject_into", self.inject_into, INJECT_INTO)
+        if self.d_sae is not None:
+            check_least("d_sae", self.d_sae, 1)
 
     @property
     def training_perturbation(self) -> Perturbation:
@@ -359,8 +357,7 @@ PRESETS: dict[str, typing.Callable[[], Recipe]] = {
 
 def preset(name: str) -> Recipe:
     """A named recipe. Raises CosaeError for a name that is not in PRESETS."""
-    if name not in PRESETS:
-        raise CosaeError(f"preset must be one of {', '.join(PRESETS)}. Got {name!r} instead.")
+    check_choice("preset", name, PRESETS)
     return PRESETS[name]()
 
 

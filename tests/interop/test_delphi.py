@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from cosae.errors import CosaeError
 from cosae.interop import cached_codes, delphi
 from cosae.interop.delphi import write_cache
-from cosae.models.intervene.intervention import find_site
+from cosae.models.intervene.hooks import find_site
 from tests.support.small_exports import dense, make_model, make_sae, whole_sequences
 
 SITE, MODULE = "resid_post.2", "model.layers.2"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError
 from cosae.io.generators import epoch_order
-from cosae.models.capture import ModelSource, StreamedModelSource, capture, digest_sequences, iterate_capture
+from cosae.models.capture import ModelSource, StreamedModelSource, capture, digest_sequences
 from cosae.types import Activations, Sequences
 from tests.support.tiny_models import BLOCK_PATHS, BLOCKS, VOCABULARY, D, make_model, make_sequences
 
@@ -266,25 +266,6 @@ def test_the_cache_is_off_and_masks_are_passed_only_for_padding() -> None:
         ["attention_mask", "position_ids"],
     ]
     assert seen[2]["position_ids"].tolist()[1] == [0] * 8 + [0, 1, 2, 3]
-
-
-def test_iterate_capture_goes_chunk_by_chunk_lazily(models: Callable[[str], Any]) -> None:
-    made: list[int] = []
-
-    def chunks() -> Iterator[Sequences]:
-        for seed in range(3):
-            made.append(seed)
-            yield make_sequences(seed=seed)
-
-    found = iterate_capture(models("mistral"), chunks(), ["resid_post.0", "blocks.1.hook_resid_pre"])
-    first = next(found)
-    assert made == [0]
-    assert list(first) == ["resid_post.0", "blocks.1.hook_resid_pre"]
-    assert torch.equal(first["resid_post.0"].x_ND, first["blocks.1.hook_resid_pre"].x_ND)
-    rest = list(found)
-    assert len(rest) == 2
-    again = capture(models("mistral"), make_sequences(seed=2), "resid_post.0")
-    assert equal(rest[1]["resid_post.0"], again["resid_post.0"])
 
 
 def test_bad_requests_get_one_sentence(models: Callable[[str], Any]) -> None:

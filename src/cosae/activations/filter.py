@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cosae.activations.sinks import median_norm, quantiles
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice, check_least
 from cosae.types import Activations, NormSummary
 
 FilterKind = Literal["none", "position_0", "norm"]
@@ -47,17 +47,13 @@ class FilterPolicy:
     drop_special: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(FilterKind):
-            raise CosaeError(
-                f"filter kind must be one of {', '.join(get_args(FilterKind))}. Got {self.kind!r} instead."
-            )
+        check_choice("filter kind", self.kind, get_args(FilterKind))
         if not (isfinite(self.factor) and self.factor > 1):
             raise CosaeError(
                 "filter factor must be a finite number above 1 (a multiple of the median norm). "
                 f"Got {self.factor} instead."
             )
-        if self.window_tokens < 1:
-            raise CosaeError(f"filter window_tokens must be at least 1. Got {self.window_tokens} instead.")
+        check_least("filter window_tokens", self.window_tokens, 1)
 
 
 @dataclass(frozen=True)

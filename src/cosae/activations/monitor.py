@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cosae.activations.sinks import quantiles
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.types import Activations
 
 NonFinite = Literal["fatal", "drop"]
@@ -45,8 +45,7 @@ class NormReference:
 
 def check_policy(non_finite: str) -> None:
     """Raises CosaeError for a policy that does not exist."""
-    if non_finite not in get_args(NonFinite):
-        raise CosaeError(f"non_finite must be one of {', '.join(get_args(NonFinite))}. Got {non_finite!r} instead.")
+    check_choice("non_finite", non_finite, get_args(NonFinite))
 
 
 class StreamMonitor:

@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.io import values
 from cosae.io.generators import keyed_generator
 from cosae.types import Activations
@@ -62,10 +62,8 @@ class Perturbation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in SETTINGS:
-            raise CosaeError(f"perturbation must be one of {', '.join(SETTINGS)}. Got {self.kind!r} instead.")
-        if self.direction not in get_args(Direction):
-            raise CosaeError(f"perturbation direction must be own or massive. Got {self.direction!r} instead.")
+        check_choice("perturbation", self.kind, SETTINGS)
+        check_choice("perturbation direction", self.direction, get_args(Direction))
         if not (isfinite(self.sigma) and self.sigma >= 0):
             raise CosaeError(f"perturbation sigma must be 0 or more. Got {self.sigma} instead.")
         if not 0 <= self.frac <= 1:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from queue import Full, Queue
 from typing import Any, Generic, TypeVar
 
-from cosae.errors import CosaeError
+from cosae.errors import check_least
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1
@@ -26,8 +26,7 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
-        if depth < 1:
-            raise CosaeError(f"the number of chunks read ahead must be at least 1 here. Got {depth} instead.")
+        check_least("the number of chunks read ahead", depth, 1)
         self._stop = threading.Event()
         self._made: Queue[tuple[T | None, BaseException | None]] = Queue(maxsize=depth)
         self._thread = threading.Thread(target=_make, args=(items, self._made, self._stop), name="cosae reads ahead")

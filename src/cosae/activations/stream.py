@@ -33,7 +33,7 @@ from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary
 from cosae.activations.monitor import StreamMonitor
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.prefetch import Prefetcher
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_least
 from cosae.io.generators import keyed_generator
 from cosae.io.legacy import upgrade
 from cosae.io.values import from_plain, to_plain
@@ -122,8 +122,7 @@ class ActivationStream:
         prefetch_chunks: int = 0,
         non_finite: str = "fatal",
     ) -> None:
-        if batch_tokens < 1:
-            raise CosaeError(f"batch_tokens must be at least 1. Got {batch_tokens} instead.")
+        check_least("batch_tokens", batch_tokens, 1)
         if buffer_tokens < 2 * batch_tokens:
             raise CosaeError(
                 f"buffer_tokens must be at least two batches ({2 * batch_tokens}) for the shuffle to mix. "
@@ -131,8 +130,7 @@ class ActivationStream:
             )
         if store_dtype not in (torch.float32, torch.bfloat16):
             raise CosaeError(f"store_dtype must be torch.float32 or torch.bfloat16. Got {store_dtype} instead.")
-        if prefetch_chunks < 0:
-            raise CosaeError(f"prefetch_chunks must be at least 0. Got {prefetch_chunks} instead.")
+        check_least("prefetch_chunks", prefetch_chunks, 0)
         self.source = source
         self.prefetch_chunks = prefetch_chunks
         self.d_in = source.d_in

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io import values
 from cosae.io.generators import keyed_generator
 from cosae.types import Activations, Codes
@@ -73,13 +73,9 @@ class World:
 
     def __post_init__(self) -> None:
         for name, choices in (("frequencies", get_args(Frequencies)), ("norm", get_args(NormKind))):
-            if getattr(self, name) not in choices:
-                raise CosaeError(
-                    f"world {name} must be one of {', '.join(choices)}. Got {getattr(self, name)!r} instead."
-                )
+            check_choice(f"world {name}", getattr(self, name), choices)
         for name, low in (("d_in", 1), ("n_features", 2), ("hierarchy", 0), ("spread_steps", 0)):
-            if getattr(self, name) < low:
-                raise CosaeError(f"world {name} must be at least {low}. Got {getattr(self, name)} instead.")
+            check_least(f"world {name}", getattr(self, name), low)
         for name in ("magnitude_std", "sigma"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise CosaeError(f"world {name} must be 0 or more. Got {getattr(self, name)} instead.")
@@ -143,8 +139,7 @@ class SyntheticSource:
     """
 
     def __init__(self, world: World, chunk_tokens: int = 8192) -> None:
-        if chunk_tokens < 1:
-            raise CosaeError(f"chunk_tokens must be at least 1. Got {chunk_tokens} instead.")
+        check_least("chunk_tokens", chunk_tokens, 1)
         self.world = world
         self.chunk_tokens = chunk_tokens
         self.d_in = world.d_in

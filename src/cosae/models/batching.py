@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cosae.errors import CosaeError
+from cosae.errors import check_least
 from cosae.models.hooks import read_sites
 from cosae.models.sites import resolve_site
 from cosae.types import Sequences, Site
@@ -43,8 +43,7 @@ def choose_batch(
     budget_bytes: BUDGET_FRAC of the memory of the model's device where it is None: of all of it, not of what is free
     now, so that the same machine gives the same number. At least 1, even where one sequence is over the budget.
     """
-    if context < 1:
-        raise CosaeError(f"context must be at least 1. Got {context} instead.")
+    check_least("context", context, 1)
     asked = (sites,) if isinstance(sites, str | Site) else tuple(sites)
     places = [resolve_site(model, site) for site in asked]
     budget = int(BUDGET_FRAC * device_bytes(_device_of(model))) if budget_bytes is None else budget_bytes

@@ -16,13 +16,13 @@ import hashlib
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_least
 from cosae.io.generators import epoch_order
 from cosae.models.hooks import body_of, positions, read_sites
 from cosae.models.load import load_model
@@ -34,7 +34,6 @@ __all__ = [
     "StreamedModelSource",
     "capture",
     "digest_sequences",
-    "iterate_capture",
     "load_model",
     "resolve_site",
 ]
@@ -91,19 +90,6 @@ def capture(
         return {name: Activations.cat(parts[site]) for name, site in by_name.items()}
 
 
-def iterate_capture(
-    model: nn.Module,
-    sequences: Iterable[Sequences],
-    sites: str | Site | Sequence[str | Site],
-    batch_sequences: int = 8,
-    store_dtype: torch.dtype = torch.float32,
-    store_device: str = "cpu",
-) -> Iterator[dict[str, Activations]]:
-    """`capture` of one chunk of sequences after the other, lazily. Raises what `capture` raises."""
-    for chunk in sequences:
-        yield capture(model, chunk, sites, batch_sequences, store_dtype, store_device)
-
-
 def _named_sites(model: nn.Module, sites: str | Site | Sequence[str | Site]) -> dict[str, Site]:
     asked = (sites,) if isinstance(sites, str | Site) else tuple(sites)
     if not asked:
@@ -114,8 +100,7 @@ def _named_sites(model: nn.Module, sites: str | Site | Sequence[str | Site]) -> 
 def _check_request(model: nn.Module, sequences: Sequences, batch_sequences: int, store_dtype: torch.dtype) -> None:
     if model.training:
         raise CosaeError("The model is in training mode, where dropout is on; call model.eval() first.")
-    if batch_sequences < 1:
-        raise CosaeError(f"batch_sequences must be at least 1. Got {batch_sequences} instead.")
+    check_least("batch_sequences", batch_sequences, 1)
     if store_dtype not in STORE_DTYPES:
         raise CosaeError(f"store_dtype must be float32, bfloat16 or float16. Got {store_dtype} instead.")
     real = sequences.ids_ST[sequences.mask_ST]
@@ -202,8 +187,7 @@ class ModelSource:
         store_device: str = "cpu",
         allow_non_finite: bool = False,
     ) -> None:
-        if chunk_sequences < 1:
-            raise CosaeError(f"chunk_sequences must be at least 1. Got {chunk_sequences} instead.")
+        check_least("chunk_sequences", chunk_sequences, 1)
         self.model = model
         self.site = resolve_site(model, site)
         _check_request(model, sequences, batch_sequences, store_dtype)

@@ -24,7 +24,7 @@ from cosae.interop.neuronpedia import upload as uploads
 from cosae.interop.neuronpedia.dashboards import MARK, Dashboard, write_dashboards
 from cosae.interop.read import read_sae
 from cosae.io.staged import check_place
-from cosae.models.intervene.intervention import find_site
+from cosae.models.intervene.hooks import find_site
 from cosae.recipe import DataConfig
 from cosae.run import provenance
 from cosae.run.dataset.corpus import adds_bos, check_corpus, pad_id, reading_of, streamed

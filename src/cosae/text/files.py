@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice, check_least
 from cosae.text.pylib import Document
 from cosae.text.worker import said
 
@@ -49,10 +49,9 @@ class Reading:
             raise CosaeError("text_field must name the key or column with the text. Got '' instead.")
         if wrong := [s for s in self.suffixes if not s.startswith(".") or len(s) < 2]:
             raise CosaeError(f"suffixes must be file endings such as .py. Got {wrong[0]!r} instead.")
-        if self.txt_unit not in TXT_UNITS:
-            raise CosaeError(f"txt_unit must be one of {', '.join(TXT_UNITS)}. Got {self.txt_unit!r} instead.")
-        if self.max_chars is not None and self.max_chars < 1:
-            raise CosaeError(f"max_chars must be at least 1. Got {self.max_chars} instead.")
+        check_choice("txt_unit", self.txt_unit, TXT_UNITS)
+        if self.max_chars is not None:
+            check_least("max_chars", self.max_chars, 1)
 
 
 @dataclass

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_least
 from cosae.text.documents import TEXT_SUFFIXES, read_documents, split_of
 from cosae.text.pylib import Document
 from cosae.text.tokenization import TokenizedDocument, tokenize_documents
@@ -95,12 +95,10 @@ def iterate_sequences(
 
     Raises CosaeError at the call for a bad setting, and while reading for an empty corpus.
     """
-    if context < 2:
-        raise CosaeError(f"context must be at least 2 tokens. Got {context} instead.")
+    check_least("context", context, 2)
     if packing not in ("packed", "document"):
         raise CosaeError(f"packing must be 'packed' or 'document'. Got {packing!r} instead.")
-    if rows_per_chunk < 1:
-        raise CosaeError(f"rows_per_chunk must be at least 1. Got {rows_per_chunk} instead.")
+    check_least("rows_per_chunk", rows_per_chunk, 1)
     special = np.unique(np.fromiter(special_ids, dtype=np.int64))
     packer = _Packer(context, packing == "packed", pad_id, special, first_doc)
     return packer.chunks(tokenized, rows_per_chunk, first_index)

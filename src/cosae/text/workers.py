@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_least
 from cosae.text import worker as tokenize_worker
 from cosae.text.worker import Encoded, Failed
 
@@ -35,8 +35,7 @@ class Workers:
     """
 
     def __init__(self, tokenizer: Any, n_workers: int) -> None:
-        if n_workers < 1:
-            raise CosaeError(f"n_workers must be at least 1 here. Got {n_workers} instead.")
+        check_least("n_workers", n_workers, 1)
         try:
             self._tokenizer = pickle.dumps(tokenizer)
         except Exception as error:

@@ -16,7 +16,7 @@ import torch
 import cosae
 from cosae.models import embedded
 from cosae.models.intervene.edits import ablate, steer
-from cosae.models.intervene.spliced import hook, spliced
+from cosae.models.intervene.splice import hook, spliced
 
 
 def main() -> dict[str, Any]:

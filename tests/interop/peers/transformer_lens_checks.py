@@ -18,7 +18,7 @@ import torch
 import cosae
 from cosae.models import embedded
 from cosae.models.intervene.edits import ablate, steer
-from cosae.models.intervene.spliced import hook, spliced
+from cosae.models.intervene.splice import hook, spliced
 
 SITES = {
     "resid_post.3": "blocks.3.hook_resid_post",

@@ -24,7 +24,7 @@ from cosae.activations.store.records import read_record
 from cosae.activations.store.rounding import STORE_DTYPES, restore_rows
 from cosae.activations.store.shards import COLUMNS, MappedShard, ShardShape, ShardTag, find_fault
 from cosae.activations.store.writer import CAPTURE, FORMAT, INDEX, SIDES, VERSION
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_least
 from cosae.io.digest import file_digest, value_digest
 from cosae.io.generators import seeded
 from cosae.types import Activations, Site
@@ -223,8 +223,7 @@ class StoreSource:
     def __init__(self, store: Store, *, seed: int = 0, chunk_tokens: int | None = None) -> None:
         if chunk_tokens is None:
             chunk_tokens = min(max(CHUNK_BYTES // (4 * store.d_in), 1024), 65536)
-        if chunk_tokens < 1:
-            raise CosaeError(f"chunk_tokens must be at least 1. Got {chunk_tokens} instead.")
+        check_least("chunk_tokens", chunk_tokens, 1)
         self.store, self.seed, self.d_in = store, seed, store.d_in
         self._chunk_blocks = max(1, chunk_tokens // BLOCK_ROWS)
         self._rows = store.shard_rows("train")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import check_choice
 
 STORE_DTYPES = {
     "float32": torch.float32,
@@ -31,8 +31,7 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def store_dtype(name: str) -> str:
     """The full name of a store's dtype; fp32, bf16 and fp16 are understood. Raises CosaeError for any other."""
     full = _SHORT.get(name, name)
-    if full not in STORE_DTYPES:
-        raise CosaeError(f"the dtype of a store must be one of {', '.join(STORE_DTYPES)}. Got {name!r} instead.")
+    check_choice("the dtype of a store", full, STORE_DTYPES)
     return full
 
 

@@ -22,7 +22,7 @@ from cosae.activations.store.records import read_record, write_record
 from cosae.activations.store.rounding import store_dtype
 from cosae.activations.store.shards import MappedShard, ShardRows, ShardShape, ShardTag, write_shard
 from cosae.activations.store.statistics import Columns, describe_rows
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_least
 from cosae.io.atomic import write_text
 from cosae.io.digest import file_digest, value_digest
 
@@ -61,8 +61,7 @@ class StoreWriter:
         concepts: Sequence[str] | None = None,
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
-        if shard_tokens < 1:
-            raise CosaeError(f"shard_tokens must be at least 1. Got {shard_tokens} instead.")
+        check_least("shard_tokens", shard_tokens, 1)
         self.folder, self.d_in, self.dtype, self.shard_tokens = folder, d_in, store_dtype(dtype), shard_tokens
         whole = {**request, "d_in": d_in, "dtype": self.dtype, "shard_tokens": shard_tokens}
         whole["concepts"] = None if concepts is None else list(concepts)

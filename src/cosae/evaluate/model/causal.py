@@ -29,7 +29,7 @@ from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_a
 from cosae.evaluate.statistics import RESAMPLES, percentile_interval, resample_counts
 from cosae.models.capture import capture
 from cosae.models.intervene.edits import Edit, ablate, check_edits, steer
-from cosae.models.intervene.intervention import Intervention, find_site
+from cosae.models.intervene.hooks import Intervention, find_site
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
 from cosae.models.intervene.window import Policy, Window
 from cosae.types import Codes, Sequences, Site

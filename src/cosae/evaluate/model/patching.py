@@ -29,7 +29,7 @@ from cosae.errors import CosaeError
 from cosae.evaluate.model.predictions import divergence, logits_at, predicting
 from cosae.evaluate.statistics import RESAMPLES, Array, percentile_interval, resample_counts
 from cosae.models.capture import capture
-from cosae.models.intervene.intervention import Intervention, find_site
+from cosae.models.intervene.hooks import Intervention, find_site
 from cosae.models.intervene.window import Window
 from cosae.types import Sequences, Site
 

@@ -33,7 +33,7 @@ from cosae.evaluate.model.splice_numbers import ABLATIONS, PLACES, PerToken, mea
 from cosae.evaluate.reconstruct import CHUNK_TOKENS, norm_quartiles, row_slices
 from cosae.evaluate.statistics import RESAMPLES, Array
 from cosae.models.capture import capture
-from cosae.models.intervene.intervention import Intervention, Rule, find_site
+from cosae.models.intervene.hooks import Intervention, Rule, find_site
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
 from cosae.models.intervene.window import Window
 from cosae.types import Activations, Sequences, Site

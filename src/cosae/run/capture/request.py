@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cosae.activations.store.rounding import store_dtype
 from cosae.activations.store.shards import ShardShape
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_least
 from cosae.recipe import DataConfig
 
 SHARD_BYTES = 128 * 2**20
@@ -37,10 +37,9 @@ class Capture:
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 1), ("held_out_tokens", 0)):
-            if getattr(self, name) < least:
-                raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)} instead.")
-        if self.shard_tokens is not None and self.shard_tokens < 1:
-            raise CosaeError(f"shard_tokens must be at least 1. Got {self.shard_tokens} instead.")
+            check_least(name, getattr(self, name), least)
+        if self.shard_tokens is not None:
+            check_least("shard_tokens", self.shard_tokens, 1)
         if not self.sites:
             raise CosaeError("capture needs at least one site, such as resid_post.5.")
         if self.data.activations is not None or self.data.world is not None or self.data.store is not None:

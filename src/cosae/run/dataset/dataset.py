@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from cosae.activations import perturbation as perturbations
-from cosae.activations.arrays import ArraySource
-from cosae.activations.memory import CachedSource, TensorSource
+from cosae.activations.arrays import ArraySource, TensorSource
+from cosae.activations.cached import CachedSource
 from cosae.activations.monitor import finite_rows
 from cosae.activations.stream import Source
 from cosae.activations.synthetic import SyntheticSource

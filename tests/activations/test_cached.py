@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cosae.activations.memory import CachedSource, TensorSource
+from cosae.activations.arrays import TensorSource
+from cosae.activations.cached import CachedSource
 from cosae.errors import CosaeError
 from cosae.types import Activations
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.models.intervene.edits import Edit
-from cosae.models.intervene.intervention import Intervention, Rule, find_site
+from cosae.models.intervene.hooks import Intervention, Rule, find_site
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
 from cosae.models.intervene.window import Policy, Window
 from cosae.types import Codes, Site
@@ -148,8 +148,7 @@ def spliced(
     CosaeError at once for an unknown site, one named twice, a width that does not fit, an SAE without a threshold, an
     edit of a feature or site that is not there; and in a pass for shapes or widths that only show then.
     """
-    if keep not in KEEP:
-        raise CosaeError(f"keep must be one of {', '.join(KEEP)}. Got {keep!r} instead.")
+    check_choice("keep", keep, KEEP)
     if not isinstance(saes, Mapping) or not saes:
         raise CosaeError("spliced needs at least one SAE by site, as in {'resid_post.3': sae}.")
     ids = _special_ids(model) if special_ids is None else tuple(special_ids)

@@ -13,7 +13,7 @@ from cosae.io.values import to_plain
 from cosae.models import embedded
 from cosae.models.capture import capture
 from cosae.models.intervene.edits import ablate, scale, set_to, steer
-from cosae.models.intervene.spliced import Step, hook, spliced
+from cosae.models.intervene.splice import Step, hook, spliced
 from cosae.types import Activations, Site
 from tests.support.tiny import FAMILIES, D, identity_sae, make_model, make_sae, make_sequences, mixed_sequences
 

@@ -10,7 +10,7 @@ import torch
 
 from cosae.errors import CosaeError
 from cosae.models.intervene.edits import ablate, set_to, steer
-from cosae.models.intervene.spliced import hook, spliced
+from cosae.models.intervene.splice import hook, spliced
 from tests.support.tiny import D, identity_sae, make_model, make_sae, make_sequences, mixed_sequences
 
 pytest.importorskip("transformers")
