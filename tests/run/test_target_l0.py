@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,33 +15,37 @@ from cosae.recipe import Recipe
 from cosae.run.execute import Logs, execute
 from cosae.train.arm import parse_arm
 
-ARMS = [
-    f"{arm},selector={selector},k={k},name={arm}-{selector}-{k}"
+ARMS = {
+    f"{arm}-{selector}-{k}": f"{arm},selector={selector},k={k},name={arm}-{selector}-{k}"
     for arm in ("standard", "cosine")
     for selector in ("jumprelu", "gated")
     for k in (16, 64)
-]
+}
+PAIRS = ("standard-jumprelu-16", "standard-gated-64", "cosine-jumprelu-64", "cosine-gated-16")
+"""Any two of score, selector and k."""
+SMALL = {
+    "d_sae": 384,
+    "training.steps": 150,
+    "training.batch_tokens": 256,
+    "training.buffer_tokens": 8192,
+    "training.optimizer.lr": 2e-3,
+    "training.optimizer.warmup_steps": 20,
+    "training.log_every": 1,
+    "training.checkpoint_every": 0,
+    "filter.window_tokens": 4096,
+    "evaluation.held_out_tokens": 8000,
+    "evaluation.calibration_tokens": 8000,
+    "evaluation.probing": False,
+    "evaluation.resamples": 50,
+}
+LARGE = {**SMALL, "d_sae": 768, "training.batch_tokens": 512, "training.buffer_tokens": 16_384}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["small", pytest.param("large", marks=pytest.mark.slow)])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("target") / "run"
-    changes: dict[str, Any] = {
-        "d_sae": 768,
-        "training.steps": 150,
-        "training.batch_tokens": 512,
-        "training.buffer_tokens": 16_384,
-        "training.optimizer.lr": 2e-3,
-        "training.optimizer.warmup_steps": 20,
-        "training.log_every": 1,
-        "training.checkpoint_every": 0,
-        "filter.window_tokens": 8192,
-        "evaluation.held_out_tokens": 12_000,
-        "evaluation.calibration_tokens": 12_000,
-        "evaluation.probing": False,
-        "evaluation.resamples": 50,
-    }
-    recipe = Recipe(name="target-l0", arms=tuple(map(parse_arm, ARMS))).changed(changes)
+    arms, changes = (ARMS, LARGE) if request.param == "large" else (PAIRS, SMALL)
+    recipe = Recipe(name="target-l0", arms=tuple(parse_arm(ARMS[name]) for name in arms)).changed(changes)
     execute(recipe, out, logs=Logs(progress=False))
     return out
 
