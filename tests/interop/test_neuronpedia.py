@@ -16,7 +16,8 @@ from cosae.interop import cached_codes
 from cosae.interop.neuronpedia import correlations
 from cosae.interop.neuronpedia import dashboards as neuronpedia
 from cosae.interop.neuronpedia import upload as neuronpedia_upload
-from cosae.interop.neuronpedia.dashboards import Dashboard, batches, write_dashboards
+from cosae.interop.neuronpedia.dashboards import batches, write_dashboards
+from cosae.interop.neuronpedia.settings import Dashboard
 from cosae.interop.neuronpedia.unembed import OUT_OF_RANGE, head_shares, residual_directions, spellings
 from cosae.interop.neuronpedia.windows import histogram
 from cosae.models.intervene.hooks import find_site

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cosae.errors import CosaeError
-from cosae.interop.saebench.run import SAEBenchSAE, tl_hook_name
+from cosae.interop.saebench.adapter import SAEBenchSAE, tl_hook_name
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
 from cosae.sae.score import SCORES

@@ -17,9 +17,10 @@ from cosae.cli import main
 from cosae.errors import CosaeError
 from cosae.interop.dictionary_learning.write import write
 from cosae.interop.saebench import run as saebench
-from cosae.interop.saebench.evals import Job, known_model, model_digest
+from cosae.interop.saebench.evals import known_model, model_digest
 from cosae.interop.saebench.reasons import chain, errors_logged, one_sentence
 from cosae.interop.saebench.run import EVALS, run, run_evals
+from cosae.interop.saebench.settings import Job, Settings
 from cosae.sae.model import SAE
 
 PLACE = {"model_name": "some-model", "hook_name": "blocks.1.hook_resid_post"}
@@ -287,7 +288,7 @@ class TestModels:
         folder = tmp_path / "llama-like"
         folder.mkdir()
         (folder / "config.json").write_text("{}")
-        with known_model(Job(tmp_path, tmp_path, "mine", folder)):
+        with known_model(Job(tmp_path, tmp_path, Settings(model_name="mine", model_path=folder))):
             (link,) = models.OFFICIAL_MODEL_NAMES[1:]
             assert {link: ["mine"]} == models.MODEL_ALIASES
             assert Path(link).resolve() == folder.resolve()
@@ -314,7 +315,7 @@ class TestReasons:
             except ConnectError as inner:
                 raise OSError("file not found") from inner
         except OSError as error:
-            sentence = one_sentence("meta_structure", Job(tmp_path, tmp_path, "m"), chain(error))
+            sentence = one_sentence("meta_structure", Job(tmp_path, tmp_path, Settings(model_name="m")), chain(error))
         assert sentence.startswith("meta_structure needs files, which could not be downloaded here (file not found)")
 
     def test_only_errors_of_saebench_are_listened_to(self):

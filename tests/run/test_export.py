@@ -13,8 +13,10 @@ import torch
 import cosae
 from cosae.cli import main
 from cosae.errors import CosaeError
+from cosae.interop.neuronpedia.settings import Options
 from cosae.run import export
-from cosae.run.export import Naming, Reading, export_neuronpedia, read_sequences
+from cosae.run.export import export_neuronpedia, read_sequences
+from cosae.run.reading import Reading
 
 pytest.importorskip("transformers")
 TEXT = "The quick brown fox jumps over the lazy dog, again and again, until line {} ends here.\n"
@@ -142,4 +144,4 @@ def test_an_upload_is_checked_for_before_anything_is_read(
     monkeypatch.delenv("NEURONPEDIA_API_KEY", raising=False)
     monkeypatch.setattr(export, "open_reading", never)
     with pytest.raises(CosaeError, match=r"pip install neuronpedia|NEURONPEDIA_API_KEY"):
-        export_neuronpedia(place / "sae", tmp_path / "out", Reading(), Naming(), {}, upload=True)
+        export_neuronpedia(place / "sae", tmp_path / "out", Reading(), Options(), upload=True)

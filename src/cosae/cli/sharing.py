@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,9 @@ import tyro
 
 from cosae.cli.options import changes_of, logger
 from cosae.errors import CosaeError
+from cosae.interop.neuronpedia.settings import Options
+from cosae.interop.saebench.settings import Settings
+from cosae.run.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -24,39 +27,16 @@ class ExportNeuronpedia:
     """Folder or file of an SAE, of any format cosae reads."""
     out: Path
     """Folder for the batches; an earlier export there is replaced."""
-    model: str | None = None
-    """embedded, a folder of a Hugging Face model or a repository; default: what the SAE's file says."""
-    site: str | None = None
-    """Where the SAE reads, such as resid_post.5; default: what its file says."""
-    corpus: str | None = None
-    """Text to run the model on, as for train; default: what the SAE's file says, else pylib."""
-    prompts: int = 4096
-    """Sequences of text."""
-    context: int = 128
-    """Tokens of a sequence."""
-    model_id: str | None = None
-    """Neuronpedia's name of the model; default: the model's own."""
-    set_name: str | None = None
-    """Neuronpedia's name of the source set; default: cosae-PLACE-WIDTH."""
-    top: int = 20
-    """Windows of the largest activations of each feature."""
-    n_quantiles: int = 5
-    """Intervals between 0 and a feature's largest activation."""
-    per_quantile: int = 5
-    """Windows of each interval."""
-    ignore_norm_above: float | None = None
-    """Tokens of more than so many times the median norm have no codes: attention sinks. Default: all tokens have."""
     upload: bool = False
     """Send the batches to Neuronpedia."""
-    format: str = "auto"
-    device: str = "cpu"
-    seed: int = 0
     quiet: bool = False
+    reading: Reading = field(default_factory=Reading)
+    shown: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True)
 class ExportDelphi:
-    """The cache of latent activations that delphi explains and scores features from.
+    """The cache of latent activations that delphi explains and scores features from; examples are cut from sequences.
 
     Example: cosae export delphi runs/first/arms/cosine --out latents
     """
@@ -65,22 +45,10 @@ class ExportDelphi:
     """Folder or file of an SAE, of any format cosae reads."""
     out: Path
     """Folder for the cache; an earlier one there is replaced."""
-    model: str | None = None
-    """embedded, a folder of a Hugging Face model or a repository; default: what the SAE's file says."""
-    site: str | None = None
-    """Where the SAE reads, such as resid_post.5; default: what its file says."""
-    corpus: str | None = None
-    """Text to run the model on, as for train; default: what the SAE's file says, else pylib."""
-    prompts: int = 4096
-    """Sequences of text."""
-    context: int = 256
-    """Tokens of a sequence; delphi cuts its examples from it."""
     n_splits: int | None = None
     """Files that the latents are divided into; default: five, more for many activations."""
-    format: str = "auto"
-    device: str = "cpu"
-    seed: int = 0
     quiet: bool = False
+    reading: Reading = field(default_factory=lambda: Reading(context=256))
 
 
 @dataclass(frozen=True)
@@ -107,25 +75,9 @@ class Bench:
     """core, sparse_probing, sparse_probing_sae_probes, scr, tpp, absorption, meta_structure."""
     out: Path
     """Folder for results, summary.json and SAEBench's log; what is there stays unless --force."""
-    python: Path | None = None
-    """Interpreter of an environment with sae-bench 0.6; default: this one."""
-    model_name: str | None = None
-    """embedded, or a name TransformerLens knows; default: what the SAEs' files say."""
-    model_path: Path | None = None
-    """Folder of a Hugging Face model: then no hub is needed for the model."""
-    hook_name: str | None = None
-    hook_layer: int | None = None
-    """Where the SAEs read; default: what their files say."""
-    data: Path | None = None
-    """Folder with copies of the data sets the hub would give, under their names there."""
     set: tuple[str, ...] = ()
     """Fields of SAEBench's own configurations: meta_structure.train_steps=200 core.eval_batch_size_prompts=4."""
-    dtype: str = "float32"
-    llm_batch_size: int = 32
-    device: str = "cpu"
-    seed: int = 42
-    force: bool = False
-    """Replace results that are there."""
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
 
 
 @dataclass(frozen=True)
@@ -171,15 +123,12 @@ def export(command: Export) -> int:
 
     to = command.to
     log = logger(to.quiet)
-    reading = exports.Reading(**{f.name: getattr(to, f.name) for f in fields(exports.Reading)})
     if isinstance(to, ExportDelphi):
-        written = exports.export_delphi(to.sae, to.out, reading, to.n_splits, log)
+        written = exports.export_delphi(to.sae, to.out, to.reading, to.n_splits, log)
         left_out = f" ({written.dropped:,} below delphi's least left out)" if written.dropped else ""
         print(f"{written.entries:,} activations{left_out} of module {written.module} in {written.out}")
         return 0
-    shown = {name: getattr(to, name) for name in ("top", "n_quantiles", "per_quantile", "ignore_norm_above")}
-    naming = exports.Naming(to.model_id, to.set_name)
-    plan, lines = exports.export_neuronpedia(to.sae, to.out, reading, naming, shown, to.upload, log)
+    plan, lines = exports.export_neuronpedia(to.sae, to.out, to.reading, to.shown, to.upload, log)
     print(f"{to.out}: {plan}.")
     for line in lines:
         print(line)
@@ -203,12 +152,11 @@ def bench(command: Bench) -> int:
         raise CosaeError("bench needs at least one SAE: cosae bench SAE… --evals core --out DIR")
     options: dict[str, dict[str, Any]] = {}
     for path, value in changes_of({}, command.set).items():
-        name, dot, field = path.partition(".")
-        if not (dot and field):
+        name, dot, setting = path.partition(".")
+        if not (dot and setting):
             raise CosaeError(f"--set takes EVAL.FIELD=VALUE, such as meta_structure.train_steps=200. Got {path!r}.")
-        options.setdefault(name, {})[field] = value
-    left = {f.name: getattr(command, f.name) for f in fields(command) if f.name not in ("saes", "evals", "out", "set")}
-    print(run(command.saes, command.evals, command.out, options=options, **left))
+        options.setdefault(name, {})[setting] = value
+    print(run(command.saes, command.evals, command.out, options=options, **asdict(command.settings)))
     return 0
 
 

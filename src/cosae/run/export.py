@@ -1,6 +1,6 @@
 """`cosae export`: an SAE, the model and text it was trained on → files for readers of features.
 
-    path → read_sae → its data's model and site → packed sequences of its text → share.neuronpedia or share.delphi
+    path → read_sae → its data's model and site → packed sequences of its text → interop.neuronpedia or interop.delphi
 
 What the SAE's file does not say must be said: model, site, corpus. Rows that occur twice in the text are read once.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,15 +21,19 @@ import torch
 from cosae.errors import CosaeError
 from cosae.interop.delphi import Written, write_cache
 from cosae.interop.neuronpedia import upload as uploads
-from cosae.interop.neuronpedia.dashboards import MARK, Dashboard, write_dashboards
+from cosae.interop.neuronpedia.dashboards import MARK, write_dashboards
+from cosae.interop.neuronpedia.settings import Dashboard, Options
 from cosae.interop.read import read_sae
 from cosae.io.staged import check_place
+from cosae.models.embedded import model_path
 from cosae.models.intervene.hooks import find_site
 from cosae.recipe import DataConfig
 from cosae.run import provenance
 from cosae.run.dataset.corpus import adds_bos, check_corpus, pad_id, reading_of, streamed
 from cosae.run.dataset.dataset import batch_size, open_model
 from cosae.run.dataset.existing import EvalRequest, data_of
+from cosae.run.reading import Reading
+from cosae.sae.file import to_disk
 from cosae.sae.model import SAE
 from cosae.text.documents import read_documents
 from cosae.text.mixture import Cursor, mix, parse_corpus
@@ -37,29 +41,6 @@ from cosae.text.packing import iterate_sequences, tokenize_documents
 from cosae.types import Sequences, Site
 
 SET_WORDS = {"resid_post": "res", "resid_pre": "res-pre", "attn_out": "att", "mlp_out": "mlp"}
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What to run the model on. Fields left None: what the SAE's own facts say, then DataConfig's defaults."""
-
-    prompts: int = 4096
-    """Sequences; all there are where the text has fewer."""
-    context: int = 128
-    """Tokens of a sequence."""
-    model: str | None = None
-    site: str | None = None
-    corpus: str | None = None
-    format: str = "auto"
-    device: str = "cpu"
-    seed: int = 0
-    """Of the order in which documents are read."""
-
-    def __post_init__(self) -> None:
-        if self.prompts < 1:
-            raise CosaeError(f"prompts must be at least 1. Got {self.prompts} instead.")
-        if self.context < 3:
-            raise CosaeError(f"context must be at least 3 tokens. Got {self.context} instead.")
 
 
 @dataclass(frozen=True)
@@ -77,6 +58,9 @@ class Opened:
 
 def open_reading(path: Path, reading: Reading, log: Callable[[str], None]) -> Opened:
     """Read the SAE and its model, and cut the text. Raises CosaeError for whatever cannot be read."""
+    for name, least in (("prompts", 1), ("context", 3)):
+        if getattr(reading, name) < least:
+            raise CosaeError(f"{name} must be at least {least}. Got {getattr(reading, name)} instead.")
     sae = read_sae(path, format=reading.format, device=reading.device)
     data = replace(_data_of(sae, path, reading), context=reading.context)
     check_corpus(data)
@@ -168,28 +152,17 @@ def _documents(data: DataConfig, tokenizer: Any, spec: str, seed: int, turn: int
 
 def digest_sae(sae: SAE) -> str:
     """SHA-256 of an SAE's configuration and weights."""
-    from cosae.sae.file import to_disk
-
     digest = hashlib.sha256(repr(sorted(sae.cfg.to_dict().items())).encode())
     for name, value in sorted(to_disk(sae).items()):
         digest.update(name.encode() + value.numpy().tobytes())
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Naming:
-    """Neuronpedia's names; None: the model's own name, and cosae-PLACE-WIDTH for the set."""
-
-    model_id: str | None = None
-    set_name: str | None = None
-
-
 def export_neuronpedia(
     path: Path,
     out: Path,
     reading: Reading,
-    naming: Naming,
-    shown: dict[str, Any],
+    shown: Options,
     upload: bool = False,
     log: Callable[[str], None] = lambda _: None,
 ) -> tuple[uploads.Plan, list[str]]:
@@ -204,12 +177,14 @@ def export_neuronpedia(
     opened = open_reading(path, reading, log)
     kind = opened.site.name.split(".")[0]
     settings = Dashboard(
-        model_id=naming.model_id or Path(opened.data.model).name,
-        set_name=naming.set_name or f"cosae-{SET_WORDS.get(kind, 'site')}-{opened.sae.d_sae}",
+        **{
+            **asdict(shown),
+            "model_id": shown.model_id or Path(opened.data.model).name,
+            "set_name": shown.set_name or f"cosae-{SET_WORDS.get(kind, 'site')}-{opened.sae.d_sae}",
+        },
         layer=opened.site.block,
         dataset=_corpus_name(opened.data),
         seed=reading.seed,
-        **shown,
     )
     lines = []
     if uploads.same_export(out, settings, opened.metadata):
@@ -237,8 +212,6 @@ def export_delphi(
     path: Path, out: Path, reading: Reading, n_splits: int | None = None, log: Callable[[str], None] = lambda _: None
 ) -> Written:
     """Write delphi's cache to `out`. Raises CosaeError as `write_cache` does."""
-    from cosae.models.embedded import model_path
-
     check_place(out, "*/cosae_export.json")
     opened = open_reading(path, reading, log)
     return write_cache(

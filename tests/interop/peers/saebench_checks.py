@@ -42,11 +42,13 @@ def model() -> dict[str, float]:
     import torch
     from transformer_lens import HookedTransformer
 
-    from cosae.interop.saebench.evals import Job, known_model
+    from cosae.interop.saebench.evals import known_model
+    from cosae.interop.saebench.settings import Job, Settings
     from cosae.models import embedded
 
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(Path(folder), Path(folder), "embedded", embedded.model_path())
+        settings = Settings(model_name="embedded", model_path=embedded.model_path())
+        job = Job(Path(folder), Path(folder), settings)
         with known_model(job), contextlib.redirect_stdout(sys.stderr):
             hooked = HookedTransformer.from_pretrained_no_processing("embedded", device="cpu", dtype=torch.float32)
     plain, tokenizer = embedded.load()

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from cosae.errors import CosaeError
 from cosae.interop.cached_codes import Array, CachedCodes, cache_codes
 from cosae.interop.neuronpedia.correlations import Partners, correlated_features, correlated_neurons
+from cosae.interop.neuronpedia.settings import Dashboard
 from cosae.interop.neuronpedia.unembed import head_shares, residual_directions, spellings, unembedding
 from cosae.interop.neuronpedia.windows import histogram, rounded, windows
 from cosae.io.staged import filled
@@ -40,44 +41,6 @@ FORMAT, VERSION = "cosae-neuronpedia", 1
 LOGITS, PARTNERS = 10, 3
 BLOCK_ENTRIES = 2**23
 """Entries of a block of features held at once: 16 bytes each, and as many again while they are sorted."""
-
-
-@dataclass(frozen=True)
-class Dashboard:
-    """What is shown of each feature, and under which names. Raises CosaeError on a value that is not allowed."""
-
-    model_id: str
-    """Neuronpedia's name of the model, such as gemma-2-2b."""
-    set_name: str
-    """Name of the source set; the source is LAYER-SET."""
-    layer: int
-    dataset: str = ""
-    """Name of the text, shown beside the windows."""
-    top: int = 20
-    """Windows of the largest activations."""
-    n_quantiles: int = 5
-    """Intervals between 0 and the largest activation."""
-    per_quantile: int = 5
-    """Windows of each interval."""
-    features_per_batch: int = 128
-    """Features of one file; Neuronpedia takes up to 128 in one upload."""
-    ignore_norm_above: float | None = None
-    """Tokens of more than so many times the median norm (of each chunk of tokens) have no codes; None: all have."""
-    seed: int = 0
-    """Of the windows drawn from the intervals."""
-
-    def __post_init__(self) -> None:
-        for name in ("model_id", "set_name"):
-            value = getattr(self, name)
-            if not value or any(c.isspace() or c in "/\\?#" for c in value):
-                raise CosaeError(f"{name} must be a name without spaces or slashes, part of an address. Got {value!r}.")
-        for name, least in (("top", 1), ("n_quantiles", 0), ("per_quantile", 1), ("layer", 0)):
-            if getattr(self, name) < least:
-                raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)} instead.")
-        if not 1 <= self.features_per_batch <= 128:
-            raise CosaeError(f"features_per_batch must be between 1 and 128. Got {self.features_per_batch} instead.")
-        if self.ignore_norm_above is not None and not self.ignore_norm_above > 1:
-            raise CosaeError(f"ignore_norm_above must be above 1. Got {self.ignore_norm_above} instead.")
 
 
 def write_dashboards(

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
-from cosae.interop.neuronpedia.dashboards import FORMAT, MARK, Dashboard
+from cosae.interop.neuronpedia.dashboards import FORMAT, MARK
+from cosae.interop.neuronpedia.settings import Dashboard
+from cosae.io.atomic import write_text
 from cosae.io.untrusted import read_json
 
 SENT = "upload.json"
@@ -136,9 +138,7 @@ def upload(out: Path, plan: Plan, log: Callable[[str], None] = lambda _: None) -
         features = [_feature(client, one, plan) for one in _read_batch(out / name)["features"] if one["activations"]]
         _ask(partial(source.upload_batch, features), f"{done} of {len(todo)} batches arrived")
         sent.append(name)
-        staged = place.with_name(f".{SENT}")
-        staged.write_text(json.dumps({"target": target, "batches": sent}), encoding="utf-8")
-        staged.replace(place)
+        write_text(place, json.dumps({"target": target, "batches": sent}))
         log(f"sent {done + 1} of {len(todo)} batches")
     return f"sent {sum(n for _, n in todo):,} features to source {plan.source} of model {plan.model_id}"
 

@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from cosae.interop.cached_codes import Array, CachedCodes
+from cosae.interop.neuronpedia.settings import Options
 
 BINS, DECIMALS = 50, 3
 
 
-class Cut(Protocol):
-    """How many windows: of the top group, of intervals, of each interval."""
-
-    @property
-    def top(self) -> int: ...
-    @property
-    def n_quantiles(self) -> int: ...
-    @property
-    def per_quantile(self) -> int: ...
-
-
 def windows(
-    token_e: Array, value_e: Array, codes: CachedCodes, row_tokens: Sequence[list[str]], cut: Cut, seed: Sequence[int]
+    token_e: Array,
+    value_e: Array,
+    codes: CachedCodes,
+    row_tokens: Sequence[list[str]],
+    shown: Options,
+    seed: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
     """The top group, then intervals from the highest down, of one feature: token_e ascending, value_e its codes there.
 
@@ -42,14 +37,14 @@ def windows(
         return
     size_e = np.abs(value_e)
     largest, rng = float(size_e.max()), np.random.default_rng(seed)
-    groups = [(-1.0, largest, -1.0, _distinct(token_e[np.argsort(-size_e, kind="stable")], context, cut.top))]
-    edges = np.linspace(0, largest, cut.n_quantiles + 1)
+    groups = [(-1.0, largest, -1.0, _distinct(token_e[np.argsort(-size_e, kind="stable")], context, shown.top))]
+    edges = np.linspace(0, largest, shown.n_quantiles + 1)
     for low, high in reversed(list(itertools.pairwise(edges))):
         inside = token_e[(size_e >= low) & (size_e <= high)]
         n_inside = len(inside) + (codes.n_tokens - len(token_e) if low == 0 else 0)
-        drawn = _distinct(rng.permutation(inside), context, cut.per_quantile)
-        if low == 0 and len(drawn) < cut.per_quantile:
-            drawn = np.concatenate([drawn, _silent(rng, token_e, codes, cut.per_quantile - len(drawn))])
+        drawn = _distinct(rng.permutation(inside), context, shown.per_quantile)
+        if low == 0 and len(drawn) < shown.per_quantile:
+            drawn = np.concatenate([drawn, _silent(rng, token_e, codes, shown.per_quantile - len(drawn))])
         groups.append((low, high, n_inside / codes.n_tokens, drawn))
     for low, high, share, tokens in groups:
         for token in tokens.tolist():

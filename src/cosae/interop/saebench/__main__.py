@@ -10,6 +10,7 @@ from typing import Any
 from cosae.errors import CosaeError
 from cosae.interop.saebench.environment import ANSWER, JOB
 from cosae.interop.saebench.run import evaluate_here
+from cosae.interop.saebench.settings import Settings
 from cosae.io.atomic import write_text
 from cosae.sae.file import load
 
@@ -19,7 +20,8 @@ def main(folder: Path) -> None:
     job = json.loads((folder / JOB).read_text("utf-8"))
     try:
         saes = {name: load(folder / "saes" / name) for name in job["saes"]}
-        answer: dict[str, Any] = {"value": evaluate_here(saes, **job["arguments"])}
+        value = evaluate_here(saes, job["evals"], Path(job["out"]), Settings(**job["settings"]), job["options"])
+        answer: dict[str, Any] = {"value": value}
     except CosaeError as error:
         answer = {"error": str(error)}
     write_text(folder / ANSWER, json.dumps(answer))

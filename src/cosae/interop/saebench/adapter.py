@@ -83,7 +83,7 @@ class SAEBenchConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
-        plain: dict[str, Any] = _listed(asdict(self))
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples as lists, as JSON gives them back
         return plain
 
 
@@ -128,7 +128,8 @@ class SAEBenchSAE(nn.Module):
         scored.to(sae.device if device is None else torch.device(device))
         self._scored = (scored,)  # in a tuple, so that .to(bfloat16) does not reach its weights
         self._present(_dtype(dtype))
-        self.cfg = _config(sae, model_name, hook_name, hook_layer, context_size, prepend_bos, seqpos_slice)
+        shown = {"context_size": context_size, "prepend_bos": prepend_bos, "seqpos_slice": seqpos_slice}
+        self.cfg = _config(sae, model_name, hook_name, hook_layer, **shown)
         self.cfg.dtype, self.cfg.device = str(self.dtype).removeprefix("torch."), str(self.device)
 
     @property
@@ -201,13 +202,7 @@ def tl_hook_name(hook_name: str) -> str:
 
 
 def _config(
-    sae: SAE,
-    model_name: str | None,
-    hook_name: str | None,
-    hook_layer: int | None,
-    context_size: int | None,
-    prepend_bos: bool,
-    seqpos_slice: tuple[int | None, ...],
+    sae: SAE, model_name: str | None, hook_name: str | None, hook_layer: int | None, **shown: Any
 ) -> SAEBenchConfig:
     model_name = model_name or sae.metadata.get("model")
     hook_name = hook_name or sae.metadata.get("hook_name") or sae.metadata.get("site")
@@ -221,20 +216,17 @@ def _config(
     if hook_layer is None and digits is None:
         raise CosaeError(f"hook_layer must be given where hook_name has no number. Got hook_name {hook_name!r}.")
     layer = int(digits[0]) if hook_layer is None and digits else int(hook_layer or 0)
+    where = {"model_name": model_name, "hook_name": hook_name, "hook_layer": layer, **shown}
+    architecture = f"cosae_{sae.cfg.score}_{sae.cfg.selector}"
     return SAEBenchConfig(
-        model_name=model_name,
-        hook_name=hook_name,
-        hook_layer=layer,
+        **where,
         d_in=sae.d_in,
         d_sae=sae.d_sae,
-        architecture=f"cosae_{sae.cfg.score}_{sae.cfg.selector}",
+        architecture=architecture,
         dtype="float32",
         device="cpu",
-        context_size=context_size,
-        prepend_bos=prepend_bos,
-        seqpos_slice=seqpos_slice,
-        metadata=SAEBenchMetadata(model_name, hook_name, layer, None, context_size, prepend_bos, seqpos_slice),
-        architecture_str=f"cosae_{sae.cfg.score}_{sae.cfg.selector}",
+        metadata=SAEBenchMetadata(**where),
+        architecture_str=architecture,
         activation_fn_str=sae.cfg.selector,
         training_tokens=int(sae.metadata.get("tokens") or 0),
         cosae={"sae": sae.cfg.to_dict(), "provenance": json.loads(json.dumps(sae.metadata, default=str))},
@@ -247,10 +239,3 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise CosaeError(f"dtype must be one of {', '.join(DTYPES)}. Got {dtype!r} instead.")
-
-
-def _listed(value: Any) -> Any:
-    """Tuples as lists: what JSON gives back."""
-    if isinstance(value, dict):
-        return {key: _listed(inner) for key, inner in value.items()}
-    return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -10,28 +10,40 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
+from cosae.interop.saebench.settings import Settings
 from cosae.sae.file import save
 from cosae.sae.model import SAE
 
 JOB, ANSWER = "job.json", "answer.json"
 
 
-def run_elsewhere(python: Path, saes: Mapping[str, SAE], arguments: Mapping[str, Any], folder: Path, log: Path) -> Any:
-    """What `run.evaluate_here(saes, **arguments)` returns there, by way of JSON; what is printed goes to `log`.
+def run_elsewhere(
+    saes: Mapping[str, SAE],
+    evals: Sequence[str],
+    out: Path,
+    settings: Settings,
+    options: Mapping[str, Any],
+    folder: Path,
+    log: Path,
+) -> Any:
+    """What `run.evaluate_here` returns in the environment of settings.python; what is printed there goes to `log`.
 
-    Raises CosaeError where `python` cannot be run, cannot import cosae, or ends without an answer; and with the very
-    sentence of a CosaeError over there.
+    Job and answer pass through `folder`. Raises CosaeError where python cannot be run, cannot import cosae, or ends
+    without an answer; and with the very sentence of a CosaeError over there.
     """
     for name, sae in saes.items():
         save(sae, folder / "saes" / name)
     (folder / "lent").mkdir()
     (folder / "lent" / "cosae").symlink_to(Path(__file__).resolve().parents[2], target_is_directory=True)
-    (folder / JOB).write_text(json.dumps({"saes": list(saes), "arguments": dict(arguments)}), encoding="utf-8")
+    job = {"saes": list(saes), "evals": evals, "out": out, "settings": asdict(settings), "options": options}
+    (folder / JOB).write_text(json.dumps(job, default=str), encoding="utf-8")
+    python = settings.python
     paths = [str(folder / "lent"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [str(python), "-m", __package__, str(folder)]

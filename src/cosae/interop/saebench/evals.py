@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,13 @@ import numpy as np
 import torch
 
 from cosae.errors import CosaeError
+from cosae.interop.sae_probes.activations import write_activations
+from cosae.interop.sae_probes.datasets import datasets
 from cosae.interop.saebench.adapter import SAEBenchSAE
+from cosae.interop.saebench.settings import Job
 from cosae.interop.saebench.variance import VarianceTally, tallied
+from cosae.io.digest import file_digest, value_digest
+from cosae.models.load import load_model
 
 Named = Sequence[tuple[str, SAEBenchSAE]]
 
@@ -44,30 +49,6 @@ CORE_DEFAULTS: dict[str, Any] = {
     "context_size": 128,
 }
 """The settings SAEBench's own script for custom SAEs gives core."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every eval of one call shares.
-
-    out         SAEBench's results go to out/{eval}; absolute, like every path here
-    artifacts   folder for activations and the like; it is there, and goes when the eval is done
-    model_name  as the results call it; the name TransformerLens knows, unless model_path is given
-    model_path  a local Hugging Face model
-    data        a folder with local copies of data sets, by their names on the hub: LabHC/bias_in_bios/train.jsonl …
-    options     by eval: fields of its SAEBench configuration (core: arguments of its multiple_evals)
-    """
-
-    out: Path
-    artifacts: Path
-    model_name: str
-    model_path: Path | None = None
-    data: Path | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    llm_batch_size: int = 32
-    seed: int = 42
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,18 +67,18 @@ def call(name: str, job: Job, saes: Named) -> dict[str, dict[str, Any]]:
 
     Returns {SAE name: numbers of ours to put beside SAEBench's}. Whatever SAEBench raises passes through.
     """
-    random.seed(job.seed)
-    np.random.seed(job.seed)  # noqa: NPY002  # SAEBench draws from the global generators
-    torch.manual_seed(job.seed)
+    settings, wants = job.settings, EVALS[name]
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)  # noqa: NPY002  # SAEBench draws from the global generators
+    torch.manual_seed(settings.seed)
     _without_shape_checks()
     results = job.out / name
     results.mkdir(parents=True, exist_ok=True)  # absorption writes into it without making it
     gradients = torch.is_grad_enabled()
-    options = {**job.options.get(name, {})}
     # A relative folder goes before the hub for `datasets`, and absorption writes to ./artifacts.
-    with known_model(job), contextlib.chdir(job.data if EVALS[name].data and job.data else job.artifacts):
+    with known_model(job), contextlib.chdir(settings.data if wants.data and settings.data else job.artifacts):
         try:
-            return EVALS[name].call(job, saes, options)
+            return wants.call(job, saes, {**job.options.get(name, {})})
         finally:
             torch.set_grad_enabled(gradients)  # absorption switches them on for good
             if not any(results.iterdir()):
@@ -109,27 +90,23 @@ def _without_shape_checks() -> None:
     import_module("jaxtyping").config.update("jaxtyping_disable", True)
 
 
-def result_file(name: str, job: Job, sae: str) -> Path:
-    """Where SAEBench puts the result of an SAE that was handed in as an object."""
-    return job.out / name / f"{sae}_custom_sae_eval_results.json"
-
-
 @contextlib.contextmanager
 def known_model(job: Job) -> Iterator[None]:
-    """While open, TransformerLens' from_pretrained(model_name) reads job.model_path, if there is one.
+    """While open, TransformerLens' from_pretrained(model_name) reads settings.model_path, if there is one.
 
     The folder is offered under a name made from its content: TransformerLens guesses architectures from names, and
     absorption keeps probes by name.
     """
-    if job.model_path is None:
+    folder = job.settings.model_path
+    if folder is None:
         yield
         return
     models = import_module("transformer_lens.supported_models")
-    link = job.artifacts / f"model-{model_digest(job.model_path)}"
+    link = job.artifacts / f"model-{model_digest(folder)}"
     if not link.exists():
-        link.symlink_to(job.model_path.resolve(), target_is_directory=True)
+        link.symlink_to(folder.resolve(), target_is_directory=True)
     models.OFFICIAL_MODEL_NAMES.append(str(link))
-    models.MODEL_ALIASES[str(link)] = [job.model_name]
+    models.MODEL_ALIASES[str(link)] = [job.settings.model_name]
     try:
         yield
     finally:
@@ -139,22 +116,16 @@ def known_model(job: Job) -> Iterator[None]:
 
 def model_digest(folder: Path) -> str:
     """12 hex digits of a model folder's configuration and weights."""
-    digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        if file.is_file():
-            digest.update(file.name.encode())
-            with file.open("rb") as content:
-                while block := content.read(1 << 24):
-                    digest.update(block)
-    return digest.hexdigest()[:12]
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return value_digest([[file.name, file_digest(file)] for file in files if file.is_file()])[:12]
 
 
-def _configured(kind: Any, given: Mapping[str, Any], options: Mapping[str, Any], name: str) -> Any:
+def _configured(name: str, kind: str, options: Mapping[str, Any], given: Mapping[str, Any], package: str = "") -> Any:
     """SAEBench's configuration dataclass, or a sentence on the option that does not fit."""
-    allowed = [f.name for f in dataclasses.fields(kind)]
-    _check_options(name, options, allowed)
+    made = getattr(import_module(f"sae_bench.evals.{package or name}.eval_config"), kind)
+    _check_options(name, options, [f.name for f in dataclasses.fields(made)])
     try:
-        return kind(**{**given, **options})
+        return made(**{**given, **options})
     except ValueError as error:  # pydantic's: several lines, the useful ones after the first
         said = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise CosaeError(f"options of {name} do not fit SAEBench's configuration: {said or error}.") from None
@@ -179,8 +150,8 @@ def _core(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
             compute_featurewise_density_statistics=True,
             compute_featurewise_weight_based_metrics=True,
             output_folder=str(job.out / "core"),
-            dtype=job.dtype,
-            device=job.device,
+            dtype=job.settings.dtype,
+            device=job.settings.device,
             force_rerun=True,
             **settings,
         )
@@ -193,103 +164,83 @@ def _core(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _run_eval(
+    name: str, kind: str, job: Job, saes: Named, options: dict[str, Any], package: str = "", **arguments: Any
+) -> dict[str, Any]:
+    """An eval whose main is `run_eval` and whose configuration names the model."""
+    config = _configured(name, kind, options, _model_settings(job), package)
+    return _call_main(name, config, job, saes, package, **arguments)
+
+
+def _call_main(name: str, config: Any, job: Job, saes: Named, package: str = "", **arguments: Any) -> dict[str, Any]:
+    main = import_module(f"sae_bench.evals.{package or name}.main")
+    out = job.out if package else job.out / name  # scr_and_tpp adds /scr or /tpp itself
+    main.run_eval(config, list(saes), job.settings.device, str(out), True, **arguments)
+    return {}
+
+
 def _sparse_probing(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
-    main = import_module("sae_bench.evals.sparse_probing.main")
-    kind = import_module("sae_bench.evals.sparse_probing.eval_config").SparseProbingEvalConfig
-    config = _configured(kind, _model_settings(job), options, "sparse_probing")
-    main.run_eval(config, list(saes), job.device, str(job.out / "sparse_probing"), True, artifacts_path=_kept(job))
-    return {}
+    kept = str(job.artifacts)
+    return _run_eval("sparse_probing", "SparseProbingEvalConfig", job, saes, options, artifacts_path=kept)
 
 
-def _scr(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
-    return _scr_or_tpp(job, saes, options, "scr")
-
-
-def _tpp(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
-    return _scr_or_tpp(job, saes, options, "tpp")
-
-
-def _scr_or_tpp(job: Job, saes: Named, options: dict[str, Any], name: str) -> dict[str, Any]:
-    main = import_module("sae_bench.evals.scr_and_tpp.main")
-    kind = import_module("sae_bench.evals.scr_and_tpp.eval_config").ScrAndTppEvalConfig
-    config = _configured(kind, _model_settings(job), {**options, "perform_scr": name == "scr"}, name)
-    main.run_eval(config, list(saes), job.device, str(job.out), True, artifacts_path=_kept(job))  # adds /scr or /tpp
-    return {}
+def _scr_or_tpp(name: str, job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
+    options, kept = {**options, "perform_scr": name == "scr"}, str(job.artifacts)
+    return _run_eval(name, "ScrAndTppEvalConfig", job, saes, options, "scr_and_tpp", artifacts_path=kept)
 
 
 def _absorption(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
     for name, sae in saes:
         if sae.cfg.hook_name != f"blocks.{sae.cfg.hook_layer}.hook_resid_post":
             raise CosaeError(f"absorption only reads blocks.N.hook_resid_post. Got {sae.cfg.hook_name} for {name}.")
-    main = import_module("sae_bench.evals.absorption.main")
-    kind = import_module("sae_bench.evals.absorption.eval_config").AbsorptionEvalConfig
-    config = _configured(kind, _model_settings(job), options, "absorption")
-    main.run_eval(config, list(saes), job.device, str(job.out / "absorption"), True)
-    return {}
+    return _run_eval("absorption", "AbsorptionEvalConfig", job, saes, options)
 
 
 def _sae_probes(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
-    main = import_module("sae_bench.evals.sparse_probing_sae_probes.main")
-    kind = import_module("sae_bench.evals.sparse_probing_sae_probes.eval_config").SparseProbingSaeProbesEvalConfig
+    name, settings = "sparse_probing_sae_probes", job.settings
     given = {
-        "model_name": job.model_name,
-        "random_seed": job.seed,
+        "model_name": settings.model_name,
+        "random_seed": settings.seed,
         "results_path": str(job.artifacts / "sae_probes_results"),
         "model_cache_path": str(job.artifacts / "sae_probes_activations"),
     }
-    config = _configured(kind, given, options, "sparse_probing_sae_probes")
-    if job.model_path is not None:
-        _write_activations(job, {sae.cfg.hook_name for _, sae in saes}, config)
-    out = str(job.out / "sparse_probing_sae_probes")
-    main.run_eval(config, list(saes), job.device, out, True)
-    return {}
-
-
-def _write_activations(job: Job, hook_names: set[str], config: Any) -> None:
-    from cosae.interop.sae_probes.activations import write_activations
-    from cosae.interop.sae_probes.datasets import datasets
-    from cosae.models.load import load_model
-
-    model, tokenizer = load_model(job.model_path or job.model_name, dtype=job.dtype, device=job.device)
-    for hook_name in sorted(hook_names):
-        write_activations(
-            model,
-            tokenizer,
-            hook_name,
-            datasets(only=config.dataset_names),
-            config.model_cache_path,
-            model_name=config.model_name,
-            batch_texts=job.llm_batch_size,
-        )
+    config = _configured(name, "SparseProbingSaeProbesEvalConfig", options, given)
+    if settings.model_path is not None:
+        model, tokenizer = load_model(settings.model_path, dtype=settings.dtype, device=settings.device)
+        for hook_name in sorted({sae.cfg.hook_name for _, sae in saes}):
+            write_activations(
+                model,
+                tokenizer,
+                hook_name,
+                datasets(only=config.dataset_names),
+                config.model_cache_path,
+                model_name=config.model_name,
+                batch_texts=settings.llm_batch_size,
+            )
+    return _call_main(name, config, job, saes)
 
 
 def _meta_structure(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
-    main = import_module("sae_bench.evals.meta_structure.main")
-    kind = import_module("sae_bench.evals.meta_structure.eval_config").MetaStructureEvalConfig
-    config = _configured(kind, {"random_seed": job.seed}, options, "meta_structure")
-    main.run_eval(config, list(saes), job.device, str(job.out / "meta_structure"), True)
-    return {}
+    config = _configured("meta_structure", "MetaStructureEvalConfig", options, {"random_seed": job.settings.seed})
+    return _call_main("meta_structure", config, job, saes)
 
 
 def _model_settings(job: Job) -> dict[str, Any]:
     return {
-        "model_name": job.model_name,
-        "random_seed": job.seed,
-        "llm_batch_size": job.llm_batch_size,
-        "llm_dtype": job.dtype,
+        "model_name": job.settings.model_name,
+        "random_seed": job.settings.seed,
+        "llm_batch_size": job.settings.llm_batch_size,
+        "llm_dtype": job.settings.dtype,
     }
 
 
-def _kept(job: Job) -> str:
-    return str(job.artifacts)
-
-
+PAIRS = "LabHC/bias_in_bios and canrager/amazon_reviews_mcauley_1and5"
 EVALS: dict[str, Eval] = {
     "core": Eval(_core, decodes=True, data="Skylion007/openwebtext, unless its option dataset names a local folder"),
     "sparse_probing": Eval(_sparse_probing, data="eight data sets such as LabHC/bias_in_bios and fancyzhx/ag_news"),
     "sparse_probing_sae_probes": Eval(_sae_probes),
-    "scr": Eval(_scr, decodes=True, data="LabHC/bias_in_bios and canrager/amazon_reviews_mcauley_1and5"),
-    "tpp": Eval(_tpp, decodes=True, data="LabHC/bias_in_bios and canrager/amazon_reviews_mcauley_1and5"),
+    "scr": Eval(partial(_scr_or_tpp, "scr"), decodes=True, data=PAIRS),
+    "tpp": Eval(partial(_scr_or_tpp, "tpp"), decodes=True, data=PAIRS),
     "absorption": Eval(_absorption),
     "meta_structure": Eval(_meta_structure, reads_model=False),
 }

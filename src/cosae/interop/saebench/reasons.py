@@ -10,7 +10,8 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 
-from cosae.interop.saebench.evals import EVALS, Job
+from cosae.interop.saebench.evals import EVALS
+from cosae.interop.saebench.settings import Job
 
 OFFLINE = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "socket", "datasets.exceptions")
 OFFLINE_WORDS = (
@@ -28,8 +29,9 @@ def one_sentence(name: str, job: Job, said: Sequence[str]) -> str:
     first = first[:300].rstrip(".")
     lowered = " ".join(said).lower()
     if any(word in lowered for word in (*OFFLINE, *OFFLINE_WORDS)):
-        model = [] if job.model_path or not EVALS[name].reads_model else [f"the model {job.model_name}"]
-        needs = " and ".join([*model, *filter(None, [EVALS[name].data])]) or "files"
+        from_hub = EVALS[name].reads_model and not job.settings.model_path
+        model = f"the model {job.settings.model_name}" if from_hub else ""
+        needs = " and ".join(filter(None, [model, EVALS[name].data])) or "files"
         return (
             f"{name} needs {needs}, which could not be downloaded here ({first}): run it where the hub can "
             f"be reached or with its cache filled (HF_HOME), give copies as data, or leave {name} out."

@@ -1,4 +1,4 @@
-"""The door to SAEBench 0.6: cosae SAEs through its evals, results under its own keys and file names.
+"""SAEBench 0.6: cosae SAEs through its evals, results under its own keys and file names.
 
 Enters: SAEs and the names of evals. Leaves: `out/{eval}/{sae}_custom_sae_eval_results.json` as SAEBench writes them,
 each with one key more, `cosae`, and `out/summary.json`. SAEBench is called, here or in another environment.
@@ -16,100 +16,62 @@ import re
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
 from cosae.interop.read import read_sae
-from cosae.interop.saebench.adapter import DTYPES, SAEBenchConfig, SAEBenchMetadata, SAEBenchSAE, tl_hook_name
+from cosae.interop.saebench.adapter import DTYPES, SAEBenchSAE
 from cosae.interop.saebench.environment import run_elsewhere
-from cosae.interop.saebench.evals import EVALS, Job, Named, call, result_file
+from cosae.interop.saebench.evals import EVALS, Named, call
 from cosae.interop.saebench.reasons import chain, errors_logged, one_sentence, why_nothing
+from cosae.interop.saebench.settings import Job, Settings
+from cosae.io.atomic import write_text
+from cosae.models.embedded import model_path as embedded_path
 from cosae.sae.model import SAE
-
-__all__ = [
-    "EVALS",
-    "SAEBenchConfig",
-    "SAEBenchMetadata",
-    "SAEBenchSAE",
-    "evaluate_here",
-    "run",
-    "run_evals",
-    "tl_hook_name",
-]
 
 VERSION = "0.6.0"
 """The SAEBench whose evals these calls fit."""
+Options = Mapping[str, Mapping[str, Any]]
 
 
 def run_evals(
     saes: Mapping[str, SAE | str | Path],
-    evals: Sequence[str],
+    evals: str | Sequence[str],
     out: str | Path,
     *,
-    model_name: str | None = None,
-    model_path: str | Path | None = None,
-    hook_name: str | None = None,
-    hook_layer: int | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    llm_batch_size: int = 32,
-    seed: int = 42,
-    data: str | Path | None = None,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    python: str | Path | None = None,
-    force: bool = False,
+    options: Options | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """SAEBench's evals of these SAEs; one that cannot run stops none of the others.
 
-    saes            by name (it becomes part of file names): SAEs, or folders or files of any format cosae reads
-    evals           names from EVALS
-    out             results go to out/{eval}/; what SAEBench prints, to out/saebench.log
-    model_name      default: what the SAEs' facts say. "embedded" is the model in the package
-    model_path      folder of a Hugging Face model: no name TransformerLens knows, and no hub, is needed then
-    hook_name, hook_layer   where the SAEs read; default: their facts'
-    dtype           of the model, and of what goes in and out of the SAEs: float32, bfloat16, float16, float64
-    data            folder with copies of the data sets the hub would give, under their names there:
-                    data/LabHC/bias_in_bios/train.jsonl …; what is not in it is downloaded
-    options         by eval: fields of its SAEBench configuration, such as {"meta_structure": {"train_steps": 200}}
-    python          interpreter of an environment with SAEBench; default: this one
-    force           replace results that are there
+    saes      by name (it becomes part of file names): SAEs, or folders or files of any format cosae reads
+    evals     names from EVALS
+    out       results go to out/{eval}/; what SAEBench prints, to out/saebench.log
+    options   by eval: fields of its SAEBench configuration, such as {"meta_structure": {"train_steps": 200}}
+    settings  the fields of `Settings`: python, model_name, model_path, hook_name, hook_layer, data, dtype, …
 
     Returns {"results": {eval: {sae: file}}, "numbers": {eval: {sae: SAEBench's metrics}}, "failed": {eval: sentence}};
     the same is in out/summary.json. Raises CosaeError for anything that can be told before an eval runs.
     """
-    out = Path(out)
+    out, asked = Path(out), Settings(**settings)
     loaded = {name: sae if isinstance(sae, SAE) else read_sae(sae) for name, sae in saes.items()}
-    if isinstance(evals, str):
-        evals = [evals]
-    _check(loaded, evals, out, dtype, force)
-    model_name, model_path = _model(loaded, model_name, model_path)
-    arguments: dict[str, Any] = {
-        "evals": list(dict.fromkeys(evals)),
-        "out": str(out.resolve()),
-        "model_name": model_name,
-        "model_path": None if model_path is None else str(model_path),
-        "data": None if data is None else str(_folder(data)),
-        "hook_name": hook_name,
-        "hook_layer": hook_layer,
-        "device": device,
-        "dtype": dtype,
-        "llm_batch_size": llm_batch_size,
-        "seed": seed,
-        "options": _plain_options(options or {}),
-    }
+    evals = [evals] if isinstance(evals, str) else list(dict.fromkeys(evals))
+    _check(loaded, evals, out, asked)
+    asked, plain = _with_places(loaded, asked), _plain_options(options or {})
     for name, sae in loaded.items():  # the same sentences here as over there, before anything is started
-        _adapt(name, sae, arguments)
+        _adapt(name, sae, asked)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saebench.", dir=out) as folder:
             log = out / "saebench.log"
-            if python is None:
+            if asked.python is None:
                 with _logged(log):
-                    answer = evaluate_here(loaded, **arguments)
+                    answer = evaluate_here(loaded, evals, out.resolve(), asked, plain)
             else:
-                answer = run_elsewhere(Path(python), loaded, arguments, Path(folder), log)
-        _write_json(out / "summary.json", answer)
+                answer = run_elsewhere(loaded, evals, out.resolve(), asked, plain, Path(folder), log)
+        write_text(out / "summary.json", json.dumps(answer, indent=2))
     except OSError as error:
         raise CosaeError(f"{out} cannot be written ({error.strerror}); choose a folder you can write to.") from None
     return dict(answer)
@@ -141,8 +103,10 @@ def run(
     return "\n".join(lines)
 
 
-def evaluate_here(saes: Mapping[str, SAE], *, evals: Sequence[str], out: str, **arguments: Any) -> dict[str, Any]:
-    """run_evals' work in an environment that has SAEBench; arguments as run_evals passes them on, all plain."""
+def evaluate_here(
+    saes: Mapping[str, SAE], evals: Sequence[str], out: Path, settings: Settings, options: Options
+) -> dict[str, Any]:
+    """run_evals' work in an environment that has SAEBench; paths are absolute and the model is known."""
     missing = [
         name for name in ("sae_bench", "sae_probes", "transformer_lens") if importlib.util.find_spec(name) is None
     ]
@@ -153,17 +117,10 @@ def evaluate_here(saes: Mapping[str, SAE], *, evals: Sequence[str], out: str, **
         )
     answer: dict[str, Any] = {"results": {}, "numbers": {}, "failed": {}}
     for name in evals:
-        adapted = [(sae, _adapt(sae, saes[sae], arguments)) for sae in saes]
+        adapted = [(sae, _adapt(sae, saes[sae], settings)) for sae in saes]
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as artifacts:
-            job = Job(
-                out=Path(out),
-                artifacts=Path(artifacts),
-                model_name=arguments["model_name"],
-                model_path=None if arguments["model_path"] is None else Path(arguments["model_path"]),
-                data=None if arguments["data"] is None else Path(arguments["data"]),
-                **{key: arguments[key] for key in ("device", "dtype", "llm_batch_size", "seed", "options")},
-            )
             try:
+                job = Job(out, Path(artifacts), settings, options)
                 answer["results"][name], answer["numbers"][name] = _evaluate(name, job, adapted)
             except CosaeError as error:
                 answer["failed"][name] = str(error)
@@ -186,7 +143,7 @@ def _evaluate(name: str, job: Job, saes: Named) -> tuple[dict[str, str], dict[st
         except Exception as error:
             traceback.print_exc()  # into the log
             raise CosaeError(one_sentence(name, job, [*said, *chain(error)])) from error
-    files = {sae_name: result_file(name, job, sae_name) for sae_name, _ in saes}
+    files = {sae_name: job.result_file(name, sae_name) for sae_name, _ in saes}
     missing = [sae_name for sae_name, file in files.items() if not file.is_file()]
     if missing:
         raise CosaeError(one_sentence(name, job, said or why_nothing(name)))
@@ -200,7 +157,7 @@ def _finish(file: Path, sae: SAEBenchSAE, ours: Mapping[str, Any]) -> dict[str, 
     """Add our key to a result file, and give SAEBench's metrics by name."""
     result = json.loads(file.read_text("utf-8"))
     result["cosae"] = {**ours, "sae": sae.sae.cfg.to_dict()}
-    _write_json(file, result)
+    write_text(file, json.dumps(result, indent=2))
     numbers: dict[str, Any] = {}
     for group in result["eval_result_metrics"].values():
         numbers |= {key: value for key, value in group.items() if value is not None}
@@ -209,16 +166,21 @@ def _finish(file: Path, sae: SAEBenchSAE, ours: Mapping[str, Any]) -> dict[str, 
     return numbers
 
 
-def _adapt(name: str, sae: SAE, arguments: Mapping[str, Any]) -> SAEBenchSAE:
+def _adapt(name: str, sae: SAE, settings: Settings) -> SAEBenchSAE:
     try:
         return SAEBenchSAE(
-            sae, **{key: arguments[key] for key in ("model_name", "hook_name", "hook_layer", "device", "dtype")}
+            sae,
+            model_name=settings.model_name,
+            hook_name=settings.hook_name,
+            hook_layer=settings.hook_layer,
+            device=settings.device,
+            dtype=settings.dtype,
         )
     except CosaeError as error:
         raise CosaeError(f"{name}: {error}") from None
 
 
-def _check(saes: Mapping[str, SAE], evals: Sequence[str], out: Path, dtype: str, force: bool) -> None:
+def _check(saes: Mapping[str, SAE], evals: Sequence[str], out: Path, asked: Settings) -> None:
     unknown = [name for name in evals if name not in EVALS]
     if unknown or not evals:
         raise CosaeError(f"evals must be one or more of {', '.join(EVALS)}. Got {(unknown or ['none'])[0]!r} instead.")
@@ -227,39 +189,39 @@ def _check(saes: Mapping[str, SAE], evals: Sequence[str], out: Path, dtype: str,
     odd = [name for name in saes if not re.fullmatch(r"[\w+=,-][\w.+=,-]*", name)]
     if odd:
         raise CosaeError(f"names of SAEs become file names: letters, digits and . _ + = , - only. Got {odd[0]!r}.")
-    if dtype not in DTYPES:
-        raise CosaeError(f"dtype must be one of {', '.join(DTYPES)}. Got {dtype!r} instead.")
-    job = Job(out=out, artifacts=out, model_name="")
-    there = [file for name in evals for sae in saes if (file := result_file(name, job, sae)).exists()]
-    if there and not force:
+    if asked.dtype not in DTYPES:
+        raise CosaeError(f"dtype must be one of {', '.join(DTYPES)}. Got {asked.dtype!r} instead.")
+    job = Job(out, out, asked)
+    there = [file for name in evals for sae in saes if (file := job.result_file(name, sae)).exists()]
+    if there and not asked.force:
         raise CosaeError(f"{there[0]} exists already: choose another out, or force its replacement.")
     for file in there:
         file.unlink()
 
 
-def _model(saes: Mapping[str, SAE], model_name: str | None, model_path: str | Path | None) -> tuple[str, Path | None]:
-    """A name for results and, for a model on disk, its folder. A name that is a folder is one; so is "embedded"."""
-    named = {str(sae.metadata["model"]) for sae in saes.values() if sae.metadata.get("model")}
-    if model_name is None:
+def _with_places(saes: Mapping[str, SAE], asked: Settings) -> Settings:
+    """The settings with the model's name for results, and its folder where it lies on disk ("embedded" does too)."""
+    name, folder = asked.model_name, asked.model_path
+    if name is None:
+        named = {str(sae.metadata["model"]) for sae in saes.values() if sae.metadata.get("model")}
         if len(named) != 1:
             raise CosaeError(f"model_name must be given: the SAEs name {', '.join(sorted(named)) or 'no model'}.")
-        model_name = named.pop()
-    if model_path is None and Path(model_name).expanduser().is_dir():
-        model_path = Path(model_name).expanduser()
-        model_name = model_path.resolve().name
-    if model_path is None and model_name == "embedded":
-        from cosae.models.embedded import model_path as embedded_path
-
-        model_path = embedded_path()
-    if model_path is not None and not (Path(model_path).expanduser() / "config.json").is_file():
-        raise CosaeError(f"model_path must be a folder of a Hugging Face model. Got {model_path}, without config.json.")
-    return model_name, None if model_path is None else Path(model_path).expanduser().resolve()
-
-
-def _folder(data: str | Path) -> Path:
-    if not Path(data).is_dir():
-        raise CosaeError(f"data must be a folder with copies of data sets. Got {data}, which is none.")
-    return Path(data).resolve()
+        name = named.pop()
+    if folder is None and Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+        name = folder.resolve().name
+    if folder is None and name == "embedded":
+        folder = embedded_path()
+    if folder is not None and not (folder.expanduser() / "config.json").is_file():
+        raise CosaeError(f"model_path must be a folder of a Hugging Face model. Got {folder}, without config.json.")
+    if asked.data is not None and not asked.data.is_dir():
+        raise CosaeError(f"data must be a folder with copies of data sets. Got {asked.data}, which is none.")
+    return replace(
+        asked,
+        model_name=name,
+        model_path=None if folder is None else folder.expanduser().resolve(),
+        data=None if asked.data is None else asked.data.resolve(),
+    )
 
 
 def _plain_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -282,9 +244,3 @@ def _logged(log: Path) -> Iterator[None]:
         contextlib.redirect_stderr(printed),
     ):
         yield
-
-
-def _write_json(place: Path, value: Any) -> None:
-    staged = place.with_name(f".{place.name}.part")
-    staged.write_text(json.dumps(value, indent=2), encoding="utf-8")
-    staged.replace(place)

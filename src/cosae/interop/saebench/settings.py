@@ -1,0 +1,59 @@
+"""What SAEBench's evals are asked with: the settings of a call, and the job that one eval is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How SAEs are evaluated; paths may be given as text."""
+
+    python: Path | None = None
+    """Interpreter of an environment with sae-bench 0.6; default: this one."""
+    model_name: str | None = None
+    """embedded, a folder, or a name TransformerLens knows; default: what the SAEs' files say."""
+    model_path: Path | None = None
+    """Folder of a Hugging Face model: then no hub is needed for the model."""
+    hook_name: str | None = None
+    """Where the SAEs read; default: what their files say."""
+    hook_layer: int | None = None
+    """Block of the hook; default: the number in its name."""
+    data: Path | None = None
+    """Folder with copies of the data sets the hub would give, under their names there: LabHC/bias_in_bios/train.jsonl …
+    What is not in it is downloaded."""
+    dtype: str = "float32"
+    """Of the model, and of what goes in and out of the SAEs: float32, bfloat16, float16, float64."""
+    llm_batch_size: int = 32
+    device: str = "cpu"
+    seed: int = 42
+    force: bool = False
+    """Replace results that are there."""
+
+    def __post_init__(self) -> None:
+        for name in ("python", "model_path", "data"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else Path(value))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One eval of a call.
+
+    out        SAEBench's results go to out/{eval}; absolute, like every path here
+    artifacts  folder for activations and the like; it is there, and goes when the eval is done
+    settings   with the model's name as the results call it
+    options    by eval: fields of its SAEBench configuration (core: arguments of its multiple_evals)
+    """
+
+    out: Path
+    artifacts: Path
+    settings: Settings
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def result_file(self, eval_name: str, sae_name: str) -> Path:
+        """Where SAEBench puts the result of an SAE that was handed in as an object."""
+        return self.out / eval_name / f"{sae_name}_custom_sae_eval_results.json"
