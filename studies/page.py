@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosae.report.figures import INK, Panel, drawing, label, style_of
-from cosae.report.markup import Markup, tag
+from markupsafe import Markup
+
+from cosae.report.figures.svg import INK, Panel, drawing, label, style_of, tag
 from cosae.train.log import finite
 from studies.results import Estimate, record, seeds
 

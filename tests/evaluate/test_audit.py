@@ -10,8 +10,6 @@ import torch
 import cosae
 from cosae.errors import CosaeError
 from cosae.evaluate.audit import audit, value_growth
-from cosae.report.audit_page import audit_page
-from cosae.report.markup import join
 from cosae.sae.calibrate import calibrate
 from cosae.types import Activations, Codes
 
@@ -88,23 +86,8 @@ def test_every_question_of_an_audit_is_answered(audits: dict) -> None:
         assert "nan" not in line["evidence"]
 
 
-def test_it_is_json_and_a_page_with_everything_escaped(audits: dict) -> None:
-    found = json.loads(json.dumps(audits["standard"], allow_nan=False))
-    one = {
-        "name": "<script>alert(1)</script>",
-        "sae": trained("standard").cfg.to_dict(),
-        "source": {"model": "<b>m", "site": "s", "corpus": "c"},
-        "warning": "a & b",
-        **found,
-    }
-    one["sinks"]["spelled"] = [["<img src=x>", 3, 5]]
-    result = {"saes": [one, one], "written_at": "now", "packages": {}, "seed": 0}
-    page = join(audit_page(result))
-    assert "<script" not in page
-    assert "<img" not in page
-    assert "<b>m" not in page
-    assert "Fooled by norm: yes." in page
-    assert page.count("<svg") == 4
+def test_it_is_json(audits: dict) -> None:
+    assert json.loads(json.dumps(audits["standard"], allow_nan=False)) == audits["standard"]
 
 
 def test_an_audit_changes_nothing_and_does_not_depend_on_the_batch() -> None:

@@ -105,7 +105,7 @@ def test_page_begins_with_the_norm_facts_and_gives_every_section(two_runs):
 
 def test_fve_never_stands_without_the_median_token(two_runs):
     _, page = two_runs
-    for head in re.findall(r"<thead>(.*?)</thead>", page):
+    for head in re.findall(r"<thead>(.*?)</thead>", page, flags=re.S):
         columns = re.findall(r"<th[^>]*>(.*?)</th>", head)
         if any(re.match(r"FVE($|,)", column) for column in columns):
             assert any("median token" in column for column in columns)
@@ -115,7 +115,7 @@ def test_everything_untrusted_is_escaped(tmp_path):
     run = write_run(tmp_path / "run", HOSTILE, HOSTILE, {HOSTILE: ("inner", "raw", None), **TWO}, concepts=8)
     change(run / "run.json", lambda value: value["recipe"].update({HOSTILE: HOSTILE}, odd="\ud800"))
     change(run / "run.json", lambda value: value["arms"]["global"].update(stopped=HOSTILE))
-    change(run / "evaluation.json", lambda value: value["probing"]["concepts"][0].update(name=HOSTILE))
+    change(run / "evaluation.json", lambda value: value["probing"]["sinks_out"]["concepts"][0].update(name=HOSTILE))
     page = write_report([run], tmp_path / "page.html").read_text()
     reader = Reader(page)
     assert "script" not in reader.seen
@@ -157,7 +157,7 @@ def test_a_synthetic_world_shows_what_was_recovered(tmp_path):
 def test_probing_is_shown_with_sinks_in_as_well(tmp_path):
     run = write_run(tmp_path / "run", arms=TWO, concepts=6)
     assert "Probing with sinks in" in page_of(run, tmp_path)
-    change(run / "evaluation.json", lambda value: value.update(probing_sinks_in=None))
+    change(run / "evaluation.json", lambda value: value["probing"].update(sinks_in=None))
     assert "Probing with sinks in" not in page_of(run, tmp_path)
 
 
@@ -202,10 +202,10 @@ def test_arms_on_different_streams_are_not_called_paired(tmp_path):
 @pytest.mark.parametrize("odd", [{}, [], None, "text", 7, {"a": None}])
 def test_pieces_of_another_shape_are_left_out_rather_than_fatal(tmp_path, odd):
     run = write_run(tmp_path / "run", arms=TWO, concepts=4)
-    for key in ("norms", "reconstruction", "paired_fve", "exponents"):
+    for key in ("norms", "reconstruction", "paired_fve", "exponents", "recovery"):
         change(run / "evaluation.json", lambda value, k=key: value.update({k: odd}))
     for key in ("concepts", "arms", "baselines", "summary", "paired"):
-        change(run / "evaluation.json", lambda value, k=key: value["probing"].update({k: odd}))
+        change(run / "evaluation.json", lambda value, k=key: value["probing"]["sinks_out"].update({k: odd}))
     for key in ("norm_summary", "filter", "source", "recipe", "packages", "hardware"):
         change(run / "run.json", lambda value, k=key: value.update({k: odd}))
     Reader(write_report([run], tmp_path / "page.html").read_text())

@@ -37,11 +37,10 @@ def write_run(
             {"arm": arm, "versus": next(iter(arms)), "sinks": s, "difference": edge[arm],
              "low": edge[arm] - 0.003, "high": edge[arm] + 0.003, "median_token_difference": edge[arm] / 2,
              "median_token_low": edge[arm] / 2 - 0.002, "median_token_high": edge[arm] / 2 + 0.002}
-            for s in ("in", "out") for arm in list(arms)[1:]
+            for s in ("sinks_in", "sinks_out") for arm in list(arms)[1:]
         ],
         "exponents": {arm: _exponent(*arms[arm], rng) for arm in arms},
-        "probing": _probing(arms, edge, concepts, rng) if concepts else None,
-        "probing_sinks_in": _probing(arms, edge, concepts, rng) if concepts else None,
+        "probing": {s: _probing(arms, edge, concepts, rng) for s in ("sinks_out", "sinks_in")} if concepts else None,
         "recovery": {arm: {"mcc": 0.7 + edge[arm], "f1": 0.6, "n_tokens": 4096} for arm in arms} if world else None,
     }  # fmt: skip
     _write(path / "evaluation.json", evaluation)
@@ -54,7 +53,7 @@ def _write(path, value):
 
 def _run(name, setting, arms):
     return {
-        "format": "cosae-run", "version": 1, "status": "finished", "name": name, "setting": setting,
+        "format": "cosae-run", "version": 2, "status": "finished", "name": name, "setting": setting,
         "seconds": 301.4, "commit": "4a1b89c0ffee4a1b89c0ffee", "seed": 42, "tokens": 4915200,
         "stream_digest": "9f2c1d0be71a55e3",
         "packages": {"torch": "2.13.0", "transformers": "4.57.1", "python": "3.11.9"},
@@ -103,7 +102,7 @@ def _norms(rng, sinks):
                    "smallest_over_median": 2.3, "largest_over_median": 2.61, "variance_frac": 0.031},
         "position_0_tokens": 1024, "position_0_over_median": 2.44,
         "log_norm_by_token": {"r2": 0.71, "tokens": 261120, "ids": 3803, "folds": 5, "split_by": "document",
-                              "seed": 0, "sinks": "out"},
+                              "seed": 0},
         "histogram": {"edges": edges.tolist(), "counts": np.histogram(norms, edges)[0].tolist(),
                       "sink_counts": np.histogram(norms[20000:], edges)[0].tolist()},
     }  # fmt: skip

@@ -26,6 +26,20 @@ def upgrade(value: Any) -> Any:
     return [upgrade(item) for item in value] if isinstance(value, list) else value
 
 
+def upgrade_evaluation(value: Any) -> Any:
+    """An evaluation.json that 0.1 wrote, with today's names and one spelling of sinks: "sinks_in" and "sinks_out"."""
+    value = upgrade(value)
+    if not isinstance(value, dict):
+        return value
+    probing, paired = value.get("probing"), value.get("paired_fve")
+    if isinstance(probing, dict) and not {"sinks_in", "sinks_out"} & set(probing):
+        value["probing"] = {"sinks_out": probing, "sinks_in": value.pop("probing_sinks_in", None)}
+    for row in paired if isinstance(paired, list) else ():
+        if isinstance(row, dict) and row.get("sinks") in ("in", "out"):
+            row["sinks"] = f"sinks_{row['sinks']}"
+    return value
+
+
 def upgrade_path(path: str) -> str:
     """A dotted path of fields, such as nuisance.sigma, with today's names."""
     return ".".join(RENAMED.get(part, part) for part in path.split("."))

@@ -1,27 +1,162 @@
-"""An audit's answers as text for a terminal."""
+"""An audit as one self-contained HTML page, and as text for a terminal.
+
+In: what `cosae audit` writes as audit.json. Names, token texts and paths come from files of others: all is escaped.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from cosae.evaluate.verdict import NORM_DRIVEN
+from cosae.report.figures.audit import quartile_figure, shares_figure
+from cosae.report.format import NONE, count, fixed, percent
+from cosae.report.lenient import read_record
+from cosae.report.page import write_page
+from cosae.report.records import ReconstructionBySinks
+from cosae.report.tables import Table
 from cosae.report.terminal import text_table
+
+
+@dataclass(frozen=True)
+class Make:
+    score: str = NONE
+    selector: str = NONE
+    frame: str = NONE
+    d_sae: int | None = None
+    k: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the activations came from: a file, a store, or a site of a model that read a corpus."""
+
+    activations: str | None = None
+    store: str | None = None
+    model: str | None = None
+    site: str | None = None
+    corpus: str | None = None
+    inject: str | None = None
+
+    def __str__(self) -> str:
+        where = self.activations or ", ".join(part for part in (self.store, self.model, self.site, self.corpus) if part)
+        return f"{where}, injected {self.inject}" if self.inject else where
+
+
+@dataclass(frozen=True)
+class Verdict:
+    fooled: str = NONE
+    because: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One answer; its level is ok, look or note."""
+
+    topic: str = ""
+    level: str = ""
+    sentence: str = ""
+    evidence: str = ""
+
+
+@dataclass(frozen=True)
+class ByFeature:
+    share: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class NormDrivenNumbers:
+    share: float | None = None
+    per_feature: ByFeature = field(default_factory=ByFeature)
+
+
+@dataclass(frozen=True)
+class NormDriven:
+    """Firings that appear or disappear with the norm alone; `invariant` scores do not read it."""
+
+    invariant: bool = False
+    sinks_out: NormDrivenNumbers = field(default_factory=NormDrivenNumbers)
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Tokens that are sinks: text (None where it is not known), id (-1 likewise) and how many."""
+
+    n_sinks: int = 0
+    spelled: tuple[tuple[Any, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class AuditedSAE:
+    name: str = NONE
+    sae: Make = field(default_factory=Make)
+    source: Source = field(default_factory=Source)
+    tokens: float | None = None
+    warning: str | None = None
+    verdict: Verdict = field(default_factory=Verdict)
+    lines: tuple[Line, ...] = ()
+    reconstruction: ReconstructionBySinks = field(default_factory=ReconstructionBySinks)
+    norm_driven: NormDriven = field(default_factory=NormDriven)
+    sinks: Sinks = field(default_factory=Sinks)
+
+
+@dataclass(frozen=True)
+class AuditRecord:
+    """audit.json."""
+
+    written_at: str | None = None
+    commit: str | None = None
+    packages: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    saes: tuple[AuditedSAE, ...] = ()
+
+
+def write_audit_page(result: Mapping[str, Any], out: Path) -> Path:
+    """The page, written to `out` in one step. Raises CosaeError where it cannot be written."""
+    audit = read_record(AuditRecord, result)
+    return write_page(
+        out, "audit.html.j2", audit=audit, overview=_overview(audit), sink_table=_sink_table, bound=NORM_DRIVEN,
+        quartile_figure=quartile_figure, shares_figure=shares_figure,
+    )  # fmt: skip
 
 
 def audit_text(result: Mapping[str, Any]) -> str:
     """Of each SAE, what it is, whether it is fooled by norm, and every answer with its evidence; "!" marks those that
-    are worth a look. `result` is what audit.json holds."""
-    return "\n\n".join(_answers(found) for found in result["saes"])
+    are worth a look."""
+    return "\n\n".join(_answers(sae) for sae in read_record(AuditRecord, result).saes)
 
 
-def _answers(found: Mapping[str, Any]) -> str:
-    made, verdict = found["sae"], found["verdict"]
-    make = f"{made['score']} × {made['selector']}, frame {made['frame']}"
-    said = [f"{found['name']}: {make}, {made['d_sae']} features, k {made['k']}"]
-    said += [f"fooled by norm: {verdict['fooled']}: {verdict['because']}"]
-    said += [f"note: {found['warning']}"] if found["warning"] else []
+def _answers(found: AuditedSAE) -> str:
+    made = found.sae
+    make = f"{made.score} × {made.selector}, frame {made.frame}, {made.d_sae} features, k {made.k}"
+    said = [f"{found.name}: {make}", f"fooled by norm: {found.verdict.fooled}: {found.verdict.because}"]
+    said += [f"note: {found.warning}"] if found.warning else []
     rows = []
-    for line in found["lines"]:
-        rows.append(["!" if line["level"] == "look" else "", line["topic"], line["sentence"]])
-        rows.append(["", "", line["evidence"]])
+    for line in found.lines:
+        rows.append(["!" if line.level == "look" else "", line.topic, line.sentence])
+        rows.append(["", "", line.evidence])
     return text_table((), rows, title=said, align="lll")
+
+
+def _overview(audit: AuditRecord) -> Table:
+    """A row an SAE."""
+    head = ["SAE", "fooled by norm", "norm-driven firings", "FVE", "median token FVE", "L0"]
+    head += ["longest / shortest quarter"]
+    rows = []
+    for found in audit.saes:
+        out = found.reconstruction.sinks_out
+        l0 = [quartile.l0 for quartile in out.by_norm_quartile] or [None]
+        ratio = l0[-1] / l0[0] if l0[0] and l0[-1] is not None else None
+        shown = [percent(found.norm_driven.sinks_out.share), fixed(out.fve), fixed(out.median_token_fve)]
+        rows.append([found.name, found.verdict.fooled, *shown, fixed(out.l0, 1), fixed(ratio, 2)])
+    return Table(head, rows)
+
+
+def _sink_table(sinks: Sinks) -> Table:
+    rows = []
+    for text, token, n in (row for row in sinks.spelled if len(row) == 3):
+        known = f"id {token}" if isinstance(token, int) and token >= 0 else "no tokens known"
+        rows.append([known if text is None else repr(text), count(n if isinstance(n, int) else None)])
+    return Table(["token", "sinks"], rows)

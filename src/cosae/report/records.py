@@ -1,148 +1,364 @@
-"""A run's directory, read: what a report needs from it, and one sentence where it cannot be had.
+"""What a report shows of a run: records of run.json, metrics.jsonl, events.jsonl and evaluation.json.
 
-In: the path of a run. Out: `RunRecord`. The three files are whatever somebody put there: the top is checked,
-the rest is reached through `mapping`, `items` and `number`, which answer with nothing where the shape is another.
+Fields are called as in the files, which hold more. What a file lacks is None or empty here (`lenient`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosae.errors import CosaeError
-from cosae.io.legacy import upgrade
+SINKS = {"sinks_out": "sinks out", "sinks_in": "sinks in"}
+"""The two sets of tokens that everything is measured on, in the order of the page."""
+RULES = {"auroc": "latent chosen by AUROC", "mean_difference": "latent chosen by mean difference"}
+"""The rules of choosing a latent that the figures show."""
+BASELINES = {
+    "token_identity": "token identity",
+    "norm": "norm alone",
+    "best_dimension": "best residual dimension",
+    "random_sae": "random SAE",
+    "logistic": "full logistic probe",
+}
+"""What concepts are read from instead of a trained SAE; the last is the upper reference."""
 
-FORMAT, VERSION = "cosae-run", 2
+
+# ------------------------------------------------------------------------------------------------------ run.json
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One SAE of a run."""
+
+    score: str | None = None
+    selector: str | None = None
+    frame: str | None = None
+    d_sae: float | None = None
+    k: float | None = None
+    seed: float | None = None
+    kernel: str | None = None
+    l0_target: float | None = None
+    l0_calibrated: float | None = None
+    tokens_per_second: float | None = None
+    stream_digest: str | None = None
+    stopped: str | None = None
+    a_moving: bool | None = None
+
+
+@dataclass(frozen=True)
+class FilterPolicy:
+    kind: str = ""
+    factor: float | None = None
+    drop_special: bool = False
+
+
+@dataclass(frozen=True)
+class NormSummary:
+    """Norms of the first window of training activations."""
+
+    max_over_median: float | None = None
+    filtered_frac: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """run.json; `source`, `filter`, `hardware`, `packages` and `recipe` as they stand there."""
+
+    status: str | None = None
+    name: str | None = None
+    setting: str = ""
+    seed: int | None = None
+    commit: str | None = None
+    started_at: str | None = None
+    written_at: str | None = None
+    stream_digest: str | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    norm_summary: NormSummary = field(default_factory=NormSummary)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    filter: Mapping[str, Any] = field(default_factory=dict)
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    packages: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    arms: Mapping[str, Arm] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------- metrics.jsonl, events.jsonl
+
+
+@dataclass(frozen=True)
+class ArmMetrics:
+    loss: float | None = None
+    fve: float | None = None
+    l0: float | None = None
+    dead_frac: float | None = None
+    a: float | None = None
+    a_quantiles: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One line of metrics.jsonl."""
+
+    tokens: float | None = None
+    arms: Mapping[str, ArmMetrics] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of events.jsonl; without an arm it concerns the stream."""
+
+    step: float | None = None
+    arm: str | None = None
+    text: str = ""
+
+
+# ----------------------------------------------------------------------------------------------- evaluation.json
+
+
+@dataclass(frozen=True)
+class Histogram:
+    edges: tuple[float, ...] = ()
+    counts: tuple[float, ...] = ()
+    sink_counts: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class NormsWithoutSinks:
+    cv: float | None = None
+    largest_over_median: float | None = None
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """The held-out tokens that the training filter would remove."""
+
+    removed_tokens: float | None = None
+    removed_frac: float | None = None
+    variance_frac: float | None = None
+
+
+@dataclass(frozen=True)
+class NormByToken:
+    """How much of the variance of the log-norm the token's id predicts."""
+
+    r2: float | None = None
+    folds: float | None = None
+    split_by: str = "document"
+
+
+@dataclass(frozen=True)
+class Norms:
+    median: float | None = None
+    cv: float | None = None
+    largest_over_median: float | None = None
+    position_0_over_median: float | None = None
+    sinks_out: NormsWithoutSinks = field(default_factory=NormsWithoutSinks)
+    filter: Filtered | None = None
+    log_norm_by_token: NormByToken | None = None
+    histogram: Histogram = field(default_factory=Histogram)
+
+
+@dataclass(frozen=True)
+class Quartile:
+    """Reconstruction of the tokens of one norm quartile."""
+
+    norm_low: float | None = None
+    norm_high: float | None = None
+    fve: float | None = None
+    median_token_fve: float | None = None
+    norm_ratio: float | None = None
+    l0: float | None = None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    fve: float | None = None
+    median_token_fve: float | None = None
+    l0: float | None = None
+    dead_frac: float | None = None
+    by_norm_quartile: tuple[Quartile, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReconstructionBySinks:
+    sinks_out: Reconstruction = field(default_factory=Reconstruction)
+    sinks_in: Reconstruction = field(default_factory=Reconstruction)
+
+    def on(self, sinks: str) -> Reconstruction:
+        """The numbers on the tokens "sinks_out" or "sinks_in"."""
+        return self.sinks_out if sinks == "sinks_out" else self.sinks_in
+
+
+@dataclass(frozen=True)
+class PairedFVE:
+    """Differences of an arm from the arm `versus` on the same documents, with 95 % intervals."""
+
+    arm: str = ""
+    versus: str | None = None
+    sinks: str = ""
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    median_token_difference: float | None = None
+    median_token_low: float | None = None
+    median_token_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """An arm's exponent a after training."""
+
+    kind: str = ""
+    mean: float | None = None
+    value: float | None = None
+    quantiles: tuple[float, ...] = ()
+    histogram: Histogram = field(default_factory=Histogram)
+
+    @property
+    def at_end(self) -> float | None:
+        return self.value if self.mean is None else self.mean
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, or a difference, with its 95 % interval."""
+
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Concept:
+    name: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """AUROC of every concept, in the order of `Probing.concepts`."""
+
+    auroc: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class PairedAUROC:
+    """Difference of an arm from the arm `versus` on the same concepts."""
+
+    arm: str = ""
+    versus: str | None = None
+    rule: str = ""
+    group: str = ""
+    metric: str = ""
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.difference, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Probing of labelled concepts, one latent each; `summary` is by arm or baseline, rule, group and metric."""
+
+    n_train: int | None = None
+    n_held_out: int | None = None
+    seed: int | None = None
+    min_positives: int | None = None
+    concepts: tuple[Concept, ...] = ()
+    arms: Mapping[str, Mapping[str, Scores]] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, Scores] | Scores] = field(default_factory=dict)
+    summary: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Estimate]]]] = field(default_factory=dict)
+    paired: tuple[PairedAUROC, ...] = ()
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups that have concepts: contextual (need context), then lexical (plain from the token)."""
+        there = {concept.group for concept in self.concepts}
+        return [group for group in ("contextual", "lexical") if group in there]
+
+    def mean(self, name: str, rule: str, group: str, metric: str = "auroc") -> Estimate:
+        """Mean over the concepts of a group, of an arm by this rule or of a baseline."""
+        by_rule = self.summary.get(name, {})
+        # a baseline chooses no latent; a random SAE may have been given either rule
+        by_group = by_rule.get(rule) or by_rule.get("baseline") or {}
+        return by_group.get(group, {}).get(metric, Estimate())
+
+    def scores(self, name: str, rule: str) -> tuple[float | None, ...]:
+        """AUROC of every concept, of an arm by this rule or of a baseline; empty when there is none."""
+        found = self.baselines.get(name) if name in BASELINES else self.arms.get(name)
+        one = found.get(rule) if isinstance(found, Mapping) else found
+        return one.auroc if one is not None else ()
+
+    def difference(self, arm: str, rule: str, group: str) -> PairedAUROC:
+        """The paired difference in AUROC of an arm; an empty one when there is none."""
+        wanted = (arm, rule, group, "auroc")
+        return next((p for p in self.paired if (p.arm, p.rule, p.group, p.metric) == wanted), PairedAUROC())
+
+
+@dataclass(frozen=True)
+class ProbingBySinks:
+    sinks_out: Probing | None = None
+    sinks_in: Probing | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    tokens: float | None = None
+    documents: float | None = None
+    norms: Norms = field(default_factory=Norms)
+    reconstruction: Mapping[str, ReconstructionBySinks] = field(default_factory=dict)
+    paired_fve: tuple[PairedFVE, ...] = ()
+    exponents: Mapping[str, Exponent] = field(default_factory=dict)
+    probing: ProbingBySinks = field(default_factory=ProbingBySinks)
+    recovery: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+# -------------------------------------------------------------------------------------------------- a whole run
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: its directory, run.json, the lines of metrics.jsonl and events.jsonl, evaluation.json (empty
-    without one)."""
+    """One run; `evaluated` says whether there is an evaluation.json."""
 
     path: Path
-    run: Mapping[str, Any]
-    metrics: tuple[Mapping[str, Any], ...]
-    evaluation: Mapping[str, Any]
-    events: tuple[Mapping[str, Any], ...] = ()
+    run: Run
+    metrics: tuple[Metrics, ...] = ()
+    events: tuple[Event, ...] = ()
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluated: bool = False
 
     @property
     def name(self) -> str:
-        return str(self.run.get("name") or self.path.name)
+        return self.run.name or self.path.name
 
     @property
-    def setting(self) -> str:
-        return str(self.run.get("setting") or "")
+    def title(self) -> str:
+        setting = self.run.setting
+        return f"{self.name} ({setting})" if setting and setting != self.name else self.name
 
     @property
-    def arms(self) -> dict[str, Mapping[str, Any]]:
-        """Arms in the order of the run, as run.json describes them."""
-        return {str(name): mapping(arm) for name, arm in mapping(self.run.get("arms")).items()}
+    def arms(self) -> Mapping[str, Arm]:
+        return self.run.arms
 
     @property
     def baseline(self) -> str | None:
         """The arm the others are compared with: what the evaluation says, else `standard`, else none."""
-        for row in items(self.evaluation.get("paired_fve")):
-            if "versus" in mapping(row):
-                return str(row["versus"])
-        return "standard" if "standard" in self.arms else None
+        versus = next((row.versus for row in self.evaluation.paired_fve if row.versus), None)
+        return versus or ("standard" if "standard" in self.arms else None)
 
     @property
-    def probing(self) -> Mapping[str, Any]:
-        return mapping(self.evaluation.get("probing"))
+    def probing(self) -> Probing | None:
+        """Probing with sinks left out, which the summary shows."""
+        return self.evaluation.probing.sinks_out
 
-    def with_sinks_in(self) -> RunRecord:
-        """The same run, with the probing that left the sinks in where the other stood."""
-        return replace(self, evaluation={**self.evaluation, "probing": self.evaluation.get("probing_sinks_in")})
+    def reconstruction(self, arm: str, sinks: str = "sinks_out") -> Reconstruction:
+        """The held-out numbers of an arm; empty when it was not measured."""
+        return self.evaluation.reconstruction.get(arm, ReconstructionBySinks()).on(sinks)
 
-    def reconstruction(self, arm: str, sinks: str) -> Mapping[str, Any]:
-        """Numbers of an arm with sinks "in" or "out"; empty when it was not measured."""
-        return mapping(reach(self.evaluation, "reconstruction", arm, f"sinks_{sinks}"))
-
-
-def read_run(path: Path | str) -> RunRecord:
-    """The run in a directory. Raises CosaeError for a missing path, a foreign or newer format, broken JSON."""
-    path = Path(path)
-    if not path.is_dir():
-        what = "a file" if path.exists() else "nothing"
-        raise CosaeError(f"a report needs the directory of a run; there is {what} at {path}")
-    if not (path / "run.json").is_file():
-        raise CosaeError(f"{path} is not a run: it holds no run.json; give the directory that `train` or `demo` wrote")
-    run = _object(path / "run.json")
-    if run.get("format") != FORMAT:
-        raise CosaeError(
-            f"{path / 'run.json'} is not a cosae run: format must be {FORMAT!r}, got {run.get('format')!r}"
-        )
-    if run.get("version") not in (1, VERSION):
-        raise CosaeError(
-            f"{path / 'run.json'} has version {run.get('version')!r}; this cosae reads version {VERSION}: "
-            "use the cosae that wrote the run"
-        )
-    evaluation = path / "evaluation.json"
-    measured = _object(evaluation) if evaluation.is_file() else {}
-    return RunRecord(path, run, _lines(path / "metrics.jsonl"), measured, _lines(path / "events.jsonl"))
-
-
-def _object(path: Path) -> Mapping[str, Any]:
-    try:
-        value = upgrade(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise CosaeError(f"{path} is damaged (not JSON: {error}); write it again or take the run from a copy") from None
-    if not isinstance(value, dict):
-        raise CosaeError(f"{path} is damaged: it must hold a JSON object, got {type(value).__name__} instead")
-    return value
-
-
-def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """Lines of a JSONL file. The last may be cut off: a run that was killed leaves that behind."""
-    if not path.is_file():
-        return ()
-    rows: list[Mapping[str, Any]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for at, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(mapping(json.loads(line)))
-        except (ValueError, RecursionError):
-            if at < len(lines):
-                raise CosaeError(f"{path} is damaged: line {at} is not JSON; take the run from a copy") from None
-    return tuple(rows)
-
-
-def mapping(value: object) -> Mapping[str, Any]:
-    """The value if it is a mapping, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def items(value: object) -> list[Any]:
-    """The value if it is a list, else an empty one."""
-    return value if isinstance(value, list) else []
-
-
-def number(value: object) -> float | None:
-    """The value if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def numbers(value: object) -> list[float | None]:
-    """The finite numbers of a list, None in the place of others."""
-    return [number(v) for v in items(value)]
-
-
-def finite(value: object) -> list[float]:
-    """The finite numbers of a list."""
-    return [v for v in numbers(value) if v is not None]
-
-
-def reach(value: object, *keys: str) -> Any:
-    """value[key][key] ..., or None where a step is missing."""
-    for key in keys:
-        value = mapping(value).get(key)
-    return value
+    def exponent(self, arm: str) -> Exponent:
+        return self.evaluation.exponents.get(arm, Exponent())

@@ -1,261 +1,354 @@
-"""The tables and sentences of a run: norm facts, arms, paired differences, quartiles, exponents, provenance.
+"""The tables of a run's page: arms, paired differences, quartiles, exponents, recovery, probing, provenance.
 
-In: a RunRecord and the looks of its arms. Out: Markup. FVE never stands without the median token's FVE.
+In: a RunRecord and how its arms look. Out: `Table`s, which templates/macros.html.j2 writes. A plain string in a cell is
+escaped there. FVE never stands without the median token's FVE.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from cosae.report.figures import Style, marker
-from cosae.report.format import count, fixed, percent, significant
-from cosae.report.markup import Markup, join, tag
-from cosae.report.probing import BASELINES, RULES, estimate, groups_of, summary
-from cosae.report.records import RunRecord, finite, items, mapping, number, reach
-from cosae.report.run_figures import Looks
-from cosae.report.verdict import Claim, claims
+from markupsafe import Markup
+
+from cosae.report.figures.probing import called
+from cosae.report.figures.run import Looks
+from cosae.report.figures.svg import Style, marker
+from cosae.report.format import NONE, count, fixed, percent, significant
+from cosae.report.records import BASELINES, RULES, SINKS, Estimate, Probing, RunRecord
+from cosae.report.verdict import Claim, claims, fve_claims
+
+_RUNS_PER_TABLE = 2
+_EVENTS_SHOWN = 40
 
 
-def table(
-    head: Sequence[object],
-    rows: Sequence[Sequence[object]],
-    classes: Sequence[str | None] = (),
-    over: Sequence[tuple[str, int]] = (),
-) -> Markup:
-    """A table whose first column names the row and whose others are aligned as numbers.
+@dataclass(frozen=True)
+class Table:
+    """Rows whose first cell names them and whose others are aligned as numbers.
 
-    classes are those of the rows; over are headings, each with the number of columns it spans, above the others.
+    classes  the rows' CSS classes
+    over     headings above the others, each with the number of columns it spans
     """
-    spans = [tag("th", words, colspan=n, scope="colgroup", class_="over") for words, n in over]
-    above = [tag("tr", tag("td", ""), *spans)] if over else []
-    first = {1 + sum(n for _, n in over[:i]) for i in range(1, len(over))}
 
-    def aligned(column: int) -> str | None:
-        return ("n first" if column in first else "n") if column else None
+    head: Sequence[object]
+    rows: Sequence[Sequence[object]]
+    classes: Sequence[str | None] = ()
+    over: Sequence[tuple[str, int]] = ()
 
-    top = [tag("th", cell, class_=aligned(i), scope="col") for i, cell in enumerate(head)]
-    body = [
-        tag(
-            "tr",
-            tag("th", row[0], scope="row"),
-            *(tag("td", cell, class_=aligned(i)) for i, cell in enumerate(row[1:], start=1)),
-            class_=classes[at] if at < len(classes) else None,
-        )
-        for at, row in enumerate(rows)
-    ]
-    return tag("div", tag("table", tag("thead", *above, tag("tr", *top)), tag("tbody", *body)), class_="wide")
+    @property
+    def first(self) -> set[int]:
+        """Columns at which a spanning heading begins, but for the first of them."""
+        return {1 + sum(n for _, n in self.over[:i]) for i in range(1, len(self.over))}
+
+
+# ------------------------------------------------------------------------------------------------------- cells
 
 
 def swatch(arm: str, style: Style | None) -> Markup:
     """An arm's name behind its mark."""
-    kept = "name" if len(arm) <= 24 else None
-    if style is None:
-        return tag("span", arm, class_=kept)
-    mark = tag("svg", marker(7, 7, style, size=4.8), viewBox="0 0 14 14", class_="swatch", aria_hidden="true")
-    return tag("span", mark, arm, class_=kept)
+    mark = Markup("") if style is None else marker(7, 7, style, size=4.8)
+    drawn = Markup('<svg viewBox="0 0 14 14" class="swatch" aria-hidden="true">{}</svg>').format(mark) if mark else ""
+    kept = Markup(' class="name"') if len(arm) <= 24 else ""
+    return Markup("<span{}>{}{}</span>").format(kept, drawn, arm)
 
 
-def norm_summary(record: RunRecord) -> Markup:
-    """The facts that say whether the score can matter here at all, as tiles."""
-    norms, trained = mapping(record.evaluation.get("norms")), mapping(record.run.get("norm_summary"))
-    removed = mapping(norms.get("filter"))
-    frac = number(removed.get("removed_frac"))
-    frac = number(trained.get("filtered_frac")) if frac is None else frac
-    largest = number(norms.get("largest_over_median")) or number(trained.get("max_over_median"))
-    kept = number(reach(norms, "sinks_out", "largest_over_median"))
-    by_token = mapping(norms.get("log_norm_by_token"))
-    first = number(norms.get("position_0_over_median"))
-    without = f"{fixed(number(reach(norms, 'sinks_out', 'cv')), 2)} without sinks" if norms else ""
-    tiles = [
-        (_times(largest), "largest norm over the median", f"{_times(kept)} without sinks" if kept else ""),
-        (percent(frac, 2), "of tokens removed by the filter", _removed(record, removed)),
-        (fixed(number(by_token.get("r2")), 2), "of log-norm variance predicted by the token", _predicted(by_token)),
-        (fixed(number(norms.get("cv")), 2), "standard deviation of the norm over its mean", without),
-        (_times(first), "norm at position 0 over the median", "" if first is not None else "no positions known"),
-    ]
-    shown = [
-        tag("div", tag("b", big), tag("span", what), tag("small", more), class_="tile") for big, what, more in tiles
-    ]
-    return tag("div", *shown, class_="tiles")
-
-
-def _times(value: float | None) -> str:
-    return "–" if value is None else f"{significant(value)} ×"
-
-
-def _removed(record: RunRecord, removed: Mapping[str, Any]) -> str:
-    tokens = number(removed.get("removed_tokens"))
-    held = f"{count(tokens)} held-out tokens with {percent(number(removed.get('variance_frac')), 1)} of the variance"
-    none = "no held-out token" if removed else ""
-    return "; ".join(words for words in (_policy(record), held if tokens else none) if words)
-
-
-def _policy(record: RunRecord) -> str:
-    """The filter's policy in words; whatever is written there when it is an unknown one."""
-    policy = mapping(mapping(record.run.get("filter")).get("policy"))
-    words = {
-        "none": "no filter",
-        "position_0": "drops position 0",
-        "norm": f"drops norms of at least {significant(number(policy.get('factor')))} × the median",
-    }.get(str(policy.get("kind")), "")
-    special = "drops special tokens" if policy.get("drop_special") is True else ""
-    return "; ".join(w for w in (words or str(policy.get("kind") or ""), special) if w)
-
-
-def _predicted(by_token: Mapping[str, Any]) -> str:
-    if not by_token:
-        return "not measured: no token ids"
-    folds, unit = significant(number(by_token.get("folds"))), by_token.get("split_by", "document")
-    return f"R² on held-out {unit}s, {folds}-fold, sinks left out"
-
-
-def summary_rows(record: RunRecord) -> list[dict[str, Any]]:
-    """What the summary says of each arm, as numbers: the page and the terminal show the same."""
-    group = (groups_of(record) or ["all"])[0]
-    rows = []
-    for arm in record.arms:
-        out, inside = record.reconstruction(arm, "out"), record.reconstruction(arm, "in")
-        exponent = mapping(reach(record.evaluation, "exponents", arm))
-        rows.append(
-            {
-                "arm": arm,
-                "fve": number(out.get("fve")),
-                "median_token_fve": number(out.get("median_token_fve")),
-                "fve_in": number(inside.get("fve")),
-                "median_token_fve_in": number(inside.get("median_token_fve")),
-                "l0": number(out.get("l0")),
-                "dead_frac": number(out.get("dead_frac")),
-                "a": next((v for k in ("mean", "value") if (v := number(exponent.get(k))) is not None), None),
-                "a_kind": str(exponent.get("kind", "")),
-                **{rule: summary(record, arm, rule, group) for rule in RULES},
-            }
-        )
-    return rows
-
-
-def summary_table_html(record: RunRecord, looks: Looks) -> Markup:
-    """Arm by FVE, median token FVE, L0, dead share, a, and probing by both rules; floors and ceiling below."""
-    group = (groups_of(record) or [""])[0]
-    probed = bool(record.probing)
-    head = ["arm", "FVE", "median token FVE", "FVE, sinks in", "median token, sinks in", "L0", "dead", "a"]
-    head += [f"AUROC, {group}: {words}" for words in RULES.values()] if probed else []
-    rows: list[list[object]] = []
-    classes: list[str | None] = []
-    for row in summary_rows(record):
-        name = join([swatch(row["arm"], looks.get(row["arm"])), _note(record, row["arm"])])
-        cells = [fixed(row[k], 4) for k in ("fve", "median_token_fve", "fve_in", "median_token_fve_in")]
-        cells += [fixed(row["l0"], 2), percent(row["dead_frac"]), _exponent(row)]
-        rows.append([name, *cells, *((estimate(row[r], "mean") for r in RULES) if probed else ())])
-        classes.append(None)
-    for baseline, (words, _) in BASELINES.items() if probed else ():
-        found = [summary(record, baseline, rule, group) for rule in RULES]
-        if any(found):
-            rows.append([words, *[""] * 7, *(estimate(f, "mean") for f in found)])
-            classes.append("floor")
-    return table(head, rows, classes)
-
-
-def _exponent(row: Mapping[str, Any]) -> Markup:
-    words = {"fixed": "fixed", "per_feature": "mean of features"}.get(row["a_kind"], "")
-    return join([fixed(row["a"], 3), tag("small", words)] if words and row["a"] is not None else [fixed(row["a"], 3)])
-
-
-def _note(record: RunRecord, arm: str) -> Markup:
-    metadata = record.arms[arm]
-    made = " · ".join(str(metadata[k]) for k in ("score", "selector", "frame") if metadata.get(k))
-    made += " · baseline" if arm == record.baseline else ""
-    notes = [f"stopped: {metadata['stopped']}"] if metadata.get("stopped") else []
-    notes += ["a still moving at the end"] if metadata.get("a_moving") is True else []
-    return join([tag("small", made), *(tag("small", note, class_="note") for note in notes)])
-
-
-def difference_tables(record: RunRecord, looks: Looks) -> list[Markup]:
-    """Paired differences from the baseline, reconstruction then probing: a row an arm, a column a measure."""
-    found = claims(record)
-    split = [[c for c in found if "FVE" in c.what], [c for c in found if "FVE" not in c.what]]
-    return [_difference_table(record, looks, part) for part in split if part]
-
-
-def _difference_table(record: RunRecord, looks: Looks, found: Sequence[Claim]) -> Markup:
-    measures = list(dict.fromkeys(claim.what for claim in found))
-    cells = {(claim.arm, claim.what): claim for claim in found}
-    rows = [
-        [swatch(arm, looks.get(arm)), *(_difference(cells.get((arm, what))) for what in measures)]
-        for arm in record.arms
-        if any(claim.arm == arm for claim in found)
-    ]
-    return table([f"minus {record.baseline}", *measures], rows)
+def estimate(found: Estimate, digits: int = 3, sign: bool = False) -> Markup:
+    """A number with its interval in small below it; a dash when there is none."""
+    middle = fixed(found.mean, digits, sign)
+    if found.mean is None or found.low is None or found.high is None:
+        return Markup(middle)
+    ends = (fixed(found.low, digits, sign), fixed(found.high, digits, sign))
+    return Markup("{}<small>{} to {}</small>").format(middle, *ends)
 
 
 def _difference(claim: Claim | None) -> Markup:
     if claim is None:
-        return Markup("–")
-    digits = 4 if "FVE" in claim.what else 3
-    ends = f"{fixed(claim.low, digits, True)} to {fixed(claim.high, digits, True)}"
-    decided = claim.verdict != "includes 0"
-    return tag(
-        "span",
-        tag("b" if decided else "span", fixed(claim.difference, digits, True)),
-        tag("small", ends),
-        tag("small", claim.verdict),
-        class_="apart" if decided else "level",
-    )
+        return Markup(NONE)
+    middle, low, high = (fixed(v, claim.digits, True) for v in (claim.difference, claim.low, claim.high))
+    apart = claim.verdict != "includes 0"
+    form = '<span class="{0}"><{1}>{2}</{1}><small>{3} to {4}</small><small>{5}</small></span>'
+    shown = ("apart", "b") if apart else ("level", "span")
+    return Markup(form).format(*shown, middle, low, high, claim.verdict)
 
 
-def quartile_table(record: RunRecord, looks: Looks) -> Markup | None:
+# --------------------------------------------------------------------------------------------- several runs
+
+
+def norms_by_run(records: Sequence[RunRecord]) -> Table:
+    """A row a run."""
+    head = ["run", "largest / median", "removed by the filter", "R² of log-norm by token", "sd / mean of norms"]
+    rows = []
+    for record in records:
+        norms, by_token = record.evaluation.norms, record.evaluation.norms.log_norm_by_token
+        shown = [significant(largest_norm(record)), percent(removed_frac(record), 2)]
+        rows.append([record.title, *shown, fixed(by_token.r2 if by_token else None, 2), fixed(norms.cv, 2)])
+    return Table(head, rows)
+
+
+def largest_norm(record: RunRecord) -> float | None:
+    """The largest norm over the median: held out, else of the first training window."""
+    return record.evaluation.norms.largest_over_median or record.run.norm_summary.max_over_median
+
+
+def removed_frac(record: RunRecord) -> float | None:
+    """Share of tokens that the filter removes: held out, else of the first training window."""
+    removed = record.evaluation.norms.filter
+    held_out = removed.removed_frac if removed else None
+    return record.run.norm_summary.filtered_frac if held_out is None else held_out
+
+
+def arms_by_run(records: Sequence[RunRecord], looks: Looks) -> list[Table]:
+    """FVE with the median token's, its paired difference, and probing: a group of columns per run."""
+    parts = [records[start : start + _RUNS_PER_TABLE] for start in range(0, len(records), _RUNS_PER_TABLE)]
+    return [_compared(part, looks) for part in parts]
+
+
+def _compared(records: Sequence[RunRecord], looks: Looks) -> Table:
+    head: list[object] = ["arm"]
+    over, rows = [], []
+    for record in records:
+        columns = ["FVE", "median token FVE", f"FVE minus {record.baseline}"]
+        if record.probing:
+            columns += [f"AUROC, {_group(record)}, by {rule}" for rule in ("AUROC", "mean diff.")]
+        head += columns
+        over.append((record.title, len(columns)))
+    for arm in looks:
+        if any(arm in record.arms for record in records):
+            cells = [cell for record in records for cell in _compared_cells(record, arm)]
+            rows.append([swatch(arm, looks[arm]), *cells])
+    return Table(head, rows, over=over)
+
+
+def _compared_cells(record: RunRecord, arm: str) -> list[object]:
+    out = record.reconstruction(arm) if arm in record.arms else None
+    gap = fve_claims(record).get(arm)
+    found = Estimate(gap.difference, gap.low, gap.high) if gap else Estimate()
+    cells = [fixed(out.fve if out else None, 4), fixed(out.median_token_fve if out else None, 4)]
+    probed = [estimate(record.probing.mean(arm, rule, _group(record))) for rule in RULES] if record.probing else []
+    return [*cells, estimate(found, 4, sign=True), *probed]
+
+
+def _group(record: RunRecord) -> str:
+    """The group of concepts that summaries show."""
+    return next(iter(record.probing.groups if record.probing else ()), "all")
+
+
+# ------------------------------------------------------------------------------------------------------ one run
+
+
+def summary_text(record: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the summary on screen."""
+    gaps = fve_claims(record)
+    head = ["arm", "FVE", "median", "L0", "dead", "a"]
+    head += ["AUROC", "by mean"] if record.probing else []
+    head += [f"FVE - {record.baseline}"] if gaps else []
+    rows = []
+    for arm in record.arms:
+        out = record.reconstruction(arm)
+        cells = [arm, fixed(out.fve, 4), fixed(out.median_token_fve, 4), fixed(out.l0, 2), percent(out.dead_frac)]
+        cells.append(fixed(record.exponent(arm).at_end, 3))
+        if record.probing:
+            cells += [fixed(record.probing.mean(arm, rule, _group(record)).mean) for rule in RULES]
+        if gaps:
+            gap = gaps.get(arm)
+            ends = f" [{fixed(gap.low, 4, True)}, {fixed(gap.high, 4, True)}]" if gap else ""
+            cells.append(f"{fixed(gap.difference, 4, True)}{ends}" if gap else NONE)
+        rows.append(cells)
+    return head, rows
+
+
+def summary_notes(record: RunRecord) -> list[str]:
+    """What the columns on screen are, and which arms stopped."""
+    said = ["Held-out tokens without sinks; median: the median token's FVE; brackets: 95 % paired bootstrap."]
+    if record.probing:
+        said.append(f"AUROC: {_group(record)} concepts, one latent each, chosen by AUROC, or by mean difference.")
+    said = said if record.evaluated else ["Not evaluated: there are no held-out numbers."]
+    return said + [f"{name} stopped: {arm.stopped}" for name, arm in record.arms.items() if arm.stopped]
+
+
+def summary_table(record: RunRecord, looks: Looks) -> Table:
+    """Arm by FVE, median token FVE, L0, dead share, a, and probing by both rules; baselines of probing below."""
+    probing, group = record.probing, _group(record)
+    head = ["arm", "FVE", "median token FVE", "FVE, sinks in", "median token, sinks in", "L0", "dead", "a"]
+    head += [f"AUROC, {group}: {words}" for words in RULES.values()] if probing else []
+    rows: list[list[object]] = []
+    for arm in record.arms:
+        both = [record.reconstruction(arm, sinks) for sinks in SINKS]
+        cells = [fixed(v, 4) for one in both for v in (one.fve, one.median_token_fve)]
+        cells += [fixed(both[0].l0, 2), percent(both[0].dead_frac), _exponent(record, arm)]
+        probed = [estimate(probing.mean(arm, rule, group)) for rule in RULES] if probing else []
+        rows.append([swatch(arm, looks.get(arm)) + _made(record, arm), *cells, *probed])
+    for baseline, words in BASELINES.items():
+        found = [probing.mean(baseline, rule, group) for rule in RULES] if probing else []
+        if any(one.mean is not None for one in found):
+            rows.append([words, *[""] * 7, *map(estimate, found)])
+    return Table(head, rows, [None] * len(record.arms) + ["floor"] * len(rows))
+
+
+def _exponent(record: RunRecord, arm: str) -> Markup:
+    found = record.exponent(arm)
+    words = {"fixed": "fixed", "per_feature": "mean of features"}.get(found.kind)
+    form = "{}<small>{}</small>" if words and found.at_end is not None else "{}"
+    return Markup(form).format(fixed(found.at_end, 3), words)
+
+
+def _made(record: RunRecord, name: str) -> Markup:
+    """What the arm is, and what to know of how it ended."""
+    arm = record.arms[name]
+    made = " · ".join(part for part in (arm.score, arm.selector, arm.frame) if part)
+    made += " · baseline" if name == record.baseline else ""
+    notes = [f"stopped: {arm.stopped}"] if arm.stopped else []
+    notes += ["a still moving at the end"] if arm.a_moving else []
+    small = Markup('<small class="note">{}</small>')
+    return Markup("<small>{}</small>").format(made) + Markup("").join(small.format(note) for note in notes)
+
+
+def sparsity(record: RunRecord) -> str:
+    """How well the arms' L0 match: without that, FVE compares nothing."""
+    reached = {arm: l0 for arm in record.arms if (l0 := record.reconstruction(arm).l0) is not None}
+    if not reached:
+        return "No inference L0 was measured."
+    said = f"Held-out tokens, sinks out unless said otherwise. Inference L0 is {min(reached.values()):.2f}"
+    said += f" to {max(reached.values()):.2f}" if len(reached) > 1 else ""
+    targets = {arm: record.arms[arm].l0_target for arm in reached}
+    away = {arm: reached[arm] / target - 1 for arm, target in targets.items() if target and target > 0}
+    if not away:
+        return f"{said}."
+    worst = max(away, key=lambda arm: abs(away[arm]))
+    return f"{said}; the widest departure from an arm's target is {100 * away[worst]:+.1f} % ({worst})."
+
+
+def difference_tables(record: RunRecord, looks: Looks) -> list[Table]:
+    """Paired differences from the baseline, reconstruction then probing: a row an arm, a column a measure."""
+    found, tables = claims(record), []
+    for of_fve in (True, False):
+        cells = {(claim.arm, claim.measure): claim for claim in found if ("FVE" in claim.measure) == of_fve}
+        measures, arms = dict.fromkeys(m for _, m in cells), {arm for arm, _ in cells}
+        rows = [
+            [swatch(arm, looks.get(arm)), *(_difference(cells.get((arm, m))) for m in measures)]
+            for arm in record.arms
+            if arm in arms
+        ]
+        tables += [Table([f"minus {record.baseline}", *measures], rows)] if rows else []
+    return tables
+
+
+def quartile_table(record: RunRecord, looks: Looks) -> Table:
     """FVE about the quartile's own mean / median token FVE, per arm and norm quartile, sinks out then in."""
     rows = []
-    for sinks in ("out", "in"):
+    for sinks, words in SINKS.items():
         for arm in record.arms:
-            quartiles = [mapping(q) for q in items(record.reconstruction(arm, sinks).get("by_norm_quartile"))]
-            if quartiles:
-                rows.append(
-                    [
-                        swatch(arm, looks.get(arm)),
-                        sinks,
-                        *(
-                            f"{fixed(number(q.get('fve')))} / {fixed(number(q.get('median_token_fve')))}"
-                            for q in quartiles
-                        ),
-                        *(fixed(number(q.get("norm_ratio")), 2) for q in quartiles),
-                    ]
-                )
-    if not rows:
-        return None
-    names = [f"Q{i + 1}" for i in range(4)]
-    head = ["arm", "sinks", *(f"{n}: FVE / median token" for n in names), *(f"{n}: |x̂| / |x|" for n in names)]
-    return table(head, rows)
+            if quartiles := record.reconstruction(arm, sinks).by_norm_quartile:
+                cells = [f"{fixed(q.fve)} / {fixed(q.median_token_fve)}" for q in quartiles]
+                cells += [fixed(q.norm_ratio, 2) for q in quartiles]
+                rows.append([swatch(arm, looks.get(arm)), words.removeprefix("sinks "), *cells])
+    columns = [f"Q{i + 1}: {words}" for words in ("FVE / median token", "|x̂| / |x|") for i in range(4)]
+    return Table(["arm", "sinks", *columns], rows)
 
 
-def exponent_table(record: RunRecord, looks: Looks) -> Markup | None:
+def exponent_table(record: RunRecord, looks: Looks) -> Table:
     """Each arm's exponent at the end."""
     rows = []
     for arm in record.arms:
-        found = mapping(reach(record.evaluation, "exponents", arm))
-        if found:
-            mean = number(found.get("mean"))
-            mean = number(found.get("value")) if mean is None else mean
-            quantiles = ", ".join(fixed(q, 3) for q in finite(found.get("quantiles")))
-            state = record.arms[arm].get("a_moving")
-            moving = "–" if state is None else "still moving" if state else "settled"
-            kind = str(found.get("kind", "")).replace("_", " ")
-            if kind == "fixed":
-                moving = "–"
-            rows.append([swatch(arm, looks.get(arm)), kind, fixed(mean, 4), quantiles or "–", moving])
-    return table(["arm", "exponent", "mean", "quantiles over features", "at the end"], rows) if rows else None
+        if found := record.evaluation.exponents.get(arm):
+            moving = {None: NONE, True: "still moving", False: "settled"}[record.arms[arm].a_moving]
+            quantiles = ", ".join(fixed(q, 3) for q in found.quantiles) or NONE
+            cells = [found.kind.replace("_", " "), fixed(found.at_end, 4), quantiles]
+            rows.append([swatch(arm, looks.get(arm)), *cells, NONE if found.kind == "fixed" else moving])
+    return Table(["arm", "exponent", "mean", "quantiles over features", "at the end"], rows)
 
 
-def recovery_table(record: RunRecord, looks: Looks) -> Markup | None:
+def recovery_table(record: RunRecord, looks: Looks) -> Table:
     """Where the activations come from a known dictionary: what was recovered of it, a row a number."""
-    found = {arm: mapping(reach(record.evaluation, "recovery", arm)) for arm in record.arms}
-    found = {arm: row for arm, row in found.items() if row}
-    keys = list(dict.fromkeys(k for row in found.values() for k, v in row.items() if number(v) is not None))
-    if not keys:
-        return None
-    rows = [[str(k).replace("_", " "), *(_measured(number(row.get(k))) for row in found.values())] for k in keys]
-    return table(["", *(swatch(arm, looks.get(arm)) for arm in found)], rows)
+    found = {arm: row for arm in record.arms if (row := record.evaluation.recovery.get(arm))}
+    keys = dict.fromkeys(key for row in found.values() for key in row)
+    rows = [[key.replace("_", " "), *(_measured(row.get(key)) for row in found.values())] for key in keys]
+    return Table(["", *(swatch(arm, looks.get(arm)) for arm in found)], rows)
 
 
 def _measured(value: float | None) -> str:
     return count(value) if value is not None and abs(value) >= 2 and value == int(value) else fixed(value, 4)
+
+
+def means_table(probing: Probing, looks: Looks) -> Table:
+    """AUROC and average precision with intervals, by rule and group; baselines below the arms."""
+    rules = {**{rule: rule.replace("_", " ") for rule in (*RULES, "standardised_difference")}, "auroc": "AUROC"}
+    groups = [*probing.groups, "all"]
+    metrics = {"auroc": "AUROC", "average_precision": "average precision"}
+    rows: list[list[object]] = []
+    classes = []
+    for name in [*looks, *BASELINES]:
+        for rule in rules if name in looks else ["auroc"]:
+            found = [probing.mean(name, rule, group, metric) for metric in metrics for group in groups]
+            if any(one.mean is not None for one in found):
+                rows.append([called(name), rules[rule] if name in looks else NONE, *map(estimate, found)])
+                classes.append(None if name in looks else "floor")
+    return Table(["", "rule", *(f"{words}, {group}" for words in metrics.values() for group in groups)], rows, classes)
+
+
+def events_table(record: RunRecord) -> Table:
+    """What the monitors of the stream and of the arms noticed during training."""
+    shown = record.events[:_EVENTS_SHOWN]
+    return Table(["step", "who", "what"], [[count(e.step), e.arm or "stream", e.text] for e in shown])
+
+
+# --------------------------------------------------------------------------------------------------- provenance
+
+
+def digest_sentence(record: RunRecord) -> str:
+    """Whether all arms saw the same batches, as far as the run records it."""
+    by_arm = {name: arm.stream_digest for name, arm in record.arms.items() if arm.stream_digest}
+    stopped = [name for name, arm in record.arms.items() if arm.stopped]
+    cut = f" ({', '.join(stopped)} stopped before its end)" if stopped else ""
+    whole = record.run.stream_digest or next(iter(by_arm.values()), None)
+    if by_arm:
+        odd = [arm for arm in record.arms if by_arm.get(arm) != whole and arm not in stopped]
+        if odd:
+            return (
+                f"The arms did NOT all record the same stream ({', '.join(odd)} differ or recorded none): "
+                "do not read them as paired."
+            )
+        return f"All arms saw identical batches{cut}: each recorded the stream's digest, {whole}."
+    if whole:
+        return f"All arms were fed from one pass over one stream{cut}, whose digest is {whole}."
+    return "The run records no digest of its stream, so it cannot be shown that the arms saw identical batches."
+
+
+def arms_table(record: RunRecord) -> Table:
+    """What each arm is, how it was computed and how fast."""
+    keys = {name: name for name in ("d_sae", "k", "score", "selector", "frame", "seed", "kernel")}
+    keys |= {"L0 target": "l0_target", "L0 calibrated": "l0_calibrated", "tokens/s": "tokens_per_second"}
+    rows = [[name, *(_plain(getattr(arm, key)) for key in keys.values())] for name, arm in record.arms.items()]
+    return Table(["arm", *keys], rows)
+
+
+def _plain(value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return NONE if value is None else value
+    return count(value) if value == int(value) else fixed(value, 2)
+
+
+def metadata(record: RunRecord) -> dict[str, Any]:
+    """Seed, commit, machine, data and versions, as names and values."""
+    run, probing = record.run, record.probing
+    keys = ("seed", "commit", "status", "started_at", "written_at", "stream_digest", "tokens", "seconds")
+    found = {key: value for key in keys if (value := getattr(run, key)) is not None}
+    for key in ("source", "filter", "hardware", "packages"):
+        found |= flattened(getattr(run, key), key)
+    for key in ("tokens", "documents"):
+        if (held_out := getattr(record.evaluation, key)) is not None:
+            found[f"held-out {key}"] = count(held_out)
+    for key in ("n_train", "n_held_out", "seed", "min_positives"):
+        if probing is not None and (value := getattr(probing, key)) is not None:
+            found[f"probing.{key}"] = value
+    return {**found, "directory": record.path}
+
+
+def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        flat |= flattened(entry, name) if isinstance(entry, Mapping) and entry else {name: entry}
+    return flat

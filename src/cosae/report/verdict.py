@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cosae.report.probing import groups_of, paired
-from cosae.report.records import RunRecord, items, mapping, number
+from cosae.report.records import SINKS, Probing, RunRecord
 
-_SHORT = {"auroc": "by AUROC", "mean_difference": "by mean difference"}
+_RULES = {"auroc": "by AUROC", "mean_difference": "by mean difference"}
+_WORDS = {"higher": "higher", "lower": "lower", "includes 0": "not told apart"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Claim:
     """One paired difference from the baseline arm, with its 95 % interval."""
 
     arm: str
-    what: str
+    measure: str
     difference: float
     low: float
     high: float
@@ -30,30 +30,37 @@ class Claim:
         """higher, lower, or includes 0."""
         return "higher" if self.low > 0 else "lower" if self.high < 0 else "includes 0"
 
+    @property
+    def digits(self) -> int:
+        """Decimals that it is shown with."""
+        return 4 if "FVE" in self.measure else 3
+
 
 def claims(record: RunRecord) -> list[Claim]:
     """Every paired difference that the report shows in its table of differences."""
-    found: list[Claim | None] = []
-    for sinks in ("out", "in"):
-        for row in map(mapping, items(record.evaluation.get("paired_fve"))):
-            if row.get("sinks") == sinks:
-                arm, words = str(row.get("arm")), f"sinks {sinks}"
-                found.append(_claim(arm, f"FVE, {words}", row, ("difference", "low", "high")))
-                keys = ("median_token_difference", "median_token_low", "median_token_high")
-                found.append(_claim(arm, f"median token FVE, {words}", row, keys))
-    for group in groups_of(record):
-        for rule, words in _SHORT.items():
+    rows: list[tuple[str, str, float | None, float | None, float | None]] = []
+    for sinks, words in SINKS.items():
+        for fve in record.evaluation.paired_fve:
+            if fve.sinks == sinks:
+                rows.append((fve.arm, f"FVE, {words}", fve.difference, fve.low, fve.high))
+                ends = (fve.median_token_difference, fve.median_token_low, fve.median_token_high)
+                rows.append((fve.arm, f"median token FVE, {words}", *ends))
+    probing = record.probing or Probing()
+    for group in probing.groups:
+        for rule, words in _RULES.items():
             for arm in record.arms:
-                row = paired(record, arm, rule, group)
-                found.append(_claim(arm, f"AUROC, {group}, {words}", row, ("difference", "low", "high")))
-    return [claim for claim in found if claim is not None]
+                auroc = probing.difference(arm, rule, group)
+                rows.append((arm, f"AUROC, {group}, {words}", auroc.difference, auroc.low, auroc.high))
+    return [
+        Claim(arm, measure, difference, low, high)
+        for arm, measure, difference, low, high in rows
+        if difference is not None and low is not None and high is not None
+    ]
 
 
-def _claim(arm: str, what: str, row: object, keys: tuple[str, str, str]) -> Claim | None:
-    difference, low, high = (number(mapping(row).get(key)) for key in keys)
-    if difference is None or low is None or high is None:
-        return None
-    return Claim(arm, what, difference, low, high)
+def fve_claims(record: RunRecord) -> dict[str, Claim]:
+    """The paired difference of FVE with sinks out, by arm."""
+    return {claim.arm: claim for claim in claims(record) if claim.measure == "FVE, sinks out"}
 
 
 def verdict(record: RunRecord) -> str:
@@ -61,41 +68,32 @@ def verdict(record: RunRecord) -> str:
     found, versus = claims(record), record.baseline
     if not found:
         return "There are no paired differences in this run, so nothing is said here about which arm is better."
-    apart = [claim for claim in found if claim.verdict != "includes 0"]
+    apart = sum(claim.verdict != "includes 0" for claim in found)
     if not apart:
         return (
             f"All {len(found)} paired 95 % intervals against {versus} include 0: "
             "on these activations, by these measures, the arms cannot be told apart."
         )
-    chance = len(found) / 20
-    return (
-        f"{len(apart)} of {len(found)} paired 95 % intervals against {versus} exclude 0; "
-        f"if no arm differed at all, about {chance:.0f} would by chance."
-        if chance >= 0.95
-        else f"{len(apart)} of {len(found)} paired 95 % intervals against {versus} exclude 0."
-    )
+    said, by_chance = f"{apart} of {len(found)} paired 95 % intervals against {versus} exclude 0", len(found) / 20
+    said += f"; if no arm differed at all, about {by_chance:.0f} would by chance" if by_chance >= 0.95 else ""
+    return f"{said}."
 
 
 def by_measure(found: Sequence[Claim]) -> list[str]:
     """For each measure, which arms are higher, which lower, and which cannot be told from the baseline."""
-    sentences = []
-    for what in dict.fromkeys(claim.what for claim in found):
-        groups = {
-            verdict: [c.arm for c in found if c.what == what and c.verdict == verdict]
-            for verdict in ("higher", "lower", "includes 0")
-        }
-        if groups["higher"] or groups["lower"]:
-            words = {"higher": "higher", "lower": "lower", "includes 0": "not told apart"}
-            every = sum(map(len, groups.values()))
-            listed = [
-                f"{words[v]}: {'every other arm' if len(arms) == every > 1 else ', '.join(arms)}"
-                for v, arms in groups.items()
-                if arms
-            ]
-            sentences.append(f"{what}: {'; '.join(listed)}.")
-    undecided = [
-        what for what in dict.fromkeys(c.what for c in found) if not any(s.startswith(f"{what}:") for s in sentences)
-    ]
+    sentences, undecided = [], []
+    for measure in dict.fromkeys(claim.measure for claim in found):
+        here = [claim for claim in found if claim.measure == measure]
+        groups = {verdict: [claim.arm for claim in here if claim.verdict == verdict] for verdict in _WORDS}
+        if len(groups["includes 0"]) == len(here):
+            undecided.append(measure)
+            continue
+        listed = [
+            f"{_WORDS[v]}: {'every other arm' if len(arms) == len(here) > 1 else ', '.join(arms)}"
+            for v, arms in groups.items()
+            if arms
+        ]
+        sentences.append(f"{measure}: {'; '.join(listed)}.")
     if undecided and sentences:
         sentences.append(f"No arm can be told from the baseline in: {'; '.join(undecided)}.")
     return sentences

@@ -20,8 +20,7 @@ from cosae.activations.sinks import sink_mask
 from cosae.errors import CosaeError
 from cosae.evaluate.audit import audit
 from cosae.interop.read import read_sae
-from cosae.report.audit_page import audit_page
-from cosae.report.page import write_page
+from cosae.report.audit import write_audit_page
 from cosae.run import provenance
 from cosae.run.dataset.existing import EvalRequest, Sampled, Samples, calibrated, names_of
 from cosae.run.folder import write_json
@@ -92,4 +91,4 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     except OSError as error:
         raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
     write_json(out / "audit.json", result)
-    write_page(out / "audit.html", "audit", audit_page(result))
+    write_audit_page(result, out / "audit.html")

@@ -1,23 +1,46 @@
 """Inline SVG: scales, axes, lines, marks and legends, enough for a report and no more.
 
-In: numbers and names. Out: Markup of one <svg>, self-contained, with hover text on every mark. Colours are
-those of Okabe and Ito, told apart by every common colour vision; each series also has a shape of its own, so
-that a page printed in grey still reads.
+In: numbers and names. Out: Markup of one self-contained <svg>, with hover text on every mark; plain strings are
+escaped. Colours are those of Okabe and Ito, which people with any common colour vision tell apart; each series also
+has its own shape, so that a page printed in grey still reads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
+
+from markupsafe import Markup
 
 from cosae.report.format import MINUS, shortened
-from cosae.report.markup import Markup, join, tag
 
 INK, MUTED, FAINT, GRID = "#1a1a1a", "#5c5f66", "#9a9ca1", "#e6e7ea"
 WIDTH = 1040
 _COLOURS = ("#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b")
+_VOID = ("line", "rect", "circle", "polygon", "polyline")
 _SHAPES = ("circle", "square", "triangle", "diamond", "wedge", "plus", "cross", "bar")
+
+
+def join(parts: Iterable[object]) -> Markup:
+    """Parts one after the other, each escaped unless it is Markup."""
+    return Markup("").join(part if isinstance(part, Markup) else Markup(escape(str(part))) for part in parts)
+
+
+def tag(name: str, /, *children: object, **attributes: object) -> Markup:
+    """One element. class_ stands for class, an underscore for a hyphen; an attribute of None is left out."""
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(_plain(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    inside = join(children)
+    return Markup(f"<{name}{written}>{inside}</{name}>" if inside or name not in _VOID else f"<{name}{written}/>")
+
+
+def _plain(value: object) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -98,9 +121,17 @@ def tick_text(value: float) -> str:
     return f"{value:.4g}".replace("-", MINUS)
 
 
-def label(x: float, y: float, words: object, anchor: str = "start", colour: str = MUTED, size: int = 12) -> Markup:
+def label(
+    x: float, y: float, words: object, anchor: str = "start", colour: str = MUTED, size: int = 12, **attributes: object
+) -> Markup:
     """Text at a point; anchor is start, middle or end."""
-    return tag("text", words, x=x, y=y, text_anchor=anchor, fill=colour, font_size=size)
+    return tag("text", words, x=x, y=y, text_anchor=anchor, fill=colour, font_size=size, **attributes)
+
+
+def bar(left: float, right: float, top: float, base: float, colour: str, hover: str = "") -> Markup:
+    """A filled rectangle in pixels, with hover text."""
+    inside = tag("title", hover) if hover else ""
+    return tag("rect", inside, x=left, y=top, width=right - left, height=base - top, fill=colour)
 
 
 @dataclass(frozen=True)
@@ -152,20 +183,8 @@ class Panel:
         if x_label:
             parts.append(label((left + right) / 2, bottom + 35, x_label, "middle"))
         if y_label:
-            middle = (top + bottom) / 2
-            turn = f"rotate(-90 {left - 46:.1f} {middle:.1f})"
-            parts.append(
-                tag(
-                    "text",
-                    y_label,
-                    x=left - 46,
-                    y=middle,
-                    text_anchor="middle",
-                    fill=MUTED,
-                    font_size=12,
-                    transform=turn,
-                )
-            )
+            at, middle = left - 46, (top + bottom) / 2
+            parts.append(label(at, middle, y_label, "middle", transform=f"rotate(-90 {at:.1f} {middle:.1f})"))
         return join(parts)
 
     def line(self, xs: Sequence[float], ys: Sequence[float], style: Style, width: float = 1.8) -> Markup:

@@ -1,0 +1,75 @@
+"""The directory of a run → its records. Only what holds no run, or no JSON, is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cosae.errors import CosaeError
+from cosae.io.legacy import upgrade, upgrade_evaluation
+from cosae.report.lenient import read_record
+from cosae.report.records import Evaluation, Event, Metrics, Run, RunRecord
+
+FORMAT, VERSION = "cosae-run", 2
+
+
+def read_runs(paths: Sequence[Path | str]) -> list[RunRecord]:
+    """The runs in some directories. Raises CosaeError when there is none, and as `read_run` does."""
+    if not paths:
+        raise CosaeError("a report needs at least one run; got none: give the directory that `train` or `demo` wrote")
+    return [read_run(path) for path in paths]
+
+
+def read_run(path: Path | str) -> RunRecord:
+    """The run in a directory. Raises CosaeError for a missing path, a foreign or newer format, broken JSON."""
+    path = Path(path)
+    if not path.is_dir():
+        what = "a file" if path.exists() else "nothing"
+        raise CosaeError(f"a report needs the directory of a run; there is {what} at {path}")
+    if not (path / "run.json").is_file():
+        raise CosaeError(f"{path} is not a run: it holds no run.json; give the directory that `train` or `demo` wrote")
+    run = _object(path / "run.json", upgrade)
+    if run.get("format") != FORMAT:
+        raise CosaeError(
+            f"{path / 'run.json'} is not a cosae run: format must be {FORMAT!r}, got {run.get('format')!r}"
+        )
+    if run.get("version") not in (1, VERSION):
+        raise CosaeError(
+            f"{path / 'run.json'} has version {run.get('version')!r}; this cosae reads version {VERSION}: "
+            "use the cosae that wrote the run"
+        )
+    file = path / "evaluation.json"
+    evaluation = _object(file, upgrade_evaluation) if file.is_file() else {}
+    return RunRecord(
+        path,
+        read_record(Run, run),
+        tuple(read_record(Metrics, line) for line in _lines(path / "metrics.jsonl")),
+        tuple(read_record(Event, line) for line in _lines(path / "events.jsonl")),
+        read_record(Evaluation, evaluation),
+        bool(evaluation),
+    )
+
+
+def _object(path: Path, upgraded: Callable[[Any], Any]) -> Mapping[str, Any]:
+    try:
+        value = upgraded(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise CosaeError(f"{path} is damaged (not JSON: {error}); write it again or take the run from a copy") from None
+    if not isinstance(value, dict):
+        raise CosaeError(f"{path} is damaged: it must hold a JSON object, got {type(value).__name__} instead")
+    return value
+
+
+def _lines(path: Path) -> list[Any]:
+    """Lines of a JSONL file. The last may be cut off: a run that was killed leaves that behind."""
+    rows: list[Any] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for at, line in enumerate(lines, start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError):
+            if at < len(lines):
+                raise CosaeError(f"{path} is damaged: line {at} is not JSON; take the run from a copy") from None
+    return rows
