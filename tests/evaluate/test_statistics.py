@@ -6,9 +6,12 @@ import pytest
 from cosae.errors import CosaeError
 from cosae.evaluate.statistics import (
     KEPT_UNITS,
+    crossed_draws,
+    crossed_interval,
     mean_interval,
     paired_mean_interval,
     percentile_interval,
+    ratio_interval,
     resample_counts,
     weighted_medians,
 )
@@ -41,6 +44,26 @@ def test_pairing_removes_what_both_arms_share():
     difference = paired_mean_interval(baseline + 0.25, baseline)
     assert difference["low"] == pytest.approx(0.25)
     assert difference["high"] == pytest.approx(0.25)
+
+
+def test_a_ratio_of_sums_and_the_resamples_it_rests_on():
+    above_U, below_U = np.array([2.0, 4.0, 3.0]), np.array([1.0, 2.0, 0.0])
+    counts_RU = np.array([[1, 1, 1], [2, 1, 0], [0, 0, 3]])
+    assert ratio_interval(above_U, below_U, counts_RU) is None  # the last resample has a denominator of 0
+    found = ratio_interval(above_U, below_U, counts_RU, every=False)
+    assert found == pytest.approx((3.0, 2.025, 2.975, 2))
+    assert ratio_interval(above_U, -below_U, counts_RU, every=False) is None
+
+
+def test_a_table_is_drawn_by_rows_and_columns():
+    table = np.random.default_rng(0).normal(size=(40, 1)) + np.zeros((40, 3))
+    low, high = crossed_interval(table, crossed_draws(40, 3, n_resamples=2000))
+    one = mean_interval(table[:, 0])
+    assert (low, high) == pytest.approx((one["low"], one["high"]), abs=0.03)
+    assert crossed_interval(table[:1, :1], []) == (None, None)
+    assert crossed_interval(np.array([[1.0, 2.0, 3.0]]), []) == pytest.approx(
+        (2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3
+    )
 
 
 def test_nine_in_ten_lie_between_the_ends():

@@ -1,17 +1,20 @@
 """Percentile bootstrap: how far a number would move had other documents (or concepts) been drawn.
 
-In: one value per unit (document, block of rows, concept). Out: the estimate and the ends of its central
+In: one value per unit (document, block of rows, concept, pair of tokens). Out: the estimate and the ends of its central
 interval. A resample draws n units with replacement from n; the same seed and n give the same resamples to
 every arm, so a difference between arms is paired: what a unit does to both arms cancels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from torch import Tensor
 
 from cosae.errors import CosaeError
 
@@ -39,10 +42,19 @@ class Difference(TypedDict):
     high: float
 
 
-def resample_counts(n_units: int, seed: int = 0, n_resamples: int = RESAMPLES) -> NDArray[np.int64]:
-    """(R, n_units) int64: how often each unit is drawn in each resample; every row sums to n_units.
+class Ratio(NamedTuple):
+    """An estimate of a ratio, the ends of its interval, and how many resamples that rests on."""
 
-    Depends on the three arguments only; not to be written to, since a small table is kept for the next call. Raises
+    value: float
+    low: float
+    high: float
+    used: int
+
+
+def resample_counts(n_units: int, seed: int = 0, n_resamples: int = RESAMPLES) -> Array:
+    """(R, n_units) float64: how often each unit is drawn in each resample; every row sums to n_units.
+
+    Depends on the three arguments only; read-only, since a small table is kept for the next call. Raises
     CosaeError when there is nothing to draw from.
     """
     if n_units < 1:
@@ -50,8 +62,9 @@ def resample_counts(n_units: int, seed: int = 0, n_resamples: int = RESAMPLES) -
     return _kept_draw(n_units, seed, n_resamples) if n_units <= KEPT_UNITS else _draw(n_units, seed, n_resamples)
 
 
-def _draw(n_units: int, seed: int, n_resamples: int) -> NDArray[np.int64]:
-    counts_RU = np.random.default_rng(seed).multinomial(n_units, np.full(n_units, 1 / n_units), size=n_resamples)
+def _draw(n_units: int, seed: int, n_resamples: int) -> Array:
+    drawn_RU = np.random.default_rng(seed).multinomial(n_units, np.full(n_units, 1 / n_units), size=n_resamples)
+    counts_RU = drawn_RU.astype(np.float64)
     counts_RU.flags.writeable = False
     return counts_RU
 
@@ -64,6 +77,11 @@ def percentile_interval(estimates_R: ArrayLike, level: float = LEVEL) -> tuple[f
     tail = (1 - level) / 2
     low, high = np.quantile(np.asarray(estimates_R, dtype=np.float64), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def mean_or_none(values: Array | Tensor) -> float | None:
+    """The mean of values (n,); None of nothing."""
+    return float(values.mean()) if len(values) else None
 
 
 def mean_interval(values: ArrayLike, seed: int = 0, n_resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
@@ -87,7 +105,40 @@ def paired_mean_interval(
     return {"difference": interval["mean"], "low": interval["low"], "high": interval["high"]}
 
 
-def weighted_medians(value_N: ArrayLike, unit_N: ArrayLike, counts_RU: NDArray[np.int64]) -> Array:
+def ratio_interval(above_U: Array, below_U: Array, counts_RU: Array, every: bool = True) -> Ratio | None:
+    """Σ above / Σ below over units, with its interval over the resamples (`resample_counts`) in which Σ below > 0.
+
+    None where Σ below is not above 0 in all units, nor in any resample (`every`: in each).
+    """
+    below_R = counts_RU @ below_U
+    safe_R = below_R > 0
+    if not below_U.sum() > 0 or not (safe_R.all() if every else safe_R.any()):
+        return None
+    low, high = percentile_interval((counts_RU @ above_U)[safe_R] / below_R[safe_R])
+    return Ratio(float(above_U.sum() / below_U.sum()), low, high, int(safe_R.sum()))
+
+
+def crossed_draws(
+    n_rows: int, n_columns: int, seed: int = 0, n_resamples: int = RESAMPLES
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Rows and columns of a table, each drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(n_rows, size=n_rows), rng.integers(n_columns, size=n_columns)) for _ in range(n_resamples)]
+
+
+def crossed_interval(value_DS: Array, drawn: Sequence[tuple[Any, Any]]) -> tuple[float | None, float | None]:
+    """Ends of the 95 % interval of a table's mean: rows and columns drawn (`crossed_draws`); of one row, Student's t
+    over its columns; of a single value, None."""
+    n_rows, n_columns = value_DS.shape
+    if n_rows > 1:
+        return percentile_interval([value_DS[np.ix_(d, s)].mean() for d, s in drawn])
+    if n_columns == 1:
+        return None, None
+    half = float(stats.t.ppf(0.975, n_columns - 1) * value_DS[0].std(ddof=1) / np.sqrt(n_columns))
+    return float(value_DS.mean()) - half, float(value_DS.mean()) + half
+
+
+def weighted_medians(value_N: ArrayLike, unit_N: ArrayLike, counts_RU: NDArray[Any]) -> Array:
     """(R,) float64: the median of value_N with each unit's tokens repeated as often as the resample drew it.
 
     value_N (N,) one value per token; unit_N (N,) the unit each token belongs to. Where the number of tokens

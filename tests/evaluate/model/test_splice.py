@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cosae.activations.sinks import sink_mask
+from cosae.activations.sinks import median_norm, sink_mask
 from cosae.errors import CosaeError
 from cosae.evaluate.model import predictions
-from cosae.evaluate.model.splice import measure_splice
-from cosae.evaluate.model.splice_numbers import PLACES
+from cosae.evaluate.model.splice import PLACES, measure_splice
 from cosae.models import embedded
 from cosae.models.capture import capture
 from cosae.types import Sequences
@@ -51,7 +50,7 @@ class ByHand:
         self.model, self.sequences = model, sequences
         activations = capture(model, sequences, SITE)[SITE]
         self.x_ND, self.norm_N = activations.x_ND, activations.norm_N
-        self.sink_N = sink_mask(activations, float(activations.norm_N.double().median()), 1.2)
+        self.sink_N = sink_mask(activations, median_norm(activations.norm_N), 1.2)
         self.doc_N = activations.doc_N
         last_ST = sequences.mask_ST & ~sequences.mask_ST.roll(-1, 1)
         last_ST[:, -1] = sequences.mask_ST[:, -1]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError
 from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, predicting
-from cosae.evaluate.statistics import RESAMPLES, percentile_interval, resample_counts
+from cosae.evaluate.statistics import RESAMPLES, mean_interval, mean_or_none, ratio_interval, resample_counts
 from cosae.models.capture import capture
 from cosae.models.intervene.edits import Edit, ablate, check_edits, steer
 from cosae.models.intervene.hooks import Intervention, find_site
@@ -219,18 +219,19 @@ def _summary(edits: Sequence[Edit], parts: Sequence[_Tokens]) -> dict[str, Any]:
         "features": sorted({i for edit in edits for i in edit.features}),
         "kinds": sorted({edit.kind for edit in edits}),
         "edited_tokens": len(size_e),
-        "size": _mean(size_e),
-        "relative_size": _mean(size_e / norm_e),
+        "size": mean_or_none(size_e),
+        "relative_size": mean_or_none(size_e / norm_e),
         "on": on,
         "off": off,
         "off_reached": _effect(kl_n, change_n, ~on_n & reached_n),
-        "precision": _ratio(on["kl"], off["kl"]),
+        "precision": on["kl"] / off["kl"] if on["kl"] is not None and off["kl"] else None,
         "on_share": kl_on / (kl_on + kl_off) if kl_on + kl_off > 0 else None,
     }
 
 
 def _effect(kl_n: Tensor, change_n: Tensor, in_n: Tensor) -> Effect:
-    return {"tokens": int(in_n.sum()), "kl": _mean(kl_n[in_n]), "cross_entropy_change": _mean(change_n[in_n])}
+    kl, change = mean_or_none(kl_n[in_n]), mean_or_none(change_n[in_n])
+    return {"tokens": int(in_n.sum()), "kl": kl, "cross_entropy_change": change}
 
 
 def _pooled(rows: Sequence[Mapping[str, Any]], seed: int, n_resamples: int) -> dict[str, Any]:
@@ -239,18 +240,16 @@ def _pooled(rows: Sequence[Mapping[str, Any]], seed: int, n_resamples: int) -> d
     pooled: dict[str, Any] = {"edits": len(both), "edits_left_out": len(rows) - len(both)}
     if not both:
         return {**pooled, "on_kl": None, "off_kl": None, "precision": None, "seed": seed}
-    on_U = np.array([row["on"]["kl"] for row in both])
-    off_U = np.array([row["off"]["kl"] for row in both])
-    drawn_RU = resample_counts(len(both), seed, n_resamples).astype(np.float64)
-    for name, value_U in (("on_kl", on_U), ("off_kl", off_U)):
-        low, high = percentile_interval(drawn_RU @ value_U / len(both))
-        pooled[name] = {"mean": float(value_U.mean()), "low": low, "high": high}
-    off_R = drawn_RU @ off_U
-    pooled["precision"] = None
-    if (off_R > 0).all() and off_U.sum() > 0:
-        low, high = percentile_interval(drawn_RU @ on_U / off_R)
-        pooled["precision"] = {"mean": float(on_U.sum() / off_U.sum()), "low": low, "high": high}
-    return {**pooled, "seed": seed, "resamples": n_resamples}
+    on_U, off_U = (np.array([row[side]["kl"] for row in both]) for side in ("on", "off"))
+    ratio = ratio_interval(on_U, off_U, resample_counts(len(both), seed, n_resamples))
+    return {
+        **pooled,
+        "on_kl": mean_interval(on_U, seed, n_resamples),
+        "off_kl": mean_interval(off_U, seed, n_resamples),
+        "precision": ratio and {"mean": ratio.value, "low": ratio.low, "high": ratio.high},
+        "seed": seed,
+        "resamples": n_resamples,
+    }
 
 
 def _check_holds(holds: Holds, names: Sequence[str], sequences: Sequences) -> dict[str, Tensor] | None:
@@ -264,11 +263,3 @@ def _check_holds(holds: Holds, names: Sequence[str], sequences: Sequences) -> di
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise CosaeError(f"holds of '{name}' must be a boolean tensor of shape {shape}, one entry per token.")
     return {name: mask.cpu() for name, mask in by_name.items()}
-
-
-def _mean(value_n: Tensor) -> float | None:
-    return float(value_n.double().mean()) if len(value_n) else None
-
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return above / below if above is not None and below is not None and below > 0 else None

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cosae.activations.sinks import sink_mask
+from cosae.activations import sinks
 from cosae.errors import CosaeError
 from cosae.evaluate.model.predictions import divergence, logits_at, predicting
-from cosae.evaluate.statistics import RESAMPLES, Array, percentile_interval, resample_counts
+from cosae.evaluate.statistics import RESAMPLES, Array, ratio_interval, resample_counts
 from cosae.models.capture import capture
 from cosae.models.intervene.hooks import Intervention, find_site
 from cosae.models.intervene.window import Window
@@ -71,7 +71,7 @@ def measure_patching(
     n_pairs: int = 200,
     centre_D: Tensor | None = None,
     median_norm: float | None = None,
-    factor: float = 10.0,
+    factor: float = sinks.FACTOR,
     batch_sequences: int = 8,
     seed: int = 0,
     n_resamples: int = RESAMPLES,
@@ -115,7 +115,7 @@ def measure_patching(
             one.here_P[members] = now_P
             one.after_P[members] = kl_ST.sum(1) - now_P
             one.moved_P[members] = shift.moved_P / pairs.z_PD[members].norm(dim=-1)
-    drawn_RU = resample_counts(len(pairs.flat_P), seed, n_resamples).astype(np.float64)
+    drawn_RU = resample_counts(len(pairs.flat_P), seed, n_resamples)
     return {
         "site": found.name,
         "pairs": len(pairs.flat_P),
@@ -166,10 +166,10 @@ def _draw(
 ) -> _Pairs:
     """Tokens without replacement as long as there are any, each with a partner farther than the largest turn."""
     activations = capture(model, sequences, site, batch_sequences)[site.name]
-    median = float(activations.norm_N.double().median()) if median_norm is None else median_norm
+    median = sinks.median_norm(activations.norm_N) if median_norm is None else median_norm
     mask_ST = sequences.mask_ST
     z_ND = activations.x_ND.double() - (0.0 if centre_D is None else centre_D.double())
-    usable_N = predicting(sequences)[mask_ST] & ~sink_mask(activations, median, factor) & (z_ND.norm(dim=-1) > 0)
+    usable_N = predicting(sequences)[mask_ST] & ~sinks.sink_mask(activations, median, factor) & (z_ND.norm(dim=-1) > 0)
     candidate_n = usable_N.nonzero()[:, 0]
     if len(candidate_n) < 2:
         raise CosaeError("patching needs at least two tokens that are no sinks and predict another. Give more text.")
@@ -234,9 +234,5 @@ def _numbers(size: float, found: dict[str, _Found], drawn_RU: Array) -> dict[str
 
 
 def _ratio(above_P: Array, below_P: Array, drawn_RU: Array) -> dict[str, float] | None:
-    """Ratio of means with its interval; None where a resample's denominator is 0."""
-    below_R = drawn_RU @ below_P
-    if not (below_R > 0).all():
-        return None
-    low, high = percentile_interval(drawn_RU @ above_P / below_R)
-    return {"ratio": float(above_P.sum() / below_P.sum()), "low": low, "high": high}
+    found = ratio_interval(above_P, below_P, drawn_RU)
+    return found and {"ratio": found.value, "low": found.low, "high": found.high}

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from cosae.errors import CosaeError
 from cosae.evaluate.probing.logistic import scores
@@ -39,7 +38,7 @@ from cosae.evaluate.probing.ranking import (
     quality_of_latents,
     rank_quality,
 )
-from cosae.evaluate.statistics import RESAMPLES, percentile_interval
+from cosae.evaluate.statistics import RESAMPLES, crossed_draws, crossed_interval
 from cosae.types import Codes
 
 TOPS = (1, 2, 5)
@@ -141,8 +140,7 @@ def probe_texts(
                     table = place.setdefault(metric, [[None] * seeds for _ in sets])
                     table[d][s] = value
         described.append({"name": one.name, "texts": len(one.class_S), "classes": [one.classes[c] for c in probed]})
-    rng = np.random.default_rng(seed)
-    drawn = [(rng.integers(len(sets), size=len(sets)), rng.integers(seeds, size=seeds)) for _ in range(n_resamples)]
+    drawn = crossed_draws(len(sets), seeds, seed, n_resamples)
     return {
         "sets": described,
         "arms": arms,
@@ -269,17 +267,8 @@ def _drawn(n_sets: int, seeds: int, seed: int, n_resamples: int) -> dict[str, An
 
 
 def _interval(value_DS: Array, drawn: Sequence[tuple[Rows, Rows]], name: str) -> dict[str, float | None]:
-    """Mean of a (sets, seeds) table, with a 95 % interval: sets and seeds drawn; of one set, Student's t over seeds."""
-    n_sets, n_seeds = value_DS.shape
-    mean = float(value_DS.mean())
-    low: float | None = None
-    high: float | None = None
-    if n_sets > 1:
-        low, high = percentile_interval([value_DS[np.ix_(d, s)].mean() for d, s in drawn])
-    elif n_seeds > 1:
-        half = float(stats.t.ppf(0.975, n_seeds - 1) * value_DS[0].std(ddof=1) / np.sqrt(n_seeds))
-        low, high = mean - half, mean + half
-    return {name: mean, "low": low, "high": high}
+    low, high = crossed_interval(value_DS, drawn)
+    return {name: float(value_DS.mean()), "low": low, "high": high}
 
 
 def _paired(
