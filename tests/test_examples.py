@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,21 +20,13 @@ SMALL = {
     "own_activations": (["--steps", "20"], r"cosine-selector=topk +FVE -?\d\.\d{3}  L0  6\.00"),
     "known_truth": (["--steps", "20"], r"norm log_normal\n[\s\S]*cosine_per_feature +\d\.\d{3}"),
     "hugging_face_model": (["--steps", "10"], r"mlp_out\.4: \(20000, 192\)[\s\S]*' sorted'"),
-    "continue_from_checkpoint": ([], r"stopped after step \d+"),
 }
+INTERRUPTED = "continue_from_checkpoint"
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
-def run_example(name: str, arguments: list[str], tmp_path: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_every_example_is_run_here() -> None:
-    assert {path.stem for path in EXAMPLES} == set(SMALL)
+    assert {path.stem for path in EXAMPLES} == {*SMALL, INTERRUPTED}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -42,13 +35,27 @@ def test_an_example_stays_short(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_an_example_runs_and_prints_what_it_promises(name: str, tmp_path: Path) -> None:
+def test_an_example_runs_and_prints_what_it_promises(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments, promised = SMALL[name]
-    printed = run_example(name, arguments, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
     assert re.search(promised, printed), printed
-    if name == "continue_from_checkpoint":
-        ends = dict(line.split(" batches ") for line in printed.splitlines() if " batches " in line)
-        assert ends["continued "] == ends["whole     "]
+
+
+def test_a_run_that_was_stopped_and_continued_ends_like_a_whole_one(tmp_path: Path) -> None:
+    """In a process of its own: the example presses Ctrl-C."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{INTERRUPTED}.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"stopped after step \d+", done.stdout), done.stdout
+    ends = dict(line.split(" batches ") for line in done.stdout.splitlines() if " batches " in line)
+    assert ends["continued "] == ends["whole     "]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
