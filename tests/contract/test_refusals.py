@@ -114,18 +114,12 @@ def test_codes_that_do_not_fit() -> None:
 
 
 def test_the_front_door_opens_fast() -> None:
-    """`import cosae` costs torch and less than a second more, warns of nothing and loads no model library."""
+    """`import cosae` costs less than a second of processor time over torch; no warning, no model library."""
     program = (
-        "import time; t = time.perf_counter(); import torch; u = time.perf_counter(); import cosae; "
+        "import torch, time; t = time.process_time(); import cosae; t = time.process_time() - t; "
         "import sys; heavy = {'transformers', 'datasets', 'matplotlib', 'pyarrow', 'sklearn'} & set(sys.modules); "
-        "assert not heavy, heavy; print(time.perf_counter() - u)"
+        "assert not heavy, heavy; print(t)"
     )
-    seconds = 2.0
-    for _ in range(3):  # a busy machine is slow for reasons of its own: the fastest of up to three
-        command = [sys.executable, "-W", "error", "-c", program]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
-        seconds = min(seconds, float(run.stdout))
-        if seconds < 1.0:
-            break
-    assert seconds < 1.0
+    run = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 1.0
