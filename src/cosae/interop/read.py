@@ -61,8 +61,8 @@ def detect(path: Path) -> str:
         there = {child.name for child in path.iterdir()}
     except OSError as error:
         raise CosaeError(f"{path} cannot be read ({error.strerror}): it must be a file or a folder.") from None
-    if saelens_files.CONFIG in there and saelens_files.WEIGHTS in there:
-        marked = read_json(path / saelens_files.CONFIG).get("format") == own.FORMAT
+    if own.CONFIG in there and own.WEIGHTS in there:
+        marked = read_json(path / own.CONFIG).get("format") == own.FORMAT
         return "cosae" if marked else "saelens"
     signs = {
         "sparsify": {sparsify.CONFIG, sparsify.WEIGHTS},

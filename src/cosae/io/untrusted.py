@@ -27,13 +27,13 @@ MAX_JSON_BYTES = 16 * 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping. Raises CosaeError."""
+    """A JSON mapping; NaN and infinities become None. Raises CosaeError."""
     if not path.is_file():
         raise CosaeError(f"{path} does not exist: the SAE's folder is incomplete, copy it whole.")
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CosaeError(f"{path} is too large to be an SAE's configuration ({path.stat().st_size} bytes).")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except (OSError, ValueError, RecursionError):
         raise CosaeError(f"{path} is not readable JSON: the file is damaged.") from None
     if not isinstance(value, dict):

@@ -73,7 +73,7 @@ def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
             f"{source}: W_dec must have shape {(cfg.d_sae, cfg.d_in)}. Got {tuple(decoder.shape)} instead."
         )
     sae = SAE(cfg)
-    wanted = _shapes(sae)
+    wanted = shapes(sae)
     missing = sorted(name for name, (_, needed) in wanted.items() if needed and name not in state)
     unknown = sorted(set(state) - set(wanted))
     if missing or unknown:
@@ -134,12 +134,12 @@ def _group_values(sae: SAE, value_F: Tensor) -> Tensor:
     return value_F[first]
 
 
-def _shapes(sae: SAE) -> dict[str, tuple[tuple[tuple[int, ...], ...], bool]]:
-    """Name → (allowed shapes, whether it must be there)."""
+def shapes(sae: SAE) -> dict[str, tuple[tuple[tuple[int, ...], ...], bool]]:
+    """On-disk name → (allowed shapes, whether it must be there)."""
     d, f = sae.d_in, sae.d_sae
     score = sae.score
     gated, jumprelu = sae.cfg.selector == "gated", sae.cfg.selector == "jumprelu"
-    shapes: dict[str, tuple[tuple[tuple[int, ...], ...], bool]] = {
+    found: dict[str, tuple[tuple[tuple[int, ...], ...], bool]] = {
         "W_enc": (((d, f),), True),
         "W_dec": (((f, d),), True),
         "b_dec": (((d,),), True),
@@ -147,19 +147,19 @@ def _shapes(sae: SAE) -> dict[str, tuple[tuple[tuple[int, ...], ...], bool]]:
         "rank_gain": (((f,),), False),
     }
     if score.bias_F is not None:
-        shapes["b_gate" if gated else "b_enc"] = (((f,),), True)
+        found["b_gate" if gated else "b_enc"] = (((f,),), True)
     if not score.is_plain:
         scalar_a = score.family.exponent_owner in ("fixed", "shared")
-        shapes["scale_a"] = (((),) if scalar_a else ((f,),), True)
-        shapes["scale_b"] = (((), (f,)), True)
+        found["scale_a"] = (((),) if scalar_a else ((f,),), True)
+        found["scale_b"] = (((), (f,)), True)
     if score.family.exponent_owner == "base_delta":
-        shapes["scale_a_base"] = (((),), True)
-        shapes["scale_a_delta"] = (((f,),), True)
+        found["scale_a_base"] = (((),), True)
+        found["scale_a_delta"] = (((f,),), True)
     if jumprelu:
-        shapes["log_threshold"] = (((f,),), True)
+        found["log_threshold"] = (((f,),), True)
     if gated:
-        shapes["r_mag"] = shapes["b_mag"] = (((f,),), True)
-    return shapes
+        found["r_mag"] = found["b_mag"] = (((f,),), True)
+    return found
 
 
 def save(sae: SAE, path: str | Path, probes: Tensor | None = None) -> Path:

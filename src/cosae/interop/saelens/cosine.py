@@ -1,7 +1,6 @@
-"""Folders that SAELens writes for cosae's architectures → `cosae.SAE`. Needs no SAELens.
+"""What SAELens writes for cosae's architectures → `cosae.SAE` with the codes of the SAELens object. Needs no SAELens.
 
-Enters a folder with SAELens' cfg.json and sae_weights.safetensors (an inference model, or a training checkpoint);
-leaves an SAE whose codes are those of the SAELens object. Nothing in the files is executed.
+Enters SAELens' configuration and tensors of an inference model or of a training checkpoint (`files` reads them).
 
     architecture                  written by                                     becomes
     cosine_jumprelu               inference models, and checkpoints of it        batch_topk, threshold per feature
@@ -13,9 +12,7 @@ leaves an SAE whose codes are those of the SAELens object. Nothing in the files 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,6 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.interop.saelens.folds import fold_decoder_norm, fold_input_scale
 from cosae.io.legacy import upgrade
-from cosae.io.untrusted import read_safetensors
 from cosae.sae import file
 from cosae.sae.model import SAE, SAEConfig
 from cosae.sae.score import SCORES
@@ -38,7 +34,7 @@ TOPK = "cosine_topk"
 OWN_ARCHITECTURES = tuple(f"cosae_{score}_{selector}" for score in SCORES for selector in SELECTORS)
 """What cosae's own cfg.json files carry (cosae.sae.file.saelens_architecture)."""
 ARCHITECTURES = (JUMPRELU, BATCHTOPK, MATRYOSHKA, TOPK, GENERIC, *OWN_ARCHITECTURES)
-"""Architectures of SAELens folders that `read` takes."""
+"""Architectures that `assemble` takes."""
 SCALER = "activation_scaler.json"
 FACT_OF_METADATA = {
     "model_name": "model",
@@ -50,57 +46,14 @@ FACT_OF_METADATA = {
 """SAELens' metadata names → cosae's fact names."""
 
 
-def read(folder: str | Path) -> SAE:
-    """The SAE in `folder`, on the CPU, float32 (float64 where the file is).
-
-    Raises CosaeError, in one sentence, for a folder that is missing, unreadable, of another architecture, truncated,
-    ill-shaped, or that states a convention (whitening, runtime normalisation, no centre) cosae cannot represent.
-    """
-    folder = Path(folder)
-    config = _config(folder)
-    if config.get("format") == file.FORMAT:
-        return file.load(folder)
-    weights = folder / file.WEIGHTS
-    state = read_safetensors(weights)
-    return assemble(config, state, str(weights), scaling_factor(folder))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    if not (folder / file.CONFIG).is_file():
-        raise CosaeError(f"{folder} is not a SAELens folder: it has no {file.CONFIG}; give the folder that holds it.")
-    try:
-        config = json.loads((folder / file.CONFIG).read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except (ValueError, OSError, RecursionError):
-        raise CosaeError(f"{folder / file.CONFIG} is not readable JSON: the file is damaged.") from None
-    architecture = config.get("architecture") if isinstance(config, dict) else None
-    if architecture not in ARCHITECTURES and (not isinstance(config, dict) or config.get("format") != file.FORMAT):
-        raise CosaeError(
-            f"{folder / file.CONFIG}: architecture must be one of {JUMPRELU}, {BATCHTOPK}, {MATRYOSHKA}, {TOPK}, "
-            f"{GENERIC} or cosae_SCORE_SELECTOR. Got {architecture!r} instead."
-        )
-    assert isinstance(config, dict)
-    return config
-
-
-def scaling_factor(folder: Path) -> float | None:
-    """What a checkpoint's activations were multiplied by while it trained; None where it says nothing."""
-    path = folder / SCALER
-    if not path.is_file():
-        return None
-    try:
-        factor = json.loads(path.read_text(encoding="utf-8")).get("scaling_factor")
-        return None if factor is None else float(factor)
-    except (ValueError, TypeError, AttributeError, OSError, RecursionError):
-        raise CosaeError(f"{path} does not hold a scaling factor: the file is damaged.") from None
-
-
 def assemble(
     config: Mapping[str, Any], state: Mapping[str, Tensor], source: str, scaling_factor: float | None = None
 ) -> SAE:
     """A SAELens configuration and state dict of one of ARCHITECTURES → SAE; `source` names them in errors.
 
-    scaling_factor: what activations were multiplied by in training, where that is not folded in yet.
-    Raises CosaeError as `read` does.
+    scaling_factor: what activations were multiplied by in training, where that is not folded in yet. On the CPU,
+    float32 (float64 where the file is). Raises CosaeError for a damaged configuration, tensors that do not fit, and a
+    convention (whitening, runtime normalisation, no centre) that cosae cannot represent.
     """
     dtype = torch.float64 if getattr(state.get("W_dec"), "dtype", None) == torch.float64 else torch.float32
     weights = {

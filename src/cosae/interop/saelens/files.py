@@ -12,11 +12,12 @@
 With rescale_acts_by_decoder_norm the scores are those times |d_i| and the decoder rows have length 1; without
 apply_b_dec_to_input the encoder subtracts no centre. A training checkpoint's scale of activations
 (`activation_scaler.json`) is folded; configurations older than SAELens 6 are read by their old names.
-cosae's cosine architectures: see `saelens_cosine`.
+cosae's own architectures: see `cosine`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.interop.linear import Linear, linear_sae
-from cosae.interop.saelens import cosine as saelens_cosine
+from cosae.interop.saelens import cosine
 from cosae.io.untrusted import number, read_json, read_safetensors, take, whole
+from cosae.sae import file as own
 from cosae.sae.fold import fold_input_scale
 from cosae.sae.model import SAE
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = ("standard", "jumprelu", "topk", "abstopk", "gated", "batchtopk", "matryoshka_batchtopk")
 TRAINING = ("batchtopk", "matryoshka_batchtopk")
 EXPRESSED = ("none", "expected_average_only_in")
@@ -40,21 +41,32 @@ EXPRESSED = ("none", "expected_average_only_in")
 def read(folder: str | Path) -> SAE:
     """The SAE in a SAELens folder. Raises CosaeError, in one sentence, for what cosae cannot express or cannot read."""
     folder = Path(folder)
-    config = _modern(read_json(folder / CONFIG))
+    config = _modern(read_json(folder / own.CONFIG))
     kind = config.get("architecture", "standard")
-    if kind in saelens_cosine.ARCHITECTURES:
-        return saelens_cosine.read(folder)
-    if kind not in ARCHITECTURES:
+    if kind in cosine.ARCHITECTURES and config.get("format") == own.FORMAT:
+        return own.load(folder)
+    if kind not in (*ARCHITECTURES, *cosine.ARCHITECTURES):
         raise CosaeError(
             f"{folder}: SAELens architectures that cosae reads are {', '.join(ARCHITECTURES)} and cosae's own. "
             f"Got {kind!r} instead."
         )
-    path = folder / WEIGHTS
+    path = folder / own.WEIGHTS
     state = read_safetensors(path)
+    if kind in cosine.ARCHITECTURES:
+        return cosine.assemble(config, state, str(path), _scaling_factor(folder))
     _check_conventions(config, kind, folder)
     sae = linear_sae(_linear(kind, config, state, path), str(path), _metadata(config, kind))
     scale = _training_scale(config, kind, folder)
     return sae if scale is None else fold_input_scale(sae, scale)
+
+
+def _scaling_factor(folder: Path) -> float | None:
+    """What a checkpoint's activations were multiplied by while it trained; None where it says nothing."""
+    path = folder / cosine.SCALER
+    factor = read_json(path).get("scaling_factor") if path.is_file() else None
+    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float)):
+        raise CosaeError(f"{path} does not hold a scaling factor: the file is damaged.")
+    return None if factor is None else float(factor)
 
 
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
@@ -72,10 +84,10 @@ def _training_scale(config: dict[str, Any], kind: str, folder: Path) -> float | 
     """What a checkpoint's activations were multiplied by; None where the weights are for activations as they are."""
     if config.get("normalize_activations") != "expected_average_only_in":
         return None
-    scale = saelens_cosine.scaling_factor(folder)
+    scale = _scaling_factor(folder)
     if scale is None and kind in TRAINING:
         raise CosaeError(
-            f"{folder} is a checkpoint of activations that were rescaled, and {saelens_cosine.SCALER} does not say by "
+            f"{folder} is a checkpoint of activations that were rescaled, and {cosine.SCALER} does not say by "
             "how much: copy the whole checkpoint."
         )
     return scale
@@ -101,17 +113,18 @@ def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: P
     if enc_DF.ndim != 2:
         raise CosaeError(f"{path}: W_enc must be a matrix. Got shape {tuple(enc_DF.shape)} instead.")
     rows_FD, centred = enc_DF.T, bool(config.get("apply_b_dec_to_input", True))
+    made = partial(Linear, decoder_FD=decoder_FD, centre_D=centre_D, centred=centred)
     if kind == "gated":
         gate_F, r_mag_F, mag_F = take(state, ("b_gate", "r_mag", "b_mag"), path)
-        return Linear(rows_FD, gate_F, decoder_FD, centre_D, "gated", gate_mag=(r_mag_F, mag_F), centred=centred)
+        return made(rows_FD, gate_F, selector="gated", gate_mag=(r_mag_F, mag_F))
     (bias_F,) = take(state, ("b_enc",), path)
     if kind == "standard":
-        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", centred=centred)
+        return made(rows_FD, bias_F, selector="jumprelu")
     if kind == "jumprelu":
         if "threshold" not in state and "log_threshold" in state:  # a training checkpoint
             state = {**state, "threshold": state["log_threshold"].float().exp()}
         (theta_F,) = take(state, ("threshold",), path)
-        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", None, theta_F, centred)
+        return made(rows_FD, bias_F, selector="jumprelu", threshold=theta_F)
     k = whole(config.get("k"), "k", path)
     if config.get("rescale_acts_by_decoder_norm", kind in TRAINING):
         if decoder_FD.shape != rows_FD.shape or bias_F.shape != rows_FD.shape[:1]:
@@ -122,26 +135,16 @@ def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: P
         if not bool((length_F > 0).all()):
             raise CosaeError(f"{path}: decoder rows of length 0 cannot be rescaled to length 1; the file is damaged.")
         rows_FD, bias_F = rows_FD.double() * length_F[:, None], bias_F.double() * length_F
-        decoder_FD = decoder_FD.double() / length_F[:, None]
+        made = partial(made, decoder_FD=decoder_FD.double() / length_F[:, None])
     if kind in ("topk", "abstopk"):
-        selector = "topk" if kind == "topk" else "abs_topk"
-        return Linear(rows_FD, bias_F, decoder_FD, centre_D, selector, k, centred=centred)
+        return made(rows_FD, bias_F, selector="topk" if kind == "topk" else "abs_topk", k=k)
     (threshold,) = take(state, ("topk_threshold",), path)
     widths = config.get("matryoshka_widths") or ()
     if not isinstance(widths, list | tuple):
-        raise CosaeError(f"{path.parent / CONFIG}: matryoshka_widths must be a list. Got {widths!r} instead.")
+        raise CosaeError(f"{path.parent / own.CONFIG}: matryoshka_widths must be a list. Got {widths!r} instead.")
     prefixes = tuple(whole(width, "a Matryoshka width", path) for width in widths)
-    return Linear(
-        rows_FD,
-        bias_F,
-        decoder_FD,
-        centre_D,
-        "batch_topk",
-        k,
-        torch.tensor(number(threshold, "topk_threshold", path)),
-        centred,
-        prefixes=prefixes,
-    )
+    theta = torch.tensor(number(threshold, "topk_threshold", path))
+    return made(rows_FD, bias_F, selector="batch_topk", k=k, threshold=theta, prefixes=prefixes)
 
 
 def _metadata(config: dict[str, Any], kind: str) -> dict[str, Any]:

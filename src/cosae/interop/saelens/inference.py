@@ -10,41 +10,45 @@ normalises), all-zero rows encode to nothing, norms and scores are fp32 whatever
 biases, centres and thresholds stay float32 when the SAE is cast to half precision.
 """
 
+# mypy: disallow-subclassing-any=False, warn-return-any=False
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sae_lens  # type: ignore[import-not-found]
 import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.interop.saelens import cosine as saelens_cosine
-from cosae.interop.saelens import folds as saelens_folds
+from cosae.interop.saelens import cosine, folds
 from cosae.interop.saelens.dense import HALF, dense_scores, gated_codes, gated_magnitude, select_dense
 from cosae.io.legacy import upgrade
 from cosae.sae import file, fold, frame
 from cosae.sae.decoder import LENGTH_MIN, Decoder
+from cosae.sae.model import SAE
 from cosae.sae.model import SAEConfig as OwnConfig
 from cosae.sae.score import SCORES, sqrt_d_gain
 from cosae.types import Framed, NormStats, at_least_fp32
 
 WIDE = ("W_enc", "W_dec")
 """The only weights that may be held in half precision."""
+if TYPE_CHECKING:
+    Mixin = Any
+else:
+    Mixin = object
 
 
-class Precise:
+class Precise(Mixin):
     """For every class of ours: half precision only for WIDE, framing in fp32, files that lose nothing. A mixin."""
 
     def _frame(self, x: Tensor, kind: str = "raw") -> tuple[Framed, tuple[int, ...]]:
         """x (..., d_in) → Framed (B, d_in) fp32 or float64, and the leading shape."""
-        this: Any = self
-        x = this.hook_sae_input(this.reshape_fn_in(x.to(torch.promote_types(this.b_dec.dtype, torch.float32))))
-        return frame.normalize(kind, x.reshape(-1, x.shape[-1]), this.b_dec), tuple(x.shape[:-1])
+        x = self.hook_sae_input(self.reshape_fn_in(x.to(torch.promote_types(self.b_dec.dtype, torch.float32))))
+        return frame.normalize(kind, x.reshape(-1, x.shape[-1]), self.b_dec), tuple(x.shape[:-1])
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
         """x − b_dec, fp32 at least; half precision would lose the direction of long vectors."""
@@ -52,14 +56,13 @@ class Precise:
         return framed.z_BD.reshape(*lead, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        this: Any = self
-        before = {name: value.data for name, value in this._parameters.items() if name not in WIDE}
-        buffers = dict(this._buffers)
-        out = super()._apply(fn, recurse)  # type: ignore[misc]
-        if this.W_dec.dtype in HALF:
+        before = {name: value.data for name, value in self._parameters.items() if name not in WIDE}
+        buffers = dict(self._buffers)
+        out = super()._apply(fn, recurse)
+        if self.W_dec.dtype in HALF:
             for name, value in before.items():
-                this._parameters[name].data = at_least_fp32(value.to(this.W_dec.device))
-            this._buffers.update({name: value.to(this.W_dec.device) for name, value in buffers.items()})
+                self._parameters[name].data = at_least_fp32(value.to(self.W_dec.device))
+            self._buffers.update({name: value.to(self.W_dec.device) for name, value in buffers.items()})
         return out
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -70,17 +73,17 @@ class Precise:
                 f"{', '.join(rounded)} came in half precision, which moves codes: load this SAE with "
                 'dtype="float32" and call .to(torch.bfloat16) afterwards, which keeps them in float32.'
             )
-        super().process_state_dict_for_loading(state_dict)  # type: ignore[misc]
+        super().process_state_dict_for_loading(state_dict)
 
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """As SAELens saves; cfg.json says float32 for half-precision weights, so that reading rounds nothing more."""
         with self._read_back_as_float32():
-            files: tuple[Path, Path] = super().save_model(path)  # type: ignore[misc]
+            files: tuple[Path, Path] = super().save_model(path)
         return files
 
     @contextlib.contextmanager
     def _read_back_as_float32(self) -> Iterator[None]:
-        cfg = self.cfg  # type: ignore[attr-defined]
+        cfg = self.cfg
         dtype = cfg.dtype
         if "16" in dtype:
             cfg.dtype = "float32"
@@ -89,14 +92,16 @@ class Precise:
         finally:
             cfg.dtype = dtype
 
+    @torch.no_grad()
     def _change(self, changed: Mapping[str, Tensor]) -> None:
-        """Write folded weights in place; a shared b that became one per feature is a new parameter."""
+        """Write weights in place; one that is new or of another shape (a shared b became one per feature) is put in."""
         for name, value in changed.items():
-            old: nn.Parameter = getattr(self, name)
-            if old.shape == value.shape:
+            old = self._parameters.get(name)
+            if old is not None and old.shape == value.shape:
                 old.data.copy_(value)
             else:
-                setattr(self, name, nn.Parameter(value.to(old.device), requires_grad=old.requires_grad))
+                learned = old is None or old.requires_grad
+                setattr(self, name, nn.Parameter(value.to(self.b_dec.device), requires_grad=learned))
 
     def fold_activation_whitening(self, *_: Any, **__: Any) -> None:
         """Always raises CosaeError: a whitening changes angles."""
@@ -111,62 +116,55 @@ class CosineScored(Precise):
 
     def initialize_weights(self) -> None:
         """What the SAELens class makes, then scale_a, scale_b and b_enc; runs on the meta device when loading."""
-        super().initialize_weights()  # type: ignore[misc]
-        this: Any = self
-        family = SCORES[this.cfg.score]
+        super().initialize_weights()
+        family = SCORES[self.cfg.score]
         if family.row_power == 0:
-            start_a, start_b = _starts(this.cfg)
+            start_a, start_b = _starts(self.cfg)
             self._own_scale("scale_a", family.exponent_owner, start_a)
             self._own_scale("scale_b", family.gain_owner, start_b)
-        for name, value in this._parameters.items():
+        for name, value in self._parameters.items():
             if name not in WIDE and value.dtype in HALF:
                 value.data = value.data.float()
 
     def _own_scale(self, name: str, owner: str, start: float) -> None:
-        this: Any = self
-        shape = () if owner in ("fixed", "shared") else (this.cfg.d_sae,)
-        value = torch.full(shape, start, dtype=at_least_fp32(this.b_dec).dtype, device=this.device)
+        shape = () if owner in ("fixed", "shared") else (self.cfg.d_sae,)
+        value = torch.full(shape, start, dtype=at_least_fp32(self.b_dec).dtype, device=self.device)
         setattr(self, name, nn.Parameter(value, requires_grad=owner != "fixed"))
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Takes scale_a and scale_b in either of their shapes, () or (d_sae,): a fold changes it."""
         super().process_state_dict_for_loading(state_dict)
-        this: Any = self
         for name in ("scale_a", "scale_b"):
             value = state_dict.get(name)
-            if value is None or name not in this._parameters or value.shape == this._parameters[name].shape:
+            if value is None or name not in self._parameters or value.shape == self._parameters[name].shape:
                 continue
-            if tuple(value.shape) not in ((), (this.cfg.d_sae,)):
-                raise CosaeError(f"{name} must have shape () or ({this.cfg.d_sae},). Got {tuple(value.shape)} instead.")
-            old = this._parameters[name]
+            if tuple(value.shape) not in ((), (self.cfg.d_sae,)):
+                raise CosaeError(f"{name} must have shape () or ({self.cfg.d_sae},). Got {tuple(value.shape)} instead.")
+            old = self._parameters[name]
             setattr(self, name, nn.Parameter(torch.empty_like(value, device=old.device), old.requires_grad))
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(scores, live): (..., d_sae) fp32 after hook_sae_acts_pre, 0 for all-zero rows of x; (..., 1) bool."""
-        this: Any = self
         framed, lead = self._frame(x)
-        score_BF = dense_scores(framed, this.cfg.score, this._parameters)[1]
-        score: Tensor = this.hook_sae_acts_pre(score_BF.reshape(*lead, -1))
+        score_BF = dense_scores(framed, self.cfg.score, self._parameters)[1]
+        score: Tensor = self.hook_sae_acts_pre(score_BF.reshape(*lead, -1))
         return score, framed.live_B.reshape(*lead, 1)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """feature_acts (..., d_sae) → reconstruction (..., d_in) in the SAE's dtype."""
-        this: Any = self
-        x_hat: Tensor = super().decode(feature_acts.to(this.W_dec.dtype))  # type: ignore[misc]
-        return x_hat.to(this.dtype)
+        x_hat: Tensor = super().decode(feature_acts.to(self.W_dec.dtype))
+        return x_hat.to(self.dtype)
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """`b += a ln s; W_dec, b_dec / s`. Raises CosaeError unless s is finite and positive."""
-        this: Any = self
-        self._change(saelens_folds.fold_input_scale(this._parameters, this.cfg.score, float(scaling_factor)))
-        this.cfg.normalize_activations = "none"
+        self._change(folds.fold_input_scale(self._parameters, self.cfg.score, float(scaling_factor)))
+        self.cfg.normalize_activations = "none"
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """`b += ln n; b_enc, threshold · n; W_dec / n`; returns n (d_sae,), fp32."""
-        this: Any = self
-        length_F: Tensor = torch.linalg.vector_norm(at_least_fp32(this.W_dec.data), dim=-1)
-        norm_F = length_F.clamp_min(saelens_folds.NORM_MIN)
-        self._change(saelens_folds.fold_decoder_norm(this._parameters, this.cfg.score))
+        length_F: Tensor = torch.linalg.vector_norm(at_least_fp32(self.W_dec.data), dim=-1)
+        norm_F = length_F.clamp_min(folds.NORM_MIN)
+        self._change(folds.fold_decoder_norm(self._parameters, self.cfg.score))
         return norm_F
 
     def fold_W_dec_norm(self) -> None:
@@ -184,7 +182,7 @@ def _starts(cfg: Any) -> tuple[float, float]:
 
 
 @dataclass
-class CosineJumpReLUSAEConfig(sae_lens.JumpReLUSAEConfig):  # type: ignore[misc]
+class CosineJumpReLUSAEConfig(sae_lens.JumpReLUSAEConfig):
     """Configuration of CosineJumpReLUSAE. Raises CosaeError on a value that is not allowed.
 
     Args:
@@ -204,24 +202,17 @@ class CosineJumpReLUSAEConfig(sae_lens.JumpReLUSAEConfig):  # type: ignore[misc]
     @classmethod
     def architecture(cls) -> str:
         """The registered name."""
-        return saelens_cosine.JUMPRELU
+        return cosine.JUMPRELU
 
 
 def check(cfg: Any, allowed: tuple[str, ...], scores: tuple[str, ...] = tuple(SCORES)) -> None:
     """Raises CosaeError for a score that is not there or a convention a cosine score cannot express."""
     if cfg.score not in scores:
         raise CosaeError(f"score must be one of {', '.join(scores)}. Got {cfg.score!r} instead.")
-    saelens_cosine.check_conventions(
-        {
-            "architecture": cfg.architecture(),
-            "normalize_activations": cfg.normalize_activations,
-            "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
-        },
-        allowed,
-    )
+    cosine.check_conventions(vars(cfg) | {"architecture": cfg.architecture()}, allowed)
 
 
-class CosineJumpReLUSAE(CosineScored, sae_lens.JumpReLUSAE):  # type: ignore[misc]
+class CosineJumpReLUSAE(CosineScored, sae_lens.JumpReLUSAE):
     """f = s · 1[s > θ_i] with s = exp(b) r^a |w|^u κ + β, κ the cosine around b_dec."""
 
     cfg: CosineJumpReLUSAEConfig
@@ -231,11 +222,11 @@ class CosineJumpReLUSAE(CosineScored, sae_lens.JumpReLUSAE):  # type: ignore[mis
         score, live = self._scores(x)
         acts = torch.where((score > self.threshold) & live, score, 0.0)
         acts = self.activation_fn(acts)
-        return self.hook_sae_acts_post(acts.to(self.dtype))  # type: ignore[no-any-return]
+        return self.hook_sae_acts_post(acts.to(self.dtype))
 
 
 @dataclass
-class CosaeSAEConfig(sae_lens.SAEConfig):  # type: ignore[misc]
+class CosaeSAEConfig(sae_lens.SAEConfig):
     """Configuration of CosaeSAE: the sections of cosae's own cfg.json. Raises CosaeError on a damaged one.
 
     Args:
@@ -251,13 +242,7 @@ class CosaeSAEConfig(sae_lens.SAEConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.provenance, self.facts = self.provenance or upgrade(self.facts), {}
-        saelens_cosine.check_conventions(
-            {
-                "architecture": self.architecture(),
-                "normalize_activations": self.normalize_activations,
-                "apply_b_dec_to_input": self.apply_b_dec_to_input,
-            }
-        )
+        cosine.check_conventions(vars(self) | {"architecture": self.architecture()})
         _ = self.own
 
     @property
@@ -265,17 +250,17 @@ class CosaeSAEConfig(sae_lens.SAEConfig):  # type: ignore[misc]
         """What cosae makes of section `sae`."""
         sections = {"architecture": self.architecture(), "sae": self.sae, "d_in": self.d_in, "d_sae": self.d_sae}
         try:
-            return saelens_cosine.own_config(sections)
+            return cosine.own_config(sections)
         except TypeError as error:
             raise CosaeError(f"section 'sae' of the configuration is not cosae's: {error}.") from None
 
     @classmethod
     def architecture(cls) -> str:
         """The name it is saved under; files that cosae wrote say cosae_SCORE_SELECTOR and are registered too."""
-        return saelens_cosine.GENERIC
+        return cosine.GENERIC
 
 
-class CosaeSAE(Precise, sae_lens.SAE):  # type: ignore[misc]
+class CosaeSAE(Precise, sae_lens.SAE):
     """Any cosae SAE as SAELens sees one: parameters by their names on disk, dense scores between the hooks.
 
     `unit` and `layer_norm` frames and norm-restoring decoders put back what `encode` took out of its last x: there
@@ -289,32 +274,22 @@ class CosaeSAE(Precise, sae_lens.SAE):  # type: ignore[misc]
         super().initialize_weights()
         self._taken: NormStats | None = None
         self.b_dec: nn.Parameter = nn.Parameter(at_least_fp32(self.W_dec.data[0] * 0))
-        for name, fact in saelens_cosine.FACT_OF_METADATA.items():
+        for name, fact in cosine.FACT_OF_METADATA.items():
             if self.cfg.metadata.get(name) is None and self.cfg.provenance.get(fact) is not None:
                 self.cfg.metadata[name] = self.cfg.provenance[fact]
         own = self.cfg.own
-        f = (own.d_sae,)
-        shapes: dict[str, tuple[int, ...]] = {}
-        if own.bias:
-            shapes["b_gate" if own.selector == "gated" else "b_enc"] = f
-        if own.score != "inner":
-            family = SCORES[own.score]
-            shapes["scale_a"] = () if family.exponent_owner in ("fixed", "shared") else f
-            shapes["scale_b"] = () if family.gain_owner in ("fixed", "shared") else f
-        if own.score == "cosine_base_delta":
-            shapes |= {"scale_a_base": (), "scale_a_delta": f}
-        if own.selector == "jumprelu":
-            shapes |= {"threshold": f, "log_threshold": f}
-        if own.selector == "gated":
-            shapes |= {"r_mag": f, "b_mag": f}
-        for name, shape in shapes.items():
-            start = sqrt_d_gain(own.d_in) if name == "scale_b" and own.score != "inner_unit" else 0.0
-            setattr(self, name, nn.Parameter(torch.full(shape, start, dtype=self.b_dec.dtype, device=self.device)))
+        with torch.device("meta"):
+            shapes = file.shapes(SAE(own))
+        for name, (allowed, needed) in shapes.items():
+            if needed and name not in ("W_enc", "W_dec", "b_dec"):
+                start = sqrt_d_gain(own.d_in) if name == "scale_b" and own.score != "inner_unit" else 0.0
+                value = torch.full(allowed[-1], start, dtype=self.b_dec.dtype, device=self.device)
+                setattr(self, name, nn.Parameter(value))
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Checks every tensor as `cosae.load` does and makes room for the optional ones. Raises CosaeError."""
         super().process_state_dict_for_loading(state_dict)
-        saelens_cosine.assemble(self._described(), state_dict, "the state dict")
+        cosine.assemble(self._described(), state_dict, "the state dict")
         for name in sorted(set(self._parameters) - set(state_dict)):
             delattr(self, name)
         for name, value in state_dict.items():
@@ -336,7 +311,7 @@ class CosaeSAE(Precise, sae_lens.SAE):  # type: ignore[misc]
         else:
             acts_BF = select_dense(own, self._hooked(score_BF, lead), framed.live_B, weights)
         self._taken = framed.norm_stats
-        return self.hook_sae_acts_post(acts_BF.reshape(*lead, -1).to(self.dtype))  # type: ignore[no-any-return]
+        return self.hook_sae_acts_post(acts_BF.reshape(*lead, -1).to(self.dtype))
 
     def _hooked(self, value_BF: Tensor, lead: tuple[int, ...]) -> Tensor:
         seen: Tensor = self.hook_sae_acts_pre(value_BF.reshape(*lead, -1))
@@ -367,12 +342,12 @@ class CosaeSAE(Precise, sae_lens.SAE):  # type: ignore[misc]
             recon_BD = acts_BF @ rows_FD
         x_hat_BD = frame.denormalize(own.frame, recon_BD, norm_stats, self.b_dec)
         x_hat = self.hook_sae_recons(x_hat_BD.reshape(*feature_acts.shape[:-1], -1))
-        return self.reshape_fn_out(x_hat.to(self.dtype), self.d_head)  # type: ignore[no-any-return]
+        return self.reshape_fn_out(x_hat.to(self.dtype), self.d_head)
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """cosae's own fold (cosae.sae.fold); returns the old lengths (d_sae,), fp32."""
         norm_F: Tensor = torch.linalg.vector_norm(at_least_fp32(self.W_dec.data), dim=-1)
-        self._become(fold.fold_decoder_norm(self._whole()))
+        self._change(file.to_disk(fold.fold_decoder_norm(self._whole())))
         return norm_F
 
     def fold_W_dec_norm(self) -> None:
@@ -381,15 +356,7 @@ class CosaeSAE(Precise, sae_lens.SAE):  # type: ignore[misc]
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """An SAE for x out of one of s · x (cosae.sae.fold)."""
-        self._become(fold.fold_input_scale(self._whole(), float(scaling_factor)))
+        self._change(file.to_disk(fold.fold_input_scale(self._whole(), float(scaling_factor))))
 
-    def _whole(self) -> Any:
-        return saelens_cosine.assemble(self._described(), self.state_dict(), "the SAE")
-
-    @torch.no_grad()
-    def _become(self, sae: Any) -> None:
-        for name, value in file.to_disk(sae).items():
-            if name in self._parameters and self._parameters[name].shape == value.shape:
-                self._parameters[name].data.copy_(value)
-            else:
-                setattr(self, name, nn.Parameter(value.to(self.b_dec.device)))
+    def _whole(self) -> SAE:
+        return cosine.assemble(self._described(), self.state_dict(), "the SAE")

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
-from cosae.interop.saelens import cosine as saelens_cosine
-from cosae.interop.saelens import files as saelens_files
+from cosae.interop.saelens import cosine, files
 from cosae.sae import file
 from cosae.sae.model import SAE
 
@@ -68,21 +67,18 @@ __all__ = [
 
 def register() -> None:
     """Make every architecture of ours known to SAELens; those that are known already are left alone."""
-    inference: dict[str, tuple[Any, Any]] = {saelens_cosine.JUMPRELU: (CosineJumpReLUSAE, CosineJumpReLUSAEConfig)}
-    for name in (saelens_cosine.GENERIC, *saelens_cosine.OWN_ARCHITECTURES):
-        inference[name] = (CosaeSAE, CosaeSAEConfig)
-    training: dict[str, tuple[Any, Any]] = {
-        saelens_cosine.BATCHTOPK: (CosineBatchTopKTrainingSAE, CosineBatchTopKTrainingSAEConfig),
-        saelens_cosine.MATRYOSHKA: (CosineMatryoshkaBatchTopKTrainingSAE, CosineMatryoshkaBatchTopKTrainingSAEConfig),
-        saelens_cosine.TOPK: (CosineTopKTrainingSAE, CosineTopKTrainingSAEConfig),
-        saelens_cosine.JUMPRELU: (CosineJumpReLUTrainingSAE, CosineJumpReLUTrainingSAEConfig),
-    }
-    for name, classes in inference.items():
+    inference = dict.fromkeys((cosine.GENERIC, *cosine.OWN_ARCHITECTURES), (CosaeSAE, CosaeSAEConfig))
+    for name, pair in {**inference, cosine.JUMPRELU: (CosineJumpReLUSAE, CosineJumpReLUSAEConfig)}.items():
         if name not in INFERENCE:
-            registry.register_sae_class(name, *classes)
-    for name, classes in training.items():
-        if name not in TRAINING:
-            registry.register_sae_training_class(name, *classes)
+            registry.register_sae_class(name, *pair)
+    for sae, config in (
+        (CosineBatchTopKTrainingSAE, CosineBatchTopKTrainingSAEConfig),
+        (CosineMatryoshkaBatchTopKTrainingSAE, CosineMatryoshkaBatchTopKTrainingSAEConfig),
+        (CosineTopKTrainingSAE, CosineTopKTrainingSAEConfig),
+        (CosineJumpReLUTrainingSAE, CosineJumpReLUTrainingSAEConfig),
+    ):
+        if config.registered not in TRAINING:
+            registry.register_sae_training_class(config.registered, sae, config)
 
 
 def to_cosae(sae: Any) -> SAE:
@@ -90,7 +86,7 @@ def to_cosae(sae: Any) -> SAE:
     with tempfile.TemporaryDirectory() as place:
         save = getattr(sae, "save_inference_model", None) or sae.save_model
         save(place)
-        return saelens_files.read(Path(place))
+        return files.read(Path(place))
 
 
 def from_cosae(sae: SAE) -> Any:

@@ -12,6 +12,7 @@ Two deviations, both so that a short run exports what it trained: the threshold 
 first batch's value and not at 0 (paper §2), and decoder rows start at length 1, the scale that b's start assumes.
 """
 
+# mypy: disallow-subclassing-any=False, warn-return-any=False
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -33,9 +34,8 @@ from sae_lens.saes.jumprelu_sae import JumpReLU  # type: ignore[import-not-found
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.interop.saelens import cosine as saelens_cosine
-from cosae.interop.saelens import folds as saelens_folds
-from cosae.interop.saelens.inference import CosaeSAEConfig, CosineJumpReLUSAEConfig, CosineScored, check
+from cosae.interop.saelens import cosine, folds
+from cosae.interop.saelens.inference import CosaeSAEConfig, CosineJumpReLUSAEConfig, CosineScored, Mixin, check
 from cosae.sae.model import SAEConfig
 
 TRAINED_SCORES = ("inner_unit", "cosine_fixed", "cosine", "cosine_per_feature")
@@ -57,19 +57,17 @@ class CosineTraining(CosineScored):
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., d_in) → (feature_acts, hidden_pre), each (..., d_sae); all-zero rows give zeros."""
-        this: Any = self
         hidden_pre, live = self._scores(x)
-        if this.cfg.rescale_acts_by_decoder_norm:
-            hidden_pre = hidden_pre * torch.linalg.vector_norm(this.W_dec, dim=-1)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            hidden_pre = hidden_pre * torch.linalg.vector_norm(self.W_dec, dim=-1)
         hidden_pre = hidden_pre * live
-        return this.hook_sae_acts_post(this.activation_fn(hidden_pre)), hidden_pre
+        return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """`b += ln n; b_enc · n; W_dec / n`. Raises CosaeError where that would change what top-k chooses."""
-        this: Any = self
-        if not this.cfg.rescale_acts_by_decoder_norm:
+        if not self.cfg.rescale_acts_by_decoder_norm:
             raise CosaeError(
-                f"decoder norms of a {this.cfg.architecture()} in training cannot be folded unless "
+                f"decoder norms of a {self.cfg.architecture()} in training cannot be folded unless "
                 "rescale_acts_by_decoder_norm is true, because top-k would choose other features: fold the saved "
                 "inference SAE instead."
             )
@@ -77,131 +75,42 @@ class CosineTraining(CosineScored):
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """SAELens' own: sparse activations pass as they are."""
-        return super(CosineScored, self).decode(feature_acts)  # type: ignore[misc,no-any-return]
+        return super(CosineScored, self).decode(feature_acts)
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         """Decoder norms folded where scores were scaled by them; one threshold per feature."""
-        this: Any = self
-        this.process_state_dict_for_saving(state_dict)
-        if getattr(this.cfg, "rescale_acts_by_decoder_norm", False):
-            state_dict.update(saelens_folds.fold_decoder_norm(state_dict, this.cfg.score))
+        self.process_state_dict_for_saving(state_dict)
+        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
+            state_dict.update(folds.fold_decoder_norm(state_dict, self.cfg.score))
         if "topk_threshold" in state_dict:
-            step = state_dict.pop("topk_threshold").to(this.b_enc.dtype)
-            state_dict["threshold"] = step.expand(this.cfg.d_sae).contiguous()
+            step = state_dict.pop("topk_threshold").to(self.b_enc.dtype)
+            state_dict["threshold"] = step.expand(self.cfg.d_sae).contiguous()
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """As SAELens saves, with the numbers of the metadata that JSON can hold."""
         with self._read_back_as_float32():
-            files: tuple[Path, Path] = super().save_inference_model(path)  # type: ignore[misc]
+            files: tuple[Path, Path] = super().save_inference_model(path)
         return files
 
 
 @dataclass
-class CosineBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):  # type: ignore[misc]
-    """Configuration of CosineBatchTopKTrainingSAE. Raises CosaeError on a value that is not allowed.
+class CosineTrainingConfig(Mixin):
+    """What every configuration here adds to SAELens' own. A mixin; raises CosaeError on a value that is not allowed.
 
     Args:
         score: one of TRAINED_SCORES: who owns the exponent a and the log-gain b.
         a_init: where a learned a starts.
         b_init: where a learned b starts; None is ln(d_in) / 2.
-        rescale_acts_by_decoder_norm: scale scores by decoder norms, as SAELens' own top-k does by default.
         decoder_init_norm: length of decoder rows at the start.
     """
 
     score: str = "cosine"
     a_init: float = 0.0
     b_init: float | None = None
-    rescale_acts_by_decoder_norm: bool = False
     decoder_init_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_training(self)
-
+    registered = ""
     n_groups = 4  # what the inference configuration asks for; no trained score has groups
 
-    @classmethod
-    def architecture(cls) -> str:
-        """The registered name."""
-        return saelens_cosine.BATCHTOPK
-
-    def get_inference_config_class(self) -> type[CosineJumpReLUSAEConfig]:
-        """cosine_jumprelu."""
-        return CosineJumpReLUSAEConfig
-
-
-class StartedThreshold:
-    """SAELens' threshold average, started at the first batch's value instead of 0. A mixin."""
-
-    @torch.no_grad()
-    def update_topk_threshold(self, acts_topk: Tensor) -> None:
-        """τ ← smallest kept value on first use, then SAELens' moving average."""
-        this: Any = self
-        positive = acts_topk[acts_topk > 0]
-        if len(positive) and float(this.topk_threshold) == 0.0:
-            this.topk_threshold = positive.min().to(this.topk_threshold.dtype)
-            return
-        super().update_topk_threshold(acts_topk)  # type: ignore[misc]
-
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        """The threshold goes on in double precision, as it was made."""
-        super().process_state_dict_for_loading(state_dict)  # type: ignore[misc]
-        if "topk_threshold" in state_dict:
-            state_dict["topk_threshold"] = state_dict["topk_threshold"].double()
-
-    @torch.no_grad()
-    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """The score's fold; a threshold in units of decoder norms shrinks with them."""
-        this: Any = self
-        super().fold_activation_norm_scaling_factor(scaling_factor)  # type: ignore[misc]
-        if this.cfg.rescale_acts_by_decoder_norm:
-            this.topk_threshold = this.topk_threshold / float(scaling_factor)
-
-
-class CosineBatchTopKTrainingSAE(StartedThreshold, CosineTraining, BatchTopKTrainingSAE):  # type: ignore[misc]
-    """Batch top-k over cosine scores."""
-
-
-@dataclass
-class CosineMatryoshkaBatchTopKTrainingSAEConfig(MatryoshkaBatchTopKTrainingSAEConfig):  # type: ignore[misc]
-    """Configuration of CosineMatryoshkaBatchTopKTrainingSAE; fields as in CosineBatchTopKTrainingSAEConfig."""
-
-    score: str = "cosine"
-    a_init: float = 0.0
-    b_init: float | None = None
-    rescale_acts_by_decoder_norm: bool = False
-    decoder_init_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_training(self)
-
-    n_groups = 4
-
-    @classmethod
-    def architecture(cls) -> str:
-        """The registered name."""
-        return saelens_cosine.MATRYOSHKA
-
-    def get_inference_config_class(self) -> type[CosineJumpReLUSAEConfig]:
-        """cosine_jumprelu."""
-        return CosineJumpReLUSAEConfig
-
-
-class CosineMatryoshkaBatchTopKTrainingSAE(StartedThreshold, CosineTraining, MatryoshkaBatchTopKTrainingSAE):  # type: ignore[misc]
-    """Matryoshka prefixes with batch top-k over cosine scores."""
-
-
-@dataclass
-class CosineTopKTrainingSAEConfig(TopKTrainingSAEConfig):  # type: ignore[misc]
-    """Configuration of CosineTopKTrainingSAE; fields as in CosineBatchTopKTrainingSAEConfig."""
-
-    score: str = "cosine"
-    a_init: float = 0.0
-    b_init: float | None = None
-    rescale_acts_by_decoder_norm: bool = False
-    decoder_init_norm: float | None = 1.0
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_training(self)
@@ -209,9 +118,37 @@ class CosineTopKTrainingSAEConfig(TopKTrainingSAEConfig):  # type: ignore[misc]
     @classmethod
     def architecture(cls) -> str:
         """The registered name."""
-        return saelens_cosine.TOPK
+        return cls.registered
 
-    def get_inference_config_class(self) -> type[CosaeSAEConfig]:
+    def get_inference_config_class(self) -> type[Any]:
+        """cosine_jumprelu."""
+        return CosineJumpReLUSAEConfig
+
+
+@dataclass
+class CosineBatchTopKTrainingSAEConfig(CosineTrainingConfig, BatchTopKTrainingSAEConfig):
+    """Scores are scaled by decoder norms only if asked: SAELens' own top-k does it by default."""
+
+    rescale_acts_by_decoder_norm: bool = False
+    registered = cosine.BATCHTOPK
+
+
+@dataclass
+class CosineMatryoshkaBatchTopKTrainingSAEConfig(CosineTrainingConfig, MatryoshkaBatchTopKTrainingSAEConfig):
+    """As CosineBatchTopKTrainingSAEConfig."""
+
+    rescale_acts_by_decoder_norm: bool = False
+    registered = cosine.MATRYOSHKA
+
+
+@dataclass
+class CosineTopKTrainingSAEConfig(CosineTrainingConfig, TopKTrainingSAEConfig):
+    """As CosineBatchTopKTrainingSAEConfig."""
+
+    rescale_acts_by_decoder_norm: bool = False
+    registered = cosine.TOPK
+
+    def get_inference_config_class(self) -> type[Any]:
         """cosae, whose section `sae` says topk."""
         return CosaeSAEConfig
 
@@ -228,44 +165,57 @@ class CosineTopKTrainingSAEConfig(TopKTrainingSAEConfig):  # type: ignore[misc]
     facts = provenance
 
 
-class CosineTopKTrainingSAE(CosineTraining, TopKTrainingSAE):  # type: ignore[misc]
-    """Top-k per token over cosine scores."""
-
-
 @dataclass
-class CosineJumpReLUTrainingSAEConfig(JumpReLUTrainingSAEConfig):  # type: ignore[misc]
-    """Configuration of CosineJumpReLUTrainingSAE; score, a_init and b_init as in CosineBatchTopKTrainingSAEConfig.
+class CosineJumpReLUTrainingSAEConfig(CosineTrainingConfig, JumpReLUTrainingSAEConfig):
+    """Bandwidth and first threshold are in units of scores, which start near √d_in times a cosine."""
 
-    Bandwidth and first threshold are in units of scores, which start near √d_in times a cosine.
-    """
-
-    score: str = "cosine"
-    a_init: float = 0.0
-    b_init: float | None = None
-    decoder_init_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_training(self)
-
-    n_groups = 4
+    registered = cosine.JUMPRELU
 
     @property
     def k(self) -> float | None:
         """Features per token it aims at, where the sparsity loss has an aim."""
         return None if self.target_l0 is None else float(self.target_l0)
 
-    @classmethod
-    def architecture(cls) -> str:
-        """The registered name."""
-        return saelens_cosine.JUMPRELU
 
-    def get_inference_config_class(self) -> type[CosineJumpReLUSAEConfig]:
-        """cosine_jumprelu."""
-        return CosineJumpReLUSAEConfig
+class StartedThreshold(Mixin):
+    """SAELens' threshold average, started at the first batch's value instead of 0. A mixin."""
+
+    @torch.no_grad()
+    def update_topk_threshold(self, acts_topk: Tensor) -> None:
+        """τ ← smallest kept value on first use, then SAELens' moving average."""
+        positive = acts_topk[acts_topk > 0]
+        if len(positive) and float(self.topk_threshold) == 0.0:
+            self.topk_threshold: Tensor = positive.min().to(self.topk_threshold.dtype)
+            return
+        super().update_topk_threshold(acts_topk)
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """The threshold goes on in double precision, as it was made."""
+        super().process_state_dict_for_loading(state_dict)
+        if "topk_threshold" in state_dict:
+            state_dict["topk_threshold"] = state_dict["topk_threshold"].double()
+
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """The score's fold; a threshold in units of decoder norms shrinks with them."""
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            self.topk_threshold = self.topk_threshold / float(scaling_factor)
 
 
-class CosineJumpReLUTrainingSAE(CosineScored, JumpReLUTrainingSAE):  # type: ignore[misc]
+class CosineBatchTopKTrainingSAE(StartedThreshold, CosineTraining, BatchTopKTrainingSAE):
+    """Batch top-k over cosine scores."""
+
+
+class CosineMatryoshkaBatchTopKTrainingSAE(StartedThreshold, CosineTraining, MatryoshkaBatchTopKTrainingSAE):
+    """Matryoshka prefixes with batch top-k over cosine scores."""
+
+
+class CosineTopKTrainingSAE(CosineTraining, TopKTrainingSAE):
+    """Top-k per token over cosine scores."""
+
+
+class CosineJumpReLUTrainingSAE(CosineScored, JumpReLUTrainingSAE):
     """JumpReLU with trained thresholds over cosine scores."""
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
