@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cosae.evaluate.verdict import NORM_DRIVEN
-from cosae.report.figures.audit import quartile_figure, shares_figure
-from cosae.report.format import NONE, count, fixed, percent
+from cosae.report.figures import audit as figures
+from cosae.report.format import NONE
 from cosae.report.lenient import read_record
 from cosae.report.page import write_page
 from cosae.report.records import ReconstructionBySinks
-from cosae.report.tables import Table
 from cosae.report.terminal import text_table
 
 
@@ -85,7 +84,7 @@ class Sinks:
     """Tokens that are sinks: text (None where it is not known), id (-1 likewise) and how many."""
 
     n_sinks: int = 0
-    spelled: tuple[tuple[Any, ...], ...] = ()
+    spelled: tuple[tuple[str | int | None, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,7 @@ class AuditRecord:
 def write_audit_page(result: Mapping[str, Any], out: Path) -> Path:
     """The page, written to `out` in one step. Raises CosaeError where it cannot be written."""
     audit = read_record(AuditRecord, result)
-    return write_page(
-        out, "audit.html.j2", audit=audit, overview=_overview(audit), sink_table=_sink_table, bound=NORM_DRIVEN,
-        quartile_figure=quartile_figure, shares_figure=shares_figure,
-    )  # fmt: skip
+    return write_page(out, "audit.html.j2", audit=audit, figures=figures, bound=NORM_DRIVEN)
 
 
 def audit_text(result: Mapping[str, Any]) -> str:
@@ -138,25 +134,3 @@ def _answers(found: AuditedSAE) -> str:
         rows.append(["!" if line.level == "look" else "", line.topic, line.sentence])
         rows.append(["", "", line.evidence])
     return text_table((), rows, title=said, align="lll")
-
-
-def _overview(audit: AuditRecord) -> Table:
-    """A row an SAE."""
-    head = ["SAE", "fooled by norm", "norm-driven firings", "FVE", "median token FVE", "L0"]
-    head += ["longest / shortest quarter"]
-    rows = []
-    for found in audit.saes:
-        out = found.reconstruction.sinks_out
-        l0 = [quartile.l0 for quartile in out.by_norm_quartile] or [None]
-        ratio = l0[-1] / l0[0] if l0[0] and l0[-1] is not None else None
-        shown = [percent(found.norm_driven.sinks_out.share), fixed(out.fve), fixed(out.median_token_fve)]
-        rows.append([found.name, found.verdict.fooled, *shown, fixed(out.l0, 1), fixed(ratio, 2)])
-    return Table(head, rows)
-
-
-def _sink_table(sinks: Sinks) -> Table:
-    rows = []
-    for text, token, n in (row for row in sinks.spelled if len(row) == 3):
-        known = f"id {token}" if isinstance(token, int) and token >= 0 else "no tokens known"
-        rows.append([known if text is None else repr(text), count(n if isinstance(n, int) else None)])
-    return Table(["token", "sinks"], rows)

@@ -38,6 +38,13 @@ def times(value: float | None) -> str:
     return NONE if value is None else f"{significant(value)} ×"
 
 
+def counted(value: str | float | None, digits: int = 2) -> str:
+    """A whole number as one, another with its decimals, text as it is."""
+    if value is None or isinstance(value, str):
+        return NONE if value is None else value
+    return count(value) if value == int(value) else fixed(value, digits)
+
+
 def shortened(value: str, length: int) -> str:
     """The string, cut to `length` characters with an ellipsis."""
     return value if len(value) <= length else value[: length - 1] + "…"

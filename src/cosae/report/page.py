@@ -76,8 +76,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for formatted in (format.fixed, format.percent, format.count, format.significant, format.times, format.shortened):
-        environment.filters[formatted.__name__] = formatted
+    environment.filters |= {name: made for name, made in vars(format).items() if callable(made)} | {"repr": repr}
     environment.globals |= {
         "tables": tables,
         "run_figures": run,

@@ -24,9 +24,6 @@ BASELINES = {
 """What concepts are read from instead of a trained SAE; the last is the upper reference."""
 
 
-# ------------------------------------------------------------------------------------------------------ run.json
-
-
 @dataclass(frozen=True)
 class Arm:
     """One SAE of a run."""
@@ -84,9 +81,6 @@ class Run:
     arms: Mapping[str, Arm] = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------- metrics.jsonl, events.jsonl
-
-
 @dataclass(frozen=True)
 class ArmMetrics:
     loss: float | None = None
@@ -112,9 +106,6 @@ class Event:
     step: float | None = None
     arm: str | None = None
     text: str = ""
-
-
-# ----------------------------------------------------------------------------------------------- evaluation.json
 
 
 @dataclass(frozen=True)
@@ -155,8 +146,8 @@ class Norms:
     largest_over_median: float | None = None
     position_0_over_median: float | None = None
     sinks_out: NormsWithoutSinks = field(default_factory=NormsWithoutSinks)
-    filter: Filtered | None = None
-    log_norm_by_token: NormByToken | None = None
+    filter: Filtered = field(default_factory=Filtered)
+    log_norm_by_token: NormByToken = field(default_factory=NormByToken)
     histogram: Histogram = field(default_factory=Histogram)
 
 
@@ -180,15 +171,17 @@ class Reconstruction:
     dead_frac: float | None = None
     by_norm_quartile: tuple[Quartile, ...] = ()
 
+    @property
+    def l0_ratio(self) -> float | None:
+        """L0 of the longest quarter of tokens over that of the shortest."""
+        l0 = [quartile.l0 for quartile in self.by_norm_quartile] or [None]
+        return l0[-1] / l0[0] if l0[0] and l0[-1] is not None else None
+
 
 @dataclass(frozen=True)
 class ReconstructionBySinks:
     sinks_out: Reconstruction = field(default_factory=Reconstruction)
     sinks_in: Reconstruction = field(default_factory=Reconstruction)
-
-    def on(self, sinks: str) -> Reconstruction:
-        """The numbers on the tokens "sinks_out" or "sinks_in"."""
-        return self.sinks_out if sinks == "sinks_out" else self.sinks_in
 
 
 @dataclass(frozen=True)
@@ -318,9 +311,6 @@ class Evaluation:
     recovery: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-# -------------------------------------------------------------------------------------------------- a whole run
-
-
 @dataclass(frozen=True)
 class RunRecord:
     """One run; `evaluated` says whether there is an evaluation.json."""
@@ -356,9 +346,21 @@ class RunRecord:
         """Probing with sinks left out, which the summary shows."""
         return self.evaluation.probing.sinks_out
 
+    @property
+    def largest_norm(self) -> float | None:
+        """The largest norm over the median: held out, else of the first training window."""
+        return self.evaluation.norms.largest_over_median or self.run.norm_summary.max_over_median
+
+    @property
+    def removed_frac(self) -> float | None:
+        """Share of tokens that the filter removes: held out, else of the first training window."""
+        held_out = self.evaluation.norms.filter.removed_frac
+        return self.run.norm_summary.filtered_frac if held_out is None else held_out
+
     def reconstruction(self, arm: str, sinks: str = "sinks_out") -> Reconstruction:
         """The held-out numbers of an arm; empty when it was not measured."""
-        return self.evaluation.reconstruction.get(arm, ReconstructionBySinks()).on(sinks)
+        both = self.evaluation.reconstruction.get(arm, ReconstructionBySinks())
+        return both.sinks_out if sinks == "sinks_out" else both.sinks_in
 
     def exponent(self, arm: str) -> Exponent:
         return self.evaluation.exponents.get(arm, Exponent())

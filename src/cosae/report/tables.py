@@ -13,14 +13,10 @@ from typing import Any
 from markupsafe import Markup
 
 from cosae.report.figures.probing import called
-from cosae.report.figures.run import Looks
-from cosae.report.figures.svg import Style, marker
-from cosae.report.format import NONE, count, fixed, percent, significant
+from cosae.report.figures.svg import Looks, Style, marker
+from cosae.report.format import NONE, count, fixed, percent
 from cosae.report.records import BASELINES, RULES, SINKS, Estimate, Probing, RunRecord
 from cosae.report.verdict import Claim, claims, fve_claims
-
-_RUNS_PER_TABLE = 2
-_EVENTS_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -40,9 +36,6 @@ class Table:
     def first(self) -> set[int]:
         """Columns at which a spanning heading begins, but for the first of them."""
         return {1 + sum(n for _, n in self.over[:i]) for i in range(1, len(self.over))}
-
-
-# ------------------------------------------------------------------------------------------------------- cells
 
 
 def swatch(arm: str, style: Style | None) -> Markup:
@@ -72,39 +65,8 @@ def _difference(claim: Claim | None) -> Markup:
     return Markup(form).format(*shown, middle, low, high, claim.verdict)
 
 
-# --------------------------------------------------------------------------------------------- several runs
-
-
-def norms_by_run(records: Sequence[RunRecord]) -> Table:
-    """A row a run."""
-    head = ["run", "largest / median", "removed by the filter", "R² of log-norm by token", "sd / mean of norms"]
-    rows = []
-    for record in records:
-        norms, by_token = record.evaluation.norms, record.evaluation.norms.log_norm_by_token
-        shown = [significant(largest_norm(record)), percent(removed_frac(record), 2)]
-        rows.append([record.title, *shown, fixed(by_token.r2 if by_token else None, 2), fixed(norms.cv, 2)])
-    return Table(head, rows)
-
-
-def largest_norm(record: RunRecord) -> float | None:
-    """The largest norm over the median: held out, else of the first training window."""
-    return record.evaluation.norms.largest_over_median or record.run.norm_summary.max_over_median
-
-
-def removed_frac(record: RunRecord) -> float | None:
-    """Share of tokens that the filter removes: held out, else of the first training window."""
-    removed = record.evaluation.norms.filter
-    held_out = removed.removed_frac if removed else None
-    return record.run.norm_summary.filtered_frac if held_out is None else held_out
-
-
-def arms_by_run(records: Sequence[RunRecord], looks: Looks) -> list[Table]:
+def arms_by_run(records: Sequence[RunRecord], looks: Looks) -> Table:
     """FVE with the median token's, its paired difference, and probing: a group of columns per run."""
-    parts = [records[start : start + _RUNS_PER_TABLE] for start in range(0, len(records), _RUNS_PER_TABLE)]
-    return [_compared(part, looks) for part in parts]
-
-
-def _compared(records: Sequence[RunRecord], looks: Looks) -> Table:
     head: list[object] = ["arm"]
     over, rows = [], []
     for record in records:
@@ -132,9 +94,6 @@ def _compared_cells(record: RunRecord, arm: str) -> list[object]:
 def _group(record: RunRecord) -> str:
     """The group of concepts that summaries show."""
     return next(iter(record.probing.groups if record.probing else ()), "all")
-
-
-# ------------------------------------------------------------------------------------------------------ one run
 
 
 def summary_text(record: RunRecord) -> tuple[list[str], list[list[str]]]:
@@ -247,27 +206,15 @@ def quartile_table(record: RunRecord, looks: Looks) -> Table:
     return Table(["arm", "sinks", *columns], rows)
 
 
-def exponent_table(record: RunRecord, looks: Looks) -> Table:
-    """Each arm's exponent at the end."""
-    rows = []
-    for arm in record.arms:
-        if found := record.evaluation.exponents.get(arm):
-            moving = {None: NONE, True: "still moving", False: "settled"}[record.arms[arm].a_moving]
-            quantiles = ", ".join(fixed(q, 3) for q in found.quantiles) or NONE
-            cells = [found.kind.replace("_", " "), fixed(found.at_end, 4), quantiles]
-            rows.append([swatch(arm, looks.get(arm)), *cells, NONE if found.kind == "fixed" else moving])
-    return Table(["arm", "exponent", "mean", "quantiles over features", "at the end"], rows)
-
-
 def recovery_table(record: RunRecord, looks: Looks) -> Table:
     """Where the activations come from a known dictionary: what was recovered of it, a row a number."""
     found = {arm: row for arm in record.arms if (row := record.evaluation.recovery.get(arm))}
     keys = dict.fromkeys(key for row in found.values() for key in row)
-    rows = [[key.replace("_", " "), *(_measured(row.get(key)) for row in found.values())] for key in keys]
+    rows = [[key.replace("_", " "), *(_recovered(row.get(key)) for row in found.values())] for key in keys]
     return Table(["", *(swatch(arm, looks.get(arm)) for arm in found)], rows)
 
 
-def _measured(value: float | None) -> str:
+def _recovered(value: float | None) -> str:
     return count(value) if value is not None and abs(value) >= 2 and value == int(value) else fixed(value, 4)
 
 
@@ -287,15 +234,6 @@ def means_table(probing: Probing, looks: Looks) -> Table:
     return Table(["", "rule", *(f"{words}, {group}" for words in metrics.values() for group in groups)], rows, classes)
 
 
-def events_table(record: RunRecord) -> Table:
-    """What the monitors of the stream and of the arms noticed during training."""
-    shown = record.events[:_EVENTS_SHOWN]
-    return Table(["step", "who", "what"], [[count(e.step), e.arm or "stream", e.text] for e in shown])
-
-
-# --------------------------------------------------------------------------------------------------- provenance
-
-
 def digest_sentence(record: RunRecord) -> str:
     """Whether all arms saw the same batches, as far as the run records it."""
     by_arm = {name: arm.stream_digest for name, arm in record.arms.items() if arm.stream_digest}
@@ -313,20 +251,6 @@ def digest_sentence(record: RunRecord) -> str:
     if whole:
         return f"All arms were fed from one pass over one stream{cut}, whose digest is {whole}."
     return "The run records no digest of its stream, so it cannot be shown that the arms saw identical batches."
-
-
-def arms_table(record: RunRecord) -> Table:
-    """What each arm is, how it was computed and how fast."""
-    keys = {name: name for name in ("d_sae", "k", "score", "selector", "frame", "seed", "kernel")}
-    keys |= {"L0 target": "l0_target", "L0 calibrated": "l0_calibrated", "tokens/s": "tokens_per_second"}
-    rows = [[name, *(_plain(getattr(arm, key)) for key in keys.values())] for name, arm in record.arms.items()]
-    return Table(["arm", *keys], rows)
-
-
-def _plain(value: str | float | None) -> str:
-    if value is None or isinstance(value, str):
-        return NONE if value is None else value
-    return count(value) if value == int(value) else fixed(value, 2)
 
 
 def metadata(record: RunRecord) -> dict[str, Any]:

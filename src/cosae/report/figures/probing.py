@@ -10,21 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from cosae.report.figures.run import Box, Looks
-from cosae.report.figures.svg import (
-    INK,
-    MUTED,
-    WIDTH,
-    Panel,
-    Style,
-    drawing,
-    join,
-    label,
-    legend,
-    marker,
-    padded,
-    stroke,
-)
+from cosae.report.figures import svg
+from cosae.report.figures.svg import Box, Looks, Panel, Style, drawing, join, label, legend, marker, padded
 from cosae.report.format import fixed, shortened
 from cosae.report.records import BASELINES, RULES, Estimate, Probing
 
@@ -52,57 +39,61 @@ def means_figure(probing: Probing, looks: Looks) -> Markup | None:
     floors = [name for name in BASELINES if name in probing.summary]
     if not probing.groups or not names:
         return None
-    found = [probing.mean(n, r, g) for n in names + floors for r in RULES for g in probing.groups]
-    ends = padded([v for one in found for v in (one.low, one.high, one.mean) if v is not None], 0.04)
-    height = 26 * len(names) + 20 * len(floors) + 16
-    rows = [(13 + 26.0 * i, name, looks[name]) for i, name in enumerate(names)]
-    rows += [(26.0 * len(names) + 20 + 20.0 * i, name, _FLOORS[name]) for i, name in enumerate(floors)]
-    parts: list[object] = [_rule_key()]
-    for j, (group, panel) in enumerate(_group_panels(probing, ends, height).items()):
-        parts.append(panel.axes(f"{group} concepts", "mean AUROC over concepts", y_ticks=(), vertical=True))
-        for y, name, style in rows:
-            if j == 0:
-                parts.append(label(195, panel.y(y) + 4, called(name), "end", INK if name in looks else MUTED))
-            for k, rule in enumerate(RULES if name in looks else ["auroc"]):
-                shift = (k - 0.5) * 9 if name in looks else 0
-                look = Style(style.colour, style.shape, hollow=style.hollow or k == 1)
-                parts.append(_interval(panel, probing.mean(name, rule, group), y + shift, look, f"{name}, {rule}"))
-    return drawing(62 + height + 46, parts, "Mean probing AUROC with 95 % intervals, by group and selection rule")
+    rows = {name: 13 + 26.0 * i for i, name in enumerate(names)}
+    rows |= {name: 26.0 * len(names) + 20 + 20.0 * i for i, name in enumerate(floors)}
+    found = {(n, r, g): probing.mean(n, r, g) for n in rows for r in RULES for g in probing.groups}
+    ends = padded([v for one in found.values() for v in (one.low, one.high, one.mean) if v is not None], 0.04)
+    height, words = 26 * len(names) + 20 * len(floors) + 16, "mean AUROC over concepts"
+    drawn = _by_group(found, rows, probing.groups, looks, ends, height, words)
+    return drawing(62 + height + 46, drawn, "Mean probing AUROC with 95 % intervals, by group and selection rule")
 
 
 def differences_figure(probing: Probing, looks: Looks, baseline: str | None) -> Markup | None:
     """Paired AUROC difference of each arm from the baseline, with its interval, by group and rule."""
-    rows = {(a, r, g): probing.difference(a, r, g) for a in looks for r in RULES for g in probing.groups}
-    names = [arm for arm in looks if any(key[0] == arm and row.arm for key, row in rows.items())]
+    paired = {(a, r, g): probing.difference(a, r, g) for a in looks for r in RULES for g in probing.groups}
+    names = [arm for arm in looks if any(key[0] == arm and row.arm for key, row in paired.items())]
     if not names:
         return None
-    ends = padded([0.0, *(v for row in rows.values() for v in (row.low, row.high) if v is not None)], 0.06)
-    height = 26 * len(names) + 8
-    versus = next((row.versus for row in rows.values() if row.versus), baseline or "the baseline")
+    rows = {name: 17 + 26.0 * i for i, name in enumerate(names)}
+    ends = padded([0.0, *(v for row in paired.values() for v in (row.low, row.high) if v is not None)], 0.06)
+    versus = next((row.versus for row in paired.values() if row.versus), baseline or "the baseline")
+    height, words = 26 * len(names) + 8, f"AUROC minus that of {shortened(versus, 24)}"
+    found = {key: row.estimate for key, row in paired.items()}
+    drawn = _by_group(found, rows, probing.groups, looks, ends, height, words, zero=True)
+    return drawing(62 + height + 46, drawn, "Paired differences of probing AUROC with 95 % intervals")
+
+
+def _by_group(
+    found: Mapping[tuple[str, str, str], Estimate],
+    rows: Mapping[str, float],
+    groups: Sequence[str],
+    looks: Looks,
+    ends: tuple[float, float],
+    height: float,
+    words: str,
+    zero: bool = False,
+) -> list[object]:
+    """A panel a group, in which each name has its row, and an arm a mark for each rule; `zero` draws a line there."""
     parts: list[object] = [_rule_key()]
-    for j, (group, panel) in enumerate(_group_panels(probing, ends, height).items()):
-        below = f"AUROC minus that of {shortened(versus, 24)}"
-        parts += [panel.axes(f"{group} concepts", below, y_ticks=(), vertical=True), panel.column(0.0, dash=None)]
-        for i, name in enumerate(names):
+    for j, group in enumerate(groups):
+        panel = Panel.at((205 + j * 425, 62, 395 if len(groups) > 1 else 815, height), ends, (height, 0))
+        parts.append(panel.axes(f"{group} concepts", words, y_ticks=(), vertical=True))
+        parts += [panel.column(0.0, dash=None)] if zero else []
+        for name, y in rows.items():
+            style = looks.get(name) or _FLOORS[name]
             if j == 0:
-                parts.append(label(195, panel.y(13 + 26.0 * i) + 8, called(name), "end", INK))
-            for k, rule in enumerate(RULES):
-                look = Style(looks[name].colour, looks[name].shape, hollow=k == 1)
-                found, y = rows[name, rule, group].estimate, 17 + 26.0 * i + (k - 0.5) * 9
-                parts.append(_interval(panel, found, y, look, f"{name}, {rule}"))
-    return drawing(62 + height + 46, parts, "Paired differences of probing AUROC with 95 % intervals")
-
-
-def _group_panels(probing: Probing, ends: tuple[float, float], height: float) -> dict[str, Panel]:
-    width = 395 if len(probing.groups) > 1 else 815
-    boxes = {group: (205 + j * 425, 62, width, height) for j, group in enumerate(probing.groups)}
-    return {group: Panel.at(box, ends, (height, 0)) for group, box in boxes.items()}
+                parts.append(label(195, panel.y(y) + 4, called(name), "end", svg.INK if name in looks else svg.MUTED))
+            for k, rule in enumerate(RULES if name in looks else ["auroc"]):
+                shift = (k - 0.5) * 9 if name in looks else 0
+                look = Style(style.colour, style.shape, hollow=style.hollow or k == 1)
+                parts.append(_interval(panel, found[name, rule, group], y + shift, look, f"{name}, {rule}"))
+    return parts
 
 
 def _rule_key() -> Markup:
     entries = [
-        (f"filled: {RULES['auroc']}", Style(MUTED, "circle")),
-        (f"hollow: {RULES['mean_difference']}", Style(MUTED, "circle", hollow=True)),
+        (f"filled: {RULES['auroc']}", Style(svg.MUTED, "circle")),
+        (f"hollow: {RULES['mean_difference']}", Style(svg.MUTED, "circle", hollow=True)),
     ]
     return join(legend([entry], 205 + 250 * i, 4, 400)[0] for i, entry in enumerate(entries))
 
@@ -112,7 +103,7 @@ def _interval(panel: Panel, found: Estimate, y: float, style: Style, name: str) 
         return Markup("")
     at, parts = panel.y(y), []
     if found.low is not None and found.high is not None:
-        parts.append(stroke(panel.x(found.low), at, panel.x(found.high), at, style.colour, 1.4))
+        parts.append(svg.rule(panel.x(found.low), at, panel.x(found.high), at, style.colour, 1.4))
     hover = f"{name}: {fixed(found.mean, 4)} ({fixed(found.low, 4)} to {fixed(found.high, 4)})"
     return join([*parts, marker(panel.x(found.mean), at, style, hover, 4.0)])
 
@@ -143,7 +134,7 @@ def concept_figures(probing: Probing, looks: Looks, baseline: str | None, rule: 
 
 def _concept_figure(concepts: Sequence[str], values: Values, looks: Looks, baseline: str | None, title: str) -> Markup:
     styles = {name: looks.get(name) or _FLOORS[name] for name in values}
-    keys, top = legend([(BASELINES.get(name, name), style) for name, style in styles.items()], 20, 4, WIDTH - 40)
+    keys, top = legend([(BASELINES.get(name, name), style) for name, style in styles.items()], 20, 4, svg.WIDTH - 40)
     height, paired = 17 * len(concepts), baseline in values
     known = [v for row in values.values() for v in row if v is not None]
     ends, rows = padded(known, 0.03), (len(concepts) - 0.5, -0.5)

@@ -10,13 +10,10 @@ from operator import attrgetter
 
 from markupsafe import Markup
 
-from cosae.report.figures.svg import FAINT, WIDTH, Panel, Style, bar, drawing, join, label, legend, padded
+from cosae.report.figures.svg import FAINT, WIDTH, Box, Looks, Panel, Style, bar, drawing, join, label, legend, padded
 from cosae.report.format import fixed, percent, shortened, significant
 from cosae.report.records import SINKS, ArmMetrics, Exponent, RunRecord
 
-Looks = Mapping[str, Style]
-"""How each arm is drawn, the same in every figure of the page."""
-Box = tuple[float, float, float, float]
 Curve = tuple[list[float], list[float]]
 
 _BAR, _SINK = "#8fa3b8", "#d55e00"

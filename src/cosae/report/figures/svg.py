@@ -8,7 +8,7 @@ has its own shape, so that a page printed in grey still reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -51,6 +51,12 @@ class Style:
     shape: str
     dash: str | None = None
     hollow: bool = False
+
+
+Looks = Mapping[str, Style]
+"""How each arm is drawn, the same in every figure of a page."""
+Box = tuple[float, float, float, float]
+"""Left, top, width and height in pixels."""
 
 
 def style_of(index: int) -> Style:
@@ -142,19 +148,10 @@ class Panel:
     y: Scale
 
     @classmethod
-    def at(
-        cls,
-        box: tuple[float, float, float, float],
-        x: tuple[float, float],
-        y: tuple[float, float],
-        log: str = "",
-    ) -> Panel:
-        """Box is left, top, width, height in pixels; log names the logarithmic axes ("", "x", "y", "xy")."""
+    def at(cls, box: Box, x: tuple[float, float], y: tuple[float, float], log: str = "") -> Panel:
+        """A panel that fills the box; log names the logarithmic axes ("", "x", "y", "xy")."""
         left, top, width, height = box
-        return cls(
-            Scale(*x, left, left + width, "x" in log),
-            Scale(*y, top + height, top, "y" in log),
-        )
+        return cls(Scale(*x, left, left + width, "x" in log), Scale(*y, top + height, top, "y" in log))
 
     def axes(
         self,
@@ -171,13 +168,13 @@ class Panel:
         ys = [(t, tick_text(t)) for t in self.y.ticks(5)] if y_ticks is None else y_ticks
         parts: list[object] = []
         for value, words in ys:
-            parts.append(_rule(left, self.y(value), right, self.y(value)))
+            parts.append(rule(left, self.y(value), right, self.y(value)))
             parts.append(label(left - 7, self.y(value) + 4, words, "end"))
         for value, words in xs:
             if vertical:
-                parts.append(_rule(self.x(value), top, self.x(value), bottom))
+                parts.append(rule(self.x(value), top, self.x(value), bottom))
             parts.append(label(self.x(value), bottom + 17, words, "middle"))
-        parts.append(_rule(left, bottom, right, bottom, FAINT))
+        parts.append(rule(left, bottom, right, bottom, FAINT))
         if title:
             parts.append(tag("text", title, x=left, y=top - 10, fill=INK, font_size=13, font_weight=600))
         if x_label:
@@ -189,67 +186,63 @@ class Panel:
 
     def line(self, xs: Sequence[float], ys: Sequence[float], style: Style, width: float = 1.8) -> Markup:
         """A line through the points."""
-        points = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in zip(xs, ys, strict=True))
         return tag(
-            "polyline", points=points, fill="none", stroke=style.colour, stroke_width=width,
+            "polyline", points=_points(self._pixels(xs, ys)), fill="none", stroke=style.colour, stroke_width=width,
             stroke_dasharray=style.dash, stroke_linejoin="round",
         )  # fmt: skip
 
     def band(self, xs: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> Markup:
         """The area between two lines."""
-        there = [f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in zip(xs, high, strict=True)]
-        back = [f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in zip(xs, low, strict=True)]
-        return tag("polygon", points=" ".join(there + back[::-1]), fill=colour, fill_opacity=0.13)
+        outline = _points([*self._pixels(xs, high), *reversed(self._pixels(xs, low))])
+        return tag("polygon", points=outline, fill=colour, fill_opacity=0.13)
+
+    def _pixels(self, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
+        return [(self.x(x), self.y(y)) for x, y in zip(xs, ys, strict=True)]
 
     def mark(self, x: float, y: float, style: Style, hover: str = "", shift: float = 0.0, size: float = 4.4) -> Markup:
-        """One mark; shift moves it along x (or, on a row chart, y is shifted by the caller), in pixels."""
+        """One mark, moved along x by `shift` pixels."""
         return marker(self.x(x) + shift, self.y(y), style, hover, size)
 
     def column(self, x: float, words: str = "", dash: str | None = "4 3") -> Markup:
         """A vertical line through the panel, with words at its top."""
         at = self.x(x)
-        parts = [_rule(at, self.y.end, at, self.y.start, MUTED, dash)]
+        parts = [rule(at, self.y.end, at, self.y.start, MUTED, dash=dash)]
         return join([*parts, label(at + 4, self.y.end + 11, words, size=11)] if words else parts)
 
     def row(self, y: float, words: str = "", dash: str | None = "4 3") -> Markup:
         """A horizontal line through the panel, with words at its right end."""
         at = self.y(y)
-        parts = [_rule(self.x.start, at, self.x.end, at, MUTED, dash)]
+        parts = [rule(self.x.start, at, self.x.end, at, MUTED, dash=dash)]
         return join([*parts, label(self.x.end - 4, at - 5, words, "end", size=11)] if words else parts)
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float, colour: str = GRID, dash: str | None = None) -> Markup:
-    return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=colour, stroke_width=1, stroke_dasharray=dash)
+def rule(
+    x1: float, y1: float, x2: float, y2: float, colour: str = GRID, width: float = 1, dash: str | None = None
+) -> Markup:
+    """A straight line in pixels."""
+    return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=colour, stroke_width=width, stroke_dasharray=dash)
 
 
-def stroke(x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 1.6) -> Markup:
-    """A plain line in pixels."""
-    return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=colour, stroke_width=width)
+def _points(points: Iterable[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _plus(size: float, turn: float = 0.0) -> list[tuple[float, float]]:
-    """A plus sign's outline, turned by an angle in radians."""
-    long, short = size * 1.35, size * 0.42
-    corners = [(short, -long), (short, -short), (long, -short), (long, short), (short, short), (short, long)]
-    corners += [(-x, -y) for x, y in corners]
-    cos, sin = math.cos(turn), math.sin(turn)
-    return [(x * cos - y * sin, x * sin + y * cos) for x, y in corners]
+def _box(x: float, y: float) -> list[tuple[float, float]]:
+    return [(-x, -y), (x, -y), (x, y), (-x, y)]
 
 
-_OUTLINES: dict[str, Callable[[float], list[tuple[float, float]]]] = {
-    "square": lambda s: [
-        (-s * 0.88, -s * 0.88),
-        (s * 0.88, -s * 0.88),
-        (s * 0.88, s * 0.88),
-        (-s * 0.88, s * 0.88),
-    ],
-    "triangle": lambda s: [(0, -s * 1.15), (s * 1.1, s * 0.8), (-s * 1.1, s * 0.8)],
-    "wedge": lambda s: [(0, s * 1.15), (s * 1.1, -s * 0.8), (-s * 1.1, -s * 0.8)],
-    "diamond": lambda s: [(0, -s * 1.3), (s * 1.3, 0), (0, s * 1.3), (-s * 1.3, 0)],
-    "plus": _plus,
-    "cross": lambda s: _plus(s, math.pi / 4),
-    "bar": lambda s: [(-s * 0.35, -s * 1.3), (s * 0.35, -s * 1.3), (s * 0.35, s * 1.3), (-s * 0.35, s * 1.3)],
+_ARM = [(0.42, -1.35), (0.42, -0.42), (1.35, -0.42), (1.35, 0.42), (0.42, 0.42), (0.42, 1.35)]
+_PLUS = [*_ARM, *((-x, -y) for x, y in _ARM)]
+_OUTLINES: Mapping[str, Sequence[tuple[float, float]]] = {
+    "square": _box(0.88, 0.88),
+    "bar": _box(0.35, 1.3),
+    "triangle": [(0, -1.15), (1.1, 0.8), (-1.1, 0.8)],
+    "wedge": [(0, 1.15), (1.1, -0.8), (-1.1, -0.8)],
+    "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)],
+    "plus": _PLUS,
+    "cross": [((x - y) * math.sqrt(0.5), (x + y) * math.sqrt(0.5)) for x, y in _PLUS],
 }
+"""Corners of the marks of size 1."""
 
 
 def marker(x: float, y: float, style: Style, hover: str = "", size: float = 4.4) -> Markup:
@@ -262,8 +255,8 @@ def marker(x: float, y: float, style: Style, hover: str = "", size: float = 4.4)
     }
     if style.shape == "circle":
         return tag("circle", inside, cx=x, cy=y, r=size, **paint)
-    points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in _OUTLINES[style.shape](size))
-    return tag("polygon", inside, points=points, **paint)
+    corners = _points((x + dx * size, y + dy * size) for dx, dy in _OUTLINES[style.shape])
+    return tag("polygon", inside, points=corners, **paint)
 
 
 def legend(entries: Sequence[tuple[str, Style]], left: float, top: float, width: float) -> tuple[Markup, float]:
