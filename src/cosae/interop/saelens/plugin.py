@@ -67,8 +67,9 @@ __all__ = [
 
 def register() -> None:
     """Make every architecture of ours known to SAELens; those that are known already are left alone."""
-    inference = dict.fromkeys((cosine.GENERIC, *cosine.OWN_ARCHITECTURES), (CosaeSAE, CosaeSAEConfig))
-    for name, pair in {**inference, cosine.JUMPRELU: (CosineJumpReLUSAE, CosineJumpReLUSAEConfig)}.items():
+    inference: dict[str, Any] = dict.fromkeys((cosine.GENERIC, *cosine.OWN_ARCHITECTURES), (CosaeSAE, CosaeSAEConfig))
+    inference[cosine.JUMPRELU] = (CosineJumpReLUSAE, CosineJumpReLUSAEConfig)
+    for name, pair in inference.items():
         if name not in INFERENCE:
             registry.register_sae_class(name, *pair)
     for sae, config in (
