@@ -28,8 +28,9 @@ import torch
 from benchmarks.timing import describe_machine, median_ratio
 from cosae.models import embedded
 from cosae.models.sites import resolve_site
-from cosae.text.packing import sequences, tokenize_documents
+from cosae.text.packing import sequences
 from cosae.text.pylib import documents
+from cosae.text.tokenization import tokenize_documents
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-4

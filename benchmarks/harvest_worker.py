@@ -30,7 +30,8 @@ def cosae_ways(job: dict[str, Any]) -> dict[str, Way]:
     """`capture`, and `capture` into a store with one shard a call."""
     from cosae.activations.store.shards import ShardRows
     from cosae.activations.store.writer import StoreWriter
-    from cosae.models.capture import capture, load_model
+    from cosae.models.capture import capture
+    from cosae.models.load import load_model
     from cosae.types import Activations, Sequences
 
     model, _ = load_model(job["model"])

@@ -26,10 +26,11 @@ from cosae.activations.filter import FilterPolicy
 from cosae.activations.stream import ActivationStream
 from cosae.kernels import keep_memory
 from cosae.models import embedded
-from cosae.models.capture import ModelSource
+from cosae.models.sources import ModelSource
 from cosae.sae.model import SAE
-from cosae.text.packing import sequences, tokenize_documents
+from cosae.text.packing import sequences
 from cosae.text.pylib import documents
+from cosae.text.tokenization import tokenize_documents
 from cosae.train.arm import Arm
 from cosae.train.step import ArmState, OptimizerConfig, train_step
 

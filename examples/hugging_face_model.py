@@ -6,10 +6,13 @@ python examples/hugging_face_model.py [--model FOLDER_OR_HUB_NAME] [--block 4] [
 import argparse
 
 import cosae
-from cosae.models.capture import capture, load_model
+from cosae.models.capture import capture
 from cosae.models.embedded import model_path
-from cosae.text.packing import read_documents, sequences, tokenize_documents
+from cosae.models.load import load_model
+from cosae.text.documents import read_documents
+from cosae.text.packing import sequences
 from cosae.text.pylib import Document
+from cosae.text.tokenization import tokenize_documents
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=str(model_path()), help="default: the model that comes with cosae")

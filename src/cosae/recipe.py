@@ -21,7 +21,7 @@ from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io.legacy import upgrade, upgrade_path
 from cosae.io.values import convert, from_plain, to_plain
 from cosae.sae.loss import LossConfig
-from cosae.text.documents import Reading
+from cosae.text.files import Reading
 from cosae.text.mixture import parse_corpus
 from cosae.train.arm import ARMS, Arm, check_arms
 from cosae.train.loop import TrainingConfig

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from cosae.models import embedded
 from cosae.text import pylib
-from cosae.text.packing import TokenizedDocument, sequences, tokenize_documents
+from cosae.text.packing import sequences
 from cosae.text.pylib import Document
+from cosae.text.tokenization import TokenizedDocument, tokenize_documents
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from cosae.text import pylib
-from cosae.text.packing import TokenizedDocument, tokenize_documents
+from cosae.text.tokenization import TokenizedDocument, tokenize_documents
 
 EMBEDDED = Path(__file__).parents[2] / "src" / "cosae" / "embedded"
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError
 from cosae.io.generators import epoch_order
-from cosae.models.capture import ModelSource, StreamedModelSource, capture, digest_sequences
+from cosae.models.capture import capture
+from cosae.models.sources import ModelSource, StreamedModelSource, digest_sequences
 from cosae.types import Activations, Sequences
 from tests.support.tiny_models import BLOCK_PATHS, BLOCKS, VOCABULARY, D, make_model, make_sequences
 

@@ -12,6 +12,7 @@ from cosae.errors import CosaeError
 from cosae.models import embedded
 from cosae.text import packing as corpus
 from cosae.text import pylib
+from cosae.text.tokenization import tokenize_documents
 
 transformers = pytest.importorskip("transformers")
 
@@ -70,7 +71,7 @@ def test_every_text_comes_back_and_offsets_cover_it(tokenizer, text):
 
 def test_held_out_files_come_back_from_packed_rows(tokenizer):
     docs = pylib.documents("held_out")[:10]
-    tokens = list(corpus.tokenize_documents(docs, tokenizer, add_bos=True))
+    tokens = list(tokenize_documents(docs, tokenizer, add_bos=True))
     rows = corpus.sequences(tokens, 256, pad_id=tokenizer.pad_token_id, special_ids=tokenizer.all_special_ids)
     for i, document in enumerate(docs):
         ids = rows.ids_ST[rows.doc_ST == i]
@@ -88,7 +89,7 @@ def test_a_line_end_with_its_indentation_is_one_token(tokenizer):
 
 def bits_per_byte(model, tokenizer, docs):
     """Rows of 256 tokens without overlap, each document alone behind its BOS; mean over all bytes."""
-    tokens = corpus.tokenize_documents(docs, tokenizer, add_bos=True)
+    tokens = tokenize_documents(docs, tokenizer, add_bos=True)
     nats = 0.0
     for document in tokens:
         ids = torch.from_numpy(document.ids_T).long()

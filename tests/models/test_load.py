@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cosae.errors import CosaeError
-from cosae.models.capture import capture, load_model
+from cosae.models.capture import capture
+from cosae.models.load import load_model
 from tests.support.tiny_models import make_config, make_model, make_sequences
 
 

@@ -16,7 +16,7 @@ from cosae.recipe import Recipe
 from cosae.run.dataset import corpus as module
 from cosae.run.dataset.dataset import ModelData, open_data
 from cosae.run.execute import execute, resume
-from cosae.text.packing import read_documents
+from cosae.text.documents import read_documents
 from cosae.train import log
 from cosae.train.arm import ARMS
 from cosae.train.loop import Interrupted

@@ -14,7 +14,7 @@ import pytest
 from cosae.cli import main
 from cosae.cli.training import Train, build_recipe
 from cosae.errors import CosaeError
-from cosae.models.capture import StreamedModelSource
+from cosae.models.sources import StreamedModelSource
 from cosae.recipe import Recipe
 from cosae.run.dataset.dataset import open_data
 from cosae.run.execute import execute, resume

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cosae.errors import CosaeError
 from cosae.text import documents, pylib
-from cosae.text.documents import Document, Reading
+from cosae.text.files import Reading, Tally
+from cosae.text.pylib import Document
 
 
 def write_jsonl(path, rows):
@@ -116,7 +117,7 @@ def test_blank_documents_and_files_that_are_not_text_are_counted(tmp_path):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "white.py").write_text(" \n\u00a0")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    tally = documents.Tally()
+    tally = Tally()
     assert [d.name for d in documents.read_documents(str(tmp_path), tally=tally)] == ["a.py"]
     assert tally.warning == "2 blank, 1 not UTF-8 (the first: latin.txt)"
 

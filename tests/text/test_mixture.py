@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from cosae.errors import CosaeError
 from cosae.text.mixture import Cursor, Text, Weighted, mix, parse_corpus
-from cosae.text.packing import TokenizedDocument, iterate_sequences
+from cosae.text.packing import iterate_sequences
+from cosae.text.tokenization import TokenizedDocument
 from cosae.types import Sequences
 
 

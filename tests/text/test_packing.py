@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cosae.errors import CosaeError
 from cosae.text import packing as corpus
-from cosae.text.packing import Document, TokenizedDocument
+from cosae.text.pylib import Document
+from cosae.text.tokenization import TokenizedDocument, tokenize_documents
 
 transformers = pytest.importorskip("transformers")
 
@@ -139,17 +140,17 @@ def test_an_empty_corpus_is_one_sentence():
 
 
 def test_tokens_carry_bos_and_character_offsets(tokenizer):
-    (document,) = corpus.tokenize_documents([Document("a", "x é")], tokenizer, add_bos=True)
+    (document,) = tokenize_documents([Document("a", "x é")], tokenizer, add_bos=True)
     assert document.ids_T.dtype == document.offset_T2.dtype == np.int32
     assert document.ids_T[0] == BOS
     assert document.offset_T2.tolist() == [[0, 0], [0, 1], [1, 2], [2, 3], [2, 3]]  # é is two bytes
-    (plain,) = corpus.tokenize_documents([Document("a", "x é")], tokenizer, add_bos=False)
+    (plain,) = tokenize_documents([Document("a", "x é")], tokenizer, add_bos=False)
     assert plain.ids_T.tolist() == document.ids_T[1:].tolist()
 
 
 def test_tokens_are_the_tokenizer_s_own_for_any_number_of_documents(tokenizer, recwarn):
     docs = [Document(str(i), "ab " * i) for i in range(200)]
-    found = list(corpus.tokenize_documents(docs, tokenizer, add_bos=True))
+    found = list(tokenize_documents(docs, tokenizer, add_bos=True))
     assert [d.name for d in found] == [d.name for d in docs]
     assert [d.ids_T[1:].tolist() for d in found] == [tokenizer.encode(d.text) for d in docs]
     assert not recwarn.list
@@ -159,7 +160,7 @@ def test_limits(tokenizer):
     docs = [Document("long", "abcdefgh"), Document("short", "xy"), Document("next", "ijklmnop")]
 
     def lengths(**options):
-        found = corpus.tokenize_documents(docs, tokenizer, add_bos=True, **options)
+        found = tokenize_documents(docs, tokenizer, add_bos=True, **options)
         return {d.name: len(d.ids_T) for d in found}
 
     assert lengths() == {"long": 9, "short": 3, "next": 9}
@@ -174,18 +175,18 @@ def test_tokenizing_stops_reading_at_max_tokens(tokenizer):
         while True:
             yield Document("a", "abc")
 
-    found = list(corpus.tokenize_documents(endless(), tokenizer, add_bos=True, max_tokens=1000))
+    found = list(tokenize_documents(endless(), tokenizer, add_bos=True, max_tokens=1000))
     assert sum(len(d.ids_T) for d in found) == 1000
 
 
 def test_empty_documents_leave_no_tokens_without_bos(tokenizer):
     docs = [Document("a", ""), Document("b", "x")]
-    assert [d.name for d in corpus.tokenize_documents(docs, tokenizer, add_bos=False)] == ["b"]
-    assert [len(d.ids_T) for d in corpus.tokenize_documents(docs, tokenizer, add_bos=True)] == [1, 2]
+    assert [d.name for d in tokenize_documents(docs, tokenizer, add_bos=False)] == ["b"]
+    assert [len(d.ids_T) for d in tokenize_documents(docs, tokenizer, add_bos=True)] == [1, 2]
 
 
 def test_tokenizers_without_offsets_or_bos_are_refused(tokenizer):
     with pytest.raises(CosaeError, match="fast"):
-        corpus.tokenize_documents([], SimpleNamespace(is_fast=False), add_bos=False)
+        tokenize_documents([], SimpleNamespace(is_fast=False), add_bos=False)
     with pytest.raises(CosaeError, match="BOS"):
-        corpus.tokenize_documents([], SimpleNamespace(is_fast=True, bos_token_id=None), add_bos=True)
+        tokenize_documents([], SimpleNamespace(is_fast=True, bos_token_id=None), add_bos=True)

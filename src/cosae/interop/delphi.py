@@ -25,7 +25,7 @@ from torch import nn
 from cosae.errors import CosaeError
 from cosae.interop.cached_codes import CachedCodes, cache_codes
 from cosae.io.staged import filled
-from cosae.models.capture import digest_sequences
+from cosae.models.sources import digest_sequences
 from cosae.sae.model import SAE
 from cosae.types import Sequences, Site
 

@@ -37,7 +37,8 @@ from cosae.sae.file import to_disk
 from cosae.sae.model import SAE
 from cosae.text.documents import read_documents
 from cosae.text.mixture import Cursor, mix, parse_corpus
-from cosae.text.packing import iterate_sequences, tokenize_documents
+from cosae.text.packing import iterate_sequences
+from cosae.text.tokenization import tokenize_documents
 from cosae.types import Sequences, Site
 
 SET_WORDS = {"resid_post": "res", "resid_pre": "res-pre", "attn_out": "att", "mlp_out": "mlp"}

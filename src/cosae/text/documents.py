@@ -15,11 +15,9 @@ from typing import Literal
 
 from cosae.errors import CosaeError
 from cosae.text import pylib
-from cosae.text.datasets import is_saved_dataset, read_dataset
-from cosae.text.files import TEXT_SUFFIXES, Reading, Tally, read_path
+from cosae.text.files import Reading, Tally, document_of, read_path
 from cosae.text.pylib import Document, Split
-
-__all__ = ["TEXT_SUFFIXES", "Document", "Reading", "Tally", "pylib_sides", "read_documents", "split_of"]
+from cosae.text.rows import is_saved_dataset, open_dataset
 
 
 def split_of(document: Document, held_out_frac: float = 0.1, seed: int = 0) -> Split:
@@ -77,11 +75,19 @@ def read_documents(
     if spec == "pylib":
         return _cut(iter(pylib.documents(split, include_tests)), reading.max_chars)
     if spec.startswith("hf:") or is_saved_dataset(Path(spec)):
-        read = read_dataset(spec, reading)
+        read = _read_dataset(spec, reading)
     else:
         read = read_path(Path(spec), reading, tally, order_key)
     read = _cut(read, reading.max_chars)
     return _chosen(read, spec, split, held_out_frac, seed, sides or {}, tally)
+
+
+def _read_dataset(spec: str, reading: Reading) -> Iterator[Document]:
+    name, rows = spec.removeprefix("hf:").split(":")[0], open_dataset(spec)
+    return (
+        document_of(row, f"{spec}, row {number}", f"{name}:{number}", reading.text_field)
+        for number, row in enumerate(rows)
+    )
 
 
 def _cut(documents: Iterator[Document], max_chars: int | None) -> Iterator[Document]:

@@ -5,7 +5,6 @@ Everything is read lazily, one document at a time; a row or file that cannot be 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from cosae.errors import CosaeError, check_choice, check_least
 from cosae.text.pylib import Document
-from cosae.text.worker import said
+from cosae.text.rows import read_jsonl, read_parquet, valid_text
 
 _TEXT_SUFFIXES = """
     .c .cc .cfg .cpp .css .csv .go .h .hpp .html .ini .java .js .json .kt .lua .md .php .pl .py .pyi .r .rb
@@ -154,39 +153,15 @@ def _units(path: Path, name: str, by_line: bool) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path, name: str, reading: Reading) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{name}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise CosaeError(f"Each line must be one JSON object. Got {where}: {error}.") from None
-            yield document_of(row, where, f"{name}:{number}", reading.text_field)
+    for number, row in read_jsonl(path, name):
+        yield document_of(row, f"{name}, line {number}", f"{name}:{number}", reading.text_field)
 
 
 def _read_parquet(path: Path, name: str, reading: Reading) -> Iterator[Document]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise CosaeError("Reading .parquet needs pyarrow: pip install 'cosae[lm]'.") from None
-
-    try:
-        file = parquet.ParquetFile(path)
-        if reading.text_field not in file.schema_arrow.names:
-            raise CosaeError(
-                f"A .parquet corpus must have its text in the column {reading.text_field!r}. Got {name!r} with the "
-                f"columns {sorted(file.schema_arrow.names)} instead: name the column with data.text_field."
-            )
-        columns = [c for c in dict.fromkeys((reading.text_field, "name", "id")) if c in file.schema_arrow.names]
-        number = 0
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
-                yield document_of(row, f"{name}, row {number}", f"{name}:{number}", reading.text_field)
-                number += 1
-    except (ArrowException, OSError) as error:
-        raise CosaeError(f"A .parquet corpus must be a whole Parquet file. Got {name!r}: {said(error)}.") from None
+    field = reading.text_field
+    rows = read_parquet(path, name, [field], ["name", "id"], "name the column with data.text_field")
+    for number, row in enumerate(rows):
+        yield document_of(row, f"{name}, row {number}", f"{name}:{number}", field)
 
 
 _READERS: dict[str, Callable[[Path, str, Reading], Iterator[Document]]] = {
@@ -207,6 +182,4 @@ def document_of(row: Any, where: str, name: str, text_field: str) -> Document:
             "instead."
         )
     given = next((row[k] for k in ("name", "id") if isinstance(row.get(k), str | int) and k != text_field), name)
-    # JSON can spell half a surrogate pair, which no tokenizer takes.
-    text = row[text_field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Document(str(given), text)
+    return Document(str(given), valid_text(row[text_field]))

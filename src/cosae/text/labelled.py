@@ -8,7 +8,6 @@ booleans, and a class is whatever label occurs.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosae.errors import CosaeError
+from cosae.text.rows import is_saved_dataset, open_dataset, read_jsonl, read_parquet, valid_text
 
 MOST_CLASSES = 200
 """More distinct labels than this are no classes (a score, an id): refused."""
@@ -68,10 +68,9 @@ def read_labelled(spec: str, *, text: str = "text", label: str = "label", n_rows
 
     Raises CosaeError for a spec that names nothing, a row without text or label, and labels that make no classes.
     """
-    read = _read_hub(spec) if spec.startswith("hf:") else _read_path(Path(spec), (text, label))
     texts: list[str] = []
     labels: list[str | int | bool] = []
-    for number, row in enumerate(itertools.islice(read, n_rows)):
+    for number, row in enumerate(itertools.islice(_read(spec, (text, label)), n_rows)):
         where = f"{spec}, row {number}"
         if not isinstance(row, dict) or text not in row or label not in row:
             keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
@@ -81,8 +80,7 @@ def read_labelled(spec: str, *, text: str = "text", label: str = "label", n_rows
             )
         if not isinstance(row[text], str):
             raise CosaeError(f"the text of a row must be a string. Got {type(row[text]).__name__} at {where} instead.")
-        # JSON can spell half a surrogate pair, which no tokenizer takes
-        texts.append(row[text].encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        texts.append(valid_text(row[text]))
         labels.append(row[label])
     name = spec.removeprefix("hf:") if spec.startswith("hf:") else Path(spec).stem
     return LabelledTexts.of(name, texts, labels)
@@ -106,83 +104,19 @@ def _in_order(labels: set[str]) -> tuple[str, ...]:
         return tuple(sorted(labels))
 
 
-def _read_path(path: Path, columns: tuple[str, str]) -> Iterator[Any]:
-    if path.is_dir():
-        return _read_saved(path)
-    if not path.is_file():
+def _read(spec: str, columns: tuple[str, str]) -> Iterator[Any]:
+    path = Path(spec)
+    if spec.startswith("hf:") or is_saved_dataset(path):
+        return open_dataset(spec)
+    if not path.exists():
         raise CosaeError(
             "labelled texts must be an existing .jsonl or .parquet file, a folder written by datasets' save_to_disk, "
-            f"or 'hf:DATASET[:CONFIG][:SPLIT]'. Got {str(path)!r}, which does not exist, instead."
+            f"or 'hf:DATASET[:CONFIG][:SPLIT]'. Got {spec!r}, which does not exist, instead."
         )
-    suffix = path.suffix.lower()
-    if suffix not in (".jsonl", ".parquet"):
+    if path.is_dir():
+        raise CosaeError(f"{path} must be a folder written by datasets' save_to_disk. Got another folder instead.")
+    if path.suffix.lower() not in (".jsonl", ".parquet"):
         raise CosaeError(f"a file of labelled texts must be .jsonl or .parquet. Got {path.name!r} instead.")
-    return _read_jsonl(path) if suffix == ".jsonl" else _read_parquet(path, columns)
-
-
-def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise CosaeError(
-                        f"each line must be one JSON object. Got {path.name}, line {number}: {error}."
-                    ) from None
-
-
-def _read_parquet(path: Path, columns: tuple[str, str]) -> Iterator[Any]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError:
-        raise CosaeError("reading .parquet needs pyarrow: pip install 'cosae[lm]'.") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise CosaeError(f"{path.name} must be a Parquet file. Got {error}.") from None
-    there = [column for column in columns if column in file.schema_arrow.names]
-    if len(there) < 2:
-        names = ", ".join(file.schema_arrow.names)
-        raise CosaeError(
-            f"{path.name} must have the columns {' and '.join(columns)}. It has {names}: name the columns."
-        )
-    for batch in file.iter_batches(batch_size=256, columns=there):
-        yield from batch.to_pylist()
-
-
-def _read_saved(path: Path) -> Iterator[Any]:
-    datasets = _datasets(str(path))
-    try:
-        found = datasets.load_from_disk(str(path))
-    except Exception as error:  # many ways to be no data set, in one sentence
-        raise CosaeError(
-            f"{path} must be a folder written by datasets' save_to_disk. Got {type(error).__name__}."
-        ) from None
-    if hasattr(found, "column_names") and isinstance(found.column_names, dict):  # several splits
-        if "train" not in found:
-            raise CosaeError(f"{path} holds the splits {', '.join(found)}: give the folder of one of them.")
-        found = found["train"]
-    return iter(found)
-
-
-def _read_hub(spec: str) -> Iterator[Any]:
-    name, *rest = spec.removeprefix("hf:").split(":")
-    if not name or len(rest) > 2:
-        raise CosaeError(f"a hub set must be 'hf:DATASET[:CONFIG][:SPLIT]'. Got {spec!r} instead.")
-    datasets = _datasets(spec)
-    try:
-        rows = datasets.load_dataset(
-            name, rest[0] if len(rest) == 2 else None, split=rest[-1] if rest else "train", streaming=True
-        )
-    except Exception as error:  # the hub's many ways to fail, in one sentence
-        raise CosaeError(f"the hub must be able to stream {spec!r}. Got {type(error).__name__}: {error}") from error
-    return iter(rows)
-
-
-def _datasets(spec: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise CosaeError(f"reading {spec!r} needs the datasets package: pip install 'cosae[lm]'.") from None
-    return datasets
+    if path.suffix.lower() == ".jsonl":
+        return (row for _, row in read_jsonl(path, path.name))
+    return read_parquet(path, path.name, columns)

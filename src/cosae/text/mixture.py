@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cosae.errors import CosaeError
-from cosae.text.packing import Packing, TokenizedDocument, iterate_sequences
+from cosae.text.packing import Packing, iterate_sequences
+from cosae.text.tokenization import TokenizedDocument
 from cosae.types import Sequences
 
 _WEIGHTED = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")

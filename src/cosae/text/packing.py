@@ -18,22 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from cosae.errors import CosaeError, check_least
-from cosae.text.documents import TEXT_SUFFIXES, read_documents, split_of
-from cosae.text.pylib import Document
-from cosae.text.tokenization import TokenizedDocument, tokenize_documents
+from cosae.text.tokenization import TokenizedDocument
 from cosae.types import Sequences
-
-__all__ = [
-    "TEXT_SUFFIXES",
-    "Document",
-    "Packing",
-    "TokenizedDocument",
-    "iterate_sequences",
-    "read_documents",
-    "sequences",
-    "split_of",
-    "tokenize_documents",
-]
 
 Packing = Literal["packed", "document"]
 

@@ -231,8 +231,8 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_the_embedded_model_the_mean_is_the_harder_yardstick() -> None:
     from cosae.text.packing import sequences as cut
-    from cosae.text.packing import tokenize_documents
     from cosae.text.pylib import Document
+    from cosae.text.tokenization import tokenize_documents
 
     model, tokenizer = embedded.load()
     text = "import os\n\n\ndef {}(path):\n    with open(path) as file:\n        return file.read()\n"

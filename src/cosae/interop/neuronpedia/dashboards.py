@@ -32,7 +32,7 @@ from cosae.interop.neuronpedia.settings import Dashboard
 from cosae.interop.neuronpedia.unembed import head_shares, residual_directions, spellings, unembedding
 from cosae.interop.neuronpedia.windows import histogram, rounded, windows
 from cosae.io.staged import filled
-from cosae.models.capture import digest_sequences
+from cosae.models.sources import digest_sequences
 from cosae.sae.model import SAE
 from cosae.types import Sequences, Site
 

@@ -64,7 +64,8 @@ def capture_stores(
     another capture is writing, and a disk that refuses; KeyboardInterrupt after Ctrl-C or SIGTERM, when the shard in
     progress is written. All that is whole then is gone on from.
     """
-    from cosae.models.capture import capture, resolve_site
+    from cosae.models.capture import capture
+    from cosae.models.sites import resolve_site
 
     check_corpus(request.data)
     check_capture(request, out)

@@ -14,7 +14,7 @@ import torch
 from cosae.activations.store.writer import SIDES
 from cosae.recipe import DataConfig
 from cosae.run.dataset.corpus import CorpusText, Side
-from cosae.text.packing import TokenizedDocument
+from cosae.text.tokenization import TokenizedDocument
 from cosae.types import Activations, Sequences
 
 Labels = tuple[torch.Tensor | None, torch.Tensor | None]

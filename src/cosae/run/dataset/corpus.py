@@ -15,10 +15,13 @@ import numpy as np
 
 from cosae.errors import CosaeError
 from cosae.recipe import DataConfig
-from cosae.text.datasets import is_saved_dataset
-from cosae.text.documents import Document, Reading, Tally, pylib_sides, read_documents
+from cosae.text.documents import pylib_sides, read_documents
+from cosae.text.files import Reading, Tally
 from cosae.text.mixture import Cursor, Text, mix, parse_corpus
-from cosae.text.packing import TokenizedDocument, iterate_sequences, sequences, tokenize_documents
+from cosae.text.packing import iterate_sequences, sequences
+from cosae.text.pylib import Document
+from cosae.text.rows import is_saved_dataset
+from cosae.text.tokenization import TokenizedDocument, tokenize_documents
 from cosae.text.workers import Workers
 from cosae.types import Sequences
 

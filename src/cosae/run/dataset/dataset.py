@@ -25,7 +25,7 @@ from cosae.errors import CosaeError
 from cosae.recipe import DataConfig, EvaluationConfig, Recipe
 from cosae.run.dataset.corpus import CorpusText, Side, check_corpus
 from cosae.text.mixture import parse_corpus
-from cosae.text.packing import TokenizedDocument
+from cosae.text.tokenization import TokenizedDocument
 from cosae.types import Activations, Codes, Sequences
 
 Split = Literal["train", "held_out", "calibration"]
@@ -158,7 +158,8 @@ class ModelData:
     """A language model on a corpus."""
 
     def __init__(self, recipe: Recipe, keep_tokens: int = 0) -> None:
-        from cosae.models.capture import ModelSource, StreamedModelSource, resolve_site
+        from cosae.models.sites import resolve_site
+        from cosae.models.sources import ModelSource, StreamedModelSource
 
         self._recipe = recipe
         self._samples: dict[tuple[str, int], Sample] = {}
@@ -301,7 +302,7 @@ def batch_size(data: DataConfig, model: Any, sites: Any, store_dtype: str) -> in
 
 def open_model(data: DataConfig, device: str) -> tuple[Any, Any]:
     """The model and tokenizer a recipe names, frozen, on `device`."""
-    from cosae.models.capture import load_model
+    from cosae.models.load import load_model
 
     name: str | Path = data.model
     if data.model == "embedded":

@@ -31,8 +31,9 @@ from cosae.run.dataset.dataset import ModelData
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
 from cosae.text.labelled import LabelledTexts
-from cosae.text.packing import iterate_sequences, tokenize_documents
+from cosae.text.packing import iterate_sequences
 from cosae.text.pylib import Document
+from cosae.text.tokenization import tokenize_documents
 from cosae.types import Activations, Codes
 
 READ_TIME = "{}, read without its norm"

@@ -77,7 +77,8 @@ def _timed(state: ArmState, x_BD: torch.Tensor, step: int, dead_after_tokens: in
 
 def capture_time(request: Capture, log: Callable[[str], None] = lambda _: None) -> TimePlan:
     """Time of a capture: one chunk of sequences through the model, scaled to all tokens. Writes nothing."""
-    from cosae.models.capture import capture, resolve_site
+    from cosae.models.capture import capture
+    from cosae.models.sites import resolve_site
     from cosae.run.capture.text import CaptureText
     from cosae.run.dataset.dataset import batch_size, open_model
 

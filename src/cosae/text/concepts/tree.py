@@ -1,14 +1,14 @@
 """Syntax tree of Python source → regions: definitions, calls, bodies, clauses and expressions by their role.
 
-Enters: a `Source`. Leaves: `Regions`, character spans by region name. One painter per kind of node; what a
-node cannot know of itself (is it in a class, a loop, a function?) is carried down in `Place`.
+Enters: a `Source`. Leaves: `Regions`, character spans by region name. What a node cannot know of itself (is it in a
+class, a loop, a function?) is carried down in `Place`.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from cosae.text.concepts.source import Regions, Source
@@ -29,19 +29,21 @@ class Place(NamedTuple):
     parameters: frozenset[str] = frozenset()  # of the nearest function
 
 
-Painter = Callable[[Source, Regions, ast.AST, Place], None]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def paint_tree(source: Source, regions: Regions) -> None:
     """Add every region of this module to `regions`. What stands inside an f-string is not looked at."""
+    painter = _Painter(source, regions)
     stack: list[tuple[ast.AST, Place]] = [(source.tree, Place())]
-    _paint_docstring(source, regions, source.tree)
+    painter.docstring(source.tree.body)
     while stack:
         node, place = stack.pop()
-        painter = PAINTERS.get(type(node))
-        if painter is not None:
-            painter(source, regions, node, place)
+        if isinstance(node, ast.expr):
+            painter.expression(node, place)
+        elif isinstance(node, ast.stmt | ast.arg):
+            painter.definition(node, place)
+            painter.statement(node, place)
         if isinstance(node, _FORMATTED):
             continue
         inner = _inside(node, place)
@@ -77,282 +79,215 @@ def _parameters(args: ast.arguments) -> list[ast.arg]:
     return [*args.posonlyargs, *args.args, *args.kwonlyargs, *extra]
 
 
-def _body(source: Source, body: Sequence[ast.stmt]) -> list[tuple[int, int]]:
-    """One span over a list of statements, decorators of the first included; nothing when it is empty."""
-    if not body:
-        return []
-    decorators = getattr(body[0], "decorator_list", None)
-    start = source.start(decorators[0] if decorators else body[0])
-    if decorators:
-        start = source.text.rfind("@", 0, start)
-    return [(start, source.end(body[-1]))]
+class _Painter:
+    """Adds the spans of one node at a time."""
+
+    def __init__(self, source: Source, regions: Regions) -> None:
+        self.source, self.regions = source, regions
+
+    def add(self, name: str, *nodes: ast.AST | None) -> None:
+        """The nodes, each from its first character to its last."""
+        self.regions[name] += [self.source.span(node) for node in nodes if node is not None]
+
+    def add_first(self, name: str, node: ast.AST, length: int) -> None:
+        """The first characters of a node."""
+        start = self.source.start(node)
+        self.regions[name].append((start, start + length))
+
+    def add_last(self, name: str, node: ast.AST, length: int) -> None:
+        """The last characters of a node."""
+        end = self.source.end(node)
+        self.regions[name].append((end - length, end))
+
+    def add_body(self, name: str, body: Sequence[ast.stmt]) -> None:
+        """A list of statements; nothing when it is empty."""
+        if body:
+            self.regions[name].append((self._first_of(body), self.source.end(body[-1])))
+
+    def _first_of(self, body: Sequence[ast.stmt]) -> int:
+        """Where statements begin, decorators of the first included."""
+        decorators = getattr(body[0], "decorator_list", None)
+        if decorators:
+            return self.source.text.rfind("@", 0, self.source.start(decorators[0]))
+        return self.source.start(body[0])
+
+    def docstring(self, body: Sequence[ast.stmt]) -> None:
+        """The docstring of a module, class or function, where it has one."""
+        match body:
+            case [ast.Expr(value=ast.Constant(value=str())) as first, *_]:
+                start, end = self.source.span(first)
+                self.regions["docstring"].append((start, end))
+                cut = self.source.text.find("\n", start, end)
+                self.regions["docstring_summary"].append((start, end if cut < 0 else cut))
+
+    def definition(self, node: ast.AST, place: Place) -> None:
+        """Functions, classes, their parameters, and imports."""
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                self._head(node, "method_name" if place.in_class else "function_name")
+                for name in _kinds_of_body(node, place):
+                    self.add_body(name, node.body)
+                self.add("annotation", node.returns)
+                self.add("default_value", *node.args.defaults, *node.args.kw_defaults)
+            case ast.ClassDef():
+                self._head(node, "class_name")
+                self.add_body("class_body", node.body)
+                self.add("base_class", *node.bases)
+            case ast.arg():
+                self.add_first("parameter_name", node, len(node.arg))
+                self.add("annotation", node.annotation)
+            case ast.Import():
+                for alias in node.names:
+                    self.add_first("imported_module", alias, len(alias.name))
+            case ast.ImportFrom():
+                module = _FROM_MODULE.match(self.source.text, self.source.start(node))
+                if module is not None:
+                    self.regions["imported_module"].append(module.span(1))
+                for alias in node.names:
+                    self.add_first("imported_name", alias, len(alias.name))
+
+    def _head(self, node: Function | ast.ClassDef, kind: str) -> None:
+        """Name, signature, decorators and docstring of a function or class."""
+        start = self.source.start(node)
+        name = _DEFINED.match(self.source.text, start)
+        if name is not None:
+            self.regions[kind].append(name.span(1))
+        self.regions["signature"].append((start, self._first_of(node.body)))
+        for decorator in node.decorator_list:
+            first, last = self.source.span(decorator)
+            self.regions["decorator"].append((self.source.text.rfind("@", 0, first), last))
+        self.docstring(node.body)
+
+    def statement(self, node: ast.AST, place: Place) -> None:
+        """Loops, conditions, other blocks, assignments and what statements give away."""
+        match node:
+            case ast.For() | ast.AsyncFor():
+                self.add("loop_variable", node.target)
+                self.add("loop_iterable", node.iter)
+                self._loop(node.body, place)
+            case ast.While():
+                self.add("condition", node.test)
+                self._loop(node.body, place)
+            case ast.If():
+                self._if(node, place)
+            case ast.Try() | ast.TryStar():
+                self.add_body("try_body", node.body)
+                self.add_body("finally_body", node.finalbody)
+                for handler in node.handlers:
+                    self.add_body("except_body", handler.body)
+                    self.add("caught_exception", handler.type)
+            case ast.With() | ast.AsyncWith():
+                self.add("with_context", *(item.context_expr for item in node.items))
+                self.add_body("with_body", node.body)
+            case ast.Assign() | ast.AugAssign() | ast.AnnAssign():
+                self.add("assigned_value", node.value)
+                self.add("annotation", getattr(node, "annotation", None))
+            case ast.Return():
+                self.add("return_value", node.value)
+            case ast.Raise():
+                self.add("raised_exception", node.exc)
+            case ast.Assert():
+                self.add("assertion", node)
+
+    def _loop(self, body: Sequence[ast.stmt], place: Place) -> None:
+        self.add_body("loop_body", body)
+        if place.loops:
+            self.add_body("nested_loop_body", body)
+
+    def _if(self, node: ast.If, place: Place) -> None:
+        self.add("condition", node.test)
+        self.add_body("conditional_body", node.body)
+        if self._is_elif(node):
+            self.regions["elif_branch"].append((self.source.start(node), self.source.end(node.body[-1])))
+        elif place.tests:
+            self.add_body("nested_conditional_body", node.body)
+        if node.orelse and not self._is_elif(node.orelse[0]):
+            self.add_body("else_body", node.orelse)
+
+    def _is_elif(self, node: ast.AST) -> bool:
+        return self.source.text.startswith("elif", self.source.start(node))
+
+    def expression(self, node: ast.AST, place: Place) -> None:
+        """Expressions by their role."""
+        match node:
+            case ast.Name(ctx=ast.Store()):
+                local = place.functions and not place.in_class
+                self.add("assigned_local" if local else "assigned_outside_function", node)
+            case ast.Name():
+                if node.id in place.parameters:
+                    self.add("parameter_use", node)
+            case ast.Call():
+                self._call(node, place)
+            case ast.Attribute():
+                self.add_last("attribute", node, len(node.attr))
+                if isinstance(node.value, ast.Name) and node.value.id == "self":
+                    self.add_last("self_attribute", node, len(node.attr))
+                if isinstance(node.ctx, ast.Store):
+                    self.add_last("assigned_attribute", node, len(node.attr))
+            case ast.Subscript():
+                self.add("subscripted", node.value)
+                self.add("slice" if isinstance(node.slice, ast.Slice) else "subscript_index", node.slice)
+            case ast.ListComp() | ast.SetComp() | ast.DictComp():
+                self.add("comprehension", node)
+            case ast.GeneratorExp():
+                self.add("comprehension", node)
+                self.add("generator_expression", node)
+            case ast.Compare():
+                self.add("comparison", node)
+                self.add("compared_right", *node.comparators)
+            case ast.BinOp(op=ast.Mod(), left=ast.Constant(value=str())):
+                self.add("percent_format", node)
+            case ast.Dict():
+                self.add("dict_literal", node)
+                self.add("dict_key", *node.keys)
+            case ast.NamedExpr():
+                self.add("assigned_value", node.value)
+            case ast.Yield() | ast.YieldFrom():
+                self.add("yielded_value", node.value)
+            case ast.Await():
+                self.add("awaited_value", node.value)
+            case _ if type(node) in _WHOLE:
+                self.add(_WHOLE[type(node)], node)
+
+    def _call(self, node: ast.Call, place: Place) -> None:
+        if isinstance(node.func, ast.Name):
+            self.add("called_function", node.func)
+        elif isinstance(node.func, ast.Attribute):
+            self.add_last("called_method", node.func, len(node.func.attr))
+        arguments = (*node.args, *(pair.value for pair in node.keywords))
+        self.add("call_argument", *arguments)
+        if place.calls:
+            self.add("nested_call_argument", *arguments)
+        self.add("first_argument", *node.args[:1])
+        strings = [arg for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        self.add("string_argument", *strings)
+        for pair in node.keywords:
+            if pair.arg is not None:
+                self.add_first("keyword_argument_name", pair, len(pair.arg))
+                self.add("keyword_argument_value", pair.value)
 
 
-def _paint_docstring(source: Source, regions: Regions, node: ast.AST) -> None:
-    body: list[ast.stmt] = node.body  # type: ignore[attr-defined]
-    if not body or not isinstance(body[0], ast.Expr) or not isinstance(body[0].value, ast.Constant):
-        return
-    if isinstance(body[0].value.value, str):
-        start, end = source.span(body[0])
-        regions["docstring"].append((start, end))
-        cut = source.text.find("\n", start, end)
-        regions["docstring_summary"].append((start, end if cut < 0 else cut))
-
-
-def _paint_definition(source: Source, regions: Regions, node: ast.AST, kind: str) -> None:
-    """Name, signature, decorators and docstring of a function or class."""
-    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-    start = source.start(node)
-    name = _DEFINED.match(source.text, start)
-    if name is not None:
-        regions[kind].append(name.span(1))
-    regions["signature"].append((start, _body(source, node.body)[0][0]))
-    for decorator in node.decorator_list:
-        first, last = source.span(decorator)
-        regions["decorator"].append((source.text.rfind("@", 0, first), last))
-    _paint_docstring(source, regions, node)
-
-
-def _function(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, Function)
-    _paint_definition(source, regions, node, "method_name" if place.in_class else "function_name")
-    body = _body(source, node.body)
-    regions["function_body"] += body
-    if place.in_class:
-        regions["method_body"] += body
-    if place.functions:
-        regions["nested_function_body"] += body
-    if node.name == "__init__":
-        regions["init_body"] += body
-    elif node.name.startswith("__") and node.name.endswith("__"):
-        regions["dunder_method_body"] += body
-    elif node.name.startswith("_"):
-        regions["private_function_body"] += body
-    if isinstance(node, ast.AsyncFunctionDef):
-        regions["async_body"] += body
-    if any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list):
-        regions["property_body"] += body
-    if node.returns is not None:
-        regions["annotation"].append(source.span(node.returns))
-    for default in (*node.args.defaults, *node.args.kw_defaults):
-        if default is not None:
-            regions["default_value"].append(source.span(default))
-
-
-def _class(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.ClassDef)
-    _paint_definition(source, regions, node, "class_name")
-    regions["class_body"] += _body(source, node.body)
-    regions["base_class"] += [source.span(base) for base in node.bases]
-
-
-def _parameter(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.arg)
-    start = source.start(node)
-    regions["parameter_name"].append((start, start + len(node.arg)))
-    if node.annotation is not None:
-        regions["annotation"].append(source.span(node.annotation))
-
-
-def _import(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.Import)
-    for alias in node.names:
-        start = source.start(alias)
-        regions["imported_module"].append((start, start + len(alias.name)))
-
-
-def _import_from(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.ImportFrom)
-    module = _FROM_MODULE.match(source.text, source.start(node))
-    if module is not None:
-        regions["imported_module"].append(module.span(1))
-    for alias in node.names:
-        start = source.start(alias)
-        regions["imported_name"].append((start, start + len(alias.name)))
-
-
-def _call(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.Call)
-    end = source.end(node.func)
-    if isinstance(node.func, ast.Name):
-        regions["called_function"].append((source.start(node.func), end))
-    elif isinstance(node.func, ast.Attribute):
-        regions["called_method"].append((end - len(node.func.attr), end))
-    arguments = [source.span(value) for value in (*node.args, *(pair.value for pair in node.keywords))]
-    regions["call_argument"] += arguments
-    if place.calls:
-        regions["nested_call_argument"] += arguments
-    for position, value in enumerate(node.args):
-        if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            regions["string_argument"].append(source.span(value))
-        if position == 0:
-            regions["first_argument"].append(source.span(value))
-    for pair in node.keywords:
-        if pair.arg is not None:
-            start = source.start(pair)
-            regions["keyword_argument_name"].append((start, start + len(pair.arg)))
-            regions["keyword_argument_value"].append(source.span(pair.value))
-
-
-def _attribute(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.Attribute)
-    end = source.end(node)
-    span = (end - len(node.attr), end)
-    regions["attribute"].append(span)
-    if isinstance(node.value, ast.Name) and node.value.id == "self":
-        regions["self_attribute"].append(span)
-    if isinstance(node.ctx, ast.Store):
-        regions["assigned_attribute"].append(span)
-
-
-def _name(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.Name)
-    if isinstance(node.ctx, ast.Store):
-        kind = "assigned_local" if place.functions and not place.in_class else "assigned_outside_function"
-        regions[kind].append(source.span(node))
-    elif node.id in place.parameters:
-        regions["parameter_use"].append(source.span(node))
-
-
-def _subscript(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.Subscript)
-    regions["subscripted"].append(source.span(node.value))
-    kind = "slice" if isinstance(node.slice, ast.Slice) else "subscript_index"
-    regions[kind].append(source.span(node.slice))
-
-
-def _for(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.For | ast.AsyncFor)
-    regions["loop_variable"].append(source.span(node.target))
-    regions["loop_iterable"].append(source.span(node.iter))
-    _loop_body(source, regions, node.body, place)
-
-
-def _while(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.While)
-    regions["condition"].append(source.span(node.test))
-    _loop_body(source, regions, node.body, place)
-
-
-def _loop_body(source: Source, regions: Regions, body: Sequence[ast.stmt], place: Place) -> None:
-    regions["loop_body"] += _body(source, body)
-    if place.loops:
-        regions["nested_loop_body"] += _body(source, body)
-
-
-def _if(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.If)
-    regions["condition"].append(source.span(node.test))
-    regions["conditional_body"] += _body(source, node.body)
-    is_elif = source.text.startswith("elif", source.start(node))
-    if is_elif:
-        regions["elif_branch"].append((source.start(node), source.end(node.body[-1])))
-    elif place.tests:
-        regions["nested_conditional_body"] += _body(source, node.body)
-    if node.orelse and not source.text.startswith("elif", source.start(node.orelse[0])):
-        regions["else_body"] += _body(source, node.orelse)
-
-
-def _try(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.Try | ast.TryStar)
-    regions["try_body"] += _body(source, node.body)
-    regions["finally_body"] += _body(source, node.finalbody)
-    for handler in node.handlers:
-        regions["except_body"] += _body(source, handler.body)
-        if handler.type is not None:
-            regions["caught_exception"].append(source.span(handler.type))
-
-
-def _with(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.With | ast.AsyncWith)
-    regions["with_context"] += [source.span(item.context_expr) for item in node.items]
-    regions["with_body"] += _body(source, node.body)
-
-
-def _assign(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.NamedExpr)
-    if node.value is not None:
-        regions["assigned_value"].append(source.span(node.value))
-    if isinstance(node, ast.AnnAssign):
-        regions["annotation"].append(source.span(node.annotation))
-
-
-def _comprehension(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    regions["comprehension"].append(source.span(node))
-    if isinstance(node, ast.GeneratorExp):
-        regions["generator_expression"].append(source.span(node))
-
-
-def _comparison(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.Compare)
-    regions["comparison"].append(source.span(node))
-    regions["compared_right"] += [source.span(side) for side in node.comparators]
-
-
-def _binary(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.BinOp)
-    text = isinstance(node.left, ast.Constant) and isinstance(node.left.value, str)
-    if isinstance(node.op, ast.Mod) and text:
-        regions["percent_format"].append(source.span(node))
-    else:
-        regions["arithmetic"].append(source.span(node))
-
-
-def _dict(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-    assert isinstance(node, ast.Dict)
-    regions["dict_literal"].append(source.span(node))
-    regions["dict_key"] += [source.span(key) for key in node.keys if key is not None]
-
-
-def _whole(name: str) -> Painter:
-    """The node from its first character to its last."""
-
-    def paint(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-        regions[name].append(source.span(node))
-
-    return paint
-
-
-def _part(name: str, field: str) -> Painter:
-    """One child of the node, where it has that child."""
-
-    def paint(source: Source, regions: Regions, node: ast.AST, place: Place) -> None:
-        child = getattr(node, field)
-        if child is not None:
-            regions[name].append(source.span(child))
-
-    return paint
-
-
-PAINTERS: dict[type[ast.AST], Painter] = {
-    **dict.fromkeys((ast.FunctionDef, ast.AsyncFunctionDef), _function),
-    **dict.fromkeys((ast.For, ast.AsyncFor), _for),
-    **dict.fromkeys((ast.Try, ast.TryStar), _try),
-    **dict.fromkeys((ast.With, ast.AsyncWith), _with),
-    **dict.fromkeys((ast.Assign, ast.AugAssign, ast.AnnAssign, ast.NamedExpr), _assign),
-    **dict.fromkeys((ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp), _comprehension),
-    ast.ClassDef: _class,
-    ast.arg: _parameter,
-    ast.Import: _import,
-    ast.ImportFrom: _import_from,
-    ast.Call: _call,
-    ast.Attribute: _attribute,
-    ast.Name: _name,
-    ast.Subscript: _subscript,
-    ast.While: _while,
-    ast.If: _if,
-    ast.Compare: _comparison,
-    ast.BinOp: _binary,
-    ast.Dict: _dict,
-    ast.BoolOp: _whole("boolean_expression"),
-    ast.IfExp: _whole("conditional_expression"),
-    ast.Lambda: _whole("lambda"),
-    ast.List: _whole("list_literal"),
-    ast.Tuple: _whole("tuple_literal"),
-    ast.Assert: _whole("assertion"),
-    ast.Return: _part("return_value", "value"),
-    ast.Raise: _part("raised_exception", "exc"),
-    ast.Yield: _part("yielded_value", "value"),
-    ast.YieldFrom: _part("yielded_value", "value"),
-    ast.Await: _part("awaited_value", "value"),
+_WHOLE: dict[type[ast.AST], str] = {
+    ast.BinOp: "arithmetic",
+    ast.BoolOp: "boolean_expression",
+    ast.IfExp: "conditional_expression",
+    ast.Lambda: "lambda",
+    ast.List: "list_literal",
+    ast.Tuple: "tuple_literal",
 }
+
+
+def _kinds_of_body(node: Function, place: Place) -> list[str]:
+    """The regions that a function's body is in."""
+    dunder = node.name.startswith("__") and node.name.endswith("__")
+    kinds = {
+        "function_body": True,
+        "method_body": place.in_class,
+        "nested_function_body": place.functions > 0,
+        "init_body": node.name == "__init__",
+        "dunder_method_body": dunder and node.name != "__init__",
+        "private_function_body": node.name.startswith("_") and not dunder,
+        "async_body": isinstance(node, ast.AsyncFunctionDef),
+        "property_body": any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list),
+    }
+    return [name for name, applies in kinds.items() if applies]

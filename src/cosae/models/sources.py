@@ -1,0 +1,252 @@
+"""A model and text → endless chunks of activations at one site (`Source`s of cosae.activations.stream)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from cosae.errors import CosaeError, check_least
+from cosae.io.generators import epoch_order
+from cosae.models.capture import capture, check_request, name_in
+from cosae.models.sites import resolve_site
+from cosae.types import Activations, Sequences, Site
+
+CURSORS = 4096
+"""Chunks whose place in the text is kept in mind: more than any shuffle buffer reaches back."""
+NAMED_CHUNKS = 64
+"""Chunks whose documents' names are kept in mind: more than are read ahead."""
+
+
+class _SiteSource:
+    """One site of a model, captured as `capture` does. Raises CosaeError for what it would refuse of `first`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        site: str | Site,
+        first: Sequences,
+        batch_sequences: int = 8,
+        store_dtype: torch.dtype = torch.float32,
+        store_device: str = "cpu",
+        allow_non_finite: bool = False,
+    ) -> None:
+        self.model, self.site = model, resolve_site(model, site)
+        self._options: dict[str, Any] = {
+            "batch_sequences": batch_sequences,
+            "store_dtype": store_dtype,
+            "store_device": store_device,
+            "allow_non_finite": allow_non_finite,
+        }
+        check_request(model, first, batch_sequences, store_dtype)
+        one = first[first.mask_ST.any(dim=1)][:1]
+        self.d_in = int(capture(model, one, self.site)[self.site.name].x_ND.shape[1])
+
+    def _capture(self, sequences: Sequences) -> Activations:
+        return capture(self.model, sequences, self.site, **self._options)[self.site.name]
+
+    def describe(self) -> dict[str, Any]:
+        """Model and site in plain values for a record."""
+        config = getattr(self.model, "config", None)
+        parameter = next(self.model.parameters())
+        return {
+            "model": getattr(config, "_name_or_path", "") or type(self.model).__name__,
+            "model_type": getattr(config, "model_type", type(self.model).__name__),
+            "revision": getattr(config, "_commit_hash", None),
+            "attn_implementation": getattr(config, "_attn_implementation", None),
+            "model_dtype": str(parameter.dtype).removeprefix("torch."),
+            "site": self.site.name,
+            "hook_name": self.site.hook_name,
+            "module_path": self.site.module_path,
+            "block": self.site.block,
+            "store_dtype": str(self._options["store_dtype"]).removeprefix("torch."),
+            "batch_sequences": self._options["batch_sequences"],
+        }
+
+
+class ModelSource(_SiteSource):
+    """Endless chunks of activations at one site, from a finite set of sequences.
+
+    Chunk c of epoch e holds the sequences `epoch_order(S, seed, e)[c·chunk_sequences : (c +
+    1)·chunk_sequences]`, so every epoch sees each sequence once in an order of its own, and the last chunk of
+    an epoch may be shorter. Any chunk can be made again to the bit, by this object or by another made with
+    the same arguments on the same machine.
+
+    model, sequences, site, batch_sequences, store_dtype, store_device, allow_non_finite   as in `capture`
+    chunk_sequences  sequences per chunk
+    seed             seed of the orders
+
+    Raises `CosaeError` as `capture` does, on construction where it can be known then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sequences: Sequences,
+        site: str | Site,
+        *,
+        chunk_sequences: int = 64,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        check_least("chunk_sequences", chunk_sequences, 1)
+        super().__init__(model, site, sequences, **options)
+        # A row of nothing but padding would make an empty chunk.
+        self.sequences = sequences[sequences.mask_ST.any(dim=1)]
+        self.sequences_sha256 = digest_sequences(self.sequences)
+        self.chunk_sequences = chunk_sequences
+        self.seed = seed
+
+    @property
+    def chunks_per_epoch(self) -> int:
+        return math.ceil(len(self.sequences) / self.chunk_sequences)
+
+    def chunks(self, start: int = 0) -> Iterator[Activations]:
+        """Chunk `start`, `start + 1`, ... without end; chunk numbers run on from epoch to epoch."""
+        for number in itertools.count(start):
+            epoch, chunk = divmod(number, self.chunks_per_epoch)
+            order = epoch_order(len(self.sequences), self.seed, epoch)
+            rows = order[chunk * self.chunk_sequences : (chunk + 1) * self.chunk_sequences]
+            yield self._capture(self.sequences[rows])
+
+    def document_name(self, doc: int) -> str | None:
+        """The name of document `doc` of `doc_N`."""
+        return name_in(self.sequences, doc)
+
+    def describe(self) -> dict[str, Any]:
+        """Where the activations come from, in plain values for a record."""
+        return {
+            **super().describe(),
+            "source": "sequences",
+            "context": int(self.sequences.mask_ST.shape[1]),
+            "n_sequences": len(self.sequences),
+            "n_tokens": int(self.sequences.mask_ST.sum()),
+            "sequences_sha256": self.sequences_sha256,
+            "chunk_sequences": self.chunk_sequences,
+            "seed": self.seed,
+        }
+
+
+class EndlessText(Protocol):
+    """Chunks of sequences without end, each made again from its cursor (`mixture.Text`)."""
+
+    def chunks(self, cursor: dict[str, Any] | None = None) -> Iterator[tuple[Sequences, dict[str, Any]]]:
+        """Chunks from a cursor on (None: the beginning), each with its own cursor, of plain values."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What decides which sequences come."""
+        ...
+
+
+class _Repeated:
+    """A function that makes an iterator of `Sequences`, called again whenever it ends; a cursor is a chunk's number."""
+
+    def __init__(self, make_chunks: Callable[[], Iterator[Sequences]]) -> None:
+        self._make_chunks = make_chunks
+
+    def chunks(self, cursor: dict[str, Any] | None = None) -> Iterator[tuple[Sequences, dict[str, Any]]]:
+        start = 0 if cursor is None else int(cursor["chunk"])
+        for number, sequences in enumerate(itertools.islice(self._endless(), start, None), start):
+            yield sequences, {"chunk": number}
+
+    def _endless(self) -> Iterator[Sequences]:
+        for turn in itertools.count():
+            empty = True
+            for sequences in self._make_chunks():
+                empty = False
+                yield sequences
+            if empty and turn:
+                raise CosaeError("The corpus gave sequences at first and none on a later epoch.")
+            if empty:
+                raise CosaeError("There are no tokens to capture: the corpus is empty.")
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+class StreamedModelSource(_SiteSource):
+    """Endless chunks of activations at one site, from a corpus too large to hold, or a mixture.
+
+    text  an `EndlessText`; or a function that makes an iterator of `Sequences`, the same ones each time: each is one
+          chunk, and when they end, the next epoch calls it again
+
+    A restart at a chunk that was made before, or whose cursor `seek` was told, begins right there; at any other it
+    reads and drops what comes after the nearest cursor without running the model. Other arguments as in
+    `ModelSource`. Raises `CosaeError` as `capture` does, and for a text that gives nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        text: EndlessText | Callable[[], Iterator[Sequences]],
+        site: str | Site,
+        **options: Any,
+    ) -> None:
+        self.text: EndlessText = _Repeated(text) if callable(text) else text
+        first, cursor = next(self.text.chunks())
+        super().__init__(model, site, first, **options)
+        self._cursors: dict[int, dict[str, Any]] = {0: cursor}
+        self._names: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=NAMED_CHUNKS)  # first document, names
+        self.context = int(first.mask_ST.shape[1])
+        self.first_chunk_sha256 = digest_sequences(first)
+
+    def chunks(self, start: int = 0) -> Iterator[Activations]:
+        """Chunk `start`, `start + 1`, ... without end."""
+        nearest = max(number for number in self._cursors if number <= start)
+        for number, (sequences, cursor) in enumerate(self.text.chunks(self._cursors[nearest]), nearest):
+            self._remember(number, cursor)
+            self._names.append((sequences.first_doc, sequences.doc_names))
+            if number >= start:
+                yield self._capture(sequences)
+
+    def document_name(self, doc: int) -> str | None:
+        """The name of document `doc` of a chunk made lately, else None."""
+        held = ((doc - first, names) for first, names in list(self._names))
+        return next((names[place] for place, names in held if 0 <= place < len(names)), None)
+
+    def cursor(self, chunk: int) -> dict[str, Any] | None:
+        """Plain values from which another process finds a chunk that was made here; None where it is forgotten."""
+        return self._cursors.get(chunk)
+
+    def seek(self, chunk: int, cursor: dict[str, Any]) -> None:
+        """Be told a cursor, as `cursor(chunk)` gave it."""
+        self._remember(chunk, cursor)
+
+    def _remember(self, chunk: int, cursor: dict[str, Any]) -> None:
+        self._cursors[chunk] = cursor
+        if len(self._cursors) > CURSORS:
+            del self._cursors[min(number for number in self._cursors if number)]  # the first is always kept
+
+    def describe(self) -> dict[str, Any]:
+        """Where the activations come from, in plain values; only the first chunk's digest is known."""
+        return {
+            **super().describe(),
+            **self.text.describe(),
+            "source": "streamed sequences",
+            "context": self.context,
+            "first_chunk_sha256": self.first_chunk_sha256,
+        }
+
+
+def digest_sequences(sequences: Sequences) -> str:
+    """SHA-256 of shape, ids, documents, indices, masks and document names."""
+    head: tuple[Any, ...] = (tuple(sequences.ids_ST.shape), sequences.doc_names)
+    if sequences.first_doc:
+        head = (*head, sequences.first_doc)
+    digest = hashlib.sha256(repr(head).encode())
+    for values, dtype in (
+        (sequences.ids_ST, torch.int64),
+        (sequences.doc_ST, torch.int32),
+        (sequences.index_ST, torch.int32),
+        (sequences.mask_ST, torch.bool),
+        (sequences.special_ST, torch.bool),
+    ):
+        digest.update(values.to("cpu", dtype).contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,119 @@
+"""Rows of .jsonl and .parquet files and of Hugging Face data sets, as mappings, one at a time.
+
+hf:DATASET[:CONFIG][:SPLIT]   a data set of the hub, streamed
+hf:FOLDER[:CONFIG][:SPLIT]    a folder that `load_dataset` reads, streamed, or one that `save_to_disk` wrote
+FOLDER                        one that `save_to_disk` wrote is known by its files
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cosae.errors import CosaeError
+from cosae.text.worker import said
+
+
+def read_jsonl(path: Path, name: str) -> Iterator[tuple[int, Any]]:
+    """Each line's number, from 1, and its value; blank lines are passed over. Raises CosaeError naming the line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise CosaeError(
+                        f"each line must be one JSON object. Got {name}, line {number}: {error}."
+                    ) from None
+                yield number, value
+
+
+def read_parquet(
+    path: Path, name: str, columns: Sequence[str], extra: Sequence[str] = (), advice: str = "name the columns"
+) -> Iterator[dict[str, Any]]:
+    """Rows of the columns, and of the extra ones that are there. Raises CosaeError for a file without a column."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise CosaeError("Reading .parquet needs pyarrow: pip install 'cosae[lm]'.") from None
+    try:
+        file = parquet.ParquetFile(path)
+        there = file.schema_arrow.names
+        if not set(columns) <= set(there):
+            wanted = " and ".join(map(repr, columns))
+            raise CosaeError(
+                f"{name} must have the column {wanted}. Got the columns {sorted(there)} instead: {advice}."
+            )
+        chosen = [c for c in dict.fromkeys((*columns, *extra)) if c in there]
+        for batch in file.iter_batches(batch_size=256, columns=chosen):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise CosaeError(f"{name} must be a whole Parquet file. Got: {said(error)}.") from None
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    return (path / "dataset_dict.json").is_file() or (
+        (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
+    )
+
+
+def open_dataset(spec: str) -> Iterator[Any]:
+    """Rows of a data set, in its own order. Raises CosaeError at the call for one that cannot be opened, and while
+    reading for whatever the data set itself raises, naming the row."""
+    name, *rest = spec.removeprefix("hf:").split(":")
+    if not name or len(rest) > 2:
+        raise CosaeError(f"A hub corpus must be 'hf:DATASET[:CONFIG][:SPLIT]'. Got {spec!r} instead.")
+    try:
+        import datasets
+    except ImportError:
+        raise CosaeError(
+            f"Reading {spec!r} must go through the datasets package, which is not installed: pip install 'cosae[lm]'."
+        ) from None
+    if is_saved_dataset(Path(name)):
+        rows = _open_saved(datasets, name, rest[-1] if rest else None, spec)
+    else:
+        config = rest[0] if len(rest) == 2 else None
+        rows = _try(spec, datasets.load_dataset, name, config, split=rest[-1] if rest else "train", streaming=True)
+    return _rows(rows, spec)
+
+
+def _open_saved(datasets: Any, path: str, split: str | None, spec: str) -> Any:
+    rows = _try(spec, datasets.load_from_disk, path)
+    if isinstance(rows, dict):  # a DatasetDict
+        if (split or "train") not in rows:
+            raise CosaeError(
+                f"The data set {spec!r} must have the split {split or 'train'!r}. It has {', '.join(rows)}: name one, "
+                f"as in 'hf:{path}:{next(iter(rows), 'SPLIT')}'."
+            )
+        return rows[split or "train"]
+    if split is not None:
+        raise CosaeError(f"The data set {spec!r} was saved without splits: leave ':{split}' out.")
+    return rows
+
+
+def _try(spec: str, load: Any, *args: Any, **options: Any) -> Any:
+    try:
+        return load(*args, **options)
+    except Exception as error:  # the hub's and the disk's many ways to fail, in one sentence
+        raise CosaeError(f"The data set {spec!r} cannot be opened: {said(error)}.") from error
+
+
+def _rows(rows: Any, spec: str) -> Iterator[Any]:
+    number, reading = 0, iter(rows)
+    while True:
+        try:
+            row = next(reading)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise CosaeError(f"The data set {spec!r} failed at row {number}: {said(error)}.") from error
+        yield row
+        number += 1
+
+
+def valid_text(text: str) -> str:
+    """The text with replacement marks for half surrogate pairs, which JSON can spell and no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
