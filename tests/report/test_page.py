@@ -199,6 +199,25 @@ def test_arms_on_different_streams_are_not_called_paired(tmp_path):
     assert "All arms saw identical batches" in page_of(run, tmp_path)
 
 
+def test_events_are_listed_and_the_rest_counted(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=0)
+    rows = [{"step": 10 * i, "arm": "global" if i else None, "text": f"loss <spike> {i}"} for i in range(43)]
+    (run / "events.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = " ".join(page_of(run, tmp_path).split())
+    assert "0 stream loss <spike> 0 10 global loss <spike> 1" in words
+    assert "loss <spike> 39 … and 3 more in events.jsonl" in words
+
+
+def test_a_run_without_arms_or_metrics(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=0)
+    (run / "metrics.jsonl").unlink()
+    assert "The run logged no training metrics." in page_of(run, tmp_path)
+    change(run / "run.json", lambda value: value.update(arms={}, filter={"policy": {"kind": "none"}}))
+    words = page_of(run, tmp_path)
+    assert "The run has no arms." in words
+    assert "no filter" in words
+
+
 @pytest.mark.parametrize("odd", [{}, [], None, "text", 7, {"a": None}])
 def test_pieces_of_another_shape_are_left_out_rather_than_fatal(tmp_path, odd):
     run = write_run(tmp_path / "run", arms=TWO, concepts=4)

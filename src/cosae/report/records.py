@@ -173,7 +173,7 @@ class Reconstruction:
 
     @property
     def l0_ratio(self) -> float | None:
-        """L0 of the longest quarter of tokens over that of the shortest."""
+        """L0 of the quartile of the largest norms over that of the smallest."""
         l0 = [quartile.l0 for quartile in self.by_norm_quartile] or [None]
         return l0[-1] / l0[0] if l0[0] and l0[-1] is not None else None
 

@@ -175,7 +175,7 @@ def sparsity(record: RunRecord) -> str:
     if not away:
         return f"{said}."
     worst = max(away, key=lambda arm: abs(away[arm]))
-    return f"{said}; the widest departure from an arm's target is {100 * away[worst]:+.1f} % ({worst})."
+    return f"{said}; the largest deviation from an arm's target is {100 * away[worst]:+.1f} % ({worst})."
 
 
 def difference_tables(record: RunRecord, looks: Looks) -> list[Table]:
@@ -245,7 +245,7 @@ def digest_sentence(record: RunRecord) -> str:
         if odd:
             return (
                 f"The arms did NOT all record the same stream ({', '.join(odd)} differ or recorded none): "
-                "do not read them as paired."
+                "do not treat them as paired."
             )
         return f"All arms saw identical batches{cut}: each recorded the stream's digest, {whole}."
     if whole:
