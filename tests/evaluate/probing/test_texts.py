@@ -127,11 +127,12 @@ def test_the_regression_is_scikit_learn_s_dense_and_sparse() -> None:
     label = rng.random(400) < 1 / (1 + np.exp(-(x @ np.linspace(-2, 2, 8) + 0.3)))
     theirs = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000).fit(x, label)
     for given in (x, sparse.csr_matrix(x)):
-        weight_F, bias = fit(given, label)
-        assert weight_F == pytest.approx(theirs.coef_[0], abs=2e-3)
+        weight_F1, bias = fit(given, label[:, None])
+        assert weight_F1[:, 0] == pytest.approx(theirs.coef_[0], abs=2e-3)
         assert bias == pytest.approx(theirs.intercept_[0], abs=2e-3)
-    wide = scores(1000 * x[:300], label[:300], 1000 * x[300:])
-    assert wide == pytest.approx(scores(x[:300], label[:300], x[300:]), abs=1e-3)
+    label_N1 = label[:300, None]
+    wide = scores(1000 * x[:300], label_N1, 1000 * x[300:])
+    assert wide == pytest.approx(scores(x[:300], label_N1, x[300:]), abs=1e-3)
 
 
 def test_choosing_breaks_ties_by_the_smallest_id() -> None:

@@ -226,9 +226,9 @@ def _score(x: Any, split: Split) -> Array:
     train, test = x[split.train_R], x[split.test_R]
     if isinstance(train, np.ndarray):
         train, test = train.astype(np.float64), test.astype(np.float64)
-    logit_M = scores(train, split.train_label, test)
-    accuracy = float(((logit_M > 0) == split.test_label).mean())
-    return np.array([accuracy, rank_quality(logit_M[:, None], split.test_label[:, None])[0][0]])
+    logit_M1 = scores(train, split.train_label[:, None], test)
+    accuracy = float(((logit_M1[:, 0] > 0) == split.test_label).mean())
+    return np.array([accuracy, rank_quality(logit_M1, split.test_label[:, None])[0][0]])
 
 
 def _questions(one: PooledSet) -> list[int]:

@@ -155,8 +155,8 @@ def probe_top(train: Split, held_out: Split, arm: str, value_FC: Array, rule: Ru
     fitted, judged = (columns_of(side.codes[arm]) for side in (train, held_out))
     score_NC = np.empty(held_out.label_NC.shape)
     for c, latent_n in enumerate(best_FC.T):
-        known = fitted[:, latent_n].toarray(), train.label_NC[:, c]
-        score_NC[:, c] = logistic.scores(*known, judged[:, latent_n].toarray())
+        known = fitted[:, latent_n].toarray(), train.label_NC[:, c : c + 1]
+        score_NC[:, c : c + 1] = logistic.scores(*known, judged[:, latent_n].toarray())
     return {"latent": best_FC.T.tolist(), **_score(score_NC, held_out.label_NC)}
 
 
