@@ -42,7 +42,7 @@ def make_step(score: str, path: str, shape: Shape, sample_ND: Tensor) -> Callabl
     """A step of cosae.train.step on a fresh arm."""
     kernel = take_path(path)
     sae = SAE.build(d_in=shape.d, d_sae=shape.m, score=score, k=shape.k, seed=0, sample=sample_ND, kernel=kernel)
-    arm = Arm(name=score, score=score, k=shape.k, seed=0)
+    arm = Arm.of(name=score, score=score, k=shape.k, seed=0)
     state = ArmState.start(arm, sae, float(sample_ND.var(0).sum()), OptimizerConfig(lr=LR))
     count = 0
 

@@ -48,7 +48,7 @@ def start(args: argparse.Namespace, score: str, x_BD: Tensor, state_dtype: str =
         device="cuda",
     )  # fmt: skip
     sae.kernel = "triton"
-    arm = Arm(score, score, selector=args.selector, k=args.k, seed=0)
+    arm = Arm.of(score, score, selector=args.selector, k=args.k, seed=0)
     return ArmState.start(arm, sae, float(x_BD.var(0).sum()), OptimizerConfig(state_dtype=state_dtype))
 
 

@@ -32,7 +32,7 @@ SCORES = ("inner", "cosine", "cosine_per_feature", "inner_unit")
 def start(score: str, shape: Shape, x_ND: torch.Tensor, workspace: Workspace) -> ArmState:
     """A fresh arm that steps in this memory."""
     sae = SAE.build(d_in=shape.d, d_sae=shape.m, score=score, k=shape.k, seed=0, sample=x_ND)
-    arm = Arm(score, score, k=shape.k, seed=0)
+    arm = Arm.of(score, score, k=shape.k, seed=0)
     state = ArmState.start(arm, sae, float(x_ND.var(0).sum()), OptimizerConfig(lr=LR))
     state.cache.workspace = workspace
     return state

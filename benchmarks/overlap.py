@@ -53,7 +53,7 @@ def start_arms(n_arms: int, stream: ActivationStream) -> list[ArmState]:
     for seed in range(n_arms):
         sample = stream.sample_ND
         sae = SAE.build(d_in=192, d_sae=3072, score="cosine", k=32, seed=seed, sample=sample)
-        arm = Arm(name=f"arm-{seed}", score="cosine", k=32, seed=seed)
+        arm = Arm.of(name=f"arm-{seed}", score="cosine", k=32, seed=seed)
         states.append(ArmState.start(arm, sae, stream.norm_summary.total_variance, OptimizerConfig()))
     return states
 

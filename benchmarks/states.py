@@ -44,7 +44,7 @@ def train_seed(x_ND: Tensor, seed: int, args: argparse.Namespace) -> tuple[dict[
         config = OptimizerConfig(lr=args.lr, warmup_steps=args.steps // 20, state_dtype=dtype)
         for score in args.scores:
             sae = SAE.build(x_ND.shape[1], args.d_sae, score=score, k=args.k, seed=seed, sample=x_ND[:4096])
-            arm = Arm(f"{score}-{dtype}", score, k=args.k, seed=seed, lr=args.lr)
+            arm = Arm.of(f"{score}-{dtype}", score, k=args.k, seed=seed, lr=args.lr)
             states[dtype, score] = ArmState.start(arm, sae, float(x_ND.var(0).sum()), config), config
     seconds = dict.fromkeys(STATE_DTYPES, 0.0)
     for step in range(args.steps):

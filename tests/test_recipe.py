@@ -16,7 +16,9 @@ from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError
 from cosae.recipe import PRESETS, DataConfig, EvaluationConfig, Recipe, from_plain, preset, to_plain
+from cosae.sae.config import B_INITS, InitConfig, SAEConfig
 from cosae.sae.loss import LossConfig
+from cosae.sae.score import SCORES
 from cosae.train.arm import ARMS, Arm
 from cosae.train.loop import TrainingConfig
 from cosae.train.step import OptimizerConfig
@@ -29,15 +31,17 @@ texts = st.text(max_size=20)
 arms = st.builds(
     Arm,
     name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,12}", fullmatch=True),
-    score=texts,
-    d_sae=st.none() | counts,
-    k=st.none() | counts,
+    sae=st.builds(
+        SAEConfig,
+        score=st.sampled_from(sorted(SCORES)),
+        d_sae=st.none() | st.integers(10**6, 10**9),
+        k=st.none() | st.integers(1, 10**6),
+        prefixes=st.sets(st.integers(1, 10**6), max_size=3).map(sorted).map(tuple),
+        norm_restoring=st.booleans(),
+    ),
+    init=st.builds(InitConfig, a_init=st.floats(-5, 5), b_init=st.sampled_from(B_INITS) | st.floats(-5, 5)),
     seed=st.none() | st.integers(0, 2**31),
-    prefixes=st.lists(counts, max_size=3).map(tuple),
-    norm_restoring=st.booleans(),
-    a_init=st.floats(-5, 5),
     a_lr=rates,
-    b_init=texts,
     lr=st.none() | rates,
     input_noise=st.floats(1, 9),
     loss=st.builds(LossConfig, reweight=st.floats(0, 3), aux_k=st.none() | counts, aux_coefficient=rates),
@@ -158,12 +162,14 @@ def test_bad_changes_are_one_sentence(changes: dict[str, Any], says: str) -> Non
 
 
 def test_resolving_fills_what_arms_left_open() -> None:
-    recipe = replace(Recipe(), arms=(Arm("open"), Arm("own", d_sae=5, k=2, seed=9, lr=0.5, kernel="reference")), k=3)
+    recipe = replace(
+        Recipe(), arms=(Arm.of("open"), Arm.of("own", d_sae=5, k=2, seed=9, lr=0.5, kernel="reference")), k=3
+    )
     one, own = recipe.resolved(8).arms
-    assert (one.d_sae, one.k, one.seed, one.lr, one.kernel) == (128, 3, 0, 1e-3, "auto")
-    assert (own.d_sae, own.k, own.seed, own.lr, own.kernel) == (5, 2, 9, 0.5, "reference")
+    assert (one.sae.d_sae, one.sae.k, one.seed, one.lr, one.kernel) == (128, 3, 0, 1e-3, "auto")
+    assert (own.sae.d_sae, own.sae.k, own.seed, own.lr, own.kernel) == (5, 2, 9, 0.5, "reference")
     assert recipe.resolved(8).resolved(8) == recipe.resolved(8)
-    assert replace(recipe, d_sae=40).resolved(8).arms[0].d_sae == 40
+    assert replace(recipe, d_sae=40).resolved(8).arms[0].sae.d_sae == 40
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -173,7 +179,7 @@ def test_presets_construct_and_round_trip(name: str, tmp_path: Path) -> None:
     assert recipe.name == name
     recipe.write(tmp_path / "r.json")
     assert Recipe.read(tmp_path / "r.json") == recipe
-    assert recipe.resolved(4096).arms[0].d_sae is not None
+    assert recipe.resolved(4096).arms[0].sae.d_sae is not None
     with pytest.raises(CosaeError, match="preset must be one of embedded, demo"):
         preset(name.upper())
 
@@ -204,7 +210,8 @@ def test_the_paper_preset_is_the_papers() -> None:
     assert (paper.data.max_chars, paper.data.min_chars, paper.data.context) == (8192, 51, 2048)  # skip ≤ 50 characters
     assert (paper.filter.kind, paper.filter.factor) == ("norm", 10.0)
     for arm in paper.arms:
-        assert (arm.a_init, arm.b_init, arm.centre, arm.selector) == (0.0, "sqrt_d", "geometric_median", "batch_topk")
+        assert arm.init == InitConfig(0.0, "sqrt_d", "geometric_median")
+        assert arm.sae.selector == "batch_topk"
         assert (arm.loss.normalise, arm.loss.aux_coefficient, arm.loss.aux_k) == ("none", 1 / 32, None)
 
 
@@ -224,7 +231,7 @@ def test_what_a_file_leaves_out_keeps_its_default(tmp_path: Path) -> None:
         Recipe(),
         k=5,
         training=TrainingConfig(optimizer=OptimizerConfig(lr=1.0)),
-        arms=(Arm("a", loss=LossConfig(reweight=1.0)),),
+        arms=(Arm.of("a", loss=LossConfig(reweight=1.0)),),
     )
     assert Recipe.read(str(path)) == recipe
 
@@ -251,7 +258,7 @@ def test_yaml_says_the_same(tmp_path: Path) -> None:
         recipe = Recipe.read(path)
         assert recipe.data.world == World(norm="sinks", sigma=1.0)
         assert recipe.training.optimizer == OptimizerConfig(lr=1e-3, eps=1e-9, clip=None)  # 1e-3 is a number here too
-        assert recipe.arms == (Arm("a", prefixes=(4, 8)), Arm("b", "cosine", seed=3))
+        assert recipe.arms == (Arm.of("a", prefixes=(4, 8)), Arm.of("b", "cosine", seed=3))
 
 
 @pytest.mark.parametrize(

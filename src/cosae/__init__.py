@@ -21,8 +21,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from cosae.errors import CosaeError
+from cosae.sae.config import SAEConfig
 from cosae.sae.file import load, save
-from cosae.sae.model import SAE, SAEConfig
+from cosae.sae.model import SAE
 from cosae.types import Activations, Codes
 
 if TYPE_CHECKING:

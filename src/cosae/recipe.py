@@ -172,14 +172,18 @@ class Recipe:
 
     def check(self) -> None:
         """Raises CosaeError for arms that no SAE can be, as far as that is known before the data are read."""
-        for arm in self.arms:
-            arm.check(self.d_sae, self.k)
+        self._filled(self.d_sae)
 
     def resolved(self, d_in: int) -> Recipe:
         """The recipe with every open field of its arms filled in, given the width of the activations."""
-        arms = tuple(
+        d_sae = self.d_sae or 16 * d_in
+        return replace(self, arms=self._filled(d_sae), d_sae=d_sae)
+
+    def _filled(self, d_sae: int | None) -> tuple[Arm, ...]:
+        """Arms with what they left open; where their width is not known, it stays open."""
+        return tuple(
             arm.with_defaults(
-                d_sae=self.d_sae or 16 * d_in,
+                d_sae=d_sae,
                 k=self.k,
                 seed=self.training.seed,
                 lr=self.training.optimizer.lr,
@@ -187,7 +191,6 @@ class Recipe:
             )
             for arm in self.arms
         )
-        return replace(self, arms=arms, d_sae=self.d_sae or 16 * d_in)
 
     def changed(self, changes: Mapping[str, Any] | None = None, **more: Any) -> Recipe:
         """A copy with fields changed, nested ones by dotted path: changed({"training.steps": 100}, k=64).
@@ -309,7 +312,8 @@ def _paper() -> Recipe:
     """
     paper_loss = LossConfig(normalise="none")
     arms = tuple(
-        replace(ARMS[name], b_init="sqrt_d", loss=paper_loss) for name in ("standard", "cosine", "cosine_per_feature")
+        ARMS[name].changed({"b_init": "sqrt_d", "loss": paper_loss})
+        for name in ("standard", "cosine", "cosine_per_feature")
     )
     return Recipe(
         name="paper",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cosae import SAE, Codes, CosaeError
+from cosae.sae.config import SAEConfig
 from cosae.sae.frame import FRAMES
-from cosae.sae.model import SAEConfig
 from cosae.sae.selector import SELECTORS
 
 

@@ -25,7 +25,7 @@ def train(kernel: str, device: torch.device, score: str, selector: str, steps: i
     sae.kernel = kernel
     # a large eps: Adam's first steps otherwise turn a gradient's rounding into its sign
     config = OptimizerConfig(lr=3e-3, warmup_steps=2, eps=1e-3)
-    state = ArmState.start(Arm("a", score, selector=selector, k=2, seed=0), sae, 5.0, config)
+    state = ArmState.start(Arm.of("a", score, selector=selector, k=2, seed=0), sae, 5.0, config)
     state.age_F[4] = 10**6
     losses = []
     for step in range(steps):

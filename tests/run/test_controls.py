@@ -84,7 +84,7 @@ def test_reweighting_changes_what_is_learned() -> None:
 @pytest.mark.parametrize(("score", "frame"), list(product(SCORES, FRAMES)))
 def test_every_score_in_every_frame(score: str, frame: str) -> None:
     recipe = recipe_of("--arms standard")
-    arm = Arm("arm", score, frame=frame)
+    arm = Arm.of("arm", score, frame=frame)
     (sae,) = execute(recipe.changed({"arms": (arm,)}), None, logs=Logs(progress=False), measured=False).saes.values()
     assert (sae.cfg.score, sae.cfg.frame) == (score, frame)
 

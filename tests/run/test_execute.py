@@ -145,7 +145,7 @@ def test_seeds_decide_weights_and_order() -> None:
     assert torch.equal(one.saes["standard"].W_dec, same.saes["standard"].W_dec)
     assert not torch.equal(one.saes["standard"].W_dec, other.saes["standard"].W_dec)
     assert one.run["stream_digest"] == same.run["stream_digest"] != other.run["stream_digest"]
-    reseeded = execute(replace(small, arms=(Arm("standard", seed=1),)), None, logs=QUIET, measured=False)
+    reseeded = execute(replace(small, arms=(Arm.of("standard", seed=1),)), None, logs=QUIET, measured=False)
     assert reseeded.run["stream_digest"] == one.run["stream_digest"]  # an arm's own seed leaves the data alone
     assert not torch.equal(reseeded.saes["standard"].W_dec, one.saes["standard"].W_dec)
 
@@ -243,7 +243,7 @@ def test_a_device_that_is_absent(tmp_path: Path) -> None:
 
 
 def test_a_stopped_arm_is_told_apart_and_the_others_finish(tmp_path: Path) -> None:
-    small = replace(recipe(**{"training.steps": 12}), arms=(ARMS[1], Arm("wild", lr=1e25)))
+    small = replace(recipe(**{"training.steps": 12}), arms=(ARMS[1], Arm.of("wild", lr=1e25)))
     ran = execute(small, tmp_path / "run", logs=QUIET)
     assert ran.run["arms"]["cosine"]["stopped"] is None
     assert "the loss became" in ran.run["arms"]["wild"]["stopped"]
@@ -254,7 +254,7 @@ def test_a_stopped_arm_is_told_apart_and_the_others_finish(tmp_path: Path) -> No
 
 
 def test_all_arms_stopped_is_an_error_and_a_failed_run(tmp_path: Path) -> None:
-    small = replace(recipe(), arms=(Arm("wild", lr=1e25),))
+    small = replace(recipe(), arms=(Arm.of("wild", lr=1e25),))
     with pytest.raises(CosaeError, match="every arm stopped: wild: the loss became"):
         execute(small, tmp_path / "run", logs=QUIET)
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -26,7 +26,7 @@ def counted(self):
     resident = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
     seen.append((int(resident.split()[1]), time.process_time()))
 ActivationStream._begin_round = counted
-arms = tuple(Arm(s, "cosine_per_feature", selector=s) for s in ("batch_topk", "jumprelu", "gated"))
+arms = tuple(Arm.of(s, "cosine_per_feature", selector=s) for s in ("batch_topk", "jumprelu", "gated"))
 changes = {
     "d_sae": 256, "k": 4, "filter.window_tokens": 4096, "training.steps": int(sys.argv[3]),
     "training.batch_tokens": 256, "training.buffer_tokens": 4096, "training.log_every": 1,

@@ -76,8 +76,8 @@ LATER = {"opening": 2.0, "evaluation": 0.3, "calibration": 0.05}
 def recipe(data: str, texts: Path) -> Recipe:
     arms = (
         *ARMS,
-        Arm("topk", "inner_unit", selector="topk"),
-        Arm("abs", "cosine_grouped", selector="abs_topk", frame="layer_norm"),
+        Arm.of("topk", "inner_unit", selector="topk"),
+        Arm.of("abs", "cosine_grouped", selector="abs_topk", frame="layer_norm"),
     )
     small = {
         "d_sae": 96,

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from cosae import SAE, CosaeError, load, save
 from cosae.sae import file
+from cosae.sae.config import SAEConfig
 from cosae.sae.fold import fold_decoder_norm
 from cosae.sae.frame import FRAMES
-from cosae.sae.model import SAEConfig
 from cosae.sae.score import SCORES
 from cosae.sae.selector import SELECTORS
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cosae import SAE, CosaeError
+from cosae.sae.config import SAEConfig
 from cosae.sae.fold import fold_decoder_norm, fold_input_scale
 from cosae.sae.frame import FRAMES
-from cosae.sae.model import SAEConfig
 from cosae.sae.score import SCORES
 from cosae.sae.selector import SELECTORS
 

@@ -210,7 +210,7 @@ def train_with_dead(score: str, selector: str, aux_coefficient: float) -> tuple[
         return (on_BF * (1 + torch.rand(128, 32, generator=draw))) @ dictionary_FD + 0.01
 
     sample_ND = batch()
-    arm = Arm("arm", score, selector, d_sae=32, k=4, seed=0, loss=LossConfig(aux_coefficient=aux_coefficient))
+    arm = Arm.of("arm", score, selector, d_sae=32, k=4, seed=0, loss=LossConfig(aux_coefficient=aux_coefficient))
     sae = arm.build(16, sample_ND)
     with torch.no_grad():
         sae.score.bias_F[16:] -= 2.5

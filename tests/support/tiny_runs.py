@@ -16,10 +16,10 @@ from cosae.train.arm import Arm
 
 QUIET = Logs(progress=False)
 ARMS = (
-    Arm("standard", "inner"),
-    Arm("cosine", "cosine"),
-    Arm("delta", "cosine_base_delta", selector="jumprelu", input_noise=2.0),
-    Arm("gated", "cosine_per_feature", selector="gated", frame="unit"),
+    Arm.of("standard", "inner"),
+    Arm.of("cosine", "cosine"),
+    Arm.of("delta", "cosine_base_delta", selector="jumprelu", input_noise=2.0),
+    Arm.of("gated", "cosine_per_feature", selector="gated", frame="unit"),
 )
 
 

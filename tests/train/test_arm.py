@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from cosae.errors import CosaeError
+from cosae.io.legacy import upgrade
+from cosae.io.values import from_plain, to_plain
 from cosae.sae.calibrate import calibrate
+from cosae.sae.config import InitConfig, SAEConfig
 from cosae.sae.file import save
 from cosae.sae.loss import LossConfig
-from cosae.train.arm import ARMS, Arm, check_arms, input_noise, parse_arm
+from cosae.train.arm import ARMS, SECTIONS, Arm, check_arms, input_noise, parse_arm
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -22,15 +25,22 @@ def test_every_named_arm_parses_to_itself_and_builds(name: str) -> None:
     assert arm.name == name
     whole = arm.with_defaults(d_sae=24, k=3, seed=5, lr=0.01, kernel="reference")
     sae = whole.build(8, torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))
-    assert (sae.d_sae, sae.k, sae.cfg.score, sae.cfg.frame, sae.kernel) == (24, 3, arm.score, arm.frame, "reference")
+    assert (sae.d_sae, sae.k, sae.cfg.score, sae.cfg.frame, sae.kernel) == (
+        24,
+        3,
+        arm.sae.score,
+        arm.sae.frame,
+        "reference",
+    )
 
 
 def test_fields_are_read_as_their_types() -> None:
     arm = parse_arm(
         "cosine, k=64,seed=1,prefixes=8+32,norm_restoring=TRUE,a_init=1,b_init=-0.5,loss.reweight=2,lr=1e-3,name=a"
     )
-    assert (arm.score, arm.k, arm.seed, arm.prefixes, arm.norm_restoring) == ("cosine", 64, 1, (8, 32), True)
-    assert (arm.a_init, arm.b_init, arm.lr) == (1.0, "-0.5", 1e-3)
+    assert arm.sae == SAEConfig(score="cosine", k=64, prefixes=(8, 32), norm_restoring=True)
+    assert arm.init == InitConfig(a_init=1.0, b_init=-0.5)
+    assert (arm.seed, arm.lr) == (1, 1e-3)
     assert arm.loss == LossConfig(reweight=2.0)
 
 
@@ -44,9 +54,9 @@ def test_changes_show_in_the_name_unless_it_is_given() -> None:
 def test_open_fields_come_from_the_run_and_set_ones_stay() -> None:
     run = {"d_sae": 100, "k": 7, "seed": 3, "lr": 0.5, "kernel": "reference"}
     filled = Arm().with_defaults(**run)
-    assert (filled.d_sae, filled.k, filled.seed, filled.lr, filled.kernel) == (100, 7, 3, 0.5, "reference")
-    kept = Arm(d_sae=10, k=1, seed=0, lr=0.1).with_defaults(**run)
-    assert (kept.d_sae, kept.k, kept.seed, kept.lr) == (10, 1, 0, 0.1)
+    assert (filled.sae.d_sae, filled.sae.k, filled.seed, filled.lr, filled.kernel) == (100, 7, 3, 0.5, "reference")
+    kept = Arm.of(d_sae=10, k=1, seed=0, lr=0.1).with_defaults(**run)
+    assert (kept.sae.d_sae, kept.sae.k, kept.seed, kept.lr) == (10, 1, 0, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +71,11 @@ def test_open_fields_come_from_the_run_and_set_ones_stay() -> None:
         ("cosine,k=four", "k must be a whole number. Got 'four'"),
         ("cosine,k=2.5", "k must be a whole number"),
         ("cosine,a_init=x", "a_init must be a number"),
-        ("cosine,prefixes=4+x", "prefixes must be whole numbers joined by"),
+        ("cosine,prefixes=4+x", "each of prefixes must be a whole number"),
         ("cosine,norm_restoring=1", "must be true or false"),
         ("cosine,width=4", "an arm has no field 'width'"),
         ("cosine,loss=4", "an arm has no field 'loss'"),
-        ("cosine,loss.weight=4", "has no field 'weight'"),
+        ("cosine,loss.weight=4", "has no field 'loss.weight'"),
         ("cosine,loss.space=sideways", "loss space must be one of"),
         ("cosine,a_lr=-1", "a_lr must be a multiple"),
         ("cosine,threshold_lr=nan", "threshold_lr must be a multiple"),
@@ -120,7 +130,7 @@ def test_a_name_that_could_harm_a_page_or_a_path_is_refused(name: str) -> None:
 def test_what_no_sae_can_be_is_refused_on_building(change: dict[str, object], says: str) -> None:
     settings = {"d_sae": 24, "k": 3, "seed": 0, **change}
     with pytest.raises(CosaeError, match=says):
-        Arm(**settings).build(8, torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))  # type: ignore[arg-type]
+        Arm.of(**settings).build(8, torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))  # type: ignore[arg-type]
 
 
 def test_arms_must_be_some_and_differ() -> None:
@@ -136,9 +146,9 @@ def test_learning_rate_multiples_name_real_parameters() -> None:
     names: set[str] = set()
     for score in ("cosine", "cosine_base_delta"):
         for selector in ("batch_topk", "jumprelu"):
-            sae = Arm(score=score, selector=selector, d_sae=16, k=2, seed=0).build(4, None)
+            sae = Arm.of(score=score, selector=selector, d_sae=16, k=2, seed=0).build(4, None)
             names |= dict(sae.named_parameters()).keys()
-    multiples = Arm(a_lr=2.0, b_lr=3.0, threshold_lr=4.0).lr_multipliers()
+    multiples = Arm.of(a_lr=2.0, b_lr=3.0, threshold_lr=4.0).lr_multipliers()
     assert set(multiples) <= names
     assert sorted(multiples.values()) == [2.0, 2.0, 2.0, 3.0, 4.0]
 
@@ -159,18 +169,34 @@ def test_input_noise_scales_rows_within_its_range_and_repeats() -> None:
 
 
 def test_the_text_form_reaches_every_field() -> None:
-    kinds = {"int": "1", "float": "1.5", "bool": "true", "str": "raw", "tuple": "4"}
-    for f in fields(Arm):
-        if f.name in ("name", "loss"):
-            continue
-        kind = next(kind for kind in kinds if str(f.type).startswith(kind))
-        assert getattr(parse_arm(f"cosine,{f.name}={kinds[kind]}"), f.name) is not None
+    """Without the section's name, but for the loss, and but for d_in, which is the data's."""
+    texts = {
+        **{"score": "inner_unit", "selector": "topk", "frame": "unit", "b_init": "norm", "centre": "mean"},
+        **{"bias": "false", "norm_restoring": "true", "prefixes": "4", "space": "frame", "normalise": "none"},
+    }
+    for section, owner in {"": Arm, **SECTIONS}.items():
+        for f in fields(owner):
+            if f.name not in ("name", "d_in", *SECTIONS):
+                key = f"loss.{f.name}" if section == "loss" else f.name
+                text = texts.get(f.name, "3" if str(f.type).startswith("int") else "1.5")
+                assert parse_arm(f"cosine,{key}={text},name=cosine") != ARMS["cosine"], key
+    with pytest.raises(CosaeError, match="no field 'd_in'"):
+        parse_arm("cosine,d_in=4")
+
+
+def test_what_0_1_wrote_of_an_arm_is_put_into_its_sections() -> None:
+    old = {"name": "a", "score": "cosine", "k": None, "prefixes": [4, 8], "b_init": "-0.5", "lr": 0.1}
+    old["loss"] = {"aux_k": 3}
+    (arm,) = upgrade({"arms": [old]})["arms"]
+    wanted = Arm.of("a", "cosine", prefixes=(4, 8), b_init=-0.5, lr=0.1, loss=LossConfig(aux_k=3))
+    assert from_plain(Arm, arm, "arm") == wanted
+    assert upgrade({"arms": [to_plain(wanted)]}) == {"arms": [to_plain(wanted)]}
 
 
 def test_an_arm_goes_on_from_a_saved_sae_under_another_score(tmp_path: Path) -> None:
     """The recipe's way to continued training after a score swap (paper §5.2)."""
     x_ND = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
-    first = Arm("standard").with_defaults(d_sae=20, k=3, seed=0, lr=1e-3, kernel="auto").build(8, x_ND)
+    first = Arm.of("standard").with_defaults(d_sae=20, k=3, seed=0, lr=1e-3, kernel="auto").build(8, x_ND)
     calibrate(first, x_ND)
     save(first, tmp_path / "saved")
     start = f"start={tmp_path / 'saved'}"

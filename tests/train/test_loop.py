@@ -65,9 +65,9 @@ SIX = [
     ARMS["standard"],
     ARMS["standard_layer_norm"],
     ARMS["cosine_base_delta"],
-    Arm("jump", "cosine", selector="jumprelu", input_noise=2.0),
-    Arm("gated", "inner", selector="gated", seed=3),
-    Arm("signed", "cosine_per_feature", selector="abs_topk", k=6, d_sae=40),
+    Arm.of("jump", "cosine", selector="jumprelu", input_noise=2.0),
+    Arm.of("gated", "inner", selector="gated", seed=3),
+    Arm.of("signed", "cosine_per_feature", selector="abs_topk", k=6, d_sae=40),
 ]
 
 
@@ -167,21 +167,21 @@ def test_loss_falls_and_fve_rises() -> None:
 
 
 def test_seeds() -> None:
-    one, same, other = trained([Arm("a"), Arm("b"), Arm("c", seed=1)])
+    one, same, other = trained([Arm.of("a"), Arm.of("b"), Arm.of("c", seed=1)])
     assert_same(weights(one), weights(same))
     assert not torch.equal(one.sae.W_dec, other.sae.W_dec)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_reweighting_runs_and_matters(power: float) -> None:
-    plain = Arm("plain")
+    plain = Arm.of("plain")
     heavy, light = trained([plain, replace(plain, name="light", loss=replace(plain.loss, reweight=power))])
     assert light.stopped is None
     assert not torch.equal(heavy.sae.W_dec, light.sae.W_dec)
 
 
 def test_input_noise_matters_and_is_only_in_training() -> None:
-    clean, noisy = trained([Arm("clean"), Arm("noisy", input_noise=2.0)])
+    clean, noisy = trained([Arm.of("clean"), Arm.of("noisy", input_noise=2.0)])
     assert not torch.equal(clean.sae.W_dec, noisy.sae.W_dec)
     assert clean.digest == noisy.digest  # what was handed over was the same
 
@@ -202,7 +202,7 @@ class Spoiled:
         return batch
 
 
-WILD = Arm("wild", lr=1e25)
+WILD = Arm.of("wild", lr=1e25)
 
 
 def test_a_wild_arm_stops_alone_with_its_last_good_weights() -> None:

@@ -76,12 +76,12 @@ def test_optimiser_settings_out_of_range_are_refused(bad: dict[str, float]) -> N
 
 
 ARMS = [
-    Arm("inner", "inner"),
-    Arm("cosine", "cosine", a_lr=3.0, b_lr=0.5),
-    Arm("delta", "cosine_base_delta", frame="unit", prefixes=(16,), loss=losses.LossConfig(reweight=1.0)),
-    Arm("gated", "inner", selector="gated"),
-    Arm("jump", "cosine_per_feature", selector="jumprelu", threshold_lr=2.0),
-    Arm("abs", "inner_unit", selector="abs_topk", input_noise=2.0),
+    Arm.of("inner", "inner"),
+    Arm.of("cosine", "cosine", a_lr=3.0, b_lr=0.5),
+    Arm.of("delta", "cosine_base_delta", frame="unit", prefixes=(16,), loss=losses.LossConfig(reweight=1.0)),
+    Arm.of("gated", "inner", selector="gated"),
+    Arm.of("jump", "cosine_per_feature", selector="jumprelu", threshold_lr=2.0),
+    Arm.of("abs", "inner_unit", selector="abs_topk", input_noise=2.0),
 ]
 
 
@@ -121,7 +121,7 @@ def test_order_of_a_step(arm: Arm) -> None:
         assert not torch.equal(mine["decoder.rows_FD"], kept["decoder.rows_FD"])
         with torch.no_grad():  # the controller's shift comes last and is its own; take it over
             for name in ("selector.log_threshold_F", "score.bias_F"):
-                if arm.selector in ("jumprelu", "gated") and name in mine:
+                if arm.sae.selector in ("jumprelu", "gated") and name in mine:
                     shift_F = mine[name] - parameters[name]
                     assert float(shift_F.max() - shift_F.min()) < 1e-4
                     parameters[name].copy_(mine[name])
@@ -133,18 +133,18 @@ def test_order_of_a_step(arm: Arm) -> None:
 
 
 def test_multiplier_zero_holds_a_still_and_others_move() -> None:
-    state = started(Arm("still", "cosine", a_init=0.3, a_lr=0.0))
+    state = started(Arm.of("still", "cosine", a_init=0.3, a_lr=0.0))
     before_b = float(state.sae.scale_b.detach())
     for step in range(3):
         train_step(state, drawn(step), step, 1.0, NEVER)
     assert float(state.sae.scale_a.detach()) == pytest.approx(0.3)
     assert float(state.sae.scale_b.detach()) != before_b
     assert state.exponent == pytest.approx(0.3)
-    assert started(Arm("none", "inner")).exponent is None
+    assert started(Arm.of("none", "inner")).exponent is None
 
 
 def test_ages_count_tokens_and_masked_rows_are_none() -> None:
-    state = started(Arm("a", "inner"))
+    state = started(Arm.of("a", "inner"))
     x_BD = drawn(0, 6)
     x_BD[:2] = 0.0  # masked
     train_step(state, x_BD, 0, 0.0, NEVER)
@@ -159,7 +159,7 @@ def test_ages_count_tokens_and_masked_rows_are_none() -> None:
 
 
 def test_signed_codes_count_as_alive_when_negative() -> None:
-    state = started(Arm("abs", "inner", selector="abs_topk"))
+    state = started(Arm.of("abs", "inner", selector="abs_topk"))
     x_BD = drawn(3)
     dense_BF = state.sae.encode(x_BD).to_dense()
     negative_F = (dense_BF < 0).any(0) & (dense_BF.sum(0) <= 0)
@@ -173,7 +173,7 @@ def test_signed_codes_count_as_alive_when_negative() -> None:
 def test_batch_fve_is_what_it_says() -> None:
     """1 − |x − x̂|² / |x − mean|² of the batch, in raw units whatever the frame."""
     for frame in ("raw", "unit", "layer_norm"):
-        state = started(Arm("f", "inner", selector="topk", frame=frame))
+        state = started(Arm.of("f", "inner", selector="topk", frame=frame))
         x_BD = drawn(5)
         assert state.sae.score.bias_F is not None
         with torch.no_grad():
@@ -183,7 +183,7 @@ def test_batch_fve_is_what_it_says() -> None:
 
 
 def test_a_non_finite_loss_changes_nothing() -> None:
-    state = started(Arm("a", "cosine", selector="jumprelu"))
+    state = started(Arm.of("a", "cosine", selector="jumprelu"))
     train_step(state, drawn(0), 0, 1.0, NEVER)
     before = {name: value.clone() for name, value in state.tensors().items()}
     numbers = {**state.numbers()}
@@ -197,7 +197,7 @@ def test_a_non_finite_loss_changes_nothing() -> None:
 
 
 def test_a_non_finite_gradient_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = started(Arm("a", "inner"))
+    state = started(Arm.of("a", "inner"))
     before = {name: value.clone() for name, value in state.tensors().items()}
     real = losses.terms_of
 
@@ -214,7 +214,7 @@ def test_a_non_finite_gradient_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_state_goes_out_and_back_to_the_bit() -> None:
-    arm = Arm("g", "cosine_base_delta", selector="gated")
+    arm = Arm.of("g", "cosine_base_delta", selector="gated")
     one = started(arm)
     for step in range(25):
         train_step(one, drawn(step), step, 1.0, 200)
@@ -240,7 +240,7 @@ def test_controller_holds_l0_within_a_tenth_of_its_target(k: int, score: str, se
     source = SyntheticSource(World(d_in=64, n_features=256, l0=8, norm="log_normal", sigma=0.3), chunk_tokens=256)
     chunks = source.chunks()
     sample_ND = torch.cat([next(chunks).x_ND for _ in range(4)])
-    arm = Arm("x", score, selector=selector).with_defaults(d_sae=512, k=k, seed=0, lr=1e-3, kernel="auto")
+    arm = Arm.of("x", score, selector=selector).with_defaults(d_sae=512, k=k, seed=0, lr=1e-3, kernel="auto")
     variance = float((sample_ND - sample_ND.mean(0)).square().sum(-1).mean())
     state = ArmState.start(arm, arm.build(64, sample_ND), variance, OptimizerConfig(lr=1e-3))
     config = OptimizerConfig(warmup_steps=20)

@@ -106,7 +106,7 @@ def test_every_gradient_matches_dense_float64(score: str, selector: str) -> None
 
 def run_steps(score: str, selector: str, kernel: str, steps: int = 100) -> tuple[float, float]:
     """Last loss, and the share of features that were dead at the end, of `steps` steps from one start."""
-    arm = Arm("arm", score, selector, d_sae=F, k=K, seed=3, kernel=kernel)
+    arm = Arm.of("arm", score, selector, d_sae=F, k=K, seed=3, kernel=kernel)
     sae = build(score, selector, kernel)
     state = ArmState.start(arm, sae, 3.0, OptimizerConfig(lr=1e-3, warmup_steps=0))
     numbers = {}
@@ -173,7 +173,7 @@ def test_the_batchs_facts_are_those_of_each_arm() -> None:
     x_BD[7] = 0.0
     both = []
     for rows in (x_BD, Batch.of(x_BD)):
-        arm = Arm("arm", "cosine", d_sae=F, k=K, seed=3, input_noise=1.0)
+        arm = Arm.of("arm", "cosine", d_sae=F, k=K, seed=3, input_noise=1.0)
         state = ArmState.start(arm, build("cosine", "batch_topk"), 3.0, OptimizerConfig(lr=1e-3))
         both.append((train_step(state, rows, 0, 1.0, NEVER), state.sae.state_dict()))
     assert {k: float(v) for k, v in both[0][0].items()} == {k: float(v) for k, v in both[1][0].items()}
@@ -208,7 +208,7 @@ def test_between_steps_an_arm_holds_its_parameters_and_moments_alone() -> None:
     before, n_arms, states, workspace = held_bytes(), 3, [], Workspace()
     for seed in range(n_arms):
         sae = SAE.build(d_in=32, d_sae=2048, score="cosine", k=4, seed=seed, sample=x_BD)
-        states.append(ArmState.start(Arm("arm", seed=seed), sae, 1.0, OptimizerConfig()))
+        states.append(ArmState.start(Arm.of("arm", seed=seed), sae, 1.0, OptimizerConfig()))
         states[-1].cache.workspace = workspace
     built = held_bytes() - before
     for step in range(2):

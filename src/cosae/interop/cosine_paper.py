@@ -17,7 +17,8 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.interop.linear import Linear, linear_sae
 from cosae.io.untrusted import read_pickled, take, tensors
-from cosae.sae.model import SAE, SAEConfig
+from cosae.sae.config import SAEConfig
+from cosae.sae.model import SAE
 
 NAME = "sae_final.pt"
 KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.sae.model import DTYPES, SAE, SAEConfig
+from cosae.sae.config import DTYPES, SAEConfig
+from cosae.sae.model import SAE
 
 NO_THRESHOLD = 1e-30
 """θ of a plain ReLU: JumpReLU keeps ln θ, and no score that fp32 tells from 0 lies below this."""

@@ -17,12 +17,18 @@ RENAMED = {
     "watch": "monitor",
 }
 """0.1's name of a field → its name since 0.2."""
+_SAE = "d_sae k score selector frame prefixes norm_restoring n_groups bias bandwidth"
+ARM_FIELDS = {**dict.fromkeys(_SAE.split(), "sae"), **dict.fromkeys(("a_init", "b_init", "centre"), "init")}
+"""Field of an arm in 0.1 → the section of it that holds the field since 0.2."""
 
 
 def upgrade(value: Any) -> Any:
     """A JSON value that 0.1 wrote, with today's names for its fields; a value with today's names as it is."""
     if isinstance(value, dict):
-        return {RENAMED.get(key, key): upgrade(item) for key, item in value.items()}
+        renamed = {RENAMED.get(key, key): upgrade(item) for key, item in value.items()}
+        if isinstance(arms := renamed.get("arms"), list):
+            renamed["arms"] = [_upgrade_arm(arm) if isinstance(arm, dict) else arm for arm in arms]
+        return renamed
     return [upgrade(item) for item in value] if isinstance(value, list) else value
 
 
@@ -38,6 +44,16 @@ def upgrade_evaluation(value: Any) -> Any:
         if isinstance(row, dict) and row.get("sinks") in ("in", "out"):
             row["sinks"] = f"sinks_{row['sinks']}"
     return value
+
+
+def _upgrade_arm(arm: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's arm with what the SAE is made of, and what it starts from, in sections of their own."""
+    nested = {
+        key: dict(item) if key in ("sae", "init") and isinstance(item, dict) else item for key, item in arm.items()
+    }
+    for key in [key for key in nested if key in ARM_FIELDS]:
+        nested.setdefault(ARM_FIELDS[key], {})[key] = nested.pop(key)
+    return nested
 
 
 def upgrade_path(path: str) -> str:

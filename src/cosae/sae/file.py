@@ -25,7 +25,8 @@ from cosae.errors import CosaeError
 from cosae.io.legacy import upgrade
 from cosae.io.staged import swap_in
 from cosae.kernels import Entries
-from cosae.sae.model import SAE, SAEConfig
+from cosae.sae.config import SAEConfig
+from cosae.sae.model import SAE
 
 FORMAT = "cosae-sae"
 VERSION = 2
@@ -297,6 +298,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "au
         fields = dict(config["sae"])
         fields["prefixes"] = tuple(fields.get("prefixes", ()))
         cfg = SAEConfig(**fields)
+        cfg.sizes  # noqa: B018 (an SAE leaves none open)
     except (TypeError, ValueError) as error:
         raise CosaeError(f"{path / CONFIG}: {error}") from None
     sae = from_disk(cfg, state, str(path / WEIGHTS))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,12 +20,11 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.kernels import reference
 from cosae.sae import frame as frames
-from cosae.sae.score import sqrt_d_gain
+from cosae.sae.config import InitConfig, SAEConfig, check_activations
+from cosae.sae.decoder import Decoder
+from cosae.sae.score import Score, sqrt_d_gain
+from cosae.sae.selector import PENALISED_SELECTORS, Selector
 
-if TYPE_CHECKING:
-    from cosae.sae.model import SAE
-
-CENTRES = ("geometric_median", "mean", "zero")
 SAMPLE_ROWS = 4096
 """Rows of the sample that are looked at; more would not change the centre visibly."""
 
@@ -47,23 +45,20 @@ def geometric_median(x_ND: Tensor, max_iterations: int = 100, tolerance: float =
     return point_D
 
 
-def _centre(sae: SAE, sample_ND: Tensor, centre: str) -> Tensor:
+def _centre(frame: str, sample_ND: Tensor, centre: str) -> Tensor:
+    zero_D = sample_ND.new_zeros(sample_ND.shape[1])
     if centre == "zero":
-        return torch.zeros_like(sae.centre_D)
-    inside_ND = sample_ND
-    if sae.cfg.frame == "layer_norm":
-        inside_ND = frames.normalize("layer_norm", sample_ND, torch.zeros_like(sae.centre_D)).z_BD
+        return zero_D
+    inside_ND = frames.normalize("layer_norm", sample_ND, zero_D).z_BD if frame == "layer_norm" else sample_ND
     return geometric_median(inside_ND) if centre == "geometric_median" else inside_ND.mean(0)
 
 
-def _log_gain(sae: SAE, b_init: str | float, z_ND: Tensor | None) -> float:
-    if isinstance(b_init, (int, float)) and not isinstance(b_init, bool) and math.isfinite(b_init):
+def _log_gain(b_init: str | float, d_in: int, a: float, z_ND: Tensor | None) -> float:
+    if not isinstance(b_init, str):
         return float(b_init)
-    if b_init not in ("auto", "sqrt_d", "norm"):
-        raise CosaeError(f"b_init must be a finite number, or one of auto, sqrt_d, norm. Got {b_init!r} instead.")
-    sqrt_d = sqrt_d_gain(sae.d_in)
+    sqrt_d = sqrt_d_gain(d_in)
     # r^a κ at a start of 1 has the inner product's size by itself: what auto adds shrinks with 1 − a
-    left = 1.0 - float(sae.scale_a.mean()) if b_init == "auto" else 1.0
+    left = 1.0 - a if b_init == "auto" else 1.0
     if b_init == "sqrt_d" or (z_ND is None and b_init == "auto"):
         return left * sqrt_d
     if z_ND is None:
@@ -76,67 +71,65 @@ def _log_gain(sae: SAE, b_init: str | float, z_ND: Tensor | None) -> float:
 
 @torch.no_grad()
 def initialise(
-    sae: SAE,
+    cfg: SAEConfig,
+    init: InitConfig,
+    centre_D: Tensor,
+    score: Score,
+    selector: Selector,
+    decoder: Decoder,
     *,
     seed: int,
-    a_init: float = 0.0,
-    b_init: str | float = "auto",
-    centre: str = "geometric_median",
     sample: Tensor | None = None,
 ) -> None:
-    """Set every parameter of `sae` in place from `seed` and, where given, a sample (n, d_in) of activations.
+    """Set every parameter of an SAE's parts in place from `seed` and, where given, a sample (n, d_in) of activations.
 
-    Raises CosaeError on an unknown b_init or centre, or a sample of the wrong width.
+    Raises CosaeError for a sample of the wrong width or without a live row.
     """
-    if centre not in CENTRES:
-        raise CosaeError(f"centre must be one of {', '.join(CENTRES)}. Got {centre!r} instead.")
-    if not math.isfinite(a_init):
-        raise CosaeError(f"a_init must be a finite number. Got {a_init!r} instead.")
+    d_in, d_sae, _ = cfg.sizes
     generator = torch.Generator().manual_seed(seed)
-    bound = math.sqrt(6.0 / sae.d_in)  # Kaiming uniform over fan-in d, gain √2; only directions survive
-    rows_FD = (torch.rand(sae.d_sae, sae.d_in, generator=generator) * 2 - 1) * bound
+    bound = math.sqrt(6.0 / d_in)  # Kaiming uniform over fan-in d, gain √2; only directions survive
+    rows_FD = (torch.rand(d_sae, d_in, generator=generator) * 2 - 1) * bound
     rows_FD = rows_FD / torch.linalg.vector_norm(rows_FD, dim=-1, keepdim=True)
-    sae.decoder.rows_FD.copy_(rows_FD)
-    sae.score.rows_FD.copy_(rows_FD)
-    if sae.score.bias_F is not None:
-        sae.score.bias_F.zero_()
-    sae.score.set_exponent(a_init)
+    decoder.rows_FD.copy_(rows_FD)
+    score.rows_FD.copy_(rows_FD)
+    if score.bias_F is not None:
+        score.bias_F.zero_()
+    score.set_exponent(init.a_init)
 
     z_ND = None
     if sample is not None:
-        if sample.ndim != 2 or sample.shape[1] != sae.d_in or len(sample) == 0:
-            raise CosaeError(f"sample must have shape (n, {sae.d_in}). Got {tuple(sample.shape)} instead.")
-        sae._checked(sample)
+        if sample.ndim != 2 or sample.shape[1] != d_in or len(sample) == 0:
+            raise CosaeError(f"sample must have shape (n, {d_in}). Got {tuple(sample.shape)} instead.")
+        check_activations(sample, d_in)
         sample = sample[(sample != 0).any(-1)]
         if len(sample) == 0:
             raise CosaeError("sample must have at least one row that is not all zero (masked). Got none.")
-        sample_ND = sample[:SAMPLE_ROWS].to(sae.centre_D)
-        sae.centre_D.copy_(_centre(sae, sample_ND, centre))
-        framed = frames.normalize(sae.cfg.frame, sample_ND, sae.centre_D)
+        sample_ND = sample[:SAMPLE_ROWS].to(centre_D)
+        centre_D.copy_(_centre(cfg.frame, sample_ND, init.centre))
+        framed = frames.normalize(cfg.frame, sample_ND, centre_D)
         z_ND = framed.z_BD[framed.live_B]
-    sae.score.set_log_gain(_log_gain(sae, b_init, z_ND))
-    if sae.cfg.selector in ("jumprelu", "gated"):
-        _open_gates(sae, sample)
+    score.set_log_gain(_log_gain(init.b_init, d_in, float(score.a.mean()), z_ND))
+    if cfg.selector in PENALISED_SELECTORS:
+        _open_gates(cfg, centre_D, score, selector, sample)
 
 
-def _open_gates(sae: SAE, sample: Tensor | None) -> None:
+def _open_gates(cfg: SAEConfig, centre_D: Tensor, score: Score, selector: Selector, sample: Tensor | None) -> None:
     """Start θ or the gate bias where k of d_sae entries pass."""
-    share = sae.k / sae.d_sae
+    d_in, d_sae, k = cfg.sizes
+    share = k / d_sae
     if sample is None:
         # no data: scores of random rows on inputs of length √d have standard deviation about 1
-        spread = (
-            1.0 if sae.cfg.score in ("inner", "inner_unit") else float(sae.scale_b.exp().mean()) / math.sqrt(sae.d_in)
-        )
+        spread = 1.0 if cfg.score in ("inner", "inner_unit") else float(score.b.exp().mean()) / math.sqrt(d_in)
         cut = NormalDist(0.0, spread).inv_cdf(min(max(1.0 - share, 0.5), 1 - 1e-9)) if share < 1 else 0.0
     else:
-        rows = sample[: max(64, min(len(sample), 16_000_000 // sae.d_sae))].to(sae.centre_D)
-        framed = frames.normalize(sae.cfg.frame, rows, sae.centre_D)
-        score_BF = reference.scores(sae.score.terms(framed))[framed.live_B]
+        rows = sample[: max(64, min(len(sample), 16_000_000 // d_sae))].to(centre_D)
+        framed = frames.normalize(cfg.frame, rows, centre_D)
+        score_BF = reference.scores(score.terms(framed))[framed.live_B]
         n_keep = max(1, round(share * score_BF.numel()))
         cut = float(score_BF.reshape(-1).kthvalue(score_BF.numel() - n_keep + 1).values)
-    if sae.cfg.selector == "jumprelu":
-        sae.selector.log_threshold_F.fill_(math.log(max(cut, 1e-6)))
+    if cfg.selector == "jumprelu":
+        selector.log_threshold_F.fill_(math.log(max(cut, 1e-6)))
     else:
-        assert sae.score.bias_F is not None
-        sae.score.bias_F.fill_(-cut)
-        sae.selector.b_mag_F.zero_()
+        assert score.bias_F is not None
+        score.bias_F.fill_(-cut)
+        selector.b_mag_F.zero_()

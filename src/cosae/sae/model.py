@@ -8,88 +8,21 @@ rule and hands back everything a loss needs. No method stores anything on the ob
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.kernels import Entries, Kernel, ScoreTerms, StepCache, choose
+from cosae.kernels import Entries, Kernel, ScoreTerms, StepCache, choose, reference
 from cosae.sae import frame as frames
+from cosae.sae.config import InitConfig, SAEConfig, check_activations
 from cosae.sae.decoder import Decoder
-from cosae.sae.score import SCORES, Score
-from cosae.sae.selector import SELECTORS, Selection, Selector
+from cosae.sae.initialise import initialise
+from cosae.sae.score import Score
+from cosae.sae.selector import Selection, Selector
 from cosae.types import Codes, Framed, NormStats, at_least_fp32
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What activations may come in. Eight-bit floats have no arithmetic of their own."""
-
-
-@dataclass(frozen=True)
-class SAEConfig:
-    """What an SAE is made of. Raises CosaeError on a value that is not allowed."""
-
-    d_in: int
-    """Width of the activations."""
-    d_sae: int
-    """Number of features."""
-    score: str = "cosine"
-    """One of cosae.sae.score.SCORES."""
-    selector: str = "batch_topk"
-    """One of cosae.sae.selector.SELECTORS."""
-    k: int = 32
-    """Mean active features per token (per token exactly for topk and abs_topk)."""
-    frame: str = "raw"
-    """What is scored and reconstructed: raw, unit or layer_norm."""
-    prefixes: tuple[int, ...] = ()
-    """Matryoshka prefixes, ascending feature counts; d_sae is added at the end. Empty: one reconstruction."""
-    norm_restoring: bool = False
-    """Give the reconstruction of z the length of z."""
-    n_groups: int = 4
-    """Blocks of features that share a and b, for cosine_grouped."""
-    bias: bool = True
-    """Whether scores have a bias β."""
-    bandwidth: float = 0.5
-    """JumpReLU: width of the gradient window around θ, relative to θ."""
-
-    def __post_init__(self) -> None:
-        for name in ("d_in", "d_sae", "k", "n_groups"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CosaeError(f"{name} must be a whole number of at least 1. Got {value!r} instead.")
-        _one_of("score", self.score, tuple(SCORES))
-        _one_of("selector", self.selector, SELECTORS)
-        _one_of("frame", self.frame, frames.FRAMES)
-        if self.k > self.d_sae:
-            raise CosaeError(
-                f"k must be at most d_sae: an SAE of {self.d_sae} features cannot keep {self.k} of them. "
-                "Lower k or raise d_sae."
-            )
-        if self.selector == "gated" and not self.bias:
-            raise CosaeError("the gated selector needs the score's bias for its gates: leave bias=True.")
-        if self.score == "cosine_grouped" and self.n_groups > self.d_sae:
-            raise CosaeError(f"n_groups must be at most d_sae = {self.d_sae}. Got {self.n_groups} instead.")
-        prefixes = tuple(int(p) for p in self.prefixes)
-        if prefixes:
-            if list(prefixes) != sorted(set(prefixes)) or prefixes[0] < 1 or prefixes[-1] > self.d_sae:
-                raise CosaeError(
-                    f"prefixes must be ascending feature counts between 1 and d_sae = {self.d_sae}. "
-                    f"Got {list(prefixes)} instead."
-                )
-            prefixes = prefixes if prefixes[-1] == self.d_sae else (*prefixes, self.d_sae)
-        object.__setattr__(self, "prefixes", prefixes)
-        if not 0.0 < self.bandwidth < 2.0:
-            raise CosaeError(f"bandwidth must lie between 0 and 2. Got {self.bandwidth!r} instead.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields."""
-        return {**asdict(self), "prefixes": list(self.prefixes)}
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise CosaeError(f"{name} must be one of {', '.join(allowed)}. Got {value!r} instead.")
 
 
 @dataclass(frozen=True)
@@ -113,7 +46,7 @@ class SAE(nn.Module):
     """A sparse autoencoder. Make one with `SAE.build`, train it with `cosae.fit`, keep it with `cosae.save`.
 
     cfg     what it is made of
-    facts   JSON-able training facts: model, site, dataset, tokens, seed, filter, norm statistics, calibrated L0 ...
+    metadata  JSON-able, of training: model, site, dataset, tokens, seed, filter, norm statistics, calibrated L0 ...
     kernel  "auto", "reference", "cpu" or "triton": which path computes (cosae.kernels.choose)
     """
 
@@ -122,10 +55,11 @@ class SAE(nn.Module):
         self.cfg = cfg
         self.metadata: dict[str, Any] = {}
         self.kernel = "auto"
-        self.centre_D = nn.Parameter(torch.zeros(cfg.d_in))
-        self.score = Score(cfg.score, cfg.d_in, cfg.d_sae, cfg.n_groups, cfg.bias)
-        self.selector = Selector(cfg.selector, cfg.k, cfg.d_sae, cfg.bandwidth)
-        self.decoder = Decoder(cfg.d_in, cfg.d_sae, cfg.prefixes, cfg.norm_restoring)
+        d_in, d_sae, k = cfg.sizes
+        self.centre_D = nn.Parameter(torch.zeros(d_in))
+        self.score = Score(cfg.score, d_in, d_sae, cfg.n_groups, cfg.bias)
+        self.selector = Selector(cfg.selector, k, d_sae, cfg.bandwidth)
+        self.decoder = Decoder(d_in, d_sae, cfg.prefixes, cfg.norm_restoring)
 
     @classmethod
     def build(
@@ -138,63 +72,64 @@ class SAE(nn.Module):
         seed: int = 0,
         frame: str = "raw",
         *,
-        prefixes: tuple[int, ...] = (),
-        norm_restoring: bool = False,
-        n_groups: int = 4,
-        bias: bool = True,
-        bandwidth: float = 0.5,
-        a_init: float = 0.0,
-        b_init: str | float = "auto",
-        centre: str = "geometric_median",
+        sample: Tensor | None = None,
+        kernel: str = "auto",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **more: Any,
+    ) -> SAE:
+        """A fresh SAE: `start` with the fields of SAEConfig and InitConfig by name (prefixes=, bias=, a_init=, ...).
+
+        Raises CosaeError on a value that is not allowed.
+        """
+        start = {f.name: more.pop(f.name) for f in fields(InitConfig) if f.name in more}
+        if unknown := sorted(set(more) - {f.name for f in fields(SAEConfig)}):
+            known = ", ".join(f.name for part in (SAEConfig, InitConfig) for f in fields(part))
+            raise CosaeError(f"an SAE is built from {known}. Got {unknown[0]!r} instead.")
+        cfg = SAEConfig(d_in, d_sae, score, selector, k, frame, **more)
+        return cls.start(cfg, InitConfig(**start), seed=seed, sample=sample, kernel=kernel, device=device, dtype=dtype)
+
+    @classmethod
+    def start(
+        cls,
+        cfg: SAEConfig,
+        init: InitConfig,
+        *,
+        seed: int,
         sample: Tensor | None = None,
         kernel: str = "auto",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> SAE:
-        """A fresh SAE, initialised by `cosae.sae.initialise.initialise` (same arguments; see there).
+        """A fresh SAE, initialised from `seed` (cosae.sae.initialise).
 
         sample (n, d_in): activations to fit centre, b and thresholds to; without it the centre is 0 and b = ½ ln d.
         Raises CosaeError on a value that is not allowed.
         """
-        from cosae.sae.initialise import initialise
-
         if dtype not in (torch.float32, torch.float64):
             raise CosaeError(
                 f"dtype must be torch.float32 or torch.float64 (weights are never kept in half precision). "
                 f"Got {dtype} instead."
             )
         choose(kernel, device, dtype)
-        cfg = SAEConfig(
-            d_in=d_in,
-            d_sae=d_sae,
-            score=score,
-            selector=selector,
-            k=k,
-            frame=frame,
-            prefixes=tuple(prefixes),
-            norm_restoring=norm_restoring,
-            n_groups=n_groups,
-            bias=bias,
-            bandwidth=bandwidth,
-        )
         sae = cls(cfg)
         sae.kernel = kernel
-        initialise(sae, seed=seed, a_init=a_init, b_init=b_init, centre=centre, sample=sample)
+        initialise(cfg, init, sae.centre_D, sae.score, sae.selector, sae.decoder, seed=seed, sample=sample)
         return sae.to(device=device, dtype=dtype)
 
     # ------------------------------------------------------------------ what it is
 
     @property
     def d_in(self) -> int:
-        return self.cfg.d_in
+        return self.cfg.sizes[0]
 
     @property
     def d_sae(self) -> int:
-        return self.cfg.d_sae
+        return self.cfg.sizes[1]
 
     @property
     def k(self) -> int:
-        return self.cfg.k
+        return self.cfg.sizes[2]
 
     @property
     def calibrated(self) -> bool:
@@ -302,23 +237,7 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def _checked(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.ndim < 1 or x.shape[-1] != self.d_in:
-            got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise CosaeError(
-                f"x must be a float16, bfloat16, float32 or float64 tensor of shape (..., {self.d_in}). "
-                f"Got {got} instead."
-            )
-        flat = x.reshape(-1, self.d_in)
-        if not bool(torch.isfinite(flat.sum())):
-            bad = (~torch.isfinite(flat)).nonzero()
-            if len(bad):
-                row, column = (int(i) for i in bad[0])
-                at = [int(i) for i in torch.unravel_index(torch.tensor(row), x.shape[:-1])] if x.ndim > 1 else []
-                raise CosaeError(
-                    f"x must be finite. Got {float(flat[row, column])} at position {[*at, column]} "
-                    f"({len(bad)} non-finite values in all): drop or mend those rows."
-                )
-        return flat
+        return check_activations(x, self.d_in)
 
     def _framed(self, flat_BD: Tensor, live_B: Tensor | None = None) -> Framed:
         return frames.normalize(self.cfg.frame, flat_BD.to(self.device), self.centre_D, live_B)
@@ -350,8 +269,6 @@ class SAE(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """Dense (..., d_sae) scores s of the definition, −inf for all-zero rows: for looking, not for speed."""
-        from cosae.kernels import reference
-
         terms = self.score.terms(self._framed(self._checked(x)))
         return reference.scores(terms).reshape(*x.shape[:-1], self.d_sae)
 
@@ -363,4 +280,4 @@ class Calibration:
     target: float
     l0: float
     tokens: int
-    margin: float = field(default=0.0)
+    margin: float = 0.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.io.generators import keyed_generator
+from cosae.io.values import from_text
+from cosae.sae.config import InitConfig, SAEConfig
 from cosae.sae.file import load
 from cosae.sae.loss import LossConfig
-from cosae.sae.model import SAE, SAEConfig
+from cosae.sae.model import SAE
 from cosae.sae.swap import swap_score
 
 NAME_LENGTH = 80
@@ -26,38 +28,27 @@ NAME_PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._=+-]{{0,{NAME_LENGTH - 1}}}"
 
 @dataclass(frozen=True)
 class Arm:
-    """An SAE to train. Fields left at None are taken from the run (width, k, seed) when it starts."""
+    """An SAE to train. What is None, in it or in `sae`, is taken from the run (width, k, seed, lr) when it starts.
+
+    Raises CosaeError on a value that is not allowed.
+    """
 
     name: str = "standard"
     """Name in tables, files and figures; unique within a run."""
-    score: str = "inner"
-    selector: str = "batch_topk"
-    frame: str = "raw"
-    d_sae: int | None = None
-    """Number of features; None takes the run's width."""
-    k: int | None = None
-    """Mean active features per token; None takes the run's."""
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    """What it is made of."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """What it starts from."""
     seed: int | None = None
     """Seed of the initial weights; None takes the run's."""
-    prefixes: tuple[int, ...] = ()
-    """Matryoshka prefixes (feature counts)."""
-    norm_restoring: bool = False
-    n_groups: int = 4
-    bias: bool = True
-    bandwidth: float = 0.5
-    a_init: float = 0.0
-    """Start of every learned exponent a."""
+    lr: float | None = None
+    """Learning rate; None takes the run's."""
     a_lr: float = 1.0
     """Learning rate of a, as a multiple of the run's."""
-    b_init: str = "auto"
-    """Start of b: auto, sqrt_d, norm, or a number (cosae.sae.initialise)."""
     b_lr: float = 1.0
     """Learning rate of b, as a multiple of the run's."""
     threshold_lr: float = 1.0
     """Learning rate of JumpReLU's ln θ, as a multiple of the run's; their common level is the controller's."""
-    centre: str = "geometric_median"
-    lr: float | None = None
-    """Learning rate; None takes the run's."""
     sparsity_weight: float = 0.1
     """First λ of jumprelu and gated; the controller moves it."""
     start: str | None = None
@@ -85,31 +76,31 @@ class Arm:
         if not (math.isfinite(self.input_noise) and self.input_noise >= 1.0):
             raise CosaeError(f"input_noise must be at least 1 (none). Got {self.input_noise!r} instead.")
 
-    def with_defaults(self, *, d_sae: int, k: int, seed: int, lr: float, kernel: str) -> Arm:
+    @classmethod
+    def of(cls, name: str = "standard", score: str = "inner", selector: str = "batch_topk", **values: Any) -> Arm:
+        """An arm by short names, as `parse_arm` reads them: Arm.of("mine", "cosine", k=64, a_init=1.0, lr=1e-3)."""
+        return cls().changed({"name": name, "score": score, "selector": selector, **values})
+
+    def changed(self, values: Mapping[str, Any]) -> Arm:
+        """A copy with other values, by short ("k", "a_init", "lr") or dotted names ("loss.reweight")."""
+        whole: dict[str, Any] = {}
+        parts: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            section, name = _place(key)
+            (parts.setdefault(section, {}) if section else whole)[name] = value
+        changed = {section: replace(getattr(self, section), **part) for section, part in parts.items()}
+        return replace(self, **whole, **changed)
+
+    def with_defaults(self, *, d_sae: int | None, k: int, seed: int, lr: float, kernel: str) -> Arm:
         """This arm with what it left open taken from the run."""
+        d_sae = d_sae if self.sae.d_sae is None else self.sae.d_sae
+        k = k if self.sae.k is None else self.sae.k
         return replace(
             self,
-            d_sae=d_sae if self.d_sae is None else self.d_sae,
-            k=k if self.k is None else self.k,
+            sae=replace(self.sae, d_sae=d_sae, k=k),
             seed=seed if self.seed is None else self.seed,
             lr=lr if self.lr is None else self.lr,
             kernel=kernel if self.kernel == "auto" else self.kernel,
-        )
-
-    def check(self, d_sae: int | None, k: int) -> None:
-        """Raises CosaeError for fields that no SAE can have, whatever its data; d_sae and k are the run's."""
-        width = self.d_sae if self.d_sae is not None else d_sae
-        SAEConfig(
-            d_in=1,
-            d_sae=sys.maxsize if width is None else width,  # unknown until the data is: then any k may fit
-            score=self.score,
-            selector=self.selector,
-            k=k if self.k is None else self.k,
-            frame=self.frame,
-            prefixes=self.prefixes,
-            n_groups=self.n_groups,
-            bias=self.bias,
-            bandwidth=self.bandwidth,
         )
 
     def build(self, d_in: int, sample_ND: Tensor | None, device: str = "cpu") -> SAE:
@@ -117,46 +108,25 @@ class Arm:
 
         Raises CosaeError on a bad value, or a saved SAE that is not of this arm's make.
         """
-        assert self.d_sae is not None
-        assert self.k is not None
         assert self.seed is not None
+        cfg = replace(self.sae, d_in=d_in)
         if self.start is not None:
-            return self._continued(Path(self.start), d_in, sample_ND).to(device)
-        return SAE.build(
-            d_in=d_in,
-            d_sae=self.d_sae,
-            score=self.score,
-            selector=self.selector,
-            k=self.k,
-            seed=self.seed,
-            frame=self.frame,
-            prefixes=self.prefixes,
-            norm_restoring=self.norm_restoring,
-            n_groups=self.n_groups,
-            bias=self.bias,
-            bandwidth=self.bandwidth,
-            a_init=self.a_init,
-            b_init=_number_or_name(self.b_init),
-            centre=self.centre,
-            sample=sample_ND,
-            kernel=self.kernel,
-            device=device,
-        )
+            return self._continued(Path(self.start), cfg, sample_ND).to(device)
+        return SAE.start(cfg, self.init, seed=self.seed, sample=sample_ND, kernel=self.kernel, device=device)
 
-    def _continued(self, folder: Path, d_in: int, sample_ND: Tensor | None) -> SAE:
+    def _continued(self, folder: Path, cfg: SAEConfig, sample_ND: Tensor | None) -> SAE:
         """The saved SAE under this arm's score; all else must be as this arm asks."""
         saved = load(folder, kernel=self.kernel)
-        asked = {"d_in": d_in, "d_sae": self.d_sae, "k": self.k, "selector": self.selector, "frame": self.frame}
-        asked |= {"norm_restoring": self.norm_restoring, "bias": self.bias}
-        for name, value in asked.items():
-            if getattr(saved.cfg, name) != value:
+        for name in ("d_in", "d_sae", "k", "selector", "frame", "norm_restoring", "bias"):
+            if getattr(saved.cfg, name) != getattr(cfg, name):
                 raise CosaeError(
-                    f"the arm {self.name} asks for {name} {value}, and the SAE in {folder} that it starts from has "
-                    f"{getattr(saved.cfg, name)}: make them agree."
+                    f"the arm {self.name} asks for {name} {getattr(cfg, name)}, and the SAE in {folder} that it starts "
+                    f"from has {getattr(saved.cfg, name)}: make them agree."
                 )
         saved.metadata = {}
-        if saved.cfg.score != self.score:
-            saved = swap_score(saved, self.score, sample=sample_ND, refit=sample_ND is not None, a_init=self.a_init)
+        if saved.cfg.score != cfg.score:
+            refit = sample_ND is not None
+            saved = swap_score(saved, cfg.score, sample=sample_ND, refit=refit, a_init=self.init.a_init)
         return saved
 
     def lr_multipliers(self) -> dict[str, float]:
@@ -171,23 +141,26 @@ def check_seed(seed: int) -> None:
         raise CosaeError(f"seed must be a whole number from 0 to 2**63 - 1. Got {seed!r} instead.")
 
 
-def _number_or_name(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+SECTIONS: dict[str, type[Any]] = {"sae": SAEConfig, "init": InitConfig, "loss": LossConfig}
+_SHORT = {f.name: section for section in ("sae", "init") for f in fields(SECTIONS[section]) if f.name != "d_in"}
+
+
+def _place(key: str) -> tuple[str, str]:
+    """(section or "", field) of a short or dotted name."""
+    section, _, name = key.rpartition(".")
+    return section or _SHORT.get(key, ""), name
 
 
 ARMS: dict[str, Arm] = {
-    "standard": Arm("standard", "inner"),
-    "standard_unit_frame": Arm("standard_unit_frame", "inner", frame="unit"),
-    "standard_layer_norm": Arm("standard_layer_norm", "inner", frame="layer_norm"),
-    "unit_rows": Arm("unit_rows", "inner_unit"),
-    "cosine_fixed": Arm("cosine_fixed", "cosine_fixed"),
-    "cosine": Arm("cosine", "cosine"),
-    "cosine_per_feature": Arm("cosine_per_feature", "cosine_per_feature"),
-    "cosine_base_delta": Arm("cosine_base_delta", "cosine_base_delta"),
-    "cosine_grouped": Arm("cosine_grouped", "cosine_grouped"),
+    "standard": Arm.of("standard", "inner"),
+    "standard_unit_frame": Arm.of("standard_unit_frame", "inner", frame="unit"),
+    "standard_layer_norm": Arm.of("standard_layer_norm", "inner", frame="layer_norm"),
+    "unit_rows": Arm.of("unit_rows", "inner_unit"),
+    "cosine_fixed": Arm.of("cosine_fixed", "cosine_fixed"),
+    "cosine": Arm.of("cosine", "cosine"),
+    "cosine_per_feature": Arm.of("cosine_per_feature", "cosine_per_feature"),
+    "cosine_base_delta": Arm.of("cosine_base_delta", "cosine_base_delta"),
+    "cosine_grouped": Arm.of("cosine_grouped", "cosine_grouped"),
 }
 """Arms by name, for `--arms`. `cosine` is the paper's global form."""
 
@@ -201,50 +174,30 @@ def parse_arm(text: str) -> Arm:
     base, *parts = [part.strip() for part in text.split(",")]
     if base not in ARMS:
         raise CosaeError(f"an arm must start with one of {', '.join(ARMS)}. Got {base!r} instead.")
-    arm, loss = ARMS[base], LossConfig()
     changes: dict[str, Any] = {}
-    given: set[str] = set()
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals:
             raise CosaeError(f"what follows an arm's name must read field=value. Got {part!r} in {text!r} instead.")
-        if key in given:
+        if key in changes:
             raise CosaeError(f"{key} was given twice in {text!r}: give it once.")
-        given.add(key)
-        if key.startswith("loss."):
-            loss = replace(loss, **{key[5:]: _typed(LossConfig, key[5:], value)})
-        else:
-            changes[key] = _typed(Arm, key, value)
+        changes[key] = from_text(_hint(key), value, key)
     if parts and "name" not in changes:
         changes["name"] = re.sub(r"[^A-Za-z0-9._=+-]+", "-", "-".join([base, *parts]))  # start= is a path
         if len(changes["name"]) > NAME_LENGTH:
             raise CosaeError(f"an arm with this many changes needs a name of its own: add name=… to {text!r}.")
-    return replace(arm, loss=loss, **changes)
+    return ARMS[base].changed(changes)
 
 
-def _typed(owner: type[Any], key: str, value: str) -> Any:
-    """The text as the type of that field."""
-    kinds = {f.name: str(f.type) for f in fields(owner) if f.name != "loss"}
-    if key not in kinds:
-        raise CosaeError(f"an arm has no field {key!r}. It has {', '.join(kinds)}, and loss.* for the loss.")
-    kind = kinds[key]
-    try:
-        if kind.startswith("tuple"):
-            return tuple(int(p) for p in value.split("+") if p)
-        if kind.startswith("int"):
-            return int(value)
-        if kind.startswith("float"):
-            return float(value)
-    except ValueError:
-        what = "whole numbers joined by +" if kind.startswith("tuple") else "a whole number"
-        if not kind.startswith("float"):
-            raise CosaeError(f"{key} must be {what}. Got {value!r} instead.") from None
-        raise CosaeError(f"{key} must be a number. Got {value!r} instead.") from None
-    if kind == "bool":
-        if value.lower() not in ("true", "false"):
-            raise CosaeError(f"{key} must be true or false. Got {value!r} instead.")
-        return value.lower() == "true"
-    return value
+def _hint(key: str) -> Any:
+    """The type of that field of an arm."""
+    section, name = _place(key)
+    owner = SECTIONS.get(section, Arm if not section else None)
+    hints = {} if owner is None else typing.get_type_hints(owner)
+    if name not in hints or key in SECTIONS:
+        own = [f.name for f in fields(Arm) if f.name not in SECTIONS]
+        raise CosaeError(f"an arm has no field {key!r}. It has {', '.join([*own, *_SHORT])}, and loss.* for the loss.")
+    return hints[name]
 
 
 def check_arms(arms: Sequence[Arm]) -> None:

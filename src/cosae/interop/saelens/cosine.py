@@ -22,7 +22,8 @@ from cosae.errors import CosaeError
 from cosae.interop.saelens.folds import fold_decoder_norm, fold_input_scale
 from cosae.io.legacy import upgrade
 from cosae.sae import file
-from cosae.sae.model import SAE, SAEConfig
+from cosae.sae.config import SAEConfig
+from cosae.sae.model import SAE
 from cosae.sae.score import SCORES
 from cosae.sae.selector import SELECTORS
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cosae.kernels import ScoreTerms, reference
-from cosae.sae.model import SAEConfig
+from cosae.sae.config import SAEConfig
 from cosae.sae.score import SCORES
 from cosae.types import Framed, at_least_fp32
 
@@ -66,11 +66,11 @@ def select_dense(cfg: SAEConfig, score_BF: Tensor, live_B: Tensor, weights: Mapp
 
 def _largest(rank_BF: Tensor, cfg: SAEConfig, n_live: int) -> Tensor:
     """(B, F) bool: the k largest of each row, or the k · n_live largest of the batch."""
-    mask_BF = torch.zeros_like(rank_BF, dtype=torch.bool)
+    mask_BF, k = torch.zeros_like(rank_BF, dtype=torch.bool), cfg.sizes[2]
     if cfg.selector != "batch_topk":
-        return mask_BF.scatter_(1, rank_BF.topk(min(cfg.k, rank_BF.shape[1]), dim=1).indices, True)
+        return mask_BF.scatter_(1, rank_BF.topk(min(k, rank_BF.shape[1]), dim=1).indices, True)
     flat = rank_BF.reshape(-1)
-    kept = flat.topk(min(cfg.k * n_live, flat.numel()), sorted=False).indices
+    kept = flat.topk(min(k * n_live, flat.numel()), sorted=False).indices
     return mask_BF.reshape(-1).scatter_(0, kept, True).reshape(rank_BF.shape)
 
 

@@ -28,9 +28,9 @@ from cosae.interop.saelens import cosine, folds
 from cosae.interop.saelens.dense import HALF, dense_scores, gated_codes, gated_magnitude, select_dense
 from cosae.io.legacy import upgrade
 from cosae.sae import file, fold, frame
+from cosae.sae.config import SAEConfig as OwnConfig
 from cosae.sae.decoder import LENGTH_MIN, Decoder
 from cosae.sae.model import SAE
-from cosae.sae.model import SAEConfig as OwnConfig
 from cosae.sae.score import SCORES, sqrt_d_gain
 from cosae.types import Framed, NormStats, at_least_fp32
 
@@ -282,7 +282,7 @@ class CosaeSAE(Precise, sae_lens.SAE):
             shapes = file.shapes(SAE(own))
         for name, (allowed, needed) in shapes.items():
             if needed and name not in ("W_enc", "W_dec", "b_dec"):
-                start = sqrt_d_gain(own.d_in) if name == "scale_b" and own.score != "inner_unit" else 0.0
+                start = sqrt_d_gain(own.sizes[0]) if name == "scale_b" and own.score != "inner_unit" else 0.0
                 value = torch.full(allowed[-1], start, dtype=self.b_dec.dtype, device=self.device)
                 setattr(self, name, nn.Parameter(value))
 

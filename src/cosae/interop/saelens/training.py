@@ -36,7 +36,7 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.interop.saelens import cosine, folds
 from cosae.interop.saelens.inference import CosaeSAEConfig, CosineJumpReLUSAEConfig, CosineScored, Mixin, check
-from cosae.sae.model import SAEConfig
+from cosae.sae.config import SAEConfig
 
 TRAINED_SCORES = ("inner_unit", "cosine_fixed", "cosine", "cosine_per_feature")
 """Scores that can be trained in SAELens; `inner` is SAELens' own batchtopk, the rest needs cosae.fit."""

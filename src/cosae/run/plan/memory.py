@@ -173,12 +173,12 @@ def _step(arm: Any, kernel: str, batch: int, d: int) -> int:
 
 
 def _width(arm: Any) -> int:
-    assert arm.d_sae is not None
-    return int(arm.d_sae)
+    assert arm.sae.d_sae is not None
+    return int(arm.sae.d_sae)
 
 
 def _k(arm: Any) -> int:
-    return int(arm.k or 1)
+    return int(arm.sae.k or 1)
 
 
 def _labelled(recipe: Recipe) -> bool:

@@ -1,0 +1,149 @@
+"""What an SAE is made of and what it starts from, and what activations it takes."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosae.errors import CosaeError
+from cosae.sae.frame import FRAMES
+from cosae.sae.score import SCORES
+from cosae.sae.selector import SELECTORS
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What activations may come in. Eight-bit floats have no arithmetic of their own."""
+CENTRES = ("geometric_median", "mean", "zero")
+B_INITS = ("auto", "sqrt_d", "norm")
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an SAE is made of; an SAE has all sizes, a recipe may leave d_in, d_sae and k open (None).
+
+    Raises CosaeError on a value that is not allowed.
+    """
+
+    d_in: int | None = None
+    """Width of the activations; None: that of the data."""
+    d_sae: int | None = None
+    """Number of features; None takes the run's width."""
+    score: str = "inner"
+    """One of cosae.sae.score.SCORES."""
+    selector: str = "batch_topk"
+    """One of cosae.sae.selector.SELECTORS."""
+    k: int | None = None
+    """Mean active features per token (per token exactly for topk and abs_topk); None takes the run's."""
+    frame: str = "raw"
+    """What is scored and reconstructed: raw, unit or layer_norm."""
+    prefixes: tuple[int, ...] = ()
+    """Matryoshka prefixes, ascending feature counts; d_sae is added at the end. Empty: one reconstruction."""
+    norm_restoring: bool = False
+    """Give the reconstruction of z the length of z."""
+    n_groups: int = 4
+    """Blocks of features that share a and b, for cosine_grouped."""
+    bias: bool = True
+    """Whether scores have a bias β."""
+    bandwidth: float = 0.5
+    """JumpReLU: width of the gradient window around θ, relative to θ."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae", "k", "n_groups"):
+            value = getattr(self, name)
+            if (value is None and name != "n_groups") or (type(value) is int and value >= 1):
+                continue
+            raise CosaeError(f"{name} must be a whole number of at least 1. Got {value!r} instead.")
+        _one_of("score", self.score, tuple(SCORES))
+        _one_of("selector", self.selector, SELECTORS)
+        _one_of("frame", self.frame, FRAMES)
+        width = math.inf if self.d_sae is None else self.d_sae
+        if (self.k or 1) > width:
+            raise CosaeError(
+                f"k must be at most d_sae: an SAE of {self.d_sae} features cannot keep {self.k} of them. "
+                "Lower k or raise d_sae."
+            )
+        if self.selector == "gated" and not self.bias:
+            raise CosaeError("the gated selector needs the score's bias for its gates: leave bias=True.")
+        if self.score == "cosine_grouped" and self.n_groups > width:
+            raise CosaeError(f"n_groups must be at most d_sae = {self.d_sae}. Got {self.n_groups} instead.")
+        prefixes = tuple(int(p) for p in self.prefixes)
+        if prefixes:
+            if list(prefixes) != sorted(set(prefixes)) or prefixes[0] < 1 or prefixes[-1] > width:
+                raise CosaeError(
+                    f"prefixes must be ascending feature counts between 1 and d_sae = {self.d_sae}. "
+                    f"Got {list(prefixes)} instead."
+                )
+            prefixes = prefixes if self.d_sae in (None, prefixes[-1]) else (*prefixes, int(width))
+        object.__setattr__(self, "prefixes", prefixes)
+        if not 0.0 < self.bandwidth < 2.0:
+            raise CosaeError(f"bandwidth must lie between 0 and 2. Got {self.bandwidth!r} instead.")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(d_in, d_sae, k). Raises CosaeError where one is open."""
+        if self.d_in is None or self.d_sae is None or self.k is None:
+            raise CosaeError(
+                f"an SAE needs d_in, d_sae and k. Got {self.d_in}, {self.d_sae} and {self.k}: give those that are None."
+            )
+        return self.d_in, self.d_sae, self.k
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return {**asdict(self), "prefixes": list(self.prefixes)}
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What a fresh SAE starts from (cosae.sae.initialise). Raises CosaeError on a value that is not allowed."""
+
+    a_init: float = 0.0
+    """Start of every learned exponent a."""
+    b_init: str | float = "auto"
+    """Start of b: auto, sqrt_d, norm, or a number."""
+    centre: str = "geometric_median"
+    """Start of the centre, fitted to a sample: geometric_median, mean or zero."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.b_init, str):
+            with suppress(ValueError):
+                object.__setattr__(self, "b_init", float(self.b_init))
+        number = isinstance(self.b_init, int | float) and not isinstance(self.b_init, bool)
+        if not (math.isfinite(self.b_init) if number else self.b_init in B_INITS):  # type: ignore[arg-type]
+            raise CosaeError(
+                f"b_init must be a finite number, or one of {', '.join(B_INITS)}. Got {self.b_init!r} instead."
+            )
+        if not math.isfinite(self.a_init):
+            raise CosaeError(f"a_init must be a finite number. Got {self.a_init!r} instead.")
+        _one_of("centre", self.centre, CENTRES)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise CosaeError(f"{name} must be one of {', '.join(allowed)}. Got {value!r} instead.")
+
+
+def check_activations(x: Tensor, d_in: int) -> Tensor:
+    """x (..., d_in), any float dtype, as (N, d_in).
+
+    Raises CosaeError for a wrong width, a non-float tensor, or NaN or Inf (with the first one's position).
+    """
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.ndim < 1 or x.shape[-1] != d_in:
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise CosaeError(
+            f"x must be a float16, bfloat16, float32 or float64 tensor of shape (..., {d_in}). Got {got} instead."
+        )
+    flat = x.reshape(-1, d_in)
+    if not bool(torch.isfinite(flat.sum())):
+        bad = (~torch.isfinite(flat)).nonzero()
+        if len(bad):
+            row, column = (int(i) for i in bad[0])
+            at = [int(i) for i in torch.unravel_index(torch.tensor(row), x.shape[:-1])] if x.ndim > 1 else []
+            raise CosaeError(
+                f"x must be finite. Got {float(flat[row, column])} at position {[*at, column]} "
+                f"({len(bad)} non-finite values in all): drop or fix those rows."
+            )
+    return flat
