@@ -199,6 +199,7 @@ class Recipe:
         """
         recipe: Recipe = self
         for path, value in {**(changes or {}), **more}.items():
+            (value,) = upgrade({path: value}).values()
             recipe = _change(recipe, upgrade_path(path).split("."), value, path)
         return recipe
 

@@ -26,7 +26,7 @@ def upgrade(value: Any) -> Any:
     """A JSON value that 0.1 wrote, with today's names for its fields; a value with today's names as it is."""
     if isinstance(value, dict):
         renamed = {RENAMED.get(key, key): upgrade(item) for key, item in value.items()}
-        if isinstance(arms := renamed.get("arms"), list):
+        if isinstance(arms := renamed.get("arms"), list | tuple):
             renamed["arms"] = [_upgrade_arm(arm) if isinstance(arm, dict) else arm for arm in arms]
         return renamed
     return [upgrade(item) for item in value] if isinstance(value, list) else value
