@@ -48,11 +48,11 @@ def upgrade_evaluation(value: Any) -> Any:
 
 def _upgrade_arm(arm: dict[str, Any]) -> dict[str, Any]:
     """A recipe's arm with what the SAE is made of, and what it starts from, in sections of their own."""
-    nested = {
-        key: dict(item) if key in ("sae", "init") and isinstance(item, dict) else item for key, item in arm.items()
-    }
-    for key in [key for key in nested if key in ARM_FIELDS]:
-        nested.setdefault(ARM_FIELDS[key], {})[key] = nested.pop(key)
+    nested = {key: item for key, item in arm.items() if key not in ARM_FIELDS}
+    for key in arm.keys() & ARM_FIELDS.keys():
+        section = nested.get(ARM_FIELDS[key], {})
+        if isinstance(section, dict):
+            nested[ARM_FIELDS[key]] = {**section, key: arm[key]}
     return nested
 
 
