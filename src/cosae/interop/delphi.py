@@ -11,7 +11,6 @@ delphi never tokenises again: the tokens stored are the ones it shows. Like its 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,9 +67,8 @@ def write_cache(
     if n_splits is not None and not 1 <= n_splits <= sae.d_sae:
         raise CosaeError(f"n_splits must be between 1 and the {sae.d_sae} features. Got {n_splits} instead.")
     module = site.module_path if site.reads == "output" else site.hook_name.replace(":", "_")
-    with filled(out, f"*/{MARK}") as staged:
-        work = Path(tempfile.mkdtemp(prefix=".codes.", dir=staged))
-        codes = cache_codes(model, site, sae, sequences, work, batch_sequences=batch_sequences, log=log)
+    with filled(out, f"*/{MARK}") as staged, tempfile.TemporaryDirectory(prefix=".codes.", dir=staged) as work:
+        codes = cache_codes(model, site, sae, sequences, Path(work), batch_sequences=batch_sequences, log=log)
         largest = float(codes.sums.largest_F.max(initial=0))
         if largest > LARGEST:
             raise CosaeError(
@@ -85,7 +83,20 @@ def write_cache(
         for first, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             kept += _write_split(codes, first, stop, staged / module / f"{first}_{stop - 1}.safetensors")
             log(f"wrote latents {first} to {stop - 1}")
-        _write_configs(staged, module, codes, model_name, dataset, wanted, batch_sequences)
+        context = int(codes.ids_ST.shape[1])
+        config = {
+            "dataset_repo": dataset,
+            "dataset_split": "",
+            "dataset_name": "",
+            "dataset_column": "text",
+            "batch_size": batch_sequences,
+            "cache_ctx_len": context,
+            "ctx_len": context,
+            "n_tokens": codes.n_tokens,
+            "n_splits": wanted,
+            "model_name": model_name,
+        }
+        (staged / module / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
         mark = {
             "format": FORMAT,
             "version": VERSION,
@@ -96,7 +107,6 @@ def write_cache(
             **(metadata or {}),
         }
         (staged / module / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(work)
     return Written(out, module, kept, total - kept)
 
 
@@ -115,22 +125,3 @@ def _write_split(codes: CachedCodes, first: int, stop: int, path: Path) -> int:
     }
     save_file(tensors, path)
     return int(keep_E.sum())
-
-
-def _write_configs(
-    staged: Path, module: str, codes: CachedCodes, model_name: str, dataset: str, n_splits: int, batch: int
-) -> None:
-    context = int(codes.ids_ST.shape[1])
-    config = {
-        "dataset_repo": dataset,
-        "dataset_split": "",
-        "dataset_name": "",
-        "dataset_column": "text",
-        "batch_size": batch,
-        "cache_ctx_len": context,
-        "ctx_len": context,
-        "n_tokens": codes.n_tokens,
-        "n_splits": n_splits,
-        "model_name": model_name,
-    }
-    (staged / module / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")

@@ -28,25 +28,32 @@ def check_place(out: Path, mark: str) -> None:
 
 @contextmanager
 def filled(out: Path, mark: str) -> Iterator[Path]:
+    """`staged` for the --out of a command: raises CosaeError where `out` holds something else (`check_place`)."""
+    check_place(out, mark)
+    with staged(out) as folder:
+        yield folder
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
     """A fresh folder beside `out` to write into; it becomes `out` when the block ends well, else it is removed.
 
-    What `out` held before (an earlier result, see `check_place`) stays until then. Raises CosaeError where `out` holds
-    something else, and with the place and the system's word where the disk refuses.
+    What `out` held before stays until then. Raises CosaeError, with the place and the system's word, where the disk
+    refuses.
     """
-    check_place(out, mark)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise CosaeError(f"{out} cannot be written ({error.strerror}): choose another --out.") from None
+        raise CosaeError(f"{out} cannot be written ({error.strerror}): choose another place.") from None
     try:
-        yield staged
-        swap_in(staged, out)
+        yield folder
+        swap_in(folder, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CosaeError(f"{out} could not be written ({reason}); what was there before is kept.") from None
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def swap_in(staged: Path, path: Path) -> None:

@@ -51,7 +51,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CosaeError(f"{path} is not a whole safetensors file ({_line(error)}): copy it again.") from None
+        raise CosaeError(f"{path} is not a whole safetensors file ({one_line(error)}): copy it again.") from None
 
 
 def read_pickled(path: Path) -> Any:
@@ -62,7 +62,7 @@ def read_pickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises errors of many kinds on hostile bytes
         raise CosaeError(
-            f"{path} is not a file of plain tensors and was not opened further ({_line(error)}): "
+            f"{path} is not a file of plain tensors and was not opened further ({one_line(error)}): "
             "it is damaged, or holds code."
         ) from None
 
@@ -75,7 +75,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             return {name: _array(archive, name) for name in archive.files}
     except Exception as error:  # zip, numpy and torch each have their own ways to refuse
-        raise CosaeError(f"{path} is not a whole archive of plain number arrays ({_line(error)}).") from None
+        raise CosaeError(f"{path} is not a whole archive of plain number arrays ({one_line(error)}).") from None
 
 
 def _array(archive: Any, name: str) -> Tensor:
@@ -150,13 +150,14 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise CosaeError(f"{path} is a damaged archive ({_line(error)}): copy it again.") from None
+        raise CosaeError(f"{path} is a damaged archive ({one_line(error)}): copy it again.") from None
     if unpacked > FREE_BYTES + MAX_RATIO * size:
         raise CosaeError(
             f"{path} would unpack from {size} to {unpacked} bytes: that is no file of weights, not opened."
         )
 
 
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text[:120] + "…") if len(text) > 120 else text or type(error).__name__
+def one_line(error: BaseException, most: int = 120) -> str:
+    """An exception's text, or its kind where it has none, as one line of so many characters at most."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return (text[:most] + "…") if len(text) > most else text or type(error).__name__

@@ -8,22 +8,20 @@ stored probe activations still give their stored codes.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cosae.errors import CosaeError
+from cosae.io.atomic import sync_file
+from cosae.io.digest import file_digest
 from cosae.io.legacy import upgrade
-from cosae.io.staged import swap_in
+from cosae.io.staged import staged
+from cosae.io.untrusted import one_line, read_json, read_safetensors
 from cosae.kernels import Entries
 from cosae.sae.config import SAEConfig
 from cosae.sae.model import SAE
@@ -172,19 +170,8 @@ def save(sae: SAE, path: str | Path, probes: Tensor | None = None) -> Path:
     path = Path(path)
     if not _replaceable(path):
         raise CosaeError(f"{path} holds something that is not a cosae SAE; choose another path or remove it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise CosaeError(f"{path} cannot be written ({error.strerror}); choose a folder you can write to.") from None
-    try:
-        _write(sae, staged, probes)
-        swap_in(staged, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CosaeError(f"{path} could not be written ({reason}); what was there before is kept.") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with staged(path) as folder:
+        _write(sae, folder, probes)
     return path
 
 
@@ -215,7 +202,7 @@ def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
         **saelens_fields(sae),
         "sae": sae.cfg.to_dict(),
         "provenance": sae.metadata,
-        "sha256": {name: _digest(folder / name) for name in (WEIGHTS, SELF_CHECK)},
+        "sha256": {name: file_digest(folder / name) for name in (WEIGHTS, SELF_CHECK)},
     }
     try:
         text = json.dumps(config, indent=2, allow_nan=False, default=_jsonable)
@@ -223,8 +210,7 @@ def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
         raise CosaeError(f"sae.metadata must be plain finite numbers, texts, lists and mappings: {error}.") from None
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     for file in folder.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync_file(file)
 
 
 def _jsonable(value: object) -> object:
@@ -272,11 +258,6 @@ def _probe(sae: SAE, probes: Tensor | None) -> dict[str, Tensor]:
     }
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "auto") -> SAE:
     """The SAE in directory `path`.
 
@@ -288,12 +269,12 @@ def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "au
     for name in (WEIGHTS, SELF_CHECK):
         if not (path / name).is_file():
             raise CosaeError(f"{path} lacks {name}: the SAE is incomplete, copy the whole folder again.")
-        if _digest(path / name) != config["sha256"].get(name):
+        if file_digest(path / name) != config["sha256"].get(name):
             raise CosaeError(
                 f"{path / name} is not the file that was saved (its digest differs): truncated or altered."
             )
-    state = _read(path / WEIGHTS)
-    probe = _read(path / SELF_CHECK)
+    state = read_safetensors(path / WEIGHTS)
+    probe = read_safetensors(path / SELF_CHECK)
     try:
         fields = dict(config["sae"])
         fields["prefixes"] = tuple(fields.get("prefixes", ()))
@@ -315,11 +296,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CosaeError(f"{path} does not exist: give the folder of a saved SAE (the one that holds {CONFIG}).")
     if not path.is_dir() or not (path / CONFIG).is_file():
         raise CosaeError(f"{path} is not a saved SAE: a cosae SAE is a folder with {CONFIG} and {WEIGHTS}.")
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError):
-        raise CosaeError(f"{path / CONFIG} is not readable JSON: the file is damaged.") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_json(path / CONFIG)
+    if config.get("format") != FORMAT:
         raise CosaeError(f"{path} was not written by cosae (its {CONFIG} has no format {FORMAT!r}).")
     version = config.get("version")
     if not isinstance(version, int) or version > VERSION:
@@ -327,17 +305,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("sae"), dict) or not isinstance(config.get("sha256"), dict):
         raise CosaeError(f"{path / CONFIG} lacks its sections 'sae' and 'sha256': the file is damaged.")
     return config
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CosaeError(f"{file} is not a whole safetensors file ({_one_line(error)}): copy it again.") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).split("\n")[0]
 
 
 @torch.no_grad()
@@ -354,7 +321,7 @@ def _check_probe(sae: SAE, probe: dict[str, Tensor], path: Path) -> None:
         stored = torch.zeros_like(dense).index_put((entries.token_E, entries.feature_E), want)
     except (KeyError, IndexError, RuntimeError, CosaeError) as error:
         raise CosaeError(
-            f"{path / SELF_CHECK} does not fit the SAE ({_one_line(error)}): the folder mixes two SAEs."
+            f"{path / SELF_CHECK} does not fit the SAE ({one_line(error)}): the folder mixes two SAEs."
         ) from None
     largest = float(want.abs().max()) if len(want) else 1.0
     off = float((got - want).abs().max()) if len(want) else 0.0

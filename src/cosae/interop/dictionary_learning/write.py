@@ -14,8 +14,6 @@ Scores must be affine in x: the inner product, unit rows, or a cosine score whos
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.interop.dictionary_learning.read import CONFIG, WEIGHTS
 from cosae.interop.linear import NO_THRESHOLD
+from cosae.io.staged import staged
 from cosae.kernels.terms import ROW_MIN
 from cosae.sae.model import SAE
 
@@ -71,19 +70,11 @@ def write(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CosaeError(f"{folder} is not an empty folder: choose another place to write to.")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            torch.save(state, staged / WEIGHTS)
-            (staged / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            staged.chmod(0o755)
-            if folder.exists():
-                folder.rmdir()
-            staged.replace(folder)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        text = json.dumps(config, indent=2) + "\n"
+        with staged(folder) as place:
+            torch.save(state, place / WEIGHTS)
+            (place / CONFIG).write_text(text, encoding="utf-8")
+    except (RuntimeError, TypeError) as error:  # of PyTorch's writer on a full disk, and of metadata that is not plain
         raise CosaeError(f"{folder} cannot be written ({error}): choose another place.") from None
     return folder
 

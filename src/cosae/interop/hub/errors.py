@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cosae.errors import CosaeError
+from cosae.io.untrusted import one_line
 
 
 @contextmanager
@@ -44,16 +45,11 @@ def reason(errors: Any, error: BaseException, writing: bool) -> str:
     if status == 429:
         return "the hub asks to wait (too many requests): try later"
     if status is not None:
-        return f"the hub answered with status {status} ({_line(error)}): try later"
+        return f"the hub answered with status {status} ({one_line(error, 160)}): try later"
     if isinstance(error, OSError) and error.errno is not None:
         return f"a file cannot be written ({error.strerror})"
     if "onsistency check" in str(error) or "peer closed" in str(error).lower():
-        return f"a download stopped short ({_line(error)}): run the command again"
+        return f"a download stopped short ({one_line(error, 160)}): run the command again"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it to reach the hub"
-    return f"the hub could not be reached or understood ({type(error).__name__}: {_line(error)})"
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return (text[:160] + "…") if len(text) > 160 else text or type(error).__name__
+    return f"the hub could not be reached or understood ({type(error).__name__}: {one_line(error, 160)})"

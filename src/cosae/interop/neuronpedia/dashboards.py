@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -58,17 +57,16 @@ def write_dashboards(
 ) -> Path:
     """Write the export to the folder `out`, whole or not at all; an earlier export of this kind there is replaced.
 
-    sequences  (S, T) without padding, 3 ≤ T ≤ 1025; facts: plain values kept in cosae_export.json
+    sequences  (S, T) without padding, 3 ≤ T ≤ 1025; metadata: plain values kept in cosae_export.json
     Raises CosaeError as `cache_codes` does, for T out of range, and where `out` holds something else.
     """
     context = int(sequences.ids_ST.shape[1])
     if not 3 <= context <= 1025:
         raise CosaeError(f"sequences must have 3 to 1025 tokens (Neuronpedia shows 1024). Got {context} instead.")
-    with filled(out, MARK) as staged:
-        work = Path(tempfile.mkdtemp(prefix=".codes.", dir=staged))
+    with filled(out, MARK) as staged, tempfile.TemporaryDirectory(prefix=".codes.", dir=staged) as work:
         ignored = None if settings.ignore_norm_above is None else _high_norms(settings.ignore_norm_above)
         codes = cache_codes(
-            model, site, sae, sequences, work, ignored=ignored, batch_sequences=batch_sequences, log=log
+            model, site, sae, sequences, Path(work), ignored=ignored, batch_sequences=batch_sequences, log=log
         )
         log("correlations")
         tables = _Tables.of(model, tokenizer, site, sae, codes)
@@ -85,7 +83,6 @@ def write_dashboards(
             (staged / f"batch-{number}.json").write_text(json.dumps(batch, allow_nan=False), encoding="utf-8")
             log(f"wrote {number + 1} of {len(ranges)} batches")
         _write_settings(staged, settings, sequences, codes, metadata or {})
-        shutil.rmtree(work)
     return out
 
 

@@ -8,8 +8,6 @@ long loses its beginning, at most 1024 tokens, and the vector of the last token.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError
 from cosae.interop.sae_probes.datasets import ProbeDataset
+from cosae.io.atomic import replaced
 from cosae.models.capture import capture
 from cosae.types import Sequences
 
@@ -129,12 +128,7 @@ def _is_there(place: Path, n_rows: int) -> bool:
 def _save(x_ND: Tensor, place: Path) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle, staged = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(x_ND, file)
-            Path(staged).replace(place)
-        finally:
-            Path(staged).unlink(missing_ok=True)
+        with replaced(place) as staged:
+            torch.save(x_ND, staged)
     except OSError as error:
         raise CosaeError(f"{place} cannot be written ({error.strerror}); choose a folder you can write to.") from None
