@@ -23,9 +23,10 @@ import torch
 from benchmarks.timing import CLOCKS, describe_machine, interleave, median_ratio
 from cosae.activations.arrays import TensorSource
 from cosae.activations.filter import FilterPolicy
-from cosae.activations.store.reader import Store, StoreSource
-from cosae.activations.store.rounding import restore_rows, round_rows
+from cosae.activations.store.format import restore_rows, round_rows
+from cosae.activations.store.reader import Store
 from cosae.activations.store.shards import ShardRows
+from cosae.activations.store.source import StoreSource
 from cosae.activations.store.writer import StoreWriter
 from cosae.activations.stream import ActivationStream, Source
 from cosae.activations.synthetic import SyntheticSource, World

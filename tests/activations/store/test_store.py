@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cosae.activations.filter import FilterPolicy, fit, norm_summary
-from cosae.activations.store.reader import Store, StoreSource, find_stores, open_store
-from cosae.activations.store.rounding import restore_rows, round_rows, store_dtype
+from cosae.activations.store.format import restore_rows, round_rows, store_dtype
+from cosae.activations.store.reader import Store, find_stores, open_store
 from cosae.activations.store.shards import ShardRows
+from cosae.activations.store.source import StoreSource
 from cosae.activations.stream import ActivationStream, Source
 from cosae.errors import CosaeError
 from cosae.types import Activations
@@ -308,7 +309,7 @@ def test_folders_that_are_no_store(tmp_path: Path, sound: Path) -> None:
 
 
 def test_an_index_of_a_later_version_asks_for_an_upgrade(sound: Path, tmp_path: Path) -> None:
-    from cosae.activations.store.records import read_record, write_record
+    from cosae.io.records import read_record, write_record
 
     folder = Path(shutil.copytree(sound, tmp_path / "s"))
     write_record(folder / "index.json", {**read_record(folder / "index.json"), "version": 99})

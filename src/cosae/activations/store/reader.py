@@ -1,16 +1,14 @@
-"""Activations on disk, opened: a finished store, and the endless stream of chunks that training reads from it.
+"""A finished store, opened.
 
     STORE/index.json → sizes and headers of all shards checked → a shard's SHA-256 checked the first time it is read
 
-What is not as it was written is named and refused before a row of it is handed out. Order of an epoch: the shards are
-permuted and taken `MIX_SHARDS` at a time; the blocks of `BLOCK_ROWS` consecutive rows of such a group are permuted;
-a chunk is as many of them as fit, its rows permuted once more. Reading touches only mapped memory and lets go of it.
+What is not as it was written is named and refused before a row of it is handed out. Reading touches only mapped memory
+and releases it.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,20 +17,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosae.activations.monitor import MARKS, NormReference
-from cosae.activations.store.records import read_record
-from cosae.activations.store.rounding import STORE_DTYPES, restore_rows
-from cosae.activations.store.shards import COLUMNS, MappedShard, ShardShape, ShardTag, find_fault
-from cosae.activations.store.writer import CAPTURE, FORMAT, INDEX, SIDES, VERSION
-from cosae.errors import CosaeError, check_least
-from cosae.io.digest import file_digest, value_digest
-from cosae.io.generators import seeded
+from cosae.activations.store.format import (
+    CAPTURE,
+    COLUMNS,
+    FORMAT,
+    INDEX,
+    SIDES,
+    STORE_DTYPES,
+    VERSION,
+    ShardShape,
+    ShardTag,
+    restore_rows,
+    store_dtype,
+)
+from cosae.activations.store.shards import MappedShard, Shard
+from cosae.errors import CosaeError
+from cosae.io.digest import value_digest
+from cosae.io.records import read_record
 from cosae.types import Activations, Site
 
-BLOCK_ROWS = 256
 MIX_SHARDS = 8
-CHUNK_BYTES = 64 * 2**20
-"""A chunk holds this much in float32, but 1024 to 65 536 rows."""
+"""Shards mapped at once, and mixed into one another by `StoreSource`."""
 
 
 class Piece(NamedTuple):
@@ -59,27 +64,35 @@ class Store:
         self.record = _read_index(self.folder)
         try:
             request = self.record["request"]
-            self.d_in, self.dtype = int(request["d_in"]), str(request["dtype"])
+            self.d_in, self.dtype = int(request["d_in"]), store_dtype(str(request["dtype"]))
             self.concepts: tuple[str, ...] | None = None if request["concepts"] is None else tuple(request["concepts"])
             self.site = Site(**request["site"]) if request.get("site") else None
-            self._shards: dict[str, list[dict[str, Any]]] = {
-                side: [entry for entry in self.record["shards"] if entry["side"] == side] for side in SIDES
-            }
-            for side in SIDES:
-                assert self.n_rows(side) == sum(self.shard_rows(side))
-                assert all(self._entry_is_plain(side, number) for number in range(len(self._shards[side])))
+            self._shards: dict[str, list[Shard]] = {side: self._list_shards(side) for side in SIDES}
+            assert all(self.n_rows(side) == sum(self.shard_rows(side)) for side in SIDES)
             assert self.record["statistics"]["rows"] == self.n_rows("train")
-            assert self.dtype in STORE_DTYPES
         except (KeyError, TypeError, ValueError, AssertionError):
             raise CosaeError(f"{self.folder / INDEX} is no index that cosae wrote: its fields do not fit.") from None
         self.identity = value_digest(self.record)
-        self._tag = value_digest(request)
-        self._sound: set[tuple[str, int]] = set()
-        self._mapped: dict[tuple[str, int], MappedShard] = {}
+        self._checked: set[Shard] = set()
+        self._mapped: dict[Shard, MappedShard] = {}
         for side in SIDES if check else ():
-            for number in range(len(self._shards[side])):
-                if fault := self._fault(side, number):
-                    raise self._damaged(side, number, fault)
+            for shard in self._shards[side]:
+                _refuse(shard, shard.header_fault())
+
+    def _list_shards(self, side: str) -> list[Shard]:
+        request = self.record["request"]
+        store, label_bytes = value_digest(request), -(-len(self.concepts or ()) // 8)
+        found = []
+        for number, entry in enumerate(one for one in self.record["shards"] if one["side"] == side):
+            assert isinstance(entry["rows"], int)
+            assert isinstance(entry["bytes"], int)
+            assert isinstance(entry["sha256"], str)
+            shape = ShardShape(entry["rows"], self.d_in, self.dtype, label_bytes)
+            shard = Shard(self.folder, ShardTag(store, side, number), shape, entry["bytes"], entry["sha256"])
+            assert shape.rows > 0
+            assert shard.tag.file == entry["file"]
+            found.append(shard)
+        return found
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -97,7 +110,7 @@ class Store:
 
     def shard_rows(self, side: str) -> list[int]:
         """Rows of each shard of a side."""
-        return [int(entry["rows"]) for entry in self._shards[side]]
+        return [shard.shape.rows for shard in self._shards[side]]
 
     def read(self, side: str, pieces: Sequence[Piece]) -> Activations:
         """The rows of `pieces`, in their order, copied out of the mapped files; int8 rows become float32.
@@ -115,12 +128,12 @@ class Store:
         into = {"x": bits_ND} | {name: column.numpy() for name, column in columns.items()}
         done = 0
         for shard, first, last in pieces:
-            found = self._open(side, shard).column
+            found = self._open(self._shards[side][shard]).column
             for name, target in into.items():
                 target[done : done + last - first] = found[name][first:last]
             done += last - first
         for mapped in self._mapped.values():
-            mapped.let_go()
+            mapped.release()
         x_ND = restore_rows(stored_ND, columns.get("scale"))
         return Activations(x_ND=x_ND, **{field: columns[name] for name, field in COLUMNS.items()})
 
@@ -135,24 +148,27 @@ class Store:
         parts = [
             (column["labels"][piece.first : piece.last], column["labelled"][piece.first : piece.last])
             for piece in self._pieces(side, row_N)
-            for column in (self._open(side, piece.shard).column,)
+            for column in (self._open(self._shards[side][piece.shard]).column,)
         ]
         packed_NL = np.concatenate([labels for labels, _ in parts])
         labels_NC = np.unpackbits(packed_NL, axis=1, count=len(self.concepts), bitorder="little").astype(bool)
         return labels_NC, np.concatenate([labelled for _, labelled in parts])
 
-    def _entry_is_plain(self, side: str, number: int) -> bool:
-        entry = self._shards[side][number]
-        sizes = isinstance(entry["rows"], int) and isinstance(entry["bytes"], int) and entry["rows"] > 0
-        return sizes and entry["file"] == ShardTag("", side, number).file and isinstance(entry["sha256"], str)
-
     def faults(self) -> Iterator[str]:
         """One sentence for each shard that is not what was written, after reading every byte."""
         for side in SIDES:
-            for number, entry in enumerate(self._shards[side]):
-                fault = self._fault(side, number) or self._content_fault(side, number) or self._odd_rows(side, number)
+            for shard in self._shards[side]:
+                fault = shard.header_fault() or shard.content_fault() or self._wrong_side(shard)
                 if fault:
-                    yield f"{self.folder / entry['file']}: {fault}"
+                    yield f"{shard.path}: {fault}"
+
+    def _wrong_side(self, shard: Shard) -> str | None:
+        """A document of the other side would break the split."""
+        document_N, side = shard.map().column["document"], shard.tag.side
+        border = len(self.documents("held_out"))
+        first, last = (0, border) if side == "held_out" else (border, border + len(self.documents("train")))
+        wrong = document_N[(document_N >= 0) & ((document_N < first) | (document_N >= last))]
+        return f"document {wrong[0]} is not one of the {side} side" if len(wrong) else None
 
     def _pieces(self, side: str, row_N: Tensor) -> list[Piece]:
         """Stretches of consecutive rows within a shard that make up ascending row numbers."""
@@ -165,134 +181,20 @@ class Store:
             Piece(s := int(shard_N[a]), int(rows[a] - firsts[s]), int(rows[b - 1] - firsts[s]) + 1) for a, b in bounds
         ]
 
-    def _open(self, side: str, number: int) -> MappedShard:
+    def _open(self, shard: Shard) -> MappedShard:
         """A shard, mapped; the first time, every byte of it is checked."""
-        key = (side, number)
-        if key in self._mapped:
-            return self._mapped[key]
-        if key not in self._sound:
-            if fault := self._content_fault(side, number):
-                raise self._damaged(side, number, fault)
-            self._sound.add(key)
-        elif fault := self._fault(side, number):
-            raise self._damaged(side, number, fault)
-        while len(self._mapped) >= MIX_SHARDS:
-            del self._mapped[next(iter(self._mapped))]
-        entry = self._shards[side][number]
-        self._mapped[key] = MappedShard(self.folder / entry["file"], self._shape_of(side, number))
-        return self._mapped[key]
-
-    def _shape_of(self, side: str, number: int) -> ShardShape:
-        return ShardShape(self._shards[side][number]["rows"], self.d_in, self.dtype, -(-len(self.concepts or ()) // 8))
-
-    def _fault(self, side: str, number: int) -> str | None:
-        entry = self._shards[side][number]
-        return find_fault(self.folder, ShardTag(self._tag, side, number), self._shape_of(side, number), entry["bytes"])
-
-    def _content_fault(self, side: str, number: int) -> str | None:
-        entry = self._shards[side][number]
-        try:
-            same = file_digest(self.folder / entry["file"]) == entry["sha256"]
-        except OSError as error:
-            return f"it cannot be read ({error.strerror})"
-        return None if same else "its checksum is not the one that was written: bits of it have changed"
-
-    def _odd_rows(self, side: str, number: int) -> str | None:
-        """A document of the other side would break the split."""
-        path = self.folder / self._shards[side][number]["file"]
-        document_N = MappedShard(path, self._shape_of(side, number)).column["document"]
-        border = len(self.documents("held_out"))
-        first, last = (0, border) if side == "held_out" else (border, border + len(self.documents("train")))
-        odd = document_N[(document_N >= 0) & ((document_N < first) | (document_N >= last))]
-        return f"document {odd[0]} is not one of the {side} side" if len(odd) else None
-
-    def _damaged(self, side: str, number: int, fault: str) -> CosaeError:
-        path = self.folder / self._shards[side][number]["file"]
-        return CosaeError(f"{path} is damaged: {fault}. Put back a copy of it, or capture the store again.")
+        if shard not in self._mapped:
+            _refuse(shard, shard.header_fault() if shard in self._checked else shard.content_fault())
+            self._checked.add(shard)
+            while len(self._mapped) >= MIX_SHARDS:
+                del self._mapped[next(iter(self._mapped))]
+            self._mapped[shard] = shard.map()
+        return self._mapped[shard]
 
 
-class StoreSource:
-    """Endless chunks of a store's train rows, each epoch in an order of its own.
-
-    seed          of the orders
-    chunk_tokens  rows per chunk, whole blocks of 256; None takes CHUNK_BYTES of float32
-
-    Any chunk can be made again to the bit, by another process too. Raises what `Store` raises.
-    """
-
-    def __init__(self, store: Store, *, seed: int = 0, chunk_tokens: int | None = None) -> None:
-        if chunk_tokens is None:
-            chunk_tokens = min(max(CHUNK_BYTES // (4 * store.d_in), 1024), 65536)
-        check_least("chunk_tokens", chunk_tokens, 1)
-        self.store, self.seed, self.d_in = store, seed, store.d_in
-        self._chunk_blocks = max(1, chunk_tokens // BLOCK_ROWS)
-        self._rows = store.shard_rows("train")
-        self.n_blocks = sum(-(-rows // BLOCK_ROWS) for rows in self._rows)
-        self._order: tuple[int, Tensor] | None = None
-
-    @property
-    def chunk_tokens(self) -> int:
-        """Rows of a chunk; the last of an epoch may have fewer."""
-        return self._chunk_blocks * BLOCK_ROWS
-
-    @property
-    def chunks_per_epoch(self) -> int:
-        return math.ceil(self.n_blocks / self._chunk_blocks)
-
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """The store's own."""
-        return self.store.statistics
-
-    def norm_reference(self) -> NormReference:
-        """Norm quantiles of all train rows, against which a stream holds what it reads."""
-        found = dict(self.statistics["norm"]["quantiles"])
-        return NormReference(tuple(float(found[mark]) for mark in MARKS), int(self.statistics["rows"]), "the store")
-
-    def document_name(self, doc: int) -> str | None:
-        """The name of document `doc` of the train rows' `doc_N`."""
-        place = doc - len(self.store.documents("held_out"))
-        names = self.store.documents("train")
-        return names[place] if 0 <= place < len(names) else None
-
-    def chunks(self, start: int = 0) -> Iterator[Activations]:
-        """Chunk `start`, `start + 1`, ... without end."""
-        for number in itertools.count(start):
-            epoch, chunk = divmod(number, self.chunks_per_epoch)
-            blocks_N2 = self._epoch(epoch)[chunk * self._chunk_blocks : (chunk + 1) * self._chunk_blocks]
-            pieces = [Piece(s, first, min(first + BLOCK_ROWS, self._rows[s])) for s, first in blocks_N2.tolist()]
-            rows = self.store.read("train", pieces)
-            order = torch.randperm(len(rows), generator=seeded("store rows", self.seed, number))
-            yield Activations(**{name: column.index_select(0, order) for name, column in vars(rows).items()})
-
-    def describe(self) -> dict[str, Any]:
-        """Where the activations come from, in plain values; the store by its digest, not by its place."""
-        request = {k: v for k, v in self.store.record["request"].items() if k != "concepts"}
-        return {
-            "source": "store",
-            "store": self.store.identity,
-            **request,
-            "n_tokens": self.store.n_rows("train"),
-            "n_held_out": self.store.n_rows("held_out"),
-            "chunk_blocks": self._chunk_blocks,
-            "block_rows": BLOCK_ROWS,
-            "mix_shards": MIX_SHARDS,
-            "order_seed": self.seed,
-        }
-
-    def _epoch(self, epoch: int) -> Tensor:
-        """(n_blocks, 2) int64: shard and first row of the blocks of one epoch, in its order."""
-        if self._order is None or self._order[0] != epoch:
-            generator = seeded("store blocks", self.seed, epoch)
-            shards = torch.randperm(len(self._rows), generator=generator).tolist()
-            groups = []
-            for first in range(0, len(shards), MIX_SHARDS):
-                group_N2 = torch.cat(
-                    [_blocks_of(shard, self._rows[shard]) for shard in shards[first : first + MIX_SHARDS]]
-                )
-                groups.append(group_N2[torch.randperm(len(group_N2), generator=generator)])
-            self._order = epoch, torch.cat(groups)
-        return self._order[1]
+def _refuse(shard: Shard, fault: str | None) -> None:
+    if fault is not None:
+        raise CosaeError(f"{shard.path} is damaged: {fault}. Put back a copy of it, or capture the store again.")
 
 
 def find_stores(folder: str | Path) -> list[Path]:
@@ -327,12 +229,6 @@ def open_store(folder: str | Path, site: str | None = None) -> Store:
             if store.site is not None and site in (store.site.name, store.site.hook_name, store.site.module_path):
                 return store
     raise CosaeError(f"{folder} holds no store for the site {site!r}; it has {names}.")
-
-
-def _blocks_of(shard: int, rows: int) -> Tensor:
-    """(n, 2) int64: the shard and the first row of each of its blocks."""
-    first_N = torch.arange(0, rows, BLOCK_ROWS)
-    return torch.stack([torch.full_like(first_N, shard), first_N], 1)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

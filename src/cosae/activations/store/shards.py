@@ -1,24 +1,14 @@
-"""One shard of a store: a safetensors file with some rows of one site, and everything that is known of each row.
-
-    x          (N, D)  float32, bfloat16, float16 or int8 (cosae.activations.store.rounding)
-    scale      (N,)    float32: of int8 rows only
-    norm       (N,)    float32: |x| in fp32, from before any rounding
-    token, document, position, index   (N,) int32, as in types.Activations; -1 where unknown
-    special    (N,)    bool
-    labels     (N, L)  uint8: concept labels, bit-packed (little end first); only where the corpus has concepts
-    labelled   (N,)    bool: whether the document could be labelled; with `labels`
-    mean       (D,)    float64: of the shard's rows as stored
-    squares    (1,)    float64: Σ |x − mean|² of the shard's rows as stored
+"""One shard of a store: written, checked, and mapped into memory.
 
 The header names the store, the side and the number of the shard, so that one put in another's place is noticed without
-reading it. A shard is written under a hidden name, flushed, and then renamed: it is whole or absent.
+reading it. A shard is complete or absent.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,83 +18,13 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosae.activations.store.rounding import restore_rows, round_rows
+from cosae.activations.store.format import COLUMNS, NUMPY_DTYPES, ShardShape, ShardTag, restore_rows, round_rows
 from cosae.io.atomic import replaced
 from cosae.io.digest import file_digest
 from cosae.types import Activations
 
 HEADER_KEY = "cosae"
 MAX_HEADER_BYTES = 1 << 20
-COLUMNS = {
-    "norm": "norm_N",
-    "token": "token_N",
-    "document": "doc_N",
-    "position": "position_N",
-    "index": "index_N",
-    "special": "special_N",
-}
-"""Name in a shard → field of Activations."""
-_X_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
-# bfloat16 is read as int16 and viewed: NumPy has no such dtype
-_NUMPY = {
-    "F32": "<f4",
-    "BF16": "<i2",
-    "F16": "<f2",
-    "I8": "|i1",
-    "I32": "<i4",
-    "BOOL": "|b1",
-    "U8": "|u1",
-    "F64": "<f8",
-}
-
-
-@dataclass(frozen=True)
-class ShardTag:
-    """Which shard of which store.
-
-    store   64 hex digits of the request that decides the store's content
-    side    train or held_out
-    number  counted from 0 within its side
-    """
-
-    store: str
-    side: str
-    number: int
-
-    @property
-    def file(self) -> str:
-        return f"{self.side}-{self.number:05d}.safetensors"
-
-
-@dataclass(frozen=True)
-class ShardShape:
-    """What a shard's tensors look like. label_bytes: bytes of packed labels per row, 0 where there are none."""
-
-    rows: int
-    d_in: int
-    dtype: str
-    label_bytes: int = 0
-
-    def tensors(self) -> dict[str, tuple[str, list[int]]]:
-        """Name → (safetensors dtype, shape)."""
-        n = self.rows
-        found: dict[str, tuple[str, list[int]]] = {"x": (_X_DTYPES[self.dtype], [n, self.d_in]), "norm": ("F32", [n])}
-        found |= {name: ("I32", [n]) for name in ("token", "document", "position", "index")} | {
-            "special": ("BOOL", [n])
-        }
-        if self.dtype == "int8":
-            found["scale"] = ("F32", [n])
-        if self.label_bytes:
-            found |= {"labels": ("U8", [n, self.label_bytes]), "labelled": ("BOOL", [n])}
-        return found | {"mean": ("F64", [self.d_in]), "squares": ("F64", [1])}
-
-    def row_bytes(self) -> int:
-        """Bytes of one row on disk, header aside."""
-        return sum(
-            np.dtype(_NUMPY[kind]).itemsize * int(np.prod(shape[1:], dtype=np.int64))
-            for name, (kind, shape) in self.tensors().items()
-            if name not in ("mean", "squares")
-        )
 
 
 @dataclass(frozen=True)
@@ -153,7 +73,7 @@ def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> dic
     optional = {"scale": scale_N, "labels": rows.labels_NL, "labelled": rows.labelled_N}
     tensors |= {name: value for name, value in optional.items() if value is not None}
     # one key: safetensors writes several in an order of its own, and equal shards must be equal files
-    metadata = {HEADER_KEY: json.dumps({"store": tag.store, "side": tag.side, "number": tag.number})}
+    metadata = {HEADER_KEY: json.dumps(asdict(tag))}
     with replaced(folder / tag.file) as staged:
         staged.touch()
         mode = staged.stat().st_mode
@@ -163,34 +83,55 @@ def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> dic
     return {"file": tag.file, "side": tag.side, "rows": len(rows), "bytes": size, "sha256": sha256}
 
 
-def find_fault(folder: Path, tag: ShardTag, shape: ShardShape, n_bytes: int) -> str | None:
-    """What is wrong with a shard as far as its size and header tell; None where nothing is. Reads a page or two."""
-    path = folder / tag.file
-    try:
-        found = path.stat().st_size
-        if found != n_bytes:
-            return f"it has {found} bytes, not the {n_bytes} that were written"
-        header, _ = _read_header(path)
-        tagged = json.loads(header.pop("__metadata__", {}).get(HEADER_KEY, "null"))
-        laid_out = {name: (t["dtype"], t["shape"]) for name, t in header.items()}
-    except FileNotFoundError:
-        return "it is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "its header is not readable"
-    wanted = {"store": tag.store, "side": tag.side, "number": tag.number}
-    if tagged != wanted:
-        return f"it is another shard ({_tell(tagged, wanted)})"
-    if laid_out != shape.tensors():
-        return "its header does not fit the index"
-    return None
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A shard that an index or a journal lists: where it lies, what its header must say, its size and SHA-256."""
 
+    folder: Path
+    tag: ShardTag
+    shape: ShardShape
+    n_bytes: int
+    sha256: str
 
-def _tell(tagged: Any, wanted: dict[str, Any]) -> str:
-    if not isinstance(tagged, dict) or tagged.keys() != wanted.keys():
-        return "its header names none"
-    if tagged["store"] != wanted["store"]:
-        return "of another store"
-    return f"{str(tagged['side'])[:20]} number {str(tagged['number'])[:20]}"
+    @property
+    def path(self) -> Path:
+        return self.folder / self.tag.file
+
+    def header_fault(self) -> str | None:
+        """What is wrong as far as its size and header show; None where nothing is. Reads a page or two."""
+        try:
+            found = self.path.stat().st_size
+            if found != self.n_bytes:
+                return f"it has {found} bytes, not the {self.n_bytes} that were written"
+            header, _ = _read_header(self.path)
+            tagged = json.loads(header.pop("__metadata__", {}).get(HEADER_KEY, "null"))
+            laid_out = {name: (t["dtype"], t["shape"]) for name, t in header.items()}
+        except FileNotFoundError:
+            return "it is missing"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return "its header is not readable"
+        if tagged != asdict(self.tag):
+            return f"it is another shard ({self._difference(tagged)})"
+        return None if laid_out == self.shape.tensors() else "its header does not fit the index"
+
+    def _difference(self, tagged: Any) -> str:
+        if not isinstance(tagged, dict) or tagged.keys() != asdict(self.tag).keys():
+            return "its header names none"
+        if tagged["store"] != self.tag.store:
+            return "of another store"
+        return f"{str(tagged['side'])[:20]} number {str(tagged['number'])[:20]}"
+
+    def content_fault(self) -> str | None:
+        """What is wrong with its bytes, all of which are read; None where nothing is."""
+        try:
+            same = file_digest(self.path) == self.sha256
+        except OSError as error:
+            return f"it cannot be read ({error.strerror})"
+        return None if same else "its checksum is not the one that was written: bits of it have changed"
+
+    def map(self) -> MappedShard:
+        """Its columns, for a shard without faults."""
+        return MappedShard(self.path, self.shape)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -206,7 +147,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 class MappedShard:
-    """A shard that was found whole, memory-mapped. Views are read-only and must not outlive it."""
+    """A shard, memory-mapped: arrays by column. Views are read-only and must not outlive it."""
 
     def __init__(self, path: Path, shape: ShardShape) -> None:
         header, first = _read_header(path)
@@ -216,9 +157,9 @@ class MappedShard:
         for name, (kind, size) in shape.tensors().items():
             begin, end = header[name]["data_offsets"]
             flat = np.frombuffer(self._map, np.uint8, end - begin, first + begin)
-            self.column[name] = flat.view(_NUMPY[kind]).reshape(size)
+            self.column[name] = flat.view(NUMPY_DTYPES[kind]).reshape(size)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Stop counting the pages read so far as this process's memory; they stay in the disk cache."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)

@@ -1,11 +1,7 @@
 """Activations → a store on disk, shard after shard, so that a stop at any moment costs no more than one shard.
 
-    STORE/capture.json      what was asked for (it decides every byte) and who wrote; while writing only
-    STORE/journal.jsonl     one line a shard that is whole, flushed before the next is begun; while writing only
-    STORE/SIDE-NNNNN.safetensors
-    STORE/index.json        last, and only then is the store finished
-
-Going on with an unfinished store ends in the same bytes as never having stopped.
+The journal gets a line a complete shard, flushed before the next is begun. Going on with an unfinished store ends in
+the same bytes as never having stopped.
 """
 
 from __future__ import annotations
@@ -14,22 +10,28 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 
-from cosae.activations.store.records import read_record, write_record
-from cosae.activations.store.rounding import store_dtype
-from cosae.activations.store.shards import MappedShard, ShardRows, ShardShape, ShardTag, write_shard
+from cosae.activations.store.format import (
+    CAPTURE,
+    FORMAT,
+    INDEX,
+    JOURNAL,
+    MAX_FLOAT16,
+    SIDES,
+    VERSION,
+    ShardShape,
+    ShardTag,
+    store_dtype,
+)
+from cosae.activations.store.shards import MappedShard, ShardRows, write_shard
 from cosae.activations.store.statistics import Columns, describe_rows
 from cosae.errors import CosaeError, check_least
 from cosae.io.atomic import write_text
 from cosae.io.digest import file_digest, value_digest
-
-INDEX, CAPTURE, JOURNAL = "index.json", "capture.json", "journal.jsonl"
-FORMAT, VERSION = "cosae-store", 1
-SIDES: tuple[Literal["held_out", "train"], ...] = ("held_out", "train")
-MAX_FLOAT16 = 65504.0
+from cosae.io.records import read_record, write_record
 
 
 class StoreWriter:

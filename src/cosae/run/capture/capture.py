@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from cosae.activations.store.format import SIDES
 from cosae.activations.store.reader import find_stores
 from cosae.activations.store.shards import ShardRows
-from cosae.activations.store.writer import SIDES, StoreWriter, begun_request
+from cosae.activations.store.writer import StoreWriter, begun_request
 from cosae.errors import CosaeError
 from cosae.io.digest import file_digest
 from cosae.io.lock import LOCK, hold

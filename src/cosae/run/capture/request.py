@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cosae.activations.store.rounding import store_dtype
-from cosae.activations.store.shards import ShardShape
+from cosae.activations.store.format import ShardShape, store_dtype
 from cosae.errors import CosaeError, check_least
 from cosae.recipe import DataConfig
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cosae.activations.store.writer import SIDES
+from cosae.activations.store.format import SIDES
 from cosae.recipe import DataConfig
 from cosae.run.dataset.corpus import CorpusText, Side
 from cosae.text.tokenization import TokenizedDocument

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cosae.activations import perturbation as perturbations
-from cosae.activations.store.reader import BLOCK_ROWS, StoreSource, open_store
+from cosae.activations.store.reader import open_store
+from cosae.activations.store.source import BLOCK_ROWS, StoreSource
 from cosae.errors import CosaeError
 from cosae.recipe import Recipe
 from cosae.run.dataset.corpus import Side

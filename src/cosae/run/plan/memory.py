@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosae.activations.store.rounding import STORE_DTYPES
-from cosae.activations.store.shards import ShardShape
+from cosae.activations.store.format import STORE_DTYPES, ShardShape
 from cosae.activations.stream import SAMPLE_ROWS
 from cosae.recipe import DataConfig, Recipe
 from cosae.run.capture.request import Capture
@@ -78,7 +77,8 @@ def data_sizes(data: DataConfig, device: str, tokens: int) -> Sizes:
         features = Item("true features of the world", FLOAT * world.n_features * world.d_in)
         return Sizes(world.d_in, (features,), WORLD_CHUNK, 4 * WORLD_CHUNK * FLOAT * world.d_in)
     if data.store is not None:
-        from cosae.activations.store.reader import StoreSource, open_store
+        from cosae.activations.store.reader import open_store
+        from cosae.activations.store.source import StoreSource
 
         source = StoreSource(open_store(data.store, data.store_site))
         return Sizes(source.d_in, (), source.chunk_tokens)

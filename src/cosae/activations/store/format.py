@@ -1,0 +1,149 @@
+"""What lies in a store, and the numbers that it keeps of an activation vector.
+
+    STORE/index.json                  what it holds: written last, and only then is the store finished
+    STORE/SIDE-NNNNN.safetensors      shards of a side, held_out or train
+    STORE/capture.json                while writing only: what was asked for (it decides every byte) and who wrote
+    STORE/journal.jsonl               while writing only: one line a complete shard
+
+    dtype      per value       |x − x̂| of one value is at most
+    float32    4 bytes         0
+    bfloat16   2 bytes         2⁻⁸ |x|
+    float16    2 bytes         2⁻¹¹ |x| (and 2⁻²⁵ where |x| < 2⁻¹⁴); above 65 504 refused
+    int8       1 byte          max_j |x_j| / 254 of its row (one fp32 scale a row: max_j |x_j| / 127)
+
+int8 rounds all values of a row with one step, so a row in which one coordinate is a hundred times larger than the
+rest (an attention sink) keeps little of the rest.
+
+A shard is a safetensors file with some rows of one site, and everything that is known of each row:
+
+    x          (N, D)  float32, bfloat16, float16 or int8
+    scale      (N,)    float32: of int8 rows only
+    norm       (N,)    float32: |x| in fp32, from before any rounding
+    token, document, position, index   (N,) int32, as in types.Activations; -1 where unknown
+    special    (N,)    bool
+    labels     (N, L)  uint8: concept labels, bit-packed (little end first); only where the corpus has concepts
+    labelled   (N,)    bool: whether the document could be labelled; with `labels`
+    mean       (D,)    float64: of the shard's rows as stored
+    squares    (1,)    float64: Σ |x − mean|² of the shard's rows as stored
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosae.errors import check_choice
+
+INDEX, CAPTURE, JOURNAL = "index.json", "capture.json", "journal.jsonl"
+FORMAT, VERSION = "cosae-store", 1
+SIDES: tuple[Literal["held_out", "train"], ...] = ("held_out", "train")
+MAX_FLOAT16 = 65504.0
+STORE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+LEVELS = 127
+_FLOAT32 = torch.finfo(torch.float32)
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def store_dtype(name: str) -> str:
+    """The full name of a store's dtype; fp32, bf16 and fp16 are understood. Raises CosaeError for any other."""
+    full = _SHORT.get(name, name)
+    check_choice("the dtype of a store", full, STORE_DTYPES)
+    return full
+
+
+def round_rows(x_ND: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """(N, D) finite floats → (N, D) as stored, and for int8 the (N,) fp32 scale of each row, otherwise None."""
+    if dtype != "int8":
+        return x_ND.to(STORE_DTYPES[dtype]).contiguous(), None
+    x_ND = x_ND.float()
+    largest_N = x_ND.abs().amax(-1)
+    # never 0, and never so large that 127 · scale overflows
+    scale_N = (largest_N / LEVELS).clamp(_FLOAT32.tiny, _FLOAT32.max / LEVELS * (1 - _FLOAT32.eps))
+    level_ND = (x_ND / scale_N[:, None]).round().clamp(-LEVELS, LEVELS)
+    return level_ND.to(torch.int8), scale_N
+
+
+def restore_rows(stored_ND: Tensor, scale_N: Tensor | None) -> Tensor:
+    """The inverse: int8 becomes fp32, the float dtypes stay what they are."""
+    return stored_ND if scale_N is None else stored_ND.float() * scale_N[:, None]
+
+
+COLUMNS = {
+    "norm": "norm_N",
+    "token": "token_N",
+    "document": "doc_N",
+    "position": "position_N",
+    "index": "index_N",
+    "special": "special_N",
+}
+"""Name in a shard → field of Activations."""
+_X_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
+# bfloat16 is read as int16 and viewed: NumPy has no such dtype
+NUMPY_DTYPES = {
+    "F32": "<f4",
+    "BF16": "<i2",
+    "F16": "<f2",
+    "I8": "|i1",
+    "I32": "<i4",
+    "BOOL": "|b1",
+    "U8": "|u1",
+    "F64": "<f8",
+}
+
+
+@dataclass(frozen=True)
+class ShardTag:
+    """Which shard of which store.
+
+    store   64 hex digits of the request that decides the store's content
+    side    train or held_out
+    number  counted from 0 within its side
+    """
+
+    store: str
+    side: str
+    number: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.side}-{self.number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class ShardShape:
+    """What a shard's tensors look like. label_bytes: bytes of packed labels per row, 0 where there are none."""
+
+    rows: int
+    d_in: int
+    dtype: str
+    label_bytes: int = 0
+
+    def tensors(self) -> dict[str, tuple[str, list[int]]]:
+        """Name → (safetensors dtype, shape)."""
+        n = self.rows
+        found: dict[str, tuple[str, list[int]]] = {"x": (_X_DTYPES[self.dtype], [n, self.d_in]), "norm": ("F32", [n])}
+        found |= {name: ("I32", [n]) for name in ("token", "document", "position", "index")} | {
+            "special": ("BOOL", [n])
+        }
+        if self.dtype == "int8":
+            found["scale"] = ("F32", [n])
+        if self.label_bytes:
+            found |= {"labels": ("U8", [n, self.label_bytes]), "labelled": ("BOOL", [n])}
+        return found | {"mean": ("F64", [self.d_in]), "squares": ("F64", [1])}
+
+    def row_bytes(self) -> int:
+        """Bytes of one row on disk, header aside."""
+        return sum(
+            np.dtype(NUMPY_DTYPES[kind]).itemsize * int(np.prod(shape[1:], dtype=np.int64))
+            for name, (kind, shape) in self.tensors().items()
+            if name not in ("mean", "squares")
+        )
