@@ -9,10 +9,7 @@ import cosae
 from cosae.models.capture import capture
 from cosae.models.embedded import model_path
 from cosae.models.load import load_model
-from cosae.text.documents import read_documents
-from cosae.text.packing import sequences
-from cosae.text.pylib import Document
-from cosae.text.tokenization import tokenize_documents
+from cosae.text import Document, read_documents, sequences, tokenize_documents
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=str(model_path()), help="default: the model that comes with cosae")
