@@ -12,14 +12,16 @@ In: a cosae SAE (or decoder rows). Out: plain numbers. All rows are normalised f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from cosae.activations.sinks import quantiles
 from cosae.errors import CosaeError
 from cosae.sae.model import SAE
+from cosae.types import at_least_fp32
 
 DUPLICATE_COSINE = 0.9
 LISTED_PAIRS = 100
@@ -46,7 +48,11 @@ def geometry(sae: SAE, *, alive_F: Tensor | None = None, duplicate_cosine: float
         "features": int(keep_F.sum()),
         "decoder": describe_rows(sae.W_dec.detach()[keep_F], duplicate_cosine),
         "encoder": describe_rows(sae.W_enc.detach().T[keep_F], duplicate_cosine),
-        "alignment": {"mean": float(aligned_F.mean()), "levels": list(LEVELS), "quantiles": _quantiles(aligned_F)},
+        "alignment": {
+            "mean": float(aligned_F.mean()),
+            "levels": list(LEVELS),
+            "quantiles": list(quantiles(aligned_F, LEVELS)),
+        },
     }
     ids = keep_F.nonzero()[:, 0].tolist()
     for side in ("decoder", "encoder"):
@@ -74,19 +80,13 @@ def describe_rows(rows_FD: Tensor, duplicate_cosine: float = DUPLICATE_COSINE) -
         raise CosaeError(
             f"the cosine of near duplicates must lie above 0 and at most 1. Got {duplicate_cosine} instead."
         )
-    unit_FD = unit_rows(rows_FD)
-    found = _neighbours(unit_FD, duplicate_cosine)
+    closest_F, near_duplicates = _neighbours(unit_rows(rows_FD), duplicate_cosine)
+    several = len(rows_FD) > 1
     return {
-        "mean_max_cosine": float(found.closest_F.double().mean()) if len(rows_FD) > 1 else None,
+        "mean_max_cosine": float(closest_F.double().mean()) if several else None,
         "max_cosine_levels": list(LEVELS),
-        "max_cosine_quantiles": _quantiles(found.closest_F) if len(rows_FD) > 1 else None,
-        "near_duplicates": {
-            "cosine": duplicate_cosine,
-            "pairs": found.n_pairs,
-            "features": int(found.paired_F.sum()),
-            "frac": float(found.paired_F.double().mean()),
-            "closest": [list(pair) for pair in found.pairs],
-        },
+        "max_cosine_quantiles": list(quantiles(closest_F, LEVELS)) if several else None,
+        "near_duplicates": near_duplicates,
         **effective_dimension(rows_FD),
     }
 
@@ -112,54 +112,40 @@ def effective_dimension(rows_FD: Tensor) -> dict[str, float | None]:
 
 def unit_rows(rows_FD: Tensor) -> Tensor:
     """Rows of length 1, at least fp32; zero rows stay zero."""
-    wide_FD = rows_FD if rows_FD.dtype == torch.float64 else rows_FD.float()
-    length_F1 = wide_FD.norm(dim=-1, keepdim=True)
-    return torch.where(length_F1 > 0, wide_FD / length_F1.clamp_min(torch.finfo(wide_FD.dtype).tiny), 0.0)
+    wide_FD = at_least_fp32(rows_FD)
+    return normalize(wide_FD, dim=-1, eps=torch.finfo(wide_FD.dtype).tiny)
 
 
-@dataclass
-class _Neighbours:
-    """closest_F: largest cosine with another row; paired_F: in a near duplicate; pairs: the closest (i, j, cosine)."""
+def _neighbours(unit_FD: Tensor, duplicate_cosine: float) -> tuple[Tensor, dict[str, Any]]:
+    """(F,) largest cosine with another row, and the near duplicates.
 
-    closest_F: Tensor
-    paired_F: Tensor
-    n_pairs: int
-    pairs: list[tuple[int, int, float]]
-
-
-def _neighbours(unit_FD: Tensor, duplicate_cosine: float) -> _Neighbours:
-    """All pairs, chunk by chunk; only the closest are kept one by one, since F parallel rows make F²/2 of them."""
+    By chunks; only the closest pairs are kept one by one, since F parallel rows make F²/2 of them.
+    """
     n = len(unit_FD)
-    found = _Neighbours(torch.zeros(n), torch.zeros(n, dtype=torch.bool), 0, [])
+    closest_F, n_pairs, pairs = torch.zeros(n), 0, list[tuple[int, int, float]]()
     step = max(1, CHUNK_ELEMENTS // max(n, 1))
     for start in range(0, n, step):
         cosine_CF = unit_FD[start : start + step] @ unit_FD.T
         own = torch.arange(len(cosine_CF))
         cosine_CF[own, start + own] = -torch.inf
         closest_C = cosine_CF.max(-1).values
-        near_C = closest_C >= duplicate_cosine
-        found.closest_F[start : start + step] = closest_C.cpu()
-        found.paired_F[start : start + step] = near_C.cpu()
+        closest_F[start : start + step] = closest_C.cpu()
         # most rows have no near duplicate: the costly search is over the others
-        first_R = near_C.nonzero()[:, 0].cpu()
+        first_R = (closest_C >= duplicate_cosine).nonzero()[:, 0].cpu()
         cosine_RF = cosine_CF[first_R.to(cosine_CF.device)].cpu()
         near_RF = (cosine_RF >= duplicate_cosine) & (torch.arange(n)[None, :] > (start + first_R)[:, None])
         place_P, column_P = near_RF.nonzero(as_tuple=True)
-        row_P = first_R[place_P]
-        found.n_pairs += len(row_P)
+        n_pairs += len(place_P)
         value_P, order_P = cosine_RF[place_P, column_P].clamp_max(1.0).sort(descending=True, stable=True)
         first = order_P[:LISTED_PAIRS]
-        listed = zip(
-            (row_P[first] + start).tolist(), column_P[first].tolist(), value_P[: len(first)].tolist(), strict=True
-        )
-        found.pairs = sorted([*found.pairs, *listed], key=lambda pair: (-pair[2], pair[0], pair[1]))[:LISTED_PAIRS]
-    found.closest_F.clamp_(max=1.0)
-    return found
-
-
-def _quantiles(value_F: Tensor) -> list[float]:
-    sorted_F = value_F.double().sort().values
-    place_Q = torch.tensor(LEVELS, dtype=torch.float64) * (len(sorted_F) - 1)
-    low_Q, high_Q = place_Q.floor().long(), place_Q.ceil().long()
-    picked: list[float] = torch.lerp(sorted_F[low_Q], sorted_F[high_Q], place_Q - place_Q.floor()).tolist()
-    return picked
+        row_P = first_R[place_P[first]] + start
+        pairs += zip(row_P.tolist(), column_P[first].tolist(), value_P[: len(first)].tolist(), strict=True)
+        pairs = sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))[:LISTED_PAIRS]
+    paired_F = closest_F >= duplicate_cosine
+    return closest_F.clamp_(max=1.0), {
+        "cosine": duplicate_cosine,
+        "pairs": n_pairs,
+        "features": int(paired_F.sum()),
+        "frac": float(paired_F.double().mean()),
+        "closest": [list(pair) for pair in pairs],
+    }

@@ -156,19 +156,27 @@ def rank_quality_of_latents(
 
     columns_NF  (N, F) codes as `columns_of` gives them
     """
-    positives_C, negatives_C = _counts(columns_NF.shape[0], label_NC)
+    positives_C, _ = _counts(columns_NF.shape[0], label_NC)
     area_C, precision_C = np.empty(len(positives_C)), np.empty(len(positives_C))
-    for c, (latent, n_positive, n_negative) in enumerate(zip(latent_C, positives_C, negatives_C, strict=True)):
+    for c, (latent, n_positive) in enumerate(zip(latent_C, positives_C, strict=True)):
         own = slice(columns_NF.indptr[latent], columns_NF.indptr[latent + 1])
         label_E = label_NC[columns_NF.indices[own], c]
-        score_K, count_K, hit_K = _runs(columns_NF.data[own] * sign_C[c], label_E)
-        silent = columns_NF.shape[0] - len(label_E)
-        if silent:  # 0 stands between the positive and the negative scores; no code is 0
-            place = int((score_K > 0).sum())
-            count_K = np.insert(count_K, place, silent)
-            hit_K = np.insert(hit_K, place, int(n_positive) - int(label_E.sum()))
-        area_C[c], precision_C[c] = _areas(count_K, hit_K, n_positive, n_negative)
+        area_C[c], precision_C[c] = rank_codes(columns_NF.data[own] * sign_C[c], label_E, n_positive, len(label_NC))
     return area_C, precision_C
+
+
+def rank_codes(score_E: Array, label_E: Labels, n_positive: float, n_tokens: int) -> tuple[float, float]:
+    """AUROC and average precision of one latent: its codes (no 0 among them), and whether each token has the concept.
+
+    n_positive of all n_tokens have it, at least one and not all; those without a code score 0.
+    """
+    score_K, count_K, hit_K = _runs(score_E, label_E)
+    silent = n_tokens - len(label_E)
+    if silent:
+        place = int((score_K > 0).sum())
+        count_K = np.insert(count_K, place, silent)
+        hit_K = np.insert(hit_K, place, int(n_positive) - int(label_E.sum()))
+    return _areas(count_K, hit_K, n_positive, n_tokens - n_positive)
 
 
 def _runs(score_N: NDArray[Any], label_N: Labels) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
@@ -281,7 +289,7 @@ def _average_ties(rank_E: Array, latent_E: NDArray[np.int64], value_E: Array) ->
 
 
 def _midranks(value_N: NDArray[Any]) -> Array:
-    """(N,) float64 ranks from 1, ties averaged."""
+    """(N,) float64 ranks from 1, ties averaged; several times as fast on fp32 as scipy.stats.rankdata."""
     order_N = np.argsort(value_N)
     rank_N = np.empty(len(value_N))
     alone = np.zeros(len(value_N), dtype=np.int64)
