@@ -144,9 +144,9 @@ def test_keys_choose_among_several(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": rows(20), "b": rows(20, 3)}, path)
     assert ArraySource(path, key="b").d_in == 3
-    with pytest.raises(CosaeError, match=r"has 2 tensors \(a \(20, 5\), b \(20, 3\)\); name one by its key"):
+    with pytest.raises(CosaeError, match=r"2 tensors .*by its key"):
         ArraySource(path)
-    with pytest.raises(CosaeError, match=r"has no tensor 'c'; it has a \(20, 5\), b \(20, 3\)"):
+    with pytest.raises(CosaeError, match=r"no tensor 'c'.* a \(20, 5\)"):
         ArraySource(path, key="c")
     path = tmp_path / "a.parquet"
     vectors = list(rows(20).numpy())
@@ -178,7 +178,7 @@ def test_the_first_value_that_is_not_finite_is_named(
 def test_float64_beyond_float32_is_refused(tmp_path: Path) -> None:
     x = rows(20, dtype=torch.float64)
     x[3, 2] = 1e300
-    with pytest.raises(CosaeError, match="is infinite as float32 at row 3, column 2"):
+    with pytest.raises(CosaeError, match=r"infinite .*row 3, column 2"):
         ArraySource(write(tmp_path / "a.npy", x))
 
 
@@ -188,7 +188,7 @@ def test_cut_files_are_refused(tmp_path: Path, suffix: str, kept: float) -> None
     path = write(tmp_path / f"a{suffix}", rows())
     content = path.read_bytes()
     path.write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
-    with pytest.raises(CosaeError, match=r"is damaged, cut short or no .* file \(.*\); write it again") as e:
+    with pytest.raises(CosaeError, match=r"damaged.*write it again") as e:
         ArraySource(path)
     assert "\n" not in str(e.value)
 
@@ -205,13 +205,13 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path, suffix: str) -> N
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(CosaeError, match="damaged, cut short or no NumPy array file"):
+    with pytest.raises(CosaeError, match=r"damaged.*NumPy"):
         ArraySource(tmp_path / "a.npy")
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.csv", "a", "a.npz"])
 def test_other_endings_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CosaeError, match=r"must be a \.safetensors, \.npy, \.parquet file\. Got"):
+    with pytest.raises(CosaeError, match=r"\.safetensors, \.npy, \.parquet.* Got"):
         ArraySource(tmp_path / name)
 
 
@@ -219,13 +219,13 @@ def test_other_endings_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("x", "match"),
     [
-        (torch.zeros(4, 3, 2), r"must hold an N × d array. Got shape \(4, 3, 2\)"),
-        (torch.zeros(4), r"must hold an N × d array. Got shape \(4,\)"),
+        (torch.zeros(4, 3, 2), r"N × d.* \(4, 3, 2\)"),
+        (torch.zeros(4), r"N × d.* \(4,\)"),
         (torch.zeros(0, 3), r"is empty: its shape is \(0, 3\)"),
         (torch.zeros(3, 0), r"is empty: its shape is \(3, 0\)"),
-        (torch.zeros(4, 3, dtype=torch.int32), r"holds int32 values; save them as float32, float16"),
-        (torch.zeros(4, 3, dtype=torch.bool), r"holds bool values; save them as float32, float16"),
-        (torch.zeros(4, 3, dtype=torch.complex64), r"holds complex64 values; save them as float32"),
+        (torch.zeros(4, 3, dtype=torch.int32), r"int32 .*as float32"),
+        (torch.zeros(4, 3, dtype=torch.bool), r"bool .*as float32"),
+        (torch.zeros(4, 3, dtype=torch.complex64), r"complex64 .*as float32"),
     ],
 )
 def test_wrong_ranks_sizes_and_dtypes_are_refused(tmp_path: Path, suffix: str, x: Tensor, match: str) -> None:
@@ -236,14 +236,14 @@ def test_wrong_ranks_sizes_and_dtypes_are_refused(tmp_path: Path, suffix: str, x
 @pytest.mark.parametrize(
     ("columns", "match"),
     [
-        ({"x": [[1.0, 2.0], [3.0]]}, "lists of one length, none of them missing. Got lengths 1 to 2"),
-        ({"x": [[1.0, 2.0], None]}, r"Got lengths -1 to 2 instead \(-1 for a missing list\)"),
-        ({"x": [[1.0, 2.0], [3.0, None]]}, "Column 'x' of '.*' has missing values in its lists"),
+        ({"x": [[1.0, 2.0], [3.0]]}, "one length.* 1 to 2"),
+        ({"x": [[1.0, 2.0], None]}, r"-1 to 2 .*missing"),
+        ({"x": [[1.0, 2.0], [3.0, None]]}, "'x' .*missing values"),
         ({"x": [[1, 2], [3, 4]]}, "holds int64 values; save them as"),
         ({"x": [["a"], ["b"]]}, "holds string values; save them as"),
         ({"a": [1.0, 2.0], "b": [1.0, None]}, "Column 'b' of '.*' has missing values"),
         ({"a": [1.0, 2.0], "id": [1, 2]}, "column 'id' is int64; drop or convert it"),
-        ({"a": [1.0, 2.0], "name": ["x", "y"]}, "column 'name' is string; drop or convert it"),
+        ({"a": [1.0, 2.0], "name": ["x", "y"]}, "'name' is string"),
         ({"a": pa.array([], pa.float32())}, r"is empty: its shape is \(0, 1\)"),
         ({"x": pa.array([], pa.list_(pa.float32(), 3))}, "is empty"),
     ],
@@ -258,8 +258,8 @@ def test_unclear_tables_are_refused(tmp_path: Path, columns: dict[str, Any], mat
     ("options", "match"),
     [
         ({"chunk_tokens": 0}, "chunk_tokens must be at least 1. Got 0"),
-        ({"held_out_frac": 1.0}, "held_out_frac must be at least 0 and below 1. Got 1.0"),
-        ({"held_out_frac": -0.1}, "held_out_frac must be at least 0 and below 1. Got -0.1"),
+        ({"held_out_frac": 1.0}, "held_out_frac .*Got 1.0"),
+        ({"held_out_frac": -0.1}, "held_out_frac .*Got -0.1"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], match: str) -> None:

@@ -362,7 +362,7 @@ def test_wrong_settings_are_answered_at_construction(changes: dict[str, Any], me
 
 
 def test_position_filter_needs_positions_and_widths_must_agree() -> None:
-    with pytest.raises(CosaeError, match="needs activations that know their positions"):
+    with pytest.raises(CosaeError, match="know their positions"):
         opened(Numbered(change=bare), filter=FilterPolicy("position_0", window_tokens=200))
     wide = Numbered()
     wide.d_in = 4

@@ -63,15 +63,15 @@ def test_other_inputs(x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"k": 12}, "k must be at most d_sae: an SAE of 11 features cannot keep 12"),
-        ({"k": 0}, "k must be a whole number of at least 1. Got 0"),
+        ({"k": 12}, "at most d_sae.*keep 12"),
+        ({"k": 0}, "whole number.*Got 0"),
         ({"k": 2.0}, "k must be a whole number"),
         ({"d_in": -1}, "d_in must be a whole number"),
         ({"d_sae": True}, "d_sae must be a whole number"),
-        ({"score": "cosin"}, "score must be one of inner, .*Got 'cosin'"),
-        ({"selector": "top_k"}, "selector must be one of batch_topk, .*Got 'top_k'"),
-        ({"frame": "none"}, "frame must be one of raw, unit, layer_norm. Got 'none'"),
-        ({"prefixes": (5, 3)}, r"prefixes must be ascending .*Got \[5, 3\]"),
+        ({"score": "cosin"}, "score .*inner, .*Got 'cosin'"),
+        ({"selector": "top_k"}, "selector .*batch_topk, .*Got 'top_k'"),
+        ({"frame": "none"}, "frame .*raw, .*Got 'none'"),
+        ({"prefixes": (5, 3)}, r"ascending .*Got \[5, 3\]"),
         ({"prefixes": (5, 12)}, "between 1 and d_sae = 11"),
         ({"prefixes": (0, 5)}, "prefixes must be ascending"),
         ({"score": "cosine_grouped", "n_groups": 12}, "n_groups must be at most d_sae = 11"),
@@ -82,10 +82,10 @@ def test_other_inputs(x: Tensor) -> None:
         ({"kernel": "fast"}, "kernel must be one of .*Got 'fast'"),
         ({"a_init": math.inf}, "a_init must be a finite number"),
         ({"b_init": math.nan}, "b_init must be a finite number"),
-        ({"b_init": "sqrt"}, "b_init must be a finite number, or one of auto, sqrt_d, norm. Got 'sqrt'"),
+        ({"b_init": "sqrt"}, "b_init .*sqrt_d, .*Got 'sqrt'"),
         ({"b_init": "norm"}, "needs a sample"),
-        ({"centre": "median"}, "centre must be one of geometric_median, mean, zero. Got 'median'"),
-        ({"sample": torch.zeros(3, 5)}, r"sample must have shape \(n, 6\). Got \(3, 5\)"),
+        ({"centre": "median"}, "centre .*geometric_median, .*Got 'median'"),
+        ({"sample": torch.zeros(3, 5)}, r"sample .*\(n, 6\).*Got \(3, 5\)"),
         ({"sample": torch.zeros(0, 6)}, "sample must have shape"),
         ({"sample": torch.zeros(4, 6)}, "at least one row that is not all zero"),
         ({"sample": torch.full((4, 6), math.nan)}, r"Got nan at position \[0, 0\]"),
@@ -104,7 +104,7 @@ def test_prefixes_end_at_d_sae() -> None:
 def test_codes_that_do_not_fit() -> None:
     sae = SAE.build(6, 11, k=3)
     other = SAE.build(6, 12, k=3)
-    refused("d_sae = 11 features, as this SAE has. Got 12", sae.decode, other.encode(torch.ones(2, 6)))
+    refused("d_sae = 11 .*Got 12", sae.decode, other.encode(torch.ones(2, 6)))
     unit = SAE.build(6, 11, k=3, frame="unit")
     codes = unit.encode(torch.ones(2, 6))
     refused("'unit' frame puts a norm back", unit.decode, codes.to_dense())

@@ -97,7 +97,7 @@ def test_what_float16_cannot_hold_is_refused(model: Any, tmp_path: Path) -> None
         sae.score._replace("log_gain", sae.scale_b + 20)
     with pytest.raises(CosaeError, match=r"float16, up to 65504. Got .* at feature \d+"):
         write(model, sae, tmp_path / "out")
-    with pytest.raises(CosaeError, match="n_splits must be between 1 and the 48 features"):
+    with pytest.raises(CosaeError, match=r"n_splits .*48"):
         write(model, sae, tmp_path / "out", n_splits=49)
     assert list(tmp_path.iterdir()) == []
 

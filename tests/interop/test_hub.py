@@ -221,7 +221,7 @@ def sentence(error: Any) -> str:
 
 def test_who_may_not(hub: Hub, sae: cosae.SAE, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(CosaeError, match="pushing needs a token that may write: set HF_TOKEN") as error:
+    with pytest.raises(CosaeError, match="HF_TOKEN") as error:
         push(sae, "me/thing")
     sentence(error)
     assert hub.asked == []
@@ -234,7 +234,7 @@ def test_who_may_not(hub: Hub, sae: cosae.SAE, tmp_path: Path) -> None:
     assert hub.repositories == {}
     push(sae, "me/secret", token=WRITER, private=True)
     for repo, token in (("me/secret", None), ("me/nothing", None), ("me/nothing", READER)):
-        with pytest.raises(CosaeError, match="there is no such repository, or it is private") as error:
+        with pytest.raises(CosaeError, match="no such repository") as error:
             pull(repo, out, token=token)
         sentence(error)
     with pytest.raises(CosaeError, match="the token is not accepted") as error:

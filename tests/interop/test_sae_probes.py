@@ -74,7 +74,7 @@ class TestDatasets:
 
     def test_an_absent_package_is_one_sentence(self, monkeypatch):
         monkeypatch.setattr(sae_probes.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(CosaeError, match="not installed here: pip install --no-deps sae-probes"):
+        with pytest.raises(CosaeError, match="pip install --no-deps sae-probes"):
             sae_probes.datasets()
 
     def test_a_folder_without_data(self, tmp_path):
@@ -82,7 +82,7 @@ class TestDatasets:
             sae_probes.datasets(tmp_path / "nowhere")
 
     def test_an_unknown_name_says_where_the_names_are(self, folder):
-        with pytest.raises(CosaeError, match=r"Got '8_long' instead: .*names\(\) lists all 2"):
+        with pytest.raises(CosaeError, match=r"Got '8_long'.*names\(\)"):
             sae_probes.datasets(folder, only=["8_long"])
 
     @pytest.mark.parametrize("content", [b"", b"not zstd at all", b"\x28\xb5\x2f\xfd\x00"])
@@ -144,7 +144,7 @@ class TestSplit:
         assert labels[train].sum() * 2 == len(train)
 
     def test_too_few_of_one_class(self):
-        with pytest.raises(CosaeError, match=r"positive and \d+ negative labels. Got 10 and 290"):
+        with pytest.raises(CosaeError, match=r"positive .*Got 10 and 290"):
             sae_probes.split(np.array([1] * 10 + [0] * 290))
 
     @pytest.mark.parametrize("labels", [np.array([0, 1, 2]), np.zeros((4, 2)), np.array(["a", "b"])])

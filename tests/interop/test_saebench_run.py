@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.util
 import json
 import logging
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,15 +215,15 @@ class TestAtTheDoor:
     @pytest.mark.parametrize(
         ("evals", "changes", "said"),
         [
-            (["cores"], {}, "evals must be one or more of core, sparse_probing"),
+            (["cores"], {}, "evals .*core, sparse_probing"),
             ([], {}, "Got 'none' instead"),
             (["core"], {"dtype": "int8"}, "dtype must be one of float32"),
             (["core"], {"options": {"cores": {}}}, "options must be a mapping for each eval"),
             (["core"], {"options": {"core": {"dataset": object()}}}, "options must be plain numbers"),
-            (["core"], {"model_name": None}, "model_name must be given: the SAEs name no model"),
-            (["core"], {"model_path": "nowhere"}, "model_path must be a folder of a Hugging Face model"),
+            (["core"], {"model_name": None}, "model_name"),
+            (["core"], {"model_path": "nowhere"}, "model_path .*folder"),
             (["core"], {"data": "nowhere"}, "data must be a folder"),
-            (["core"], {"python": "/nowhere/python"}, "python must be an interpreter that can be run"),
+            (["core"], {"python": "/nowhere/python"}, "python .*interpreter"),
         ],
     )
     def test_refused_in_one_sentence(self, tmp_path, evals, changes, said):
@@ -249,7 +250,7 @@ class TestAtTheDoor:
 
     def test_saebench_absent(self, tmp_path, monkeypatch):
         monkeypatch.setattr(saebench.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(CosaeError, match=r"pip install sae-bench==0.6.0 in an environment of its own"):
+        with pytest.raises(CosaeError, match=r"pip install sae-bench==0.6.0"):
             run_evals({"one": make()}, ["core"], tmp_path, **PLACE)
 
     def test_every_eval_says_what_it_reads(self):
@@ -270,7 +271,7 @@ class TestElsewhere:
         """An interpreter with cosae but, as in the default environment, without SAEBench."""
         if saebench.importlib.util.find_spec("sae_bench"):
             pytest.skip("this environment has SAEBench")
-        with pytest.raises(CosaeError, match="need sae_bench, which is not installed here"):
+        with pytest.raises(CosaeError, match=r"sae_bench, .*not installed"):
             run_evals({"one": make()}, ["meta_structure"], tmp_path, python=sys.executable, **PLACE)
         assert [file.name for file in tmp_path.iterdir()] == ["saebench.log"]
 
@@ -278,7 +279,7 @@ class TestElsewhere:
         fake = tmp_path / "python"
         fake.write_text("#!/bin/sh\necho first\necho no such module >&2\nexit 3\n")
         fake.chmod(0o755)
-        with pytest.raises(CosaeError, match="ended with status 3 and no answer; it said last: no such module"):
+        with pytest.raises(CosaeError, match=r"status 3 .*no such module"):
             run_evals({"one": make()}, ["meta_structure"], tmp_path / "out", python=fake, **PLACE)
 
 
@@ -349,21 +350,21 @@ class TestCommand:
         assert command("meta_structure", "--force")[0] == 0
 
     @pytest.mark.parametrize(
-        ("given", "sentence"),
+        ("given", "words"),
         [
-            (["nothing"], "evals must be one or more of core, "),
-            (["core", "--python", "/nowhere/python"], "python must be an interpreter that can be run"),
-            (["core", "--data", "/nowhere"], "data must be a folder with copies of data sets"),
-            (["core", "--dtype", "int8"], "dtype must be one of float32, "),
+            (["nothing"], "evals .*core, "),
+            (["core", "--python", "/nowhere/python"], "python .*interpreter"),
+            (["core", "--data", "/nowhere"], "data .*folder"),
+            (["core", "--dtype", "int8"], "dtype .*float32, "),
             (["core", "--set", "train_steps=4"], "--set takes EVAL.FIELD=VALUE"),
-            (["core", "--set", "cores.train_steps=4"], "options must be a mapping for each eval of core, "),
-            (["core"], "SAEBench's evals need sae_bench, which is not installed here"),
+            (["core", "--set", "cores.train_steps=4"], "options .*mapping .*core, "),
+            (["core"], "sae_bench, .*not installed"),
         ],
     )
-    def test_mistakes_are_one_sentence(self, command, given, sentence):
+    def test_mistakes_are_one_sentence(self, command, given, words):
         if given == ["core"] and importlib.util.find_spec("sae_bench"):
             pytest.skip("sae-bench is here")
         code, said = command(*given)
         assert code == 2
-        assert said.err.startswith(f"cosae: {sentence}")
+        assert re.match(f"cosae: .*{words}", said.err)
         assert said.err.count("\n") == 1

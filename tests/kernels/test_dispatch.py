@@ -20,7 +20,7 @@ def test_names() -> None:
     assert choose("reference", "cpu") is reference
     assert choose("auto", "cpu") is cpu
     assert choose("cpu", "cpu") is cpu
-    with pytest.raises(CosaeError, match="kernel must be one of auto, reference, cpu, triton"):
+    with pytest.raises(CosaeError, match=r"kernel .*auto, reference, cpu, triton"):
         choose("cuda", "cpu")
 
 

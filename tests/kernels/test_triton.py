@@ -308,7 +308,7 @@ def test_prepared_rows_are_for_the_same_state_only(device: torch.device, triton_
 
 def test_where_it_cannot_run_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(CosaeError, match="kernel triton cannot run, because the tensors are not on a CUDA device"):
+    with pytest.raises(CosaeError, match=r"triton .*not on a CUDA device"):
         choose("triton", "cpu")
     with pytest.raises(CosaeError, match="float32 and the SAE is float64"):
         choose("triton", "cuda", torch.float64)

@@ -246,7 +246,7 @@ def test_blocks_that_return_tuples_are_read_too() -> None:
 def test_a_module_without_a_tensor_is_named() -> None:
     model = make_model("llama")
     model.model.layers[1].mlp.register_forward_hook(lambda *_: {"x": 1})
-    with pytest.raises(CosaeError, match=r"'mlp_out\.1' gives no tensor but dict; choose another module"):
+    with pytest.raises(CosaeError, match=r"'mlp_out\.1' .*dict; choose"):
         capture(model, make_sequences(), "mlp_out.1")
 
 
@@ -276,18 +276,18 @@ def test_bad_requests_get_one_sentence(models: Callable[[str], Any]) -> None:
         (lambda: capture(model, sequences, []), "No site was given"),
         (lambda: capture(model, nothing, "resid_post.0"), "the corpus is empty"),
         (lambda: capture(model, sequences[:0], "resid_post.0"), "the corpus is empty"),
-        (lambda: capture(model, sequences, "resid_post.0", 0), "batch_sequences must be at least 1. Got 0"),
+        (lambda: capture(model, sequences, "resid_post.0", 0), "batch_sequences .*Got 0"),
         (
             lambda: capture(model, sequences, "resid_post.0", store_dtype=torch.int8),
-            "store_dtype must be float32, bfloat16 or float16. Got torch.int8",
+            "store_dtype .*Got torch.int8",
         ),
         (
             lambda: capture(model, replace(sequences, ids_ST=sequences.ids_ST + 50), "resid_post.0"),
-            r"Token id \d+ is outside the model's vocabulary of 97",
+            r"Token id \d+ .* 97",
         ),
         (
             lambda: capture(model, make_sequences(n_positions=65), "resid_post.0"),
-            "up to 65 tokens, but the model's context is 64",
+            "65 tokens.* 64",
         ),
         (
             lambda: capture(make_model("llama").train(), sequences, "resid_post.0"),
@@ -318,11 +318,11 @@ def test_values_that_are_not_finite_are_named_by_site_document_and_position() ->
     ids[2, 7] = 96
     sequences = replace(sequences, ids_ST=ids)
     model.model.embed_tokens.weight[96] = float("nan")
-    with pytest.raises(CosaeError, match=r"at resid_pre\.0 are not finite, first in document 2.*, position 7"):
+    with pytest.raises(CosaeError, match=r"resid_pre\.0 .*document 2.*, position 7"):
         capture(model, sequences, "resid_pre.0", batch_sequences=2)
     model.model.embed_tokens.weight[96] = 1e5  # finite, but not in float16
     capture(model, sequences, "resid_pre.0", batch_sequences=2)
-    with pytest.raises(CosaeError, match=r"document 2.*, position 7, stored as float16"):
+    with pytest.raises(CosaeError, match=r"document 2.*, position 7.*float16"):
         capture(model, sequences, "resid_pre.0", batch_sequences=2, store_dtype=torch.float16)
     found = capture(model, sequences, "resid_pre.0", store_dtype=torch.float16, allow_non_finite=True)["resid_pre.0"]
     assert (~found.x_ND.isfinite().all(-1)).nonzero().flatten().tolist() == [
@@ -333,7 +333,7 @@ def test_values_that_are_not_finite_are_named_by_site_document_and_position() ->
 def test_a_module_that_is_never_called_is_named() -> None:
     model = make_model("llama")
     model.model.layers[1].unused = nn.Linear(2, 2)
-    with pytest.raises(CosaeError, match=r"'model.layers.1.unused' was never reached"):
+    with pytest.raises(CosaeError, match=r"unused.* never reached"):
         capture(model, make_sequences(), ["resid_post.0", "model.layers.1.unused"])
 
 

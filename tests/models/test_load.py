@@ -50,7 +50,7 @@ def test_a_saved_model_comes_back_frozen(saved: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"dtype": "float64"}])
 def test_unsupported_dtypes_name_the_supported(saved: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(CosaeError, match=r"dtype must be float32, bfloat16, float16\. Got"):
+    with pytest.raises(CosaeError, match=r"dtype .*bfloat16.*Got"):
         load_model(saved, **options)
 
 
@@ -67,9 +67,9 @@ def test_missing_paths_never_ask_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
     for path in ("./nothing/here", str(tmp_path / "nothing"), "~/nothing/at/all", "a/b/c", tmp_path / "x"):
-        with pytest.raises(CosaeError, match="does not exist; give a model directory or a name on the hub"):
+        with pytest.raises(CosaeError, match="does not exist"):
             load_model(path)
-    with pytest.raises(CosaeError, match=r"is not a model directory: it has no config\.json"):
+    with pytest.raises(CosaeError, match=r"no config\.json"):
         load_model(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("We couldn't connect to the hub.\nCheck your connection\nor read the manual.")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
-    with pytest.raises(CosaeError, match=r"No model could be read from 'some/model'.*hub may be unreach") as e:
+    with pytest.raises(CosaeError, match=r"'some/model'.*hub") as e:
         load_model("some/model")
     assert "\n" not in str(e.value)
 
@@ -94,7 +94,7 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
         (
             "config.json",
             '{"model_type": "bert", "architectures": ["BertForMaskedLM"]}',
-            "is a BertForMaskedLM, not a causal language model",
+            "BertForMaskedLM, not a causal",
         ),
         ("model.safetensors", "junk", "The weights of '.*' could not be read"),
         ("model.safetensors", None, "The weights of '.*' could not be read"),

@@ -192,7 +192,7 @@ def test_a_disk_that_fills_is_one_sentence_about_what_came_first(
         return real(self, *args, **named)
 
     monkeypatch.setattr(Path, "write_text", write_text)
-    with pytest.raises(CosaeError, match="the checkpoint at step 10 could not be written"):
+    with pytest.raises(CosaeError, match="step 10 could not be written"):
         execute(recipe(), tmp_path / "run", logs=QUIET)
 
 
@@ -209,9 +209,9 @@ def test_an_empty_folder_will_do(tmp_path: Path) -> None:
         ({"device": "tpu9"}, "device must be cpu, cuda"),
         ({"device": "meta"}, "device must be cpu, cuda"),
         ({"kernel": "magic"}, "kernel must be"),
-        ({"training.buffer_tokens": 100}, "buffer_tokens must be at least two batches"),
-        ({"filter.kind": "position_0"}, "needs activations that know their positions"),
-        ({"perturbation.kind": "sinks", "perturbation.position": 0}, "needs activations that know their positions"),
+        ({"training.buffer_tokens": 100}, "buffer_tokens .*two batches"),
+        ({"filter.kind": "position_0"}, "know their positions"),
+        ({"perturbation.kind": "sinks", "perturbation.position": 0}, "know their positions"),
         ({"data.activations": "x.npy"}, "not from both"),
         ({"data.world": None, "data.activations": "nowhere.npy"}, "nowhere.npy"),
         ({"data.world": None, "data.model": "embedded", "data.site": "attic.3"}, "attic.3"),
@@ -229,7 +229,7 @@ def test_what_cannot_run_is_refused_before_the_folder_is_made(
 
 def test_arms_that_no_sae_can_be_are_refused_before_the_data_are_read(tmp_path: Path) -> None:
     unread = recipe(**{"data.world": None, "data.activations": "nowhere.npy", "d_sae": 16, "k": 17})
-    with pytest.raises(CosaeError, match="k must be at most d_sae: an SAE of 16 features cannot keep 17"):
+    with pytest.raises(CosaeError, match=r"at most d_sae.*keep 17"):
         execute(unread, tmp_path / "run", logs=QUIET)
 
 

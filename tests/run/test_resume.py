@@ -186,7 +186,7 @@ def test_a_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(
         real(tensors, file)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    with pytest.raises(CosaeError, match="the checkpoint at step 20 could not be written"):
+    with pytest.raises(CosaeError, match="step 20 could not be written"):
         execute(recipe(), out, logs=QUIET)
     monkeypatch.undo()
     assert json.loads((out / "run.json").read_text())["status"] == "failed"

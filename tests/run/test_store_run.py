@@ -241,12 +241,12 @@ def test_the_same_command_on_a_finished_store_changes_nothing(plain: Path, corpu
     ("change", "says"),
     [
         ({"tokens": 2999}, "tokens is 3000 there, 2999 here"),
-        ({"dtype": "bfloat16"}, "dtype is 'float32' there, 'bfloat16' here"),
+        ({"dtype": "bfloat16"}, "'float32' there, 'bfloat16' here"),
         ({"seed": 3}, "seed is 0 there, 3 here"),
-        ({"sites": ("resid_post.2",)}, "site is .*resid_post.1.* there, .*resid_post.2.* here"),
+        ({"sites": ("resid_post.2",)}, "resid_post.1.* there, .*resid_post.2.* here"),
         (
             {"tokens": 2999, "held_out_tokens": 2},
-            "held_out_tokens is 2500 there, 2 here; tokens is 3000 there, 2999 here",
+            "held_out_tokens .*2500.* tokens is 3000",
         ),
     ],
 )
@@ -261,7 +261,7 @@ def test_another_request_on_a_store_is_refused_and_says_what_differs(
 
 def test_a_capture_cannot_leave_rows_out() -> None:
     """A store holds the row of every token, so the policy that drops some is refused, not passed over."""
-    with pytest.raises(CosaeError, match=r"non_finite must be fatal for a capture.*Got 'drop' instead"):
+    with pytest.raises(CosaeError, match=r"non_finite must be fatal.*Got 'drop'"):
         wanted(data=DataConfig(corpus="pylib", non_finite="drop"))
 
 
@@ -289,7 +289,7 @@ def test_a_full_disk_keeps_what_is_written_and_the_same_command_goes_on(
     real = shards.save_file
     monkeypatch.setattr(shards, "save_file", save_file)
     out = tmp_path / "s"
-    with pytest.raises(CosaeError, match=r"could not be written \(No space left on device\).*same command"):
+    with pytest.raises(CosaeError, match=r"No space left on device.*same command"):
         capture_stores(wanted(corpus), out)
     assert len(list(out.glob("*.safetensors"))) == n_whole
     assert list(out.glob(".*")) == []

@@ -64,7 +64,7 @@ def test_the_text_field_is_a_choice(tmp_path):
 
 def test_a_parquet_file_without_the_column_or_with_a_hole_is_one_sentence(tmp_path):
     path = write_parquet(tmp_path / "d.parquet", body=["a"], title=["b"])
-    with pytest.raises(CosaeError, match=r"the column 'text'.*\['body', 'title'\].*data\.text_field"):
+    with pytest.raises(CosaeError, match=r"'text'.*\['body', 'title'\].*text_field"):
         list(documents.read_documents(path))
     path = write_parquet(tmp_path / "e.parquet", text=["a", None])
     with pytest.raises(CosaeError, match=r"NoneType there at e\.parquet, row 1"):
@@ -181,7 +181,7 @@ def test_a_data_set_that_raises_is_one_sentence_naming_the_row(monkeypatch):
         raise ConnectionError("the line went dead\nat noon")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: rows()))
-    with pytest.raises(CosaeError, match="'hf:org/set' failed at row 1: ConnectionError: the line went dead") as caught:
+    with pytest.raises(CosaeError, match=r"'hf:org/set' .*row 1.*line went dead") as caught:
         list(documents.read_documents("hf:org/set"))
     assert "\n" not in str(caught.value)
 
@@ -234,7 +234,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
         ("a.jsonl", b"[1]", "list"),
         ("a.jsonl", b"[" * 100_000, "line 1"),
         ("a.jsonl", b"", "at least one document"),
-        ("a.jsonl", b'{"text": " \\n\\t"}\n{"text": ""}', "2 documents, none with text, passed over 2 blank"),
+        ("a.jsonl", b'{"text": " \\n\\t"}\n{"text": ""}', "2 documents, .*2 blank"),
         ("a.txt", b" \n\t \n", "none with text"),
         ("a.txt", b"", "none with text"),
         ("a.parquet", b"x", "Parquet"),

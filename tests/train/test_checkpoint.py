@@ -154,7 +154,7 @@ def test_a_later_version_is_named_and_not_called_damage(tmp_path: Path, monkeypa
     monkeypatch.setattr(checkpoint, "VERSION", 2)
     written(tmp_path, 10)
     monkeypatch.undo()
-    with pytest.raises(CosaeError, match=r"written by a later cosae \(version 2\): upgrade"):
+    with pytest.raises(CosaeError, match=r"later cosae \(version 2\)"):
         read_latest(tmp_path)
 
 
@@ -172,9 +172,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.M
         real(tensors, file)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    with pytest.raises(
-        CosaeError, match=r"the checkpoint at step 20 could not be written.*No space left.*still stands"
-    ):
+    with pytest.raises(CosaeError, match=r"step 20 could not be written.*No space left.*still stands"):
         written(tmp_path, 20)
     assert {p: p.read_bytes() for p in (tmp_path / FOLDER).rglob("*") if p.is_file()} == before
     assert read_latest(tmp_path)[1]["step"] == 10

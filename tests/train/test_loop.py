@@ -244,7 +244,7 @@ def _interrupt_after(step: int) -> Any:
 def test_when_every_arm_stopped_the_run_ends() -> None:
     stream = opened()
     states = started(stream, [ARMS["standard"], ARMS["cosine"]])
-    with pytest.raises(CosaeError, match=r"every arm stopped: standard: the loss became .*cosine: the loss became"):
+    with pytest.raises(CosaeError, match=r"every arm stopped.*standard.*cosine"):
         train(states, Spoiled(stream, 3), CONFIG)
     assert all("batch 3" in str(state.stopped) for state in states)
 

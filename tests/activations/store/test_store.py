@@ -46,7 +46,7 @@ def test_dtype_names() -> None:
         "float16",
         "int8",
     ]
-    with pytest.raises(CosaeError, match="must be one of float32, bfloat16, float16, int8"):
+    with pytest.raises(CosaeError, match=r"one of float32, .*int8"):
         store_dtype("int4")
 
 
@@ -257,16 +257,16 @@ def test_a_missing_a_swapped_and_a_foreign_shard_are_refused_at_opening(sound: P
     one, other = folder / "train-00000.safetensors", folder / "train-00001.safetensors"
     assert one.stat().st_size == other.stat().st_size
     aside = one.rename(tmp_path / "aside")
-    with pytest.raises(CosaeError, match=r"train-00000.safetensors is damaged: it is missing"):
+    with pytest.raises(CosaeError, match=r"train-00000.*missing"):
         Store(folder)
     other.rename(one)
     aside.rename(other)
-    with pytest.raises(CosaeError, match=r"train-00000.*is another shard \(train number 1\)"):
+    with pytest.raises(CosaeError, match=r"train-00000.*another shard .*number 1"):
         Store(folder)
     foreign = write_store(tmp_path / "f", rows(40, 4), rows(9, 4, 5, 0), dtype="bfloat16", request={"corpus": "other"})
     shutil.copy(foreign / other.name, other)
     shutil.copy(sound / one.name, one)
-    with pytest.raises(CosaeError, match=r"train-00001.*is another shard \(of another store\)"):
+    with pytest.raises(CosaeError, match=r"train-00001.*another store"):
         Store(folder)
 
 
@@ -277,7 +277,7 @@ def test_rows_changed_under_the_same_request_are_found_by_the_checksum(sound: Pa
     shutil.copy(twin / "train-00001.safetensors", folder / "train-00001.safetensors")
     store = Store(folder)
     store.take("train", torch.arange(16))
-    with pytest.raises(CosaeError, match=r"train-00001.safetensors is damaged: its checksum"):
+    with pytest.raises(CosaeError, match=r"train-00001.*checksum"):
         everything(store)
 
 
@@ -286,7 +286,7 @@ def test_a_header_that_is_none_is_one_sentence(sound: Path, tmp_path: Path, head
     folder = Path(shutil.copytree(sound, tmp_path / "s"))
     path = folder / "train-00000.safetensors"
     path.write_bytes(header + bytes(path.stat().st_size - len(header)))
-    with pytest.raises(CosaeError, match=r"train-00000.safetensors is damaged: its header"):
+    with pytest.raises(CosaeError, match=r"train-00000.*header"):
         Store(folder)
 
 

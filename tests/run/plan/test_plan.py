@@ -169,9 +169,7 @@ def test_what_cannot_fit_on_disk_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plans, "free_disk", lambda _: 1_000_000)
-    with pytest.raises(
-        CosaeError, match=r"of the disk at .*1 MB are free.*Lower training.buffer_tokens from 131072 to"
-    ):
+    with pytest.raises(CosaeError, match=r"1 MB are free.*Lower training.buffer_tokens from 131072 to"):
         check_run(small(buffer=131072), tmp_path / "run")
     for verb in ("capture", "plan"):
         more = ("capture",) if verb == "plan" else ()
@@ -238,9 +236,9 @@ def test_rows_that_are_already_on_disk_need_no_room(tmp_path: Path, monkeypatch:
 
 def test_advice_where_no_single_number_is_enough() -> None:
     choices = [Choice("a", 100, 10, lambda v: 1000 + v), Choice("b", 5, 5, lambda _: 2000)]
-    with pytest.raises(CosaeError, match="No single number is enough: lower a together, or choose a smaller model"):
+    with pytest.raises(CosaeError, match="lower a together"):
         check_memory([Item("all", 1100)], choices, 500, "cpu")
-    with pytest.raises(CosaeError, match=r"largest part is the model \(1.5 kB\). Choose a smaller model"):
+    with pytest.raises(CosaeError, match=r"\(1.5 kB\).*smaller model"):
         check_memory([Item("the model", 1500)], [], 500, "cpu")
 
 
