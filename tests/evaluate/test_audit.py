@@ -134,7 +134,12 @@ def test_every_selector_can_be_audited(selector: str) -> None:
     sae = cosae.SAE.build(d_in=D, d_sae=24, score="cosine", selector=selector, k=3, seed=0, sample=x.x_ND)
     calibrate(sae, x.x_ND[~sink_N])
     found = audit(sae, x, sink_N)
-    assert found["verdict"]["fooled"] in ("yes", "no")
+    live = x.x_ND[~sink_N]
+    fve = 1 - float((sae(live).detach() - live).square().sum() / (live - live.mean(0)).square().sum())
+    measured = found["reconstruction"]["sinks_out"]
+    assert measured["fve"] == pytest.approx(fve, abs=1e-5)
+    assert measured["l0"] == pytest.approx(sae.encode(live).l0)
+    assert found["norms"]["sinks"] == int(sink_N.sum()) == 12
     json.dumps(found, allow_nan=False)
 
 

@@ -199,7 +199,10 @@ class TestActivations:
     def test_no_more_than_the_models_context(self, model):
         lm, tokenizer = model
         long = "x = 1\n" * 500
-        assert torch.isfinite(last_token_activations(lm, tokenizer, "resid_post.2", [long])).all()
+        ids, context = tokenizer(long)["input_ids"], lm.config.max_position_embeddings
+        assert len(ids) > context
+        found = last_token_activations(lm, tokenizer, "resid_post.2", [long])
+        torch.testing.assert_close(found[0], alone(lm, [ids[0], *ids[1 - context :]]), rtol=1e-4, atol=1e-4)
 
     def test_files_where_the_package_looks(self, model, tmp_path):
         lm, tokenizer = model

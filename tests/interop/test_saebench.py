@@ -182,8 +182,10 @@ class TestModule:
         sae, _ = make()
         cfg = SAEBenchSAE(sae, **PLACE).cfg
         cfg.exclude_special_tokens = None
-        cfg.metadata.model_from_pretrained_kwargs = {}
-        json.dumps(cfg.to_dict())
+        cfg.metadata.model_from_pretrained_kwargs = {"n_ctx": 8}
+        written = json.loads(json.dumps(cfg.to_dict()))
+        assert written["exclude_special_tokens"] is None
+        assert written["metadata"]["model_from_pretrained_kwargs"] == {"n_ctx": 8}
 
     def test_place_from_the_facts_and_short_site_names(self):
         sae, _ = make()
