@@ -30,7 +30,6 @@ MAX_TOKENS = 2**31 - 1
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
 class Sums:
     """Over the tokens that were read (not ignored), in float64; v is a code, x an activation.
 
@@ -39,14 +38,27 @@ class Sums:
     x_D, xx_D  sums of x and x²; vx_FD of v·x
     """
 
-    n: int
-    count_F: Array
-    v_F: Array
-    vv_F: Array
-    largest_F: Array
-    x_D: Array
-    xx_D: Array
-    vx_FD: Array
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        self.n = 0
+        self.count_F = np.zeros(d_sae, np.int64)
+        self.v_F, self.vv_F, self.largest_F = (np.zeros(d_sae) for _ in range(3))
+        self.x_D, self.xx_D = np.zeros(d_in), np.zeros(d_in)
+        self.vx_FD = np.zeros((d_sae, d_in))
+
+    def add(self, chunk: sparse.csc_array, x_ND: Array, kept_N: Array) -> None:
+        """Count a chunk: codes (N, F), activations (N, D) and which of its tokens were read (N,)."""
+        counts = np.diff(chunk.indptr)
+        feature_E = np.repeat(np.arange(len(counts)), counts)
+        value_E = chunk.data.astype(np.float64)
+        x_nD = x_ND[kept_N].astype(np.float64)
+        self.n += len(x_nD)
+        self.count_F += counts
+        self.v_F += np.bincount(feature_E, value_E, len(counts))
+        self.vv_F += np.bincount(feature_E, value_E**2, len(counts))
+        np.maximum.at(self.largest_F, feature_E, np.abs(value_E))
+        self.x_D += x_nD.sum(0)
+        self.xx_D += (x_nD**2).sum(0)
+        self.vx_FD += chunk.T @ x_ND
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ def cache_codes(
     check_sequences(sequences)
     if not sae.calibrated:
         raise CosaeError("this SAE has no inference threshold yet: calibrate it (cosae.sae.calibrate) and save it.")
-    tally = _Tally(sae.d_in, sae.d_sae)
+    sums = Sums(sae.d_in, sae.d_sae)
     context = sequences.ids_ST.shape[1]
     rows, starts, written = chunk_rows(context), [], 0
     try:
@@ -147,7 +159,7 @@ def cache_codes(
                 if ignored is not None:
                     kept_N &= ~ignored(found.norm_N)
                 chunk, x_ND = _codes(sae.encode(found.x_ND), kept_N), found.x_ND.float().numpy()
-                tally.add(chunk, x_ND, kept_N.numpy())
+                sums.add(chunk, x_ND, kept_N.numpy())
                 starts.append(written + chunk.indptr.astype(np.int64))
                 written += chunk.nnz
                 tokens.write((chunk.indices.astype(np.int64) + first * context).astype(np.int32).tobytes())
@@ -155,7 +167,7 @@ def cache_codes(
                 log(f"read {min(first + rows, len(sequences)):,} of {len(sequences):,} sequences")
     except OSError as error:
         raise CosaeError(f"{folder} cannot be written ({error.strerror}): make room or choose another place.") from None
-    return CachedCodes(folder, sequences.ids_ST, sae.d_sae, np.stack(starts), tally.sums())
+    return CachedCodes(folder, sequences.ids_ST, sae.d_sae, np.stack(starts), sums)
 
 
 def check_sequences(sequences: Sequences) -> None:
@@ -174,31 +186,3 @@ def _codes(codes: Codes, kept_N: Tensor) -> sparse.csc_array:
     found = sparse.coo_array((value_E, where), shape=(len(kept_N), codes.d_sae)).tocsc()
     found.sort_indices()
     return found
-
-
-class _Tally:
-    """Sums over chunks."""
-
-    def __init__(self, d_in: int, d_sae: int) -> None:
-        self.n = 0
-        self.count_F = np.zeros(d_sae, np.int64)
-        self.v_F, self.vv_F, self.largest_F = (np.zeros(d_sae) for _ in range(3))
-        self.x_D, self.xx_D = np.zeros(d_in), np.zeros(d_in)
-        self.vx_FD = np.zeros((d_sae, d_in))
-
-    def add(self, chunk: sparse.csc_array, x_ND: Array, kept_N: Array) -> None:
-        counts = np.diff(chunk.indptr)
-        feature_E = np.repeat(np.arange(len(counts)), counts)
-        value_E = chunk.data.astype(np.float64)
-        x_nD = x_ND[kept_N].astype(np.float64)
-        self.n += len(x_nD)
-        self.count_F += counts
-        self.v_F += np.bincount(feature_E, value_E, len(counts))
-        self.vv_F += np.bincount(feature_E, value_E**2, len(counts))
-        np.maximum.at(self.largest_F, feature_E, np.abs(value_E))
-        self.x_D += x_nD.sum(0)
-        self.xx_D += (x_nD**2).sum(0)
-        self.vx_FD += chunk.T @ x_ND
-
-    def sums(self) -> Sums:
-        return Sums(self.n, self.count_F, self.v_F, self.vv_F, self.largest_F, self.x_D, self.xx_D, self.vx_FD)

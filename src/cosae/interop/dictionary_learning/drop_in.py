@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,21 +84,8 @@ class Dictionary(nn.Module):
         """weight (activation_dim, dict_size): for looking."""
         return SimpleNamespace(weight=self.sae.W_dec.T, bias=None)
 
-    @property
-    def W_enc(self) -> Tensor:
-        return self.sae.W_enc
-
-    @property
-    def W_dec(self) -> Tensor:
-        return self.sae.W_dec
-
-    @property
-    def b_enc(self) -> Tensor | None:
-        return self.sae.b_enc
-
-    @property
-    def b_dec(self) -> Tensor:
-        return self.sae.b_dec
+    W_enc, W_dec = property(attrgetter("sae.W_enc")), property(attrgetter("sae.W_dec"))
+    b_enc, b_dec = property(attrgetter("sae.b_enc")), property(attrgetter("sae.b_dec"))
 
     def encode(
         self,
@@ -212,7 +200,7 @@ class Dictionary(nn.Module):
 def load_dictionary(base_path: str | Path, device: str | torch.device = "cpu") -> tuple[Dictionary, dict[str, Any]]:
     """Drop-in for dictionary_learning's function of that name: (dictionary, config), for their folders and all others.
 
-    config is their config.json, or one made from the SAE's facts. Raises CosaeError where the folder holds no SAE.
+    config is their config.json, or one made from the SAE's metadata. Raises CosaeError where the folder holds no SAE.
     """
     folder = Path(base_path)
     sae = read_sae(folder, device=device)

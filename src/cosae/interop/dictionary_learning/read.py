@@ -12,6 +12,7 @@ MatryoshkaBatchTopKSAE   the same, all groups               batch_topk with pref
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,35 +57,31 @@ def read(folder: str | Path) -> SAE:
 
 
 def _linear(kind: str, state: dict[str, Tensor], trainer: dict[str, Any], path: Path) -> Linear:
+    def get(*names: str) -> list[Tensor]:
+        return take(state, names, path)
+
     if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
-        enc_DF, bias_F, decoder_FD, centre_D, threshold = take(
-            state, ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"), path
-        )
+        enc_DF, bias_F, decoder_FD, centre_D, threshold = get("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+        made = partial(Linear, _transposed(enc_DF, path), bias_F, decoder_FD, centre_D, threshold=threshold)
         if kind == "JumpReluAutoEncoder":
-            rows_FD = _transposed(enc_DF, path)
-            return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", _aim(trainer), threshold, centred=False)
+            return made("jumprelu", _aim(trainer), centred=False)
         prefixes = _prefixes(state, path)
-        k = _k(state, trainer, path)
-        rows_FD = _transposed(enc_DF, path)
-        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, threshold, prefixes=prefixes)
-    rows_FD, decoder_DF = take(state, ("encoder.weight", "decoder.weight"), path)
+        return made("batch_topk", _k(state, trainer, path), prefixes=prefixes)
+    rows_FD, decoder_DF = get("encoder.weight", "decoder.weight")
     decoder_FD = _transposed(decoder_DF, path)
     if kind == "GatedAutoEncoder":
-        names = ("decoder_bias", "gate_bias", "r_mag", "mag_bias")
-        centre_D, gate_F, r_mag_F, mag_F = take(state, names, path)
+        centre_D, gate_F, r_mag_F, mag_F = get("decoder_bias", "gate_bias", "r_mag", "mag_bias")
         return Linear(rows_FD, gate_F, decoder_FD, centre_D, "gated", gate_mag=(r_mag_F, mag_F))
-    (bias_F,) = take(state, ("encoder.bias",), path)
-    if kind == "AutoEncoderNew":
-        (centre_D,) = take(state, ("decoder.bias",), path)
-        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", centred=False)
-    (centre_D,) = take(state, ("bias" if kind == "AutoEncoder" and "bias" in state else "b_dec",), path)
-    if kind == "AutoEncoder":
-        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu")
+    own = {"AutoEncoderNew": "decoder.bias", "AutoEncoder": "bias" if "bias" in state else "b_dec"}
+    bias_F, centre_D = get("encoder.bias", own.get(kind, "b_dec"))
+    made = partial(Linear, rows_FD, bias_F, decoder_FD, centre_D)
+    if kind in own:
+        return made("jumprelu", centred=kind == "AutoEncoder")
     k = _k(state, trainer, path)
     if kind == "AutoEncoderTopK":
-        return Linear(rows_FD, bias_F, decoder_FD, centre_D, "topk", k)
-    (threshold,) = take(state, ("threshold",), path)
-    return Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, threshold)
+        return made("topk", k)
+    (threshold,) = get("threshold")
+    return made("batch_topk", k, threshold)
 
 
 def _transposed(matrix: Tensor, path: Path) -> Tensor:
@@ -124,7 +121,7 @@ def _k(state: dict[str, Tensor], trainer: dict[str, Any], path: Path) -> int:
 
 
 def _metadata(config: dict[str, Any], trainer: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Training facts under cosae's names."""
+    """Metadata of training under cosae's names."""
     buffer = config.get("buffer") if isinstance(config.get("buffer"), dict) else {}
     assert isinstance(buffer, dict)
     layer = trainer.get("layer")

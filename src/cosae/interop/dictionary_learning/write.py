@@ -47,9 +47,9 @@ def write(
 ) -> Path:
     """Write `ae.pt` and `config.json`; returns the folder.
 
-    layer, model, context: what their configuration asks for; the SAE's facts by default. Raises CosaeError for an SAE
-    their classes cannot express (a score that is not affine in x, frames, norm restoring, abs_topk, prefixes under
-    another selector), an uncalibrated batch_topk, or a place that holds something else or cannot be written.
+    layer, model, context: what their configuration asks for; by default from the SAE's metadata. Raises CosaeError for
+    an SAE their classes cannot express (a score that is not affine in x, frames, norm restoring, abs_topk, prefixes
+    under another selector), an uncalibrated batch_topk, or a place that holds something else or cannot be written.
     """
     folder = Path(folder)
     kind, state = _state(sae)

@@ -1,4 +1,4 @@
-"""A model card written from an SAE's own facts: what it is, how it was trained, what was measured, how to load it.
+"""A model card written from an SAE's own metadata: what it is, how it was trained, what was measured, how to load it.
 
 In: SAEs by their folder in the repository, the numbers of their run's evaluation where there is one. Out: Markdown.
 Nothing is claimed that the files do not say; what they do not say is called unknown.
@@ -194,7 +194,7 @@ def _training(metadata: Mapping[str, Any]) -> str:
         ("tokens", _number(metadata.get("tokens"))),
         ("steps × tokens per step", f"{_number(training.get('steps'))} × {_number(training.get('batch_tokens'))}"),
         ("learning rate", _number(_reach(training, "optimizer", "lr"))),
-        ("norm perturbation", _nuisance(metadata)),
+        ("norm perturbation", _perturbation(metadata)),
         ("seed", _plain(metadata.get("seed", "unknown"))),
         ("commit", f"`{_plain(metadata['commit'])}`" if metadata.get("commit") else "unknown"),
     ]
@@ -211,7 +211,7 @@ def _training(metadata: Mapping[str, Any]) -> str:
     return text
 
 
-def _nuisance(metadata: Mapping[str, Any]) -> str:
+def _perturbation(metadata: Mapping[str, Any]) -> str:
     kind = _reach(metadata, "perturbation", "kind")
     return "none" if kind in (None, "none") else f"{_plain(kind)}, put on the activations on purpose"
 

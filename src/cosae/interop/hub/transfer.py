@@ -2,7 +2,7 @@
 
     REPO[:PATH]   OWNER/NAME, and a folder in it: me/saes, me/saes:layer_5/cosine
 
-A push is one commit: all of it arrives or none, and folders of this machine named in an SAE's facts are cut to their
+A push is one commit: all of it arrives or none, and folders of this machine named in an SAE's metadata are cut to their
 last part. A pull downloads into a folder of its own, reads the SAE as
 `cosae.load` does (digests, shapes, stored probes) and only then puts it in place. Only here is huggingface_hub
 imported, when called. Tokens come from the argument, HF_TOKEN or `hf auth login`; the server from the argument or
@@ -210,7 +210,7 @@ def _stage(
 
 
 def _without_folders(value: Any) -> Any:
-    """Facts with absolute paths cut to their last part: whose machine it was is nobody's business."""
+    """Metadata with absolute paths cut to their last part: whose machine it was is nobody's business."""
     if isinstance(value, Mapping):
         return {name: _without_folders(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

@@ -9,7 +9,7 @@ over the tokens that were read, silent ones included, in float64 from sums; 0 wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,7 @@ PANEL_CELLS = 2**26
 """Products of a panel of features with all others are held at once: 256 MiB in float32."""
 
 
-@dataclass(frozen=True)
-class Partners:
+class Partners(NamedTuple):
     """The k best partners of each feature, best first: ids, Pearson's correlation and cosine, each (F, k)."""
 
     id_Fk: Array
@@ -78,8 +77,4 @@ def _best(pearson_PF: Array, cosine_PF: Array, k: int) -> Partners:
 
 
 def _joined(parts: list[Partners]) -> Partners:
-    return Partners(
-        np.concatenate([part.id_Fk for part in parts]),
-        np.concatenate([part.pearson_Fk for part in parts]),
-        np.concatenate([part.cosine_Fk for part in parts]),
-    )
+    return Partners(*map(np.concatenate, zip(*parts, strict=True)))

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class SAEBenchMetadata:
 class SAEBenchConfig:
     """The `cfg` SAEBench reads and writes into its results; not frozen, because SAEBench sets fields on it.
 
-    `cosae` is what the SAE is made of (cosae's own configuration) and its training facts.
+    `cosae` is what the SAE is made of (cosae's own configuration) and its metadata.
     """
 
     model_name: str
@@ -91,8 +92,8 @@ class SAEBenchSAE(nn.Module):
     """A cosae SAE behind SAEBench's names.
 
     sae           calibrated; copied, never changed
-    model_name    the model's name for SAEBench; default: what the SAE's facts say
-    hook_name     TransformerLens style (`blocks.12.hook_resid_post`) or cosae's (`resid_post.12`); default: the facts'
+    model_name    the model's name for SAEBench; default: what the SAE's metadata says
+    hook_name     TransformerLens style (`blocks.12.hook_resid_post`) or cosae's (`resid_post.12`); default: the SAE's
     hook_layer    block of the hook; default: the number in hook_name
     context_size  tokens per prompt, for evals that ask the SAE
     dtype         of what goes out and of the tensors on show: SAEBench sets it by `.to(dtype=)`
@@ -137,13 +138,8 @@ class SAEBenchSAE(nn.Module):
         """The folded copy that computes, in float32."""
         return self._scored[0]
 
-    @property
-    def device(self) -> torch.device:
-        return self.W_dec.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.W_dec.dtype
+    device = property(attrgetter("W_dec.device"))
+    dtype = property(attrgetter("W_dec.dtype"))
 
     @property
     def decodes_alone(self) -> bool:
@@ -208,8 +204,8 @@ def _config(
     hook_name = hook_name or sae.metadata.get("hook_name") or sae.metadata.get("site")
     if not model_name or not hook_name:
         raise CosaeError(
-            "SAEBench needs the model and the place an SAE reads, and this one's facts name none: pass model_name and "
-            'hook_name ("blocks.12.hook_resid_post").'
+            "SAEBench needs the model and the place an SAE reads, and this one's metadata names none: pass model_name "
+            'and hook_name ("blocks.12.hook_resid_post").'
         )
     hook_name = tl_hook_name(hook_name)
     digits = re.search(r"\d+", hook_name)

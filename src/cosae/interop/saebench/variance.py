@@ -9,7 +9,7 @@ With S = mean |x|², R = mean |x − x̂|², m = mean x, d = width, and means ov
 
 SAEBench means to subtract |mean x|². It collects the mean of x² instead of x, and joins the batches' vectors end to end
 instead of stacking them, so that the mean over all of it is the number S/d (evals/core/main.py:585-587, 617-623 of
-0.6.0; SAELens mended its own copy in its pull request 665). Where activations have a strong mean that is
+0.6.0; SAELens fixed its own copy in its pull request 665). Where activations have a strong mean that is
 uncentred energy, which flatters; where S nears d² the denominator nears 0 and beyond it changes sign.
 """
 
@@ -80,12 +80,12 @@ def tallied(core: Any) -> Iterator[dict[int, VarianceTally]]:
     measured: dict[int, VarianceTally] = {}
     original = core.get_sparsity_and_variance_metrics
 
-    def watched(sae: Any, model: Any, activation_store: Any, *rest: Any, **named: Any) -> Any:
+    def tallying(sae: Any, model: Any, activation_store: Any, *rest: Any, **named: Any) -> Any:
         tally = measured.setdefault(id(sae), VarianceTally())
-        with _watching(sae, activation_store, named.get("ignore_tokens") or set(), tally):
+        with _observed(sae, activation_store, named.get("ignore_tokens") or set(), tally):
             return original(sae, model, activation_store, *rest, **named)
 
-    core.get_sparsity_and_variance_metrics = watched
+    core.get_sparsity_and_variance_metrics = tallying
     try:
         yield measured
     finally:
@@ -93,7 +93,7 @@ def tallied(core: Any) -> Iterator[dict[int, VarianceTally]]:
 
 
 @contextlib.contextmanager
-def _watching(sae: Any, store: Any, ignore: set[int | None], tally: VarianceTally) -> Iterator[None]:
+def _observed(sae: Any, store: Any, ignore: set[int | None], tally: VarianceTally) -> Iterator[None]:
     """Shadow three methods on the two instances, and take the shadows away again."""
     encode, decode, get_batch_tokens = sae.encode, sae.decode, store.get_batch_tokens
     seen: dict[str, Tensor] = {}

@@ -37,14 +37,14 @@ OWN_ARCHITECTURES = tuple(f"cosae_{score}_{selector}" for score in SCORES for se
 ARCHITECTURES = (JUMPRELU, BATCHTOPK, MATRYOSHKA, TOPK, GENERIC, *OWN_ARCHITECTURES)
 """Architectures that `assemble` takes."""
 SCALER = "activation_scaler.json"
-FACT_OF_METADATA = {
+OUR_NAMES = {
     "model_name": "model",
     "hook_name": "hook_name",
     "hf_hook_name": "hf_hook_name",
     "dataset_path": "dataset",
     "context_size": "context_size",
 }
-"""SAELens' metadata names → cosae's fact names."""
+"""SAELens' names of metadata → cosae's."""
 
 
 def assemble(
@@ -197,10 +197,10 @@ def _k(config: Mapping[str, Any]) -> int:
 
 
 def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    """cosae's own training facts where the file carries them, else SAELens' metadata, the known under our names."""
+    """cosae's own metadata where the file carries it, else SAELens' metadata, the known under our names."""
     own, metadata = config.get("provenance") or upgrade(config.get("facts")), config.get("metadata")
     if isinstance(own, Mapping) and own:
         return dict(own)
     metadata = dict(metadata) if isinstance(metadata, Mapping) else {}
-    known = {fact: metadata[name] for name, fact in FACT_OF_METADATA.items() if metadata.get(name) is not None}
+    known = {ours: metadata[name] for name, ours in OUR_NAMES.items() if metadata.get(name) is not None}
     return {**known, "format": "saelens", "architecture": config["architecture"], "saelens": metadata}

@@ -148,7 +148,7 @@ def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: P
 
 
 def _metadata(config: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Training facts under cosae's names; SAELens keeps them in `metadata`, older versions beside the rest."""
+    """Metadata of training under cosae's names; SAELens keeps them in `metadata`, older versions beside the rest."""
     metadata = config.get("metadata")
     known = {**config, **(metadata if isinstance(metadata, dict) else {})}
     names = {"model_name": "model", "hook_name": "hook_name", "hf_hook_name": "hf_hook_name"}

@@ -274,9 +274,9 @@ class CosaeSAE(Precise, sae_lens.SAE):
         super().initialize_weights()
         self._taken: NormStats | None = None
         self.b_dec: nn.Parameter = nn.Parameter(at_least_fp32(self.W_dec.data[0] * 0))
-        for name, fact in cosine.FACT_OF_METADATA.items():
-            if self.cfg.metadata.get(name) is None and self.cfg.provenance.get(fact) is not None:
-                self.cfg.metadata[name] = self.cfg.provenance[fact]
+        for name, ours in cosine.OUR_NAMES.items():
+            if self.cfg.metadata.get(name) is None and self.cfg.provenance.get(ours) is not None:
+                self.cfg.metadata[name] = self.cfg.provenance[ours]
         own = self.cfg.own
         with torch.device("meta"):
             shapes = file.shapes(SAE(own))
