@@ -21,7 +21,6 @@ square of the norm: 1.6 between quartiles whose norms differ 1.28-fold (§9 #12)
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,22 +38,6 @@ CHUNK_NUMBERS = 8_000_000
 SELECTIONS = ("batch", "per_token", "quartile_alone")
 ACTIVE_GRADIENT = 1e-10
 """Features whose row norm is above this in the first or last quartile enter `feature_ratio` (paper §5.6)."""
-
-
-@dataclass
-class _Sums:
-    """One selection, summed over batches; leading size 4 is the quartile."""
-
-    norm_4: Tensor
-    row_norm_4F: Tensor
-    token_norm_4: Tensor
-    loss_4: Tensor
-    entries_4: Tensor
-
-    @classmethod
-    def zero(cls, d_sae: int) -> _Sums:
-        four = [torch.zeros(4, dtype=torch.float64) for _ in range(4)]
-        return cls(four[0], torch.zeros(4, d_sae, dtype=torch.float64), *four[1:])
 
 
 def measure_gradients(
@@ -86,20 +69,19 @@ def measure_gradients(
     order = torch.randperm(len(x_ND), generator=torch.Generator().manual_seed(seed))
     batches = order[: len(order) // size * size].reshape(-1, size)[:n_batches]
     trained, apart = _twin(sae), _twin(sae, per_token=True)
-    sums = {name: _Sums.zero(sae.d_sae) for name in SELECTIONS}
-    norm_4 = torch.zeros(4, dtype=torch.float64)
-    count_4 = torch.zeros(4, dtype=torch.float64)
+    sums = {name: _Sums(sae.d_sae, size) for name in SELECTIONS}
+    norm_4, count_4 = torch.zeros(2, 4, dtype=torch.float64)
     for rows in batches:
         x_BD = x_ND[rows.to(x_ND.device)].float().to(sae.device)
         norm_B = x_BD.double().norm(dim=-1).cpu()
         quartile_B = norm_quartiles(norm_B, torch.ones_like(norm_B, dtype=torch.bool))[0]
         norm_4.index_add_(0, quartile_B, norm_B)
-        count_4.index_add_(0, quartile_B, torch.ones_like(norm_B))
-        _add(sums["batch"], trained, x_BD, quartile_B, size)
-        _add(sums["per_token"], apart, x_BD, quartile_B, size)
+        count_4 += torch.bincount(quartile_B, minlength=4)
+        sums["batch"].add(trained, x_BD, quartile_B)
+        sums["per_token"].add(apart, x_BD, quartile_B)
         for q in range(4):
             inside_B = quartile_B == q
-            _add(sums["quartile_alone"], trained, x_BD[inside_B.to(x_BD.device)], quartile_B[inside_B], size)
+            sums["quartile_alone"].add(trained, x_BD[inside_B.to(x_BD.device)], quartile_B[inside_B])
     mean_4 = norm_4 / count_4.clamp_min(1)
     return {
         "tokens": int(batches.numel()),
@@ -108,7 +90,7 @@ def measure_gradients(
         "seed": seed,
         "quartile_norms": mean_4.tolist(),
         "norm_ratio_squared": float((mean_4[3] / mean_4[0]) ** 2) if count_4[0] > 0 else None,
-        "selections": {name: _numbers(one, count_4) for name, one in sums.items()},
+        "selections": {name: one.numbers(count_4) for name, one in sums.items()},
     }
 
 
@@ -122,28 +104,47 @@ def _twin(sae: SAE, per_token: bool = False) -> SAE:
     return twin
 
 
-def _add(sums: _Sums, sae: SAE, x_BD: Tensor, quartile_B: Tensor, batch_tokens: int) -> None:
-    """One forward pass by the training rule, one backward pass for each quartile in it."""
-    if not len(x_BD):
-        return
-    with torch.enable_grad():
-        output = sae.train_forward(x_BD)
-        loss_B = torch.stack([squared_error(output, error_B, "raw") for error_B in output.error]).mean(0)
-        rows_FD = sae.score.rows_FD
-        for q in range(4):
-            inside_B = (quartile_B == q).to(loss_B.device)
-            if bool(inside_B.any()):
-                part = loss_B[inside_B].sum() / batch_tokens
-                (gradient_FD,) = torch.autograd.grad(part, rows_FD, retain_graph=True)
+class _Sums:
+    """One selection, summed over batches; leading size 4 is the quartile."""
+
+    def __init__(self, d_sae: int, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self.norm_4, self.token_norm_4, self.loss_4, self.entries_4 = torch.zeros(4, 4, dtype=torch.float64)
+        self.row_norm_4F = torch.zeros(4, d_sae, dtype=torch.float64)
+
+    def add(self, sae: SAE, x_BD: Tensor, quartile_B: Tensor) -> None:
+        """One forward pass by the training rule, one backward pass for each quartile in it."""
+        if not len(x_BD):
+            return
+        with torch.enable_grad():
+            output = sae.train_forward(x_BD)
+            loss_B = torch.stack([squared_error(output, error_B, "raw") for error_B in output.error]).mean(0)
+            for q in sorted(set(quartile_B.tolist())):
+                part = loss_B[(quartile_B == q).to(loss_B.device)].sum() / self.batch_tokens
+                (gradient_FD,) = torch.autograd.grad(part, sae.score.rows_FD, retain_graph=True)
                 norm_F = gradient_FD.double().norm(dim=-1).cpu()
-                sums.norm_4[q] += norm_F.norm()
-                sums.row_norm_4F[q] += norm_F
-        (slope_E,) = torch.autograd.grad(loss_B.sum(), output.selection.score_E)
-    token_B = _token_gradients(output, slope_E.double()).cpu()
-    sums.token_norm_4.index_add_(0, quartile_B, token_B)
-    sums.loss_4.index_add_(0, quartile_B, loss_B.detach().double().cpu())
-    fired = output.selection.fired().entries.token_E.cpu()
-    sums.entries_4 += torch.bincount(quartile_B[fired], minlength=4)
+                self.norm_4[q] += norm_F.norm()
+                self.row_norm_4F[q] += norm_F
+            (slope_E,) = torch.autograd.grad(loss_B.sum(), output.selection.score_E)
+        self.token_norm_4.index_add_(0, quartile_B, _token_gradients(output, slope_E.double()).cpu())
+        self.loss_4.index_add_(0, quartile_B, loss_B.detach().double().cpu())
+        fired_E = output.selection.fired().entries.token_E.cpu()
+        self.entries_4 += torch.bincount(quartile_B[fired_E], minlength=4)
+
+    def numbers(self, count_4: Tensor) -> dict[str, Any]:
+        low_F, high_F = self.row_norm_4F[0], self.row_norm_4F[3]
+        active_F = torch.maximum(low_F, high_F) > ACTIVE_GRADIENT
+        ratio_F = high_F[active_F] / low_F[active_F]  # infinite where only long tokens teach a feature
+        middle = float(ratio_F.median()) if len(ratio_F) else float("inf")
+        return {
+            "share": _shares(self.norm_4),
+            "token_share": _shares(self.token_norm_4),
+            "loss_share": _shares(self.loss_4),
+            "l0": [float(n) if count > 0 else None for n, count in zip(self.entries_4 / count_4, count_4, strict=True)],
+            "features": int(active_F.sum()),
+            "feature_ratio": middle if middle != float("inf") else None,
+            "features_above_2": float((ratio_F > 2).double().mean()) if len(ratio_F) else None,
+        }
 
 
 @torch.no_grad()
@@ -168,22 +169,6 @@ def _token_gradients(output: TrainOutput, slope_E: Tensor) -> Tensor:
             reach_e = scale_e / length_e * (1 - cosine_e.square()).clamp_min(0).sqrt()
         square_B.index_add_(0, token_e, (slope_E[chunk] * reach_e).square())
     return square_B.sqrt()
-
-
-def _numbers(sums: _Sums, count_4: Tensor) -> dict[str, Any]:
-    low_F, high_F = sums.row_norm_4F[0], sums.row_norm_4F[3]
-    active_F = torch.maximum(low_F, high_F) > ACTIVE_GRADIENT
-    ratio_F = high_F[active_F] / low_F[active_F]  # infinite where only long tokens teach a feature
-    middle = float(ratio_F.median()) if len(ratio_F) else float("inf")
-    return {
-        "share": _shares(sums.norm_4),
-        "token_share": _shares(sums.token_norm_4),
-        "loss_share": _shares(sums.loss_4),
-        "l0": [float(n) if count > 0 else None for n, count in zip(sums.entries_4 / count_4, count_4, strict=True)],
-        "features": int(active_F.sum()),
-        "feature_ratio": middle if middle != float("inf") else None,
-        "features_above_2": float((ratio_F > 2).double().mean()) if len(ratio_F) else None,
-    }
 
 
 def _shares(value_4: Tensor) -> list[float] | None:

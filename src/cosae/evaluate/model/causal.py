@@ -16,16 +16,16 @@ With error_term=False it is the model on the unedited reconstruction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, predicting
+from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, scored_batches
 from cosae.evaluate.statistics import RESAMPLES, mean_interval, mean_or_none, ratio_interval, resample_counts
 from cosae.models.capture import capture
 from cosae.models.intervene.edits import Edit, ablate, check_edits, steer
@@ -55,8 +55,7 @@ def measure_ablation(
     **options: Any,
 ) -> dict[str, Any]:
     """`measure_edits` of taking out each feature, or each set of them: named "7" and "7+9". Options as there."""
-    sets = [(one,) if isinstance(one, int) else tuple(one) for one in features]
-    return measure_edits(model, site, sae, sequences, {_named(ids): ablate(ids) for ids in sets}, **options)
+    return measure_edits(model, site, sae, sequences, _by_name(features, ablate), **options)
 
 
 def measure_steering(
@@ -74,13 +73,13 @@ def measure_steering(
 
     By default a tenth of each token's own |x|, which makes the push of every feature with a unit row the same size.
     """
-    sets = [(one,) if isinstance(one, int) else tuple(one) for one in features]
-    edits = {_named(ids): steer(ids, amount, at=at, relative=relative) for ids in sets}
+    edits = _by_name(features, partial(steer, amount=amount, at=at, relative=relative))
     return measure_edits(model, site, sae, sequences, edits, **options)
 
 
-def _named(ids: Sequence[int]) -> str:
-    return "+".join(str(i) for i in ids)
+def _by_name(features: Sequence[int | Sequence[int]], edit: Callable[[Any], Edit]) -> dict[str, Edit]:
+    sets = [(one,) if isinstance(one, int) else tuple(one) for one in features]
+    return {"+".join(map(str, ids)): edit(ids) for ids in sets}
 
 
 def measure_edits(
@@ -113,21 +112,15 @@ def measure_edits(
     found = find_site(model, site)
     listed = {name: check_edits(one, sae.d_sae, found.name) for name, one in edits.items()}
     capture(model, sequences[:1], found)  # refuses what no pass should begin with
-    rules = {name: _replacement(sae, one, error_term, tokens, found.name) for name, one in listed.items()}
-    reference = _replacement(sae, (), error_term, tokens, found.name)
+    replaced = partial(Replacement, sae, error_term=error_term, tokens=tokens, name=found.name)
+    rules, reference = {name: replaced(edits=one) for name, one in listed.items()}, replaced(edits=())
     held = _check_holds(holds, list(edits), sequences)
     gathered: dict[str, list[_Tokens]] = {name: [] for name in edits}
-    for start in range(0, len(sequences), batch_sequences):
-        rows = slice(start, start + batch_sequences)
-        batch = sequences[rows]
-        if not bool(predicting(batch).any()):
-            continue
-        pass_ = _Pass(model, found, batch, reference)
+    for rows, batch, at_ST in scored_batches(sequences, batch_sequences):
+        pass_ = _Pass(model, found, batch, at_ST, reference)
         for name, rule in rules.items():
             on_ST = held[name][rows] if held is not None else pass_.fires(listed[name])
             gathered[name].append(pass_.effect(rule, listed[name], on_ST))
-    if not any(gathered.values()):
-        raise CosaeError("no token here predicts another of its document: give sequences of two tokens and more.")
     table = {name: _summary(listed[name], parts) for name, parts in gathered.items()}
     return {
         "site": found.name,
@@ -137,12 +130,7 @@ def measure_edits(
     }
 
 
-def _replacement(sae: SplicedSAE, edits: Sequence[Edit], error_term: bool, tokens: Policy, name: str) -> Replacement:
-    return Replacement(sae, error_term=error_term, edits=edits, tokens=tokens, name=name)
-
-
-@dataclass(frozen=True)
-class _Tokens:
+class _Tokens(NamedTuple):
     """One edit on one batch: by scored token (n) what it changed, and by edited token (e) how far it moved."""
 
     kl_n: Tensor
@@ -156,10 +144,11 @@ class _Tokens:
 class _Pass:
     """One batch: its reference predictions and codes, against which edits are held."""
 
-    def __init__(self, model: nn.Module, site: Site, batch: Sequences, reference: Replacement) -> None:
-        self.model, self.site, self.batch, self.reference = model, site, batch, reference
-        self.at_ST = predicting(batch)
-        self.next_n = next_ids(batch, self.at_ST)
+    def __init__(
+        self, model: nn.Module, site: Site, batch: Sequences, at_ST: Tensor, reference: Replacement
+    ) -> None:
+        self.model, self.site, self.batch, self.at_ST, self.reference = model, site, batch, at_ST, reference
+        self.next_n = next_ids(batch, at_ST)
         self.seen: list[Codes] = []
 
         def read(x: Tensor, window: Window) -> Tensor:
@@ -208,10 +197,7 @@ class _Pass:
 
 
 def _summary(edits: Sequence[Edit], parts: Sequence[_Tokens]) -> dict[str, Any]:
-    kl_n, change_n, on_n, reached_n, size_e, norm_e = (
-        torch.cat([getattr(part, name) for part in parts])
-        for name in ("kl_n", "change_n", "on_n", "reached_n", "size_e", "norm_e")
-    )
+    kl_n, change_n, on_n, reached_n, size_e, norm_e = (torch.cat(column) for column in zip(*parts, strict=True))
     on, off = _effect(kl_n, change_n, on_n), _effect(kl_n, change_n, ~on_n)
     # summed apart: where nothing moves off the feature, the share is 1 to the last bit
     kl_on, kl_off = float(kl_n[on_n].sum()), float(kl_n[~on_n].sum())

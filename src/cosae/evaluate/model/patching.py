@@ -94,27 +94,24 @@ def measure_patching(
         raise CosaeError(f"sizes must lie between 0 and 1 and n_pairs be at least 1. Got {sizes} and {n_pairs}.")
     found = find_site(model, site)
     pairs = _draw(model, found, sequences, max(sizes), n_pairs, centre_D, median_norm, factor, batch_sequences, seed)
-    found_by: dict[tuple[float, str], _Found] = {
-        (size, kind): _Found(*(torch.zeros(len(pairs.flat_P), dtype=torch.float64) for _ in range(3)))
-        for size in sizes
-        for kind in KINDS
+    # by pair: KL at the token, KL summed after it, |Δx|/|z| as made
+    found_by = {
+        (size, kind): torch.zeros(3, len(pairs.flat_P), dtype=torch.float64) for size in sizes for kind in KINDS
     }
     for rows, members in _rounds(pairs.flat_P, sequences.ids_ST.shape[1], batch_sequences):
         batch = sequences[rows]
         at_ST = predicting(batch)
         own_nV = logits_at(model, batch, at_ST)
         column_P = pairs.flat_P[members] % batch.ids_ST.shape[1]
-        for (size, kind), one in found_by.items():
-            target_PD = (pairs.random_PD if kind == "random" else pairs.towards_PD)[members]
-            change_PD = perturb(pairs.z_PD[members], target_PD, kind, size) - pairs.z_PD[members]
-            shift = _Shift(change_PD, column_P)
+        for (size, kind), found_3P in found_by.items():
+            z_PD, target_PD = pairs.z_PD[members], (pairs.random_PD if kind == "random" else pairs.towards_PD)[members]
+            shift = _Shift(perturb(z_PD, target_PD, kind, size) - z_PD, column_P)
             with Intervention(model, {found: shift}):
                 kl_n = divergence(own_nV, logits_at(model, batch, at_ST))
             kl_ST = torch.zeros(at_ST.shape, dtype=torch.float64).masked_scatter(at_ST, kl_n)
-            now_P = kl_ST.gather(1, column_P[:, None])[:, 0]
-            one.here_P[members] = now_P
-            one.after_P[members] = kl_ST.sum(1) - now_P
-            one.moved_P[members] = shift.moved_P / pairs.z_PD[members].norm(dim=-1)
+            here_P = kl_ST.gather(1, column_P[:, None])[:, 0]
+            moved_P = shift.moved_P / z_PD.norm(dim=-1)
+            found_3P[:, members] = torch.stack([here_P, kl_ST.sum(1) - here_P, moved_P])
     drawn_RU = resample_counts(len(pairs.flat_P), seed, n_resamples)
     return {
         "site": found.name,
@@ -125,15 +122,6 @@ def measure_patching(
         "resamples": n_resamples,
         "by_size": [_numbers(size, {kind: found_by[size, kind] for kind in KINDS}, drawn_RU) for size in sizes],
     }
-
-
-@dataclass(frozen=True)
-class _Found:
-    """By pair: KL at the token, KL summed after it, |Δx|/|z| as made; filled in as passes come."""
-
-    here_P: Tensor
-    after_P: Tensor
-    moved_P: Tensor
 
 
 class _Shift:
@@ -214,19 +202,19 @@ def _rounds(flat_P: Tensor, n_positions: int, batch_sequences: int) -> list[tupl
     return rounds
 
 
-def _numbers(size: float, found: dict[str, _Found], drawn_RU: Array) -> dict[str, Any]:
-    here = {kind: one.here_P.numpy() for kind, one in found.items()}
+def _numbers(size: float, found: dict[str, Tensor], drawn_RU: Array) -> dict[str, Any]:
+    here = {kind: found_3P[0].numpy() for kind, found_3P in found.items()}
     return {
         "size": size,
         "degrees": math.degrees(2 * math.asin(size / 2)),
         "kinds": {
             kind: {
-                "kl_here": float(one.here_P.mean()),
-                "kl_here_median": float(np.median(here[kind])),
-                "kl_after": float(one.after_P.mean()),
-                "size": float(one.moved_P.mean()),
+                "kl_here": float(here_P.mean()),
+                "kl_here_median": float(np.median(here_P.numpy())),
+                "kl_after": float(after_P.mean()),
+                "size": float(moved_P.mean()),
             }
-            for kind, one in found.items()
+            for kind, (here_P, after_P, moved_P) in found.items()
         },
         "direction_over_norm": _ratio(here["direction"], (here["norm_up"] + here["norm_down"]) / 2, drawn_RU),
         "direction_over_random": _ratio(here["direction"], here["random"], drawn_RU),

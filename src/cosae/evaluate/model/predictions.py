@@ -35,6 +35,20 @@ def predicting(sequences: Sequences) -> Tensor:
     return found_ST
 
 
+def scored_batches(sequences: Sequences, size: int) -> Iterator[tuple[slice, Sequences, Tensor]]:
+    """Rows, sequences and `predicting` (S, T) of each batch in which a token predicts another.
+
+    Raises CosaeError where there is no such batch.
+    """
+    if not bool(predicting(sequences).any()):
+        raise CosaeError("no token here predicts another of its document: give sequences of two tokens and more.")
+    for rows in row_slices(len(sequences), size):
+        batch = sequences[rows]
+        at_ST = predicting(batch)
+        if bool(at_ST.any()):
+            yield rows, batch, at_ST
+
+
 @torch.no_grad()
 def logits_at(model: nn.Module, batch: Sequences, at_ST: Tensor) -> Tensor:
     """(n, V) logits of the tokens where at_ST (S, T) is True, row by row, in the model's dtype.

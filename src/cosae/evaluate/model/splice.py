@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from cosae.activations import sinks
 from cosae.errors import CosaeError
-from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, predicting
+from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, predicting, scored_batches
 from cosae.evaluate.reconstruct import CHUNK_TOKENS, norm_quartiles, resampling_units, row_slices
 from cosae.evaluate.statistics import RESAMPLES, Array, mean_or_none, ratio_interval, resample_counts
 from cosae.models.capture import capture
@@ -97,8 +97,6 @@ def measure_splice(
     median = sinks.median_norm(activations.norm_N) if median_norm is None else median_norm
     sink_N = sinks.sink_mask(activations, median, factor).cpu()
     at_N = predicting(sequences)[sequences.mask_ST]
-    if not bool(at_N.any()):
-        raise CosaeError("no token here predicts another of its document: give sequences of two tokens and more.")
     sink_ST = torch.zeros_like(sequences.mask_ST).masked_scatter(sequences.mask_ST, sink_N)
     own_N, with_error, costs = _run(model, found, saes, sequences, activations, sink_ST, batch_sequences)
     norm_n, doc_n = activations.norm_N.cpu().double()[at_N], activations.doc_N.cpu()[at_N]
@@ -146,12 +144,8 @@ def _run(
     centres = _means(activations, sink_ST[sequences.mask_ST])
     own: list[Tensor] = []
     parts: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
-    for start in range(0, len(sequences), batch_sequences):
-        batch = sequences[start : start + batch_sequences]
-        at_ST = predicting(batch)
-        if not bool(at_ST.any()):
-            continue
-        off_ST = batch.mask_ST & ~sink_ST[start : start + batch_sequences]
+    for rows, batch, at_ST in scored_batches(sequences, batch_sequences):
+        off_ST = batch.mask_ST & ~sink_ST[rows]
         clean_nV, next_n = logits_at(model, batch, at_ST), next_ids(batch, at_ST)
         own.append(cross_entropy(clean_nV, next_n))
         rules = {("with error", name): _reconstruction(sae, batch.mask_ST, name, True) for name, sae in saes.items()}
