@@ -80,19 +80,10 @@ class Store:
                 _refuse(shard, shard.header_fault())
 
     def _list_shards(self, side: str) -> list[Shard]:
-        request = self.record["request"]
-        store, label_bytes = value_digest(request), -(-len(self.concepts or ()) // 8)
-        found = []
-        for number, entry in enumerate(one for one in self.record["shards"] if one["side"] == side):
-            assert isinstance(entry["rows"], int)
-            assert isinstance(entry["bytes"], int)
-            assert isinstance(entry["sha256"], str)
-            shape = ShardShape(entry["rows"], self.d_in, self.dtype, label_bytes)
-            shard = Shard(self.folder, ShardTag(store, side, number), shape, entry["bytes"], entry["sha256"])
-            assert shape.rows > 0
-            assert shard.tag.file == entry["file"]
-            found.append(shard)
-        return found
+        store, entries = value_digest(self.record["request"]), self.record["shards"]
+        shape = ShardShape(0, self.d_in, self.dtype, -(-len(self.concepts or ()) // 8))
+        mine = [entry for entry in entries if entry["side"] == side]
+        return [Shard.listed(self.folder, ShardTag(store, side, n), entry, shape) for n, entry in enumerate(mine)]
 
     @property
     def statistics(self) -> dict[str, Any]:

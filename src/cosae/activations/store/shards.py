@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import mmap
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ class ShardRows:
         )
 
 
-def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> dict[str, Any]:
-    """Write one shard; returns what an index says of it: file, side, rows, bytes, sha256.
+def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> Shard:
+    """Write one shard.
 
     Raises OSError or SafetensorError where the disk refuses; nothing of the shard is left then.
     """
@@ -80,7 +81,8 @@ def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> dic
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, staged, metadata)
         staged.chmod(mode)  # safetensors' own is for one's own eyes only
         size, sha256 = staged.stat().st_size, file_digest(staged)
-    return {"file": tag.file, "side": tag.side, "rows": len(rows), "bytes": size, "sha256": sha256}
+    shape = ShardShape(len(rows), x_ND.shape[1], dtype, 0 if rows.labels_NL is None else rows.labels_NL.shape[1])
+    return Shard(folder, tag, shape, size, sha256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,21 @@ class Shard:
     shape: ShardShape
     n_bytes: int
     sha256: str
+
+    @classmethod
+    def listed(cls, folder: Path, tag: ShardTag, entry: Mapping[str, Any], like: ShardShape) -> Shard:
+        """The shard of an entry of an index or journal. Raises ValueError, KeyError or TypeError for no such entry."""
+        rows, n_bytes, sha256 = entry["rows"], entry["bytes"], entry["sha256"]
+        plain = isinstance(rows, int) and isinstance(n_bytes, int) and isinstance(sha256, str)
+        if not plain or rows < 1 or entry["file"] != tag.file:
+            raise ValueError("entry of a shard")
+        return cls(folder, tag, replace(like, rows=rows), n_bytes, sha256)
+
+    def entry(self) -> dict[str, Any]:
+        """What an index or journal lists."""
+        tag = self.tag
+        size = {"rows": self.shape.rows, "bytes": self.n_bytes}
+        return {"file": tag.file, "side": tag.side, **size, "sha256": self.sha256}
 
     @property
     def path(self) -> Path:

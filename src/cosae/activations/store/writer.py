@@ -1,7 +1,7 @@
 """Activations → a store on disk, shard after shard, so that a stop at any moment costs no more than one shard.
 
-The journal gets a line a complete shard, flushed before the next is begun. Going on with an unfinished store ends in
-the same bytes as never having stopped.
+The journal gets a line a complete shard, flushed before the next one is started. Resuming an unfinished store ends in the
+same bytes as never having stopped.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from cosae.activations.store.format import (
     ShardTag,
     store_dtype,
 )
-from cosae.activations.store.shards import MappedShard, ShardRows, write_shard
-from cosae.activations.store.statistics import Columns, describe_rows
+from cosae.activations.store.shards import Shard, ShardRows, write_shard
+from cosae.activations.store.statistics import describe_rows
 from cosae.errors import CosaeError, check_least
 from cosae.io.atomic import write_text
-from cosae.io.digest import file_digest, value_digest
+from cosae.io.digest import value_digest
 from cosae.io.records import read_record, write_record
 
 
@@ -45,10 +45,10 @@ class StoreWriter:
     dtype         float32, bfloat16, float16 or int8
     shard_tokens  rows per shard
     concepts      names of the label bits; None where rows have no labels
-    say           is told what was found where an unfinished store is gone on with
+    log           gets what was found where an unfinished store is resumed
 
     Raises CosaeError for a folder that holds something else, a store of another request (naming what differs), and
-    settings out of range. `finished` says that there is nothing left to do.
+    settings out of range. `finished`: whether there is nothing left to do.
     """
 
     def __init__(
@@ -65,26 +65,26 @@ class StoreWriter:
     ) -> None:
         check_least("shard_tokens", shard_tokens, 1)
         self.folder, self.d_in, self.dtype, self.shard_tokens = folder, d_in, store_dtype(dtype), shard_tokens
-        whole = {**request, "d_in": d_in, "dtype": self.dtype, "shard_tokens": shard_tokens}
-        whole["concepts"] = None if concepts is None else list(concepts)
+        complete = {**request, "d_in": d_in, "dtype": self.dtype, "shard_tokens": shard_tokens}
+        complete["concepts"] = None if concepts is None else list(concepts)
         self.label_bytes = -(-len(concepts or ()) // 8)
-        self.request: dict[str, Any] = json.loads(json.dumps(whole))
-        self._entries: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        self.request: dict[str, Any] = json.loads(json.dumps(complete))
+        self._shards: dict[str, list[Shard]] = {side: [] for side in SIDES}
         self._waiting: dict[str, list[ShardRows]] = {side: [] for side in SIDES}
-        self._say = log
+        self._log = log
         self.finished = (folder / INDEX).exists()
         self.written_by = [dict(written_by)]
         if self.finished:
             check_request(folder, read_record(folder / INDEX)["request"], self.request)
             self._sweep()
         elif (folder / CAPTURE).exists():
-            self._go_on(dict(written_by))
+            self._resume(dict(written_by))
         else:
             self._begin()
 
     def n_rows(self, side: str) -> int:
-        """Rows of a side that are whole on disk."""
-        return sum(entry["rows"] for entry in self._entries[side])
+        """Rows of a side in complete shards on disk."""
+        return sum(shard.shape.rows for shard in self._shards[side])
 
     def append(self, side: str, first_row: int, rows: ShardRows) -> None:
         """Rows first_row, first_row + 1, … of a side. Those already written are passed over.
@@ -125,9 +125,9 @@ class StoreWriter:
             "request": self.request,
             "written_by": self.written_by,
             "rows": {"train": train, "held_out": held_out},
-            "statistics": describe_rows(self._train_columns),
+            "statistics": describe_rows(lambda: (shard.map().column for shard in self._shards["train"])),
             "documents": {side: list(documents[side]) for side in SIDES},
-            "shards": [entry for side in SIDES for entry in self._entries[side]],
+            "shards": [shard.entry() for side in SIDES for shard in self._shards[side]],
         }
         try:
             write_record(self.folder / INDEX, record)
@@ -149,27 +149,31 @@ class StoreWriter:
     def _write_capture(self) -> None:
         write_record(self.folder / CAPTURE, {"request": self.request, "written_by": self.written_by})
 
-    def _go_on(self, written_by: dict[str, Any]) -> None:
-        """Take stock of an unfinished store: what is whole counts, anything else is written again."""
-        begun = read_record(self.folder / CAPTURE)
-        check_request(self.folder, begun["request"], self.request)
-        self.written_by = list(begun["written_by"])
+    def _resume(self, written_by: dict[str, Any]) -> None:
+        """Take stock of an unfinished store: complete shards count, anything else is written again."""
+        started = read_record(self.folder / CAPTURE)
+        check_request(self.folder, started["request"], self.request)
+        self.written_by = list(started["written_by"])
         listed = list(_read_journal(self.folder / JOURNAL))
+        shape = ShardShape(0, self.d_in, self.dtype, self.label_bytes)
         for side in SIDES:
-            mine = [entry for entry in listed if entry["side"] == side]
-            for number, entry in enumerate(mine):
-                fault = self._fault(entry, ShardTag(value_digest(self.request), side, number))
+            for entry in (entry for entry in listed if entry["side"] == side):
+                try:
+                    shard = Shard.listed(self.folder, self._next_tag(side), entry, shape)
+                    fault = shard.header_fault() or shard.content_fault()
+                except (ValueError, TypeError):
+                    fault = "the journal's entry does not fit"
                 if fault is not None:
-                    self._say(f"{self.folder / str(entry['file'])}: {fault}; it is written again")
+                    self._log(f"{self.folder / str(entry['file'])}: {fault}; it is written again")
                     break
-                self._entries[side].append(entry)
-        kept = [entry for side in SIDES for entry in self._entries[side]]
+                self._shards[side].append(shard)
+        kept = [shard.entry() for side in SIDES for shard in self._shards[side]]
         try:
             # written again, so that the next line does not go on from a partial one
             write_text(self.folder / JOURNAL, "".join(json.dumps(entry) + "\n" for entry in kept))
             if kept and self.written_by[-1] != written_by:
                 self.written_by.append(written_by)
-                self._say(f"{self.folder} was begun with another commit or other packages; both are written down")
+                self._log(f"{self.folder} was started with another commit or other packages; both are written down")
                 self._write_capture()
             elif not kept and self.written_by != [written_by]:
                 self.written_by = [written_by]
@@ -177,15 +181,11 @@ class StoreWriter:
         except OSError as error:
             raise self._refused(JOURNAL, error) from None
 
-    def _fault(self, entry: Mapping[str, Any], tag: ShardTag) -> str | None:
-        path = self.folder / tag.file
-        if entry["file"] != tag.file or not path.is_file():
-            return "it is missing"
-        same = path.stat().st_size == entry["bytes"] and file_digest(path) == entry["sha256"]
-        return None if same else "it is not what was written"
+    def _next_tag(self, side: str) -> ShardTag:
+        return ShardTag(value_digest(self.request), side, len(self._shards[side]))
 
     def _write_full(self, side: str) -> None:
-        """Write as many whole shards as there are rows for."""
+        """Write as many full shards as there are rows for."""
         while sum(len(part) for part in self._waiting[side]) >= self.shard_tokens:
             rows = ShardRows.cat(self._waiting[side])
             rest = rows[self.shard_tokens :]
@@ -193,16 +193,16 @@ class StoreWriter:
             self._write(side, rows[: self.shard_tokens])
 
     def _write(self, side: str, rows: ShardRows) -> None:
-        tag = ShardTag(value_digest(self.request), side, len(self._entries[side]))
+        tag = self._next_tag(side)
         try:
-            entry = write_shard(self.folder, tag, rows, self.dtype)
+            shard = write_shard(self.folder, tag, rows, self.dtype)
             with (self.folder / JOURNAL).open("a", encoding="ascii") as journal:
-                journal.write(json.dumps(entry) + "\n")
+                journal.write(json.dumps(shard.entry()) + "\n")
                 journal.flush()
                 os.fsync(journal.fileno())
         except (OSError, SafetensorError) as error:
             raise self._refused(tag.file, error) from None
-        self._entries[side].append(entry)
+        self._shards[side].append(shard)
 
     def _refused(self, file: str, error: Exception) -> CosaeError:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
@@ -232,34 +232,29 @@ class StoreWriter:
             f"{int(found.position_N[row])} ({len(bad)} such rows): {remedy}."
         )
 
-    def _train_columns(self) -> Iterator[Columns]:
-        for entry in self._entries["train"]:
-            shape = ShardShape(entry["rows"], self.d_in, self.dtype, self.label_bytes)
-            yield MappedShard(self.folder / entry["file"], shape).column
-
     def _sweep(self) -> None:
         """A finished store needs no journal."""
         for name in (JOURNAL, CAPTURE):
             (self.folder / name).unlink(missing_ok=True)
 
 
-def check_request(folder: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raises CosaeError, naming each value, where a store was begun with other settings than those asked for."""
+def check_request(folder: Path, started: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises CosaeError, naming each value, where a store was started with other settings than those asked for."""
     absent = "(absent)"
     differing = [
-        f"{name} is {begun.get(name, absent)!r} there, {asked.get(name, absent)!r} here"
-        for name in sorted(begun.keys() | asked.keys())
-        if begun.get(name, absent) != asked.get(name, absent)
+        f"{name} is {started.get(name, absent)!r} there, {asked.get(name, absent)!r} here"
+        for name in sorted(started.keys() | asked.keys())
+        if started.get(name, absent) != asked.get(name, absent)
     ]
     if differing:
         raise CosaeError(
             f"{folder} holds a store that was captured otherwise: {'; '.join(differing)}. Give the settings it was "
-            "begun with, or choose another place."
+            "started with, or choose another place."
         )
 
 
 def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Entries up to the first line that is not one: a line torn by a kill is the last."""
+    """Entries up to the first line that is not one: a partial line, left by a kill, is the last."""
     if not path.exists():
         return
     for line in path.read_bytes().splitlines():
@@ -271,14 +266,14 @@ def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
         yield known
 
 
-def begun_request(folder: Path) -> dict[str, Any]:
+def started_request(folder: Path) -> dict[str, Any]:
     """The request of a store, finished or not."""
     place = folder / (INDEX if (folder / INDEX).exists() else CAPTURE)
     return dict(read_record(place)["request"])
 
 
 def rows_written(folder: Path) -> int:
-    """Rows in the whole shards of a store, finished or not."""
+    """Rows in the complete shards of a store, finished or not."""
     if (folder / INDEX).exists():
         return sum(int(n) for n in read_record(folder / INDEX)["rows"].values())
     return sum(int(entry["rows"]) for entry in _read_journal(folder / JOURNAL))

@@ -20,7 +20,7 @@ import torch
 from cosae.activations.store.format import SIDES
 from cosae.activations.store.reader import find_stores
 from cosae.activations.store.shards import ShardRows
-from cosae.activations.store.writer import StoreWriter, begun_request
+from cosae.activations.store.writer import StoreWriter, started_request
 from cosae.errors import CosaeError
 from cosae.io.digest import file_digest
 from cosae.io.lock import LOCK, hold
@@ -75,7 +75,7 @@ def capture_stores(
     if len(set(sites)) < len(sites):
         raise CosaeError(f"each site may be named once. Got {', '.join(request.sites)} instead.")
     if request.data.batch_sequences == "auto":
-        at_once = begun_with(out, "batch_sequences") or batch_size(request.data, model, sites, request.captured_dtype)
+        at_once = started_with(out, "batch_sequences") or batch_size(request.data, model, sites, request.captured_dtype)
         request = replace(request, data=replace(request.data, batch_sequences=at_once))
     text = CaptureText(request.data, tokenizer, request.seed, request.held_out_tokens)
     first = next(text.parts("train", 1)).sequences[:1]
@@ -142,9 +142,9 @@ def _write(
     return folders
 
 
-def begun_with(out: Path, setting: str) -> Any:
+def started_with(out: Path, setting: str) -> Any:
     """What a store in `out` was begun with; None where there is none. A size that was measured is not measured anew."""
-    return next((begun_request(place).get(setting) for place in find_stores(out)), None)
+    return next((started_request(place).get(setting) for place in find_stores(out)), None)
 
 
 def _rows(found: Activations, part: Part) -> ShardRows:
