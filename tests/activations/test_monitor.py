@@ -115,7 +115,7 @@ def _without(bad: dict[tuple[int, int], float]) -> str:
 def test_every_row_of_many_chunks_may_be_bad_but_not_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {(chunk, row): NAN for chunk in (0, 1, 6) for row in range(CHUNK)}
     assert read(opened(Spoiled(whole), non_finite="drop"), 60).isfinite().all()
-    monkeypatch.setattr("cosae.activations.monitor.BARREN", 20)
+    monkeypatch.setattr("cosae.activations.monitor.MAX_EMPTY_CHUNKS", 20)
     with pytest.raises(CosaeError, match=r"20 chunks .*finite"):
         opened(Spoiled(gain=lambda chunk: NAN), non_finite="drop")
 

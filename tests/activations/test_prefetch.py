@@ -25,7 +25,7 @@ def wait_for(condition: object, seconds: float = 10.0) -> bool:
 
 
 def alone() -> bool:
-    return not any(thread.name == "cosae reads ahead" for thread in threading.enumerate())
+    return not any(thread.name == "cosae prefetches" for thread in threading.enumerate())
 
 
 def test_items_come_in_order_and_end() -> None:

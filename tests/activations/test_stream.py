@@ -69,8 +69,8 @@ def equal(a: Activations, b: Activations) -> bool:
     return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
 
 
-def reading_ahead() -> bool:
-    return any(thread.name == "cosae reads ahead" for thread in threading.enumerate())
+def prefetching() -> bool:
+    return any(thread.name == "cosae prefetches" for thread in threading.enumerate())
 
 
 def test_nothing_is_lost_or_repeated() -> None:
@@ -214,7 +214,7 @@ def test_restored_streams_go_on_to_the_bit(before: int, policy: FilterPolicy, ah
     assert fresh.digest == whole.digest
     for stream in (whole, fresh):
         stream.close()
-    assert not reading_ahead()
+    assert not prefetching()
 
 
 class Seeking(Numbered):
@@ -245,12 +245,12 @@ def test_a_source_that_can_seek_is_told_where_to_begin() -> None:
     assert equal(taken(fresh, 20), taken(stream, 20))
 
 
-def test_reading_ahead_changes_nothing_and_close_ends_it() -> None:
+def test_prefetching_changes_nothing_and_close_ends_it() -> None:
     plain, ahead = opened(), opened(prefetch_chunks=3)
     assert equal(taken(ahead, 30), taken(plain, 30))
-    assert reading_ahead()
+    assert prefetching()
     ahead.close()
-    assert not reading_ahead()
+    assert not prefetching()
     assert equal(taken(ahead, 30), taken(plain, 30))  # and the stream goes on where it was
     ahead.close()
     with pytest.raises(CosaeError, match="NaN at document 200"):
@@ -370,7 +370,7 @@ def test_position_filter_needs_positions_and_widths_must_agree() -> None:
         opened(wide)
 
 
-def test_a_source_that_turns_barren_is_reported() -> None:
+def test_a_source_that_keeps_nothing_is_reported() -> None:
     source = Numbered(change=lambda c: replace(c, special_N=c.index_N >= 10 * CHUNK))
     stream = opened(source, filter=FilterPolicy("none", window_tokens=200, drop_special=True))
     with pytest.raises(CosaeError, match="kept nothing of 1000 chunks"):

@@ -1,7 +1,7 @@
 """Files of N × d values, opened: safetensors, NumPy and Parquet.
 
 In: a path and perhaps a key. Out: an (N, d) array that rows can be taken from, floating point, at least one
-row and one column. What is wrong with a file is told in one sentence; whether its values are finite is
+row and one column. An unreadable file raises one sentence; whether its values are finite is
 checked by the reader.
 """
 

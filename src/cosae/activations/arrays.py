@@ -5,7 +5,7 @@ floating point columns side by side); or a tensor in memory. Out: `Activations` 
 held-out part.
 
 Neighbouring rows of such files tend to be alike (patches of one image, tokens of one text), so train and
-held-out are told apart by whole blocks of consecutive rows, drawn by a seeded permutation of the blocks.
+held-out are split by whole blocks of consecutive rows, drawn by a seeded permutation of the blocks.
 """
 
 from __future__ import annotations

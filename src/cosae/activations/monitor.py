@@ -7,7 +7,7 @@ Looking changes nothing that is handed out; the policy `drop` leaves out rows th
                  factor SHIFT of the reference's, and the share of tokens below the reference's differs from the
                  quantile's own by more than MARGIN + ERRORS standard errors √(q (1 − q) (1/n + 1/n_reference))
 
-The reference is the first window, or what a source says of itself (`norm_reference`). Tokens of one document are
+The reference is the first window, or what a source knows of itself (`norm_reference`). Tokens of one document are
 alike, so that standard errors of independent tokens are too small: the factor is what keeps a steady stream silent.
 """
 
@@ -31,7 +31,7 @@ SHIFT = 1.25
 MARGIN = 0.02
 ERRORS = 6.0
 LOCATED = 20  # rows kept by place; all are counted
-BARREN = 1000  # so many chunks in a row without one finite token: the model is broken, not a row
+MAX_EMPTY_CHUNKS = 1000  # so many chunks in a row without one finite token: the model is broken, not a row
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class StreamMonitor:
         self.non_finite = non_finite
         self._name_of = name_of or (lambda doc: None)
         self._n_chunks = 0  # looked at; a chunk that is read again after a resumption is not counted again
-        self._barren = 0
+        self._empty_chunks = 0
         self._dropped = 0
         self._located: list[dict[str, Any]] = []
         self._new: list[dict[str, Any]] = []  # rows of this refill, located
@@ -78,7 +78,7 @@ class StreamMonitor:
         bad_N = _not_finite(chunk)
         fresh = index >= self._n_chunks
         if bad_N is None:
-            self._barren = 0 if fresh else self._barren
+            self._empty_chunks = 0 if fresh else self._empty_chunks
             return chunk
         rows = bad_N.nonzero().flatten()
         if self.non_finite == "fatal":
@@ -89,9 +89,11 @@ class StreamMonitor:
             )
         if fresh:
             self._count(chunk, rows, index)
-            self._barren = self._barren + 1 if len(rows) == len(chunk) else 0
-        if self._barren > BARREN:
-            raise CosaeError(f"none of {BARREN} chunks in a row held a finite token: the model or the data is broken.")
+            self._empty_chunks = self._empty_chunks + 1 if len(rows) == len(chunk) else 0
+        if self._empty_chunks > MAX_EMPTY_CHUNKS:
+            raise CosaeError(
+                f"none of {MAX_EMPTY_CHUNKS} chunks in a row held a finite token: the model or the data is broken."
+            )
         return chunk[~bad_N]
 
     def see(self, norm_N: Tensor, index: int) -> None:
@@ -102,14 +104,14 @@ class StreamMonitor:
 
     def begin(self, given: NormReference | None = None) -> None:
         """The first window is read: it is the reference from now on, or is held against the one that is given."""
-        self._tell_dropped()
+        self._report_dropped()
         norm_N = torch.cat(self._norms)
         self._reference = given or NormReference(quantiles(norm_N, MARKS), len(norm_N))
         self.refilled()
 
     def refilled(self) -> None:
-        """A refill is complete: tell what it brought."""
-        self._tell_dropped()
+        """A refill is complete: make its events."""
+        self._report_dropped()
         if not self._norms or self._reference is None:
             return
         norm_N, self._norms = torch.cat(self._norms), []
@@ -146,12 +148,12 @@ class StreamMonitor:
     def state(self) -> str:
         """All that is needed to go on: JSON. Taken between refills, when nothing is under way."""
         kept = {"chunks": self._n_chunks, "dropped": self._dropped, "located": self._located, "shifted": self._shifted}
-        return json.dumps({**kept, "barren": self._barren})
+        return json.dumps({**kept, "barren": self._empty_chunks})
 
     def restore(self, state: str) -> None:
-        """Go on where `state` was taken; events of what was read before were told before."""
+        """Go on where `state` was taken; events of what was read before were given before."""
         kept = json.loads(state)
-        self._n_chunks, self._dropped, self._barren = kept["chunks"], kept["dropped"], kept["barren"]
+        self._n_chunks, self._dropped, self._empty_chunks = kept["chunks"], kept["dropped"], kept["barren"]
         self._located, self._shifted = kept["located"], kept["shifted"]
         self._events, self._norms, self._new, self._n_new = [], [], [], 0
 
@@ -163,7 +165,7 @@ class StreamMonitor:
             place = {"chunk": index, "row": row, "document": doc, "name": self._name(doc), "position": position}
             self._new.append({**place, "what": _what(chunk, row), "where": self._where(chunk, row, index)})
 
-    def _tell_dropped(self) -> None:
+    def _report_dropped(self) -> None:
         if not self._n_new:
             return
         self._dropped += self._n_new

@@ -1,4 +1,4 @@
-"""An iterator read ahead by a thread of its own: while one chunk is used, the next ones are made.
+"""An iterator prefetched by a thread of its own: while one chunk is used, the next ones are made.
 
 What comes out is what the iterator gives, in its order; what it raises is raised where it would have come.
 """
@@ -26,10 +26,10 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
-        check_least("the number of chunks read ahead", depth, 1)
+        check_least("the number of prefetched chunks", depth, 1)
         self._stop = threading.Event()
         self._made: Queue[tuple[T | None, BaseException | None]] = Queue(maxsize=depth)
-        self._thread = threading.Thread(target=_make, args=(items, self._made, self._stop), name="cosae reads ahead")
+        self._thread = threading.Thread(target=_make, args=(items, self._made, self._stop), name="cosae prefetches")
         self._started = False
         self._ended: BaseException | None = None
         weakref.finalize(self, self._stop.set)
@@ -58,7 +58,7 @@ class Prefetcher(Generic[T]):
 
 
 def _make(items: Iterator[Any], made: Queue[Any], stop: threading.Event) -> None:
-    """The thread: no reference to its `Ahead`, which must not be kept from being collected."""
+    """The thread: no reference to its `Prefetcher`, which must not be kept from being collected."""
     last: BaseException = StopIteration()
     try:
         for item in items:

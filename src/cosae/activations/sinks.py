@@ -1,4 +1,4 @@
-"""Attention sinks: the tokens that evaluation reports apart, and the median norm that tells them.
+"""Attention sinks: the tokens that evaluation reports separately, and the median norm that defines them.
 
     sink:  position 0 | special id | |x| >= factor · median |x|        (factor 10 in paper §3)
 
@@ -16,7 +16,7 @@ FACTOR = 10.0
 
 
 def sink_mask(activations: Activations, median_norm: float, factor: float = FACTOR) -> Tensor:
-    """(N,) bool: the sinks, whatever training did with them. Without positions and tokens only the norm tells."""
+    """(N,) bool: the sinks, whatever training did with them. Without positions and tokens only the norm counts."""
     large_N = activations.norm_N >= factor * median_norm
     return large_N | (activations.position_N == 0) | activations.special_N
 

@@ -40,7 +40,7 @@ from cosae.io.values import from_plain, to_plain
 from cosae.types import Activations, NormSummary
 
 SAMPLE_ROWS = 16384  # enough for a geometric median and for norm statistics, small enough to copy about
-BARREN_CHUNKS = 1000  # so many chunks in a row without one kept token: the filter is wrong, not the luck
+MAX_EMPTY_CHUNKS = 1000  # so many chunks in a row without one kept token: the filter is wrong, not the luck
 STATE_VERSION = 1
 
 
@@ -57,7 +57,7 @@ class Source(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that tell this source from another; written into records and checked on restoring."""
+        """Plain values that identify this source; written into records and checked on restoring."""
         ...
 
     def chunks(self, start: int = 0) -> Iterator[Activations]:
@@ -74,7 +74,7 @@ class Seekable(Protocol):
         ...
 
     def seek(self, chunk: int, cursor: dict[str, Any]) -> None:
-        """Be told where a chunk is."""
+        """Keep where a chunk is."""
         ...
 
 
@@ -263,7 +263,7 @@ class ActivationStream:
     def _open(self, chunk: int, offset: int) -> None:
         """Read the source from kept row `offset` of chunk `chunk` on."""
         self._chunk, self._offset = chunk, offset
-        self._ahead: deque[Activations] = deque()  # read and checked, not yet taken: the first window
+        self._waiting: deque[Activations] = deque()  # read and checked, not yet taken: the first window
         if isinstance(self._chunks, Prefetcher):
             self._chunks.close()
         self._chunks = self.source.chunks(start=chunk)
@@ -273,15 +273,15 @@ class ActivationStream:
         self._kept: Activations | None = None  # kept rows of chunk self._chunk
 
     def _look(self, policy: FilterPolicy) -> None:
-        """Read the first window ahead; fit the filter, take the norm facts and the sample."""
+        """Read the first window ahead; fit the filter, take the norm summary and the sample."""
         seen = 0
         while seen < policy.window_tokens:
-            self._ahead.append(self._read())
-            seen += len(self._ahead[-1])
+            self._waiting.append(self._read())
+            seen += len(self._waiting[-1])
         reference = getattr(self.source, "norm_reference", None)
         self.monitor.begin(reference() if reference is not None and self.perturbation.kind == "none" else None)
         self._monitor_state = self.monitor.state()  # as of the beginning of the round, where a resumption reads on
-        window = Activations.cat(list(self._ahead))[: policy.window_tokens]
+        window = Activations.cat(list(self._waiting))[: policy.window_tokens]
         if policy.kind == "position_0" and int(window.position_N.max()) < 0:
             raise CosaeError(
                 "the filter position_0 needs activations that know their positions, and these do not; "
@@ -331,10 +331,10 @@ class ActivationStream:
 
     def _take(self, at_most: int) -> Activations:
         """Up to `at_most` kept rows from the source, at least one, in its order."""
-        barren = 0
+        empty_chunks = 0
         while True:
             if self._kept is None:
-                chunk = self._ahead.popleft() if self._ahead else self._read()
+                chunk = self._waiting.popleft() if self._waiting else self._read()
                 keep_N = self.filter.keep(chunk)
                 self._kept = chunk if bool(keep_N.all()) else chunk[keep_N]
             rows = self._kept[self._offset : self._offset + at_most]
@@ -342,10 +342,10 @@ class ActivationStream:
                 self._offset += len(rows)
                 return rows
             self._kept, self._chunk, self._offset = None, self._chunk + 1, 0
-            barren += 1
-            if barren > BARREN_CHUNKS:
+            empty_chunks += 1
+            if empty_chunks > MAX_EMPTY_CHUNKS:
                 raise CosaeError(
-                    f"the filter {self.filter.policy.kind!r} kept nothing of {BARREN_CHUNKS} chunks in a "
+                    f"the filter {self.filter.policy.kind!r} kept nothing of {MAX_EMPTY_CHUNKS} chunks in a "
                     "row; choose another filter or check the activations."
                 )
 

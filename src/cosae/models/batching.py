@@ -70,10 +70,10 @@ def device_bytes(device: torch.device) -> int:
     """All memory of a device, as far as this process may use it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * 2**30
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * 2**30
     limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
     given = [path.read_text().strip() for path in limits if path.is_file()]
-    return min([whole, *(int(text) for text in given if text.isdigit())])
+    return min([physical, *(int(text) for text in given if text.isdigit())])
 
 
 def _device_of(model: nn.Module) -> torch.device:

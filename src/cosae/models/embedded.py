@@ -1,6 +1,6 @@
 """The embedded model: a small Qwen3 with its tokenizer, trained on the embedded corpus, in the package.
 
-Enters: nothing. Leaves: a frozen model with its tokenizer, and what is known about them (`facts`): how
+Enters: nothing. Leaves: a frozen model with its tokenizer, and what is known about them (`metadata`): how
 studies/embedded_model made it, its bits per byte beside the baselines', and its norms block by block.
 Documents start with BOS; the context is 256 tokens.
 """
@@ -52,12 +52,12 @@ def metadata() -> Mapping[str, Any]:
 
     Among its keys: bits_per_byte and baselines_bits_per_byte (on the held-out files, bits per UTF-8 byte),
     norms (per block: median, cv, max_over_median, first_over_median), settings, steps, tokens_seen,
-    n_parameters, python and corpus (digests of the text it was trained and judged on, held-out names).
+    n_parameters, python and corpus (digests of the text it was trained and measured on, held-out names).
     """
-    return deepcopy(_read_facts())
+    return deepcopy(_read_metadata())
 
 
 @cache
-def _read_facts() -> dict[str, Any]:
+def _read_metadata() -> dict[str, Any]:
     metadata: dict[str, Any] = json.loads((model_path() / "provenance.json").read_text("utf-8"))
     return metadata

@@ -81,7 +81,7 @@ def _device(device: str) -> torch.device:
 
 
 def _place(name_or_path: str | os.PathLike[str]) -> str:
-    """The argument for transformers; a path that is not there is told from a name on the hub."""
+    """The argument for transformers; distinguishes a missing path from a name on the hub."""
     name = os.fspath(name_or_path)
     looks_like_path = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1
     is_path = looks_like_path or not isinstance(name_or_path, str)

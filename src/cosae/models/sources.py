@@ -21,7 +21,7 @@ from cosae.types import Activations, Sequences, Site
 CURSORS = 4096
 """Chunks whose place in the text is kept in mind: more than any shuffle buffer reaches back."""
 NAMED_CHUNKS = 64
-"""Chunks whose documents' names are kept in mind: more than are read ahead."""
+"""Chunks whose documents' names are remembered: more than are prefetched."""
 
 
 class _SiteSource:
@@ -177,7 +177,7 @@ class StreamedModelSource(_SiteSource):
     text  an `EndlessText`; or a function that makes an iterator of `Sequences`, the same ones each time: each is one
           chunk, and when they end, the next epoch calls it again
 
-    A restart at a chunk that was made before, or whose cursor `seek` was told, begins right there; at any other it
+    A restart at a chunk that was made before, or whose cursor `seek` was given, begins right there; at any other it
     reads and drops what comes after the nearest cursor without running the model. Other arguments as in
     `ModelSource`. Raises `CosaeError` as `capture` does, and for a text that gives nothing.
     """
@@ -216,7 +216,7 @@ class StreamedModelSource(_SiteSource):
         return self._cursors.get(chunk)
 
     def seek(self, chunk: int, cursor: dict[str, Any]) -> None:
-        """Be told a cursor, as `cursor(chunk)` gave it."""
+        """Keep a cursor, as `cursor(chunk)` gave it."""
         self._remember(chunk, cursor)
 
     def _remember(self, chunk: int, cursor: dict[str, Any]) -> None:

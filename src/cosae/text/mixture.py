@@ -89,7 +89,7 @@ def mix(
     rank = np.random.default_rng([seed, len(sources)]).permutation(len(sources))
     at = list(cursors)
     opened: dict[int, Iterator[TokenizedDocument]] = {}
-    fruitless = [cursor.documents == 0 for cursor in cursors]  # no token yet in this pass
+    empty_pass = [cursor.documents == 0 for cursor in cursors]  # no token yet in this pass
     live = set(range(len(sources)))
     while live:
         i = min(live, key=lambda j: (at[j].tokens / weights[j], rank[j]))
@@ -100,19 +100,19 @@ def mix(
             before = tuple(at)
             at[i] = replace(at[i], documents=at[i].documents + 1, tokens=at[i].tokens + len(document.ids_T))
             if len(document.ids_T):
-                fruitless[i] = False
+                empty_pass[i] = False
                 yield before, document
             continue
         del opened[i]
         if not endless:
             live.remove(i)
             continue
-        if fruitless[i]:
+        if empty_pass[i]:
             raise CosaeError(
                 "every source of the corpus must hold at least one token. Got none in a whole pass over number "
                 f"{i + 1} of {len(sources)}: its documents are empty or too short for min_chars."
             )
-        at[i], fruitless[i] = Cursor(at[i].passes + 1, 0, at[i].tokens), True
+        at[i], empty_pass[i] = Cursor(at[i].passes + 1, 0, at[i].tokens), True
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Text:
     sources   tokenised documents of each, as `Open`
     weights   of each
     seed      breaks ties
-    about     plain values that tell this text from another, for records
+    about     plain values that identify this text, for records
     Other fields as in `iterate_sequences`.
     """
 

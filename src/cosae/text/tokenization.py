@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64  # documents handed to the tokenizer together, which works on them in parallel
 AT_ONCE_CHARS = 2**21  # and no more text than this, beyond one document
-WAITING = 2  # batches under way for each worker: one in its hands, one at its door
+WAITING = 2  # batches under way for each worker: one being tokenised, one queued
 
 
 class TokenizedDocument(NamedTuple):
@@ -100,7 +100,7 @@ def _tokenize(
             index, reason = answer
             where = f"document {batch[index].name!r}" if index >= 0 else f"the documents from {batch[0].name!r} on"
             raise CosaeError(
-                f"The tokenizer {type(tokenizer).__name__} failed on {where}: {reason}. Mend or leave out that text, "
+                f"The tokenizer {type(tokenizer).__name__} failed on {where}: {reason}. Repair or leave out that text, "
                 "or use another tokenizer."
             )
         for document, (ids, offsets) in zip(batch, answer, strict=True):
@@ -128,7 +128,7 @@ def _answers(
                     batch = next(reading)
                 except StopIteration:
                     break
-                except Exception as error:  # told in its turn, after the documents before it
+                except Exception as error:  # raised in its turn, after the documents before it
                     broken = error
                 else:
                     waiting.append((batch, workers.submit([d.text for d in batch])))

@@ -55,7 +55,7 @@ class Store:
     check       False leaves the shards for `faults` to look at
     record      what index.json says
     d_in, dtype width of the rows and how they are stored
-    site        where in the model they were read; None where the store does not say
+    site        where in the model they were read; None where the store does not know
     concepts    names of the label bits; None where rows have no labels
     """
 

@@ -1,4 +1,4 @@
-"""What a finished store says of its train rows: mean, variance, norms, sinks. Exact, in memory that does not grow.
+"""Statistics of a finished store's train rows: mean, variance, norms, sinks. Exact, in memory that does not grow.
 
 mean, variance   moments of each shard, joined by Chan, Golub & LeVeque (1983) in float64, in the shards' order
 norm quantiles   order statistics of the fp32 norms, linear between two of them. Non-negative floats sort as their

@@ -1,7 +1,7 @@
 """Activations → a store on disk, shard after shard, so that a stop at any moment costs no more than one shard.
 
-The journal gets a line a complete shard, flushed before the next one is started. Resuming an unfinished store ends in the
-same bytes as never having stopped.
+The journal gets a line a complete shard, flushed before the next one is started. Resuming an unfinished store ends in
+the same bytes as never having stopped.
 """
 
 from __future__ import annotations

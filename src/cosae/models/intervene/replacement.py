@@ -43,7 +43,7 @@ class SplicedSAE(Protocol):
 class Replaced:
     """What one replacement leaves: x′ as it goes on through the model, and the codes before and after the edits.
 
-    Codes are None where the replacement was told not to read them and needed none.
+    Codes are None where the replacement does not read them and needs none.
     """
 
     x: Tensor

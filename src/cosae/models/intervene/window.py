@@ -91,9 +91,9 @@ def read_window(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             f"attention_mask must be (sequences, tokens), tokens in the cache included: here ({shape[0]}, "
             f"{start + shape[1]}). Got {tuple(mask.shape)} instead."
         )
-    whole = mask.bool().to(device)
-    start = whole.shape[1] - shape[1]
-    return Window(whole[:, start:], positions(whole)[:, start:], start, ids_ST)
+    mask = mask.bool().to(device)
+    start = mask.shape[1] - shape[1]
+    return Window(mask[:, start:], positions(mask)[:, start:], start, ids_ST)
 
 
 def _cached(cache: Any) -> int:
@@ -112,9 +112,7 @@ def _own_column(mask: Tensor, shape: tuple[int, int], start: int) -> Tensor:
 
 def check_where(where: Any) -> Where:
     """`at` of an edit in its one form. Raises CosaeError for anything `chosen` does not know."""
-    if isinstance(where, str) and where in ("all", "last"):
-        return where
-    if isinstance(where, slice):
+    if isinstance(where, slice) or (isinstance(where, str) and where in ("all", "last")):
         return where
     if isinstance(where, Tensor) and where.dtype == torch.bool and where.ndim == 2:
         return where
@@ -168,13 +166,11 @@ def columns(mask: Tensor, window: Window, name: str) -> Tensor:
 
 
 def resolve_policy(policy: Policy, metadata: dict[str, Any]) -> Policy:
-    """ "filter" and "sinks_out" with what the SAE's facts say filled in; everything else as it is.
+    """ "filter" and "sinks_out" with the filter from the SAE's metadata filled in; everything else as it is.
 
     Raises CosaeError for an unknown word, and where the SAE carries no filter.
     """
-    if not isinstance(policy, str):
-        return policy
-    if policy == "all":
+    if not isinstance(policy, str) or policy == "all":
         return policy
     if policy not in ("filter", "sinks_out"):
         raise CosaeError(
@@ -196,7 +192,7 @@ def resolve_policy(policy: Policy, metadata: dict[str, Any]) -> Policy:
 def covered(policy: Policy, x_ND: Tensor, window: Window, special_ids: tuple[int, ...]) -> Tensor:
     """(N,) bool, N = S·T: the tokens an SAE stands in for. Padding and all-zero rows never are.
 
-    "all"; a Filter: those it keeps; a tensor: `columns`; a function: what it says of the tokens as `Activations`
+    "all"; a Filter: those it keeps; a tensor: `columns`; a function: its answer for the tokens as `Activations`
     (norms, positions, ids and special ids known, documents not). x_ND: (N, D) at least fp32.
     """
     real_N = window.mask_ST.reshape(-1) & (x_ND != 0).any(-1)
@@ -204,8 +200,8 @@ def covered(policy: Policy, x_ND: Tensor, window: Window, special_ids: tuple[int
         return columns(policy, window, "tokens").reshape(-1) & real_N
     if isinstance(policy, str):
         return real_N
-    said = policy.keep if isinstance(policy, Filter) else policy
-    kept_N = said(_as_activations(x_ND, window, special_ids))
+    keep = policy.keep if isinstance(policy, Filter) else policy
+    kept_N = keep(_as_activations(x_ND, window, special_ids))
     if not isinstance(kept_N, Tensor) or kept_N.dtype != torch.bool or kept_N.shape != real_N.shape:
         raise CosaeError(f"tokens as a function must return a boolean tensor of shape ({len(real_N)},), one per token.")
     return kept_N.to(real_N.device) & real_N

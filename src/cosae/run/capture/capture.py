@@ -48,7 +48,7 @@ NO_SAY_IN_IT = (
 
 
 Progress = Callable[[int], None]
-"""Is told how many more rows are done; those found on disk first."""
+"""Gets how many more rows are done; those found on disk first."""
 
 
 def capture_stores(
@@ -60,10 +60,10 @@ def capture_stores(
 ) -> list[Path]:
     """Write, or go on writing, the stores; returns their folders.
 
-    progress: given the number of rows in all, makes what is told of more. Raises CosaeError for a model, site or
+    progress: given the number of rows in all, makes what gets the progress. Raises CosaeError for a model, site or
     corpus that cannot be read, what cannot fit in memory or on disk, a folder that holds something else or that
     another capture is writing, and a disk that refuses; KeyboardInterrupt after Ctrl-C or SIGTERM, when the shard in
-    progress is written. All that is whole then is gone on from.
+    progress is written. Complete shards are kept: the same call resumes.
     """
     from cosae.models.capture import capture
     from cosae.models.sites import resolve_site
@@ -143,7 +143,7 @@ def _write(
 
 
 def started_with(out: Path, setting: str) -> Any:
-    """What a store in `out` was begun with; None where there is none. A size that was measured is not measured anew."""
+    """What a store in `out` was started with, so that a size that was measured is kept; None where there is none."""
     return next((started_request(place).get(setting) for place in find_stores(out)), None)
 
 

@@ -57,7 +57,7 @@ class CaptureText:
 
     @property
     def warnings(self) -> list[str]:
-        """What a person should be told of what was passed over."""
+        """What was passed over."""
         return self._text.warnings
 
     def close(self) -> None:
