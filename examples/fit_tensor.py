@@ -22,7 +22,7 @@ for name, sae in run.saes.items():
     a = float(sae.scale_a.detach())
     print(f"{name:<10} {found['fve']:6.3f} {found['median_token_fve']:17.3f} {found['l0']:6.2f} {a:6.2f}")
 for row in run.evaluation["paired_fve"]:
-    if row["sinks"] == "out":
+    if row["sinks"] == "sinks_out":
         interval = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
         print(f"FVE of {row['arm']} − {row['versus']}: {row['difference']:+.3f} {interval}")
 

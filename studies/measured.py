@@ -9,12 +9,13 @@ yardstick, between seeds of one arm; what a shift of the norms at deployment doe
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,21 +24,22 @@ import cosae
 from cosae.activations import perturbation as perturbations
 from cosae.activations.filter import Filter
 from cosae.activations.perturbation import Perturbation
-from cosae.activations.sinks import sink_mask
-from cosae.evaluate.encoding import encode_all
-from cosae.evaluate.matching import match
+from cosae.activations.sample import SINKS, Sample, SinkRule
+from cosae.evaluate.encoded import Autoencoder, encode_all, encode_sample
+from cosae.evaluate.matching.match import match
+from cosae.evaluate.norms.counterfactual import at_median
 from cosae.evaluate.norms.driven import firing_norms, norm_driven
 from cosae.evaluate.norms.read_time import remove_norm
 from cosae.evaluate.probing.ranking import EVERY_RULE, latent_columns, rank_quality, select
-from cosae.evaluate.reconstruct import Autoencoder
-from cosae.evaluate.reconstruction import measure
+from cosae.evaluate.reconstruction import summarise
 from cosae.io.values import from_plain
 from cosae.recipe import Recipe
-from cosae.run.dataset.dataset import ModelData, Sample
+from cosae.run.dataset.base import Dataset, DataUse
+from cosae.run.dataset.open import open_dataset
 from cosae.run.folder import read_json, write_json
 from cosae.sae.model import SAE
 from cosae.sae.swap import swap_score
-from cosae.text.concepts.labels import CONCEPTS
+from cosae.text.concepts.table import CONCEPTS
 from cosae.types import Activations
 from studies.runsets import RUNSETS, SEEDS, finished, folder_of
 
@@ -66,19 +68,18 @@ class Samples:
     """Held-out and training samples of one data configuration, captured once for all seeds and sets that share it."""
 
     def __init__(self) -> None:
-        self._opened: dict[str, ModelData] = {}
+        self._opened: dict[str, Dataset] = {}
 
-    def of(self, recipe: Recipe, split: str) -> Sample:
-        """The sample of a split with the recipe's perturbation on it."""
+    def of(self, recipe: Recipe, split: Literal["train", "held_out"], fitted: Filter) -> Sample:
+        """The sample of a split with the recipe's perturbation on it, sinks as the run's evaluation tells them."""
         key = json.dumps([repr(recipe.data), recipe.training.seed, repr(recipe.evaluation)])
         if key not in self._opened:
             self._opened.clear()  # one at a time: a sample is a few hundred MB
-            few = recipe.changed({"training.steps": 1, "training.batch_tokens": 1, "training.buffer_tokens": 2})
-            self._opened[key] = ModelData(few.changed({"filter.window_tokens": 1}))
-        opened = self._opened[key]
-        opened._recipe = replace(opened._recipe, perturbation=recipe.perturbation)
-        tokens = recipe.evaluation.probe_tokens if split == "train" else recipe.evaluation.held_out_tokens
-        return opened.sample(split, tokens)  # type: ignore[arg-type]
+            self._opened[key] = open_dataset(recipe.data, DataUse.of(recipe))
+        data, use = copy.copy(self._opened[key]), DataUse.of(recipe)
+        data.use = use
+        tokens = recipe.evaluation.probe_tokens if split == "train" else use.held_out_tokens
+        return data.sample(split, tokens, SinkRule(fitted.policy.factor, fitted.median_norm))
 
 
 def saes_of(folder: Path) -> dict[str, SAE]:
@@ -87,22 +88,17 @@ def saes_of(folder: Path) -> dict[str, SAE]:
     return {name: cosae.load(folder / "arms" / name) for name in arms}
 
 
-def sinks_of(activations: Activations, fitted: Filter) -> torch.Tensor:
-    """(N,) bool: the tokens the run's evaluation calls sinks."""
-    return sink_mask(activations, fitted.median_norm, fitted.policy.factor)
+def reconstruction_of(sae: Autoencoder, activations: Activations) -> dict[str, Any]:
+    """Reconstruction of all these tokens."""
+    return summarise(encode_sample(sae, Sample.of(activations)), "sinks_in")
 
 
 class Probe:
     """Concepts of a train and a held-out sample, ready for any codes."""
 
-    def __init__(self, train: Sample, held_out: Sample, fitted: Filter, sinks_in: bool) -> None:
+    def __init__(self, train: Sample, held_out: Sample, sinks: str) -> None:
         self.sides = (train, held_out)
-        self.keep = []
-        for sample in self.sides:
-            keep_N = np.asarray(sample.labelled_N).copy()
-            if not sinks_in:
-                keep_N &= ~sinks_of(sample.activations, fitted).numpy()
-            self.keep.append(keep_N)
+        self.keep = [one.labelled_N & one.keep(sinks).numpy() for one in self.sides]
         counts = [s.labels_NC[k].sum(axis=0) for s, k in zip(self.sides, self.keep, strict=True)]
         enough_C = np.minimum(*counts) >= 200
         contextual_C = np.array([concept.group == "contextual" for concept in CONCEPTS])
@@ -128,32 +124,29 @@ def measure_run(name: str, seed: int, samples: Samples) -> dict[str, Any]:
     recipe = Recipe.read(folder / "recipe.json")
     fitted = from_plain(Filter, read_json(folder / "run.json")["filter"], "the filter")
     saes = {arm: sae for arm, sae in saes_of(folder).items() if arm in ARMS}
-    held_out, train = samples.of(recipe, "held_out"), samples.of(recipe, "train")
-    sink_N = sinks_of(held_out.activations, fitted)
+    held_out, train = samples.of(recipe, "held_out", fitted), samples.of(recipe, "train", fitted)
     found: dict[str, Any] = {"arms": {arm: {} for arm in saes}}
     readers: dict[str, Autoencoder] = dict(saes)
-    calm = train.activations[~sinks_of(train.activations, fitted)][:16_384]
+    calm = train.activations[~train.sink_N][:16_384]
     readers[READ_TIME] = remove_norm(saes["standard"], calm, keep_firings=False)
     codes = {arm: (encode_all(r, train.activations), encode_all(r, held_out.activations)) for arm, r in readers.items()}
-    wanted = {"natural": {"sinks_out": False}, "sinks": {"sinks_out": False, "sinks_in": True}}.get(name, {})
-    for which, sinks_in in wanted.items():
-        probe = Probe(train, held_out, fitted, sinks_in)
-        found[f"probing_{which}"] = {arm: probe(both) for arm, both in codes.items()}
-    few = held_out.activations[:NORM_TOKENS]
+    for sinks in {"natural": ("sinks_out",), "sinks": SINKS}.get(name, ()):
+        probe = Probe(train, held_out, sinks)
+        found[f"probing_{sinks}"] = {arm: probe(both) for arm, both in codes.items()}
+    few = held_out[torch.arange(len(held_out)) < NORM_TOKENS]
     for arm, sae in saes.items():
-        test = norm_driven(sae, few, sink_N[:NORM_TOKENS], seed=seed, n_resamples=500)
-        norms = firing_norms(sae, held_out.activations, sink_N)
-        for which in ("sinks_in", "sinks_out"):
-            test[which] = {k: v for k, v in (test[which] or {}).items() if k != "per_feature"}
-            norms[which] = {k: v for k, v in (norms[which] or {}).items() if k != "per_feature"}
+        encoded = encode_sample(sae, few)
+        test = norm_driven(encoded, at_median(encoded), seed=seed, n_resamples=500)
+        norms = firing_norms(encode_sample(sae, held_out))
+        for sinks in SINKS:
+            test[sinks] = {k: v for k, v in (test[sinks] or {}).items() if k != "per_feature"}
+            norms[sinks] = {k: v for k, v in (norms[sinks] or {}).items() if k != "per_feature"}
         found["arms"][arm] = {"norm_driven": test, "firing_norms": norms}
     if name == "natural":
-        found["shift"] = _shifts(saes, readers[READ_TIME], held_out, train, fitted, codes)
-        found["matching"] = _matchings(
-            name, seed, {arm: both[1] for arm, both in codes.items()}, saes, ~sink_N, held_out
-        )
+        found["shift"] = _shifts(saes, readers[READ_TIME], held_out, train, codes)
+        found["matching"] = _matchings(name, seed, {arm: both[1] for arm, both in codes.items()}, saes, held_out)
     if name in ("natural", "injected"):
-        found["swap"] = _swaps(saes, held_out, train, fitted, sink_N, codes)
+        found["swap"] = _swaps(saes, held_out, train, fitted, codes)
     return found
 
 
@@ -162,7 +155,6 @@ def _shifts(
     reader: Autoencoder,
     held_out: Sample,
     train: Sample,
-    fitted: Filter,
     codes: Mapping[str, tuple[cosae.Codes, cosae.Codes]],
 ) -> dict[str, Any]:
     """Norms that vary at deployment only: thresholds and probing latents were chosen without it."""
@@ -173,10 +165,10 @@ def _shifts(
         shifted = perturbations.apply(
             held_out.activations, Perturbation(kind="log_normal", sigma=sigma, seed=1), 0, "held_out"
         )
-        probe = Probe(train, replace(held_out, activations=shifted), fitted, sinks_in=True)
+        probe = Probe(train, replace(held_out, activations=shifted), "sinks_in")
         row = {}
         for arm, sae in tested.items():
-            numbers = measure(sae, shifted)
+            numbers = reconstruction_of(sae, shifted)
             aurocs = probe((codes[arm][0], encode_all(sae, shifted)))["auroc"]
             keys = ("fve", "median_token_fve", "l0")
             row[arm] = {**{key: numbers[key] for key in keys}, "auroc": float(np.mean(list(aurocs.values())))}
@@ -189,11 +181,10 @@ def _matchings(
     seed: int,
     held_out_codes: Mapping[str, cosae.Codes],
     saes: Mapping[str, SAE],
-    keep_N: torch.Tensor,
     held_out: Sample,
 ) -> dict[str, Any]:
     """Shared features of each pair of arms, and of each arm with itself trained from another seed."""
-    rows = keep_N.numpy()
+    rows = ~held_out.sink_N
     kept = {arm: held_out_codes[arm].take(rows) for arm in MATCHED}
     found = {}
     for i, first in enumerate(MATCHED):
@@ -214,13 +205,12 @@ def _swaps(
     held_out: Sample,
     train: Sample,
     fitted: Filter,
-    sink_N: torch.Tensor,
     codes: Mapping[str, tuple[cosae.Codes, cosae.Codes]],
 ) -> dict[str, Any]:
     """Each score read by the other: as the paper did (nothing refitted) and refitted to L0 and size."""
     kept = train.activations.x_ND[fitted.keep(train.activations)][:32_768].float()
-    probe = Probe(train, held_out, fitted, sinks_in=False)
-    calm = held_out.activations[~sink_N]
+    probe = Probe(train, held_out, "sinks_out")
+    calm = held_out.activations[~held_out.sink_N]
     found = {}
     for arm, score in SWAPS:
         readings: dict[str, SAE] = {
@@ -230,7 +220,7 @@ def _swaps(
         }
         row = {}
         for reading, sae in readings.items():
-            numbers = measure(sae, calm)
+            numbers = reconstruction_of(sae, calm)
             both = (encode_all(sae, train.activations), encode_all(sae, held_out.activations))
             aurocs = probe(both)
             keys = ("fve", "median_token_fve", "l0", "dead_frac")

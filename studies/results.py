@@ -100,10 +100,9 @@ def aurocs(name: str, arm: str, rule: str = "auroc", sinks: str = "sinks_out") -
     """Held-out AUROC by contextual concept of the latent that the rule chose, one mapping per seed."""
     if rule == "standardised_difference" or arm.startswith("standard, read"):
         return [more(name, seed)[f"probing_{sinks}"][arm][rule] for seed in seeds(name)]
-    key = "probing" if sinks == "sinks_out" else "probing_sinks_in"
     found = []
     for seed in seeds(name):
-        probing = evaluation(name, seed)[key]
+        probing = evaluation(name, seed)["probing"][sinks]
         values = probing["arms"][arm][rule]["auroc"]
         listed = zip(probing["concepts"], values, strict=True)
         found.append({concept["name"]: value for concept, value in listed if concept["group"] == "contextual"})

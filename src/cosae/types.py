@@ -48,7 +48,7 @@ class Sequences:
         return int(self.ids_ST.shape[0])
 
     def __getitem__(self, rows: slice | Tensor) -> Sequences:
-        """The chosen sequences, in the order asked for; document names are kept whole."""
+        """The chosen sequences, in the order asked for; all document names are kept."""
         return replace(
             self,
             ids_ST=self.ids_ST[rows],
@@ -57,6 +57,11 @@ class Sequences:
             mask_ST=self.mask_ST[rows],
             special_ST=self.special_ST[rows],
         )
+
+    def columns(self, n: int) -> Sequences:
+        """The first n places of every sequence."""
+        names = ("ids_ST", "doc_ST", "index_ST", "mask_ST", "special_ST")
+        return replace(self, **{name: getattr(self, name)[:, :n] for name in names})
 
 
 @dataclass(frozen=True)

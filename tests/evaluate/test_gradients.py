@@ -10,8 +10,8 @@ import torch
 import cosae
 from cosae.errors import CosaeError
 from cosae.evaluate import gradients
+from cosae.evaluate.encoded import norm_quartiles
 from cosae.evaluate.gradients import SELECTIONS, measure_gradients
-from cosae.evaluate.reconstruct import norm_quartiles
 
 D, F, K = 8, 24, 3
 

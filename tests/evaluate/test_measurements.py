@@ -10,13 +10,11 @@ import pytest
 import torch
 
 import cosae
-from cosae.evaluate import encoding, geometry, gradients, reconstruction
-from cosae.evaluate.audit import audit
-from cosae.evaluate.matching import match as matching
-from cosae.evaluate.norms import driven as norm_driven
-from cosae.evaluate.norms import read_time, sinks
+from cosae.evaluate import encoded, geometry, gradients
+from cosae.evaluate.norms import read_time
 from cosae.sae.calibrate import calibrate
 from cosae.types import Activations
+from tests.support import passes
 
 N, D, F = 700, 12, 36
 SAES = (("inner", "batch_topk", "raw"), ("cosine", "jumprelu", "raw"), ("cosine_per_feature", "topk", "unit"))
@@ -43,15 +41,15 @@ def sae_of(score: str, selector: str, frame: str, seed: int = 0) -> cosae.SAE:
 
 Measure = Callable[[cosae.SAE, Activations, torch.Tensor, int], Any]
 MEASUREMENTS: Mapping[str, Measure] = {
-    "reconstruction": lambda s, x, k, b: reconstruction.measure_with_and_without_sinks(s, x, k, b),
-    "norm_driven": lambda s, x, k, b: norm_driven.norm_driven(s, x, k, batch_tokens=b, n_resamples=20),
-    "firing_norms": lambda s, x, k, b: norm_driven.firing_norms(s, x, k),
-    "sinks": lambda s, x, k, b: sinks.sink_metrics(s, x, k, b),
-    "read_time": lambda s, x, k, b: reconstruction.measure(read_time.remove_norm(s, x[~k]), x, batch_tokens=b),
+    "reconstruction": lambda s, x, k, b: passes.measure_both(s, x, k, b),
+    "norm_driven": lambda s, x, k, b: passes.norm_driven(s, x, k, batch_tokens=b, n_resamples=20),
+    "firing_norms": lambda s, x, k, b: passes.firing_norms(s, x, k, batch_tokens=b),
+    "sinks": lambda s, x, k, b: passes.sink_metrics(s, x, k, b),
+    "read_time": lambda s, x, k, b: passes.measure(read_time.remove_norm(s, x[~k]), x, batch_tokens=b),
     "geometry": lambda s, x, k, b: geometry.geometry(s),
-    "matching": lambda s, x, k, b: matching.match_saes(s, sae_of("inner", "batch_topk", "raw", 1), x, k).numbers(),
+    "matching": lambda s, x, k, b: passes.match_saes(s, sae_of("inner", "batch_topk", "raw", 1), x, k).numbers(),
     "gradients": lambda s, x, k, b: gradients.measure_gradients(s, x, batch_tokens=128, n_batches=2),  # of a batch
-    "audit": lambda s, x, k, b: audit(s, x, k, batch_tokens=b),
+    "audit": lambda s, x, k, b: passes.audit(s, x, k, batch_tokens=b),
 }
 
 
@@ -79,7 +77,7 @@ def test_no_measurement_changes_an_sae_nor_depends_on_the_batch(
     kept = x.x_ND.clone()
     found = []
     for size in (N, 64, 7):
-        monkeypatch.setattr(encoding, "ENCODE_TOKENS", size)
+        monkeypatch.setattr(encoded, "BATCH_TOKENS", size)
         found.append(leaves(MEASUREMENTS[name](sae, x, sink_N, size)))
     after = sae.state_dict()
     assert before.keys() == after.keys()

@@ -7,16 +7,11 @@ import torch
 
 import cosae
 from cosae.errors import CosaeError
-from cosae.evaluate.encoding import encode_all
-from cosae.evaluate.reconstruction import (
-    measure,
-    measure_with_and_without_sinks,
-    paired_fve_differences,
-    per_document,
-    reconstruct_with_sinks,
-)
+from cosae.evaluate.encoded import encode_all
+from cosae.evaluate.reconstruction import paired_fve_differences, per_document
 from cosae.sae.calibrate import calibrate
 from cosae.types import Activations, Codes
+from tests.support.passes import encoded, measure, measure_both
 
 D = 6
 
@@ -137,7 +132,7 @@ def test_a_far_mean_does_not_cost_digits():
 def test_sinks_in_and_out_come_from_one_pass_and_equal_two():
     activations, sink_N = some_activations()
     sae = Planted(0.8, spoil=14.0, spoil_above=100.0)
-    both = measure_with_and_without_sinks(sae, activations, sink_N, batch_tokens=64)
+    both = measure_both(sae, activations, sink_N, batch_tokens=64)
     assert both["sinks_in"] == measure(sae, activations, batch_tokens=64)
     assert both["sinks_out"] == measure(sae, activations, ~sink_N, batch_tokens=64)
     assert both["n_sinks"] == 4
@@ -238,8 +233,8 @@ def test_padding_enters_nothing():
     activations, sink_N = some_activations()
     padded = Activations.cat([activations, Activations.bare(torch.zeros(50, D))])
     more_N = torch.cat([sink_N, torch.zeros(50, dtype=torch.bool)])
-    plain = measure_with_and_without_sinks(Planted(), activations, sink_N)
-    found = measure_with_and_without_sinks(Planted(), padded, more_N)
+    plain = measure_both(Planted(), activations, sink_N)
+    found = measure_both(Planted(), padded, more_N)
     assert (found["n_sinks"], found["sink_frac"]) == (4, 4 / 500)
     for which in ("sinks_in", "sinks_out"):
         assert found[which] == plain[which]
@@ -267,10 +262,7 @@ def test_measuring_changes_no_state():
 def test_paired_difference_is_exact_for_a_uniform_gain_and_zero_for_a_twin():
     activations, sink_N = some_activations()
     arms = {"standard": Planted(0.8), "twin": Planted(0.8), "better": Planted(0.9)}
-    sums = {
-        name: per_document(reconstruct_with_sinks(sae, activations, sink_N), activations, "out")
-        for name, sae in arms.items()
-    }
+    sums = {name: per_document(encoded(sae, activations, sink_N), "sinks_out") for name, sae in arms.items()}
     twin, better = paired_fve_differences(sums, "standard", seed=5, n_resamples=300)
     assert (twin["difference"], twin["low"], twin["high"]) == (0, 0, 0)
     fves = [measure(arms[name], activations, ~sink_N)["fve"] for name in ("better", "standard")]
@@ -281,22 +273,19 @@ def test_paired_difference_is_exact_for_a_uniform_gain_and_zero_for_a_twin():
     assert paired_fve_differences(sums, "standard", seed=5, n_resamples=300)[1] == better
 
 
-def test_the_pass_leaves_its_codes_where_they_are_asked_for():
+def test_a_pass_holds_the_codes():
     activations, sink_N = some_activations()
     sae = Planted()
-    kept = reconstruct_with_sinks(sae, activations, sink_N, batch_tokens=64, keep_codes=True).codes
+    kept = encoded(sae, activations, sink_N, batch_tokens=64).codes
     expected = encode_all(sae, activations)
     assert kept.shape == expected.shape == (500,)
     for name in ("offset_B1", "feature_E", "value_E"):
         assert torch.equal(getattr(kept, name), getattr(expected, name))
-    assert reconstruct_with_sinks(sae, activations, sink_N).codes is None
 
 
 def test_rows_are_resampled_in_blocks_where_there_are_no_documents():
     activations = Activations.bare(some_activations()[0].x_ND)
-    sums = per_document(
-        reconstruct_with_sinks(Planted(), activations, torch.zeros(500, dtype=torch.bool)), activations, "in"
-    )
+    sums = per_document(encoded(Planted(), activations), "sinks_in")
     assert sums.unit == "blocks of 2 rows"
     assert len(sums.total_U) == 250
 
@@ -305,10 +294,10 @@ def test_mistakes_are_named():
     activations, sink_N = some_activations()
     with pytest.raises(CosaeError, match="at least one token"):
         measure(Planted(), activations, torch.zeros(500, dtype=torch.bool))
-    with pytest.raises(CosaeError, match=r"shape \(500,\)"):
+    with pytest.raises(CosaeError, match="one entry for each of 500"):
         measure(Planted(), activations, sink_N[:3])
     with pytest.raises(CosaeError, match="batch_tokens"):
         measure(Planted(), activations, batch_tokens=0)
-    sums = per_document(reconstruct_with_sinks(Planted(), activations, sink_N), activations, "in")
+    sums = per_document(encoded(Planted(), activations, sink_N), "sinks_in")
     with pytest.raises(CosaeError, match="baseline"):
         paired_fve_differences({"a": sums}, "b")

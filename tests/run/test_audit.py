@@ -15,7 +15,7 @@ from cosae.errors import CosaeError
 from cosae.interop.dictionary_learning.write import write as write_dictionary
 from cosae.report.audit import audit_text
 from cosae.run.audit import run_audit
-from cosae.run.dataset.existing import EvalRequest
+from cosae.run.requests import EvalRequest
 from cosae.sae.calibrate import calibrate
 
 D = 12

@@ -14,7 +14,7 @@ import cosae
 from cosae.activations.synthetic import SyntheticSource, World
 from cosae.cli.training import Train, build_recipe
 from cosae.recipe import Recipe
-from cosae.run.dataset.dataset import open_data
+from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Logs, execute
 from cosae.sae.calibrate import calibrate
 from cosae.sae.frame import FRAMES
@@ -119,7 +119,7 @@ def test_norm_noise_in_training_and_at_deployment_only() -> None:
     (line,) = spans("norm noise in")
     assert not torch.equal(next(iter(trained(line).values())).W_enc, trained("--arms standard")["standard"].W_enc)
     (line,) = spans("norm noise at")
-    plain, shifted = (open_data(recipe_of(text)) for text in ("", line))
+    plain, shifted = (dataset_of(recipe_of(text)) for text in ("", line))
     train, held_out = (
         [data.sample(side, 100).activations.x_ND for data in (plain, shifted)] for side in ("train", "held_out")
     )

@@ -15,11 +15,14 @@ import torch
 
 import cosae
 from cosae.cli import main
+from cosae.evaluate.context import TextProbes
+from cosae.evaluate.probing.encode_texts import encode_texts
 from cosae.interop.sae_probes import datasets as sae_probes
 from cosae.models.capture import capture
-from cosae.run.evaluate import MEASURES
-from cosae.run.evaluate_screen import TABLES
+from cosae.recipe import DataConfig
+from cosae.run.dataset.open import open_dataset
 from cosae.sae.calibrate import calibrate
+from cosae.text.labelled import read_labelled
 from tests.run.test_model_run import WORDS, save_tokenizer
 
 from tests.support.tiny_models import make_model, make_sequences  # isort: skip
@@ -85,11 +88,19 @@ def model(world: Path) -> list[str]:
     ]
 
 
-def test_every_measurement_has_a_table() -> None:
-    assert MEASURES.keys() == TABLES.keys()
+FILE_NUMBERS = {
+    "reconstruction": lambda found: (found["saes"]["A"]["sinks_out"]["l0"], 4.0, 6.0),
+    "norms": lambda found: (found["saes"]["B"]["norm_driven"]["sinks_out"]["share"], 0.0, 0.0),
+    "sinks": lambda found: (found["saes"]["A"]["n_sinks"], 0, 8),
+    "geometry": lambda found: (found["saes"]["A"]["decoder"]["mean_max_cosine"], 0.2, 1.0),
+    "exponents": lambda found: (found["A"]["value"], 1.0, 1.0),
+    "matching": lambda found: (found["correlation/mutual"]["pair"]["alive_a"], 5, 40),
+    "gradients": lambda found: (sum(found["saes"]["A"]["sinks_in"]["selections"]["batch"]["share"]), 0.999, 1.001),
+}
+"""Of each measurement one number, and what it must lie between."""
 
 
-@pytest.mark.parametrize("measurement", ["reconstruction", "norms", "sinks", "geometry", "matching", "gradients"])
+@pytest.mark.parametrize("measurement", FILE_NUMBERS)
 def test_on_a_file_of_vectors(
     measurement: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,21 +112,34 @@ def test_on_a_file_of_vectors(
     assert "A" in printed
     result = json.loads(out.read_text())
     assert (result["format"], result["measurement"], list(result["saes"])) == ("cosae-eval", measurement, ["A", "B"])
-    assert before
+    assert result["source"]["tokens"] == 240
     assert before == {path: path.read_bytes() for path in before}
+    value, low, high = FILE_NUMBERS[measurement](result["found"])
+    assert low <= value <= high
     if measurement == "matching":
         assert result["found"]["correlation/mutual"]["against_yardstick"]["paired"] is True
     if measurement == "norms":
-        shares = {name: one["norm_driven"]["sinks_out"]["share"] for name, one in result["found"]["saes"].items()}
-        assert shares["B"] == 0 < shares["A"]
+        assert result["found"]["saes"]["A"]["norm_driven"]["sinks_out"]["share"] > 0
 
 
-@pytest.mark.parametrize("measurement", ["splice", "causal", "patching"])
-def test_on_the_model_itself(measurement: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, printed, said = run([measurement, *pair(world), *model(world)], capsys)
+MODEL_NUMBERS = {
+    "splice": lambda found: (found["saes"]["A"]["everywhere"]["sinks_in"]["kl"], 1e-6, 20.0),
+    "causal": lambda found: (len(found["saes"]["A"]["ablation"]["edits"]), 8, 8),
+    "patching": lambda found: (found["pairs"], 1, 200),
+}
+
+
+@pytest.mark.parametrize("measurement", MODEL_NUMBERS)
+def test_on_the_model_itself(measurement: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found.json"
+    status, printed, said = run([measurement, *pair(world), *model(world), "--out", str(out)], capsys)
     assert status == 0, said
+    value, low, high = MODEL_NUMBERS[measurement](json.loads(out.read_text())["found"])
+    assert low <= value <= high
     said_of = {"splice": "loss increase", "causal": "relative size", "patching": "direction / norm"}
     assert said_of[measurement] in printed
+    status, _, said = run([measurement, *pair(world), *model(world), "--inject", "log_normal:sigma=2"], capsys)
+    assert (status, "drop --inject" in said) == (2, True)
 
 
 def test_a_class_of_texts_is_probed_beside_its_floors(
@@ -168,19 +192,13 @@ def _compress(path: Path, lines: list[str]) -> None:
 
 
 def test_a_saved_text_set_is_pooled_alike_whatever_the_chunk(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cosae.recipe import DataConfig, Recipe
-    from cosae.run.dataset import labelled as texts
-    from cosae.run.dataset.dataset import ModelData
-    from cosae.text.labelled import read_labelled
-
-    changes = {"training.steps": 1, "training.batch_tokens": 1, "training.buffer_tokens": 2, "filter.window_tokens": 1}
-    data_of = DataConfig(model=str(world / "model"), site=SITE, corpus=str(world / "corpus"), batch_sequences=4)
-    data = ModelData(Recipe(data=data_of).changed(changes))
-    one, sae = read_labelled(str(world / "set.jsonl")), cosae.load(world / "inner_0")
-    reading = texts.Reading(read_time=False, untrained=False)
-    whole = texts.encode_texts([one], {"A": [sae]}, data, reading)[0]
-    monkeypatch.setattr(texts, "CHUNK", 12)
-    parts = texts.encode_texts([one], {"A": [sae]}, data, reading)[0]
+    config = DataConfig(model=str(world / "model"), site=SITE, corpus=str(world / "corpus"), batch_sequences=4)
+    data = open_dataset(config)
+    sae = cosae.load(world / "inner_0")
+    texts = TextProbes(sets=[read_labelled(str(world / "set.jsonl"))], read_time=False, untrained=False)
+    whole = encode_texts(texts, {"A": [sae]}, data, 10.0)[0]
+    monkeypatch.setattr("cosae.run.dataset.model.TEXTS_AT_ONCE", 12)
+    parts = encode_texts(texts, {"A": [sae]}, data, 10.0)[0]
     assert len(whole.class_S) == 120
     for sinks in ("sinks_in", "sinks_out"):
         a, b = (found.codes[sinks]["A"][0].to_scipy().toarray() for found in (whole, parts))
@@ -200,7 +218,7 @@ def test_a_saved_text_set_is_pooled_alike_whatever_the_chunk(world: Path, monkey
         (["splice", "{inner_0}", "--activations", "{x.npy}"], "runs the model itself"),
         (["norms", "a={inner_0}", "a={inner_1}", "--activations", "{x.npy}"], "two SAEs were given one name"),
         (["norms", "{inner_0}", "--activations", "{x.npy}", "--out", "/nowhere/at/all.json"], "cannot be written"),
-        (["probing", "{inner_0}", "--activations", "{x.npy}", "--pooling", "max"], "pooling must be one of"),
+        (["probing", "{inner_0}", "--activations", "{x.npy}", "--pooling", "max"], "pooling must be mean or last"),
     ],
 )
 def test_a_mistake_is_one_sentence(

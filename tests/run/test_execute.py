@@ -20,7 +20,7 @@ from cosae.errors import CosaeError
 from cosae.io.values import from_plain
 from cosae.recipe import Recipe
 from cosae.run import measure
-from cosae.run.dataset.dataset import open_data
+from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Finished, Logs, describe_setting, execute, moving_warnings
 from cosae.train.arm import Arm
 from tests.support.tiny_runs import ARMS, QUIET, assert_same_run, metrics, recipe
@@ -269,7 +269,7 @@ def test_measuring_changes_no_sae(ran: Any) -> None:
     before = {name: {k: v.clone() for k, v in sae.state_dict().items()} for name, sae in ran.saes.items()}
     files = everything(ran.out)
     small = recipe()
-    data = open_data(small)
+    data = dataset_of(small)
     fitted = from_plain(Filter, ran.run["filter"], "the filter")
     again = measure.evaluate(ran.saes, small, data, fitted)
     assert json.dumps(again, sort_keys=True) == json.dumps(ran.evaluation, sort_keys=True)
@@ -288,13 +288,14 @@ def test_a_world_reports_recovery_sinks_and_paired_differences(ran: Any) -> None
     for row in evaluation["reconstruction"].values():
         assert row["sinks_out"]["fve"] > 0.2
         assert row["sinks_in"]["tokens"] > row["sinks_out"]["tokens"]
-    assert {(row["sinks"]) for row in evaluation["paired_fve"]} == {"in", "out"}
+    assert {(row["sinks"]) for row in evaluation["paired_fve"]} == {"sinks_in", "sinks_out"}
 
 
 def test_a_planted_dictionary_scores_perfectly(ran: Any) -> None:
     """The true features as decoder rows recover themselves: the measurement that the arms are judged by."""
-    truth_FD = open_data(recipe()).feature_FD  # type: ignore[attr-defined]
-    held_out = open_data(recipe()).sample("held_out", 400)
+    held_out = dataset_of(recipe()).sample("held_out", 400)
+    truth_FD = held_out.feature_FD
+    assert truth_FD is not None
     from cosae.evaluate.recovery import recovery
 
     perfect = recovery(truth_FD, held_out.truth, truth_FD, held_out.truth)
@@ -321,7 +322,7 @@ def test_a_nuisance_goes_where_it_is_asked_to(where: str) -> None:
     """Training, calibration and held-out tokens carry it or not; an unknown place is refused."""
     shift = Perturbation(kind="sinks", frac=1.0, factor=3.0)  # every token three times as long
     plain, asked = recipe(), recipe(perturbation=shift, inject_into=where)
-    data, shifted = open_data(plain), open_data(asked)
+    data, shifted = dataset_of(plain), dataset_of(asked)
     for split in ("train", "calibration", "held_out"):
         ratio = float(shifted.sample(split, 100).activations.norm_N[0] / data.sample(split, 100).activations.norm_N[0])
         expected = 3.0 if where == "both" or (where == "evaluation" and split == "held_out") else 1.0

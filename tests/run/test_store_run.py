@@ -28,7 +28,8 @@ from cosae.recipe import DataConfig, Recipe
 from cosae.run.capture import capture as captures
 from cosae.run.capture.capture import capture_stores
 from cosae.run.capture.request import Capture
-from cosae.run.dataset.dataset import ModelData, open_data, open_model
+from cosae.run.dataset.model import open_model
+from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.fit import fit
 from tests.support.small_stores import fingerprint
@@ -130,9 +131,9 @@ def test_the_cpu_captures_and_trains_on_a_model_in_half_precision(
 
 def test_a_store_holds_what_a_live_run_captures(stored: Path) -> None:
     store = Store(stored)
-    live = ModelData(small_recipe(**{"data.site": "resid_post.1"}))
+    live = dataset_of(small_recipe(**{"data.site": "resid_post.1"}))
     held_out = live.sample("held_out", 0)
-    from_store = open_data(small_recipe(**{"data.store": str(stored)})).sample("held_out", 0)
+    from_store = dataset_of(small_recipe(**{"data.store": str(stored)})).sample("held_out", 0)
     assert torch.equal(held_out.activations.x_ND, from_store.activations.x_ND)
     assert torch.equal(held_out.activations.token_N, from_store.activations.token_N)
     assert np.array_equal(held_out.labels_NC, from_store.labels_NC)
@@ -168,7 +169,7 @@ def test_a_run_from_a_store_needs_neither_model_nor_text(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("opened")
 
-    monkeypatch.setattr("cosae.run.dataset.dataset.open_model", never)
+    monkeypatch.setattr("cosae.run.dataset.model.open_model", never)
     monkeypatch.setattr("cosae.text.documents.read_documents", never)
     recipe = small_recipe(**{"data.store": str(stored)})
     run = execute(recipe, tmp_path / "run", logs=Logs(False))
@@ -466,10 +467,10 @@ def test_saved_saes_are_judged_on_a_store_alone(
 ) -> None:
     """audit, eval reconstruction, probing and discovery: neither model nor text is opened, the store is not changed."""
     import cosae
-    from cosae.run.dataset import dataset as runs_data
+    from cosae.run.dataset import model as model_data
     from cosae.sae.calibrate import calibrate
 
-    monkeypatch.setattr(runs_data, "ModelData", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(model_data, "open_model", lambda *_: pytest.fail("the model was opened"))
     x_ND = Store(stored).take("train", torch.arange(1000)).x_ND.float()
     paths = []
     for name, score, seed in (("s0", "inner", 0), ("s1", "inner", 1), ("c0", "cosine_fixed", 2)):

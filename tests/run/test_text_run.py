@@ -16,7 +16,7 @@ from cosae.cli.training import Train, build_recipe
 from cosae.errors import CosaeError
 from cosae.models.sources import StreamedModelSource
 from cosae.recipe import Recipe
-from cosae.run.dataset.dataset import open_data
+from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import execute, resume
 from cosae.train.checkpoint import checkpoints
 from cosae.train.loop import Interrupted
@@ -106,7 +106,7 @@ def test_a_data_set_that_breaks_in_the_middle_takes_no_step_with_it(
 
 
 def test_shares_and_sides_of_a_mixture(model: Path, sources: tuple[str, str]) -> None:
-    data = open_data(mixed(model, sources))
+    data = dataset_of(mixed(model, sources))
     sides = {}
     for split in ("train", "held_out"):
         names = data.sample(split, 1200).documents
@@ -196,4 +196,4 @@ def test_a_mixture_with_a_source_of_one_document_says_so(model: Path, sources: t
     (tmp_path / "one.txt").write_text(words(5))
     both = (sources[0], f"{tmp_path / 'one.txt'}:0.1")
     with pytest.raises(CosaeError, match=r"one\.txt"):
-        open_data(recipe(model, "pylib", **{"data.corpus": both}))
+        _ = dataset_of(recipe(model, "pylib", **{"data.corpus": both})).source

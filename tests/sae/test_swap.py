@@ -9,11 +9,11 @@ import torch
 
 import cosae
 from cosae.errors import CosaeError
-from cosae.evaluate.reconstruction import measure
 from cosae.sae.calibrate import calibrate, measure_l0
 from cosae.sae.score import SCORES
 from cosae.sae.swap import swap_score
 from cosae.types import Activations
+from tests.support.passes import measure
 
 D, F = 12, 30
 

@@ -1,7 +1,7 @@
 """Is this SAE fooled by norm? Everything that answers it about one SAE, and each answer as a plain sentence.
 
-In: a calibrated cosae SAE, Activations of its site, which of them are sinks. Out: one mapping of plain numbers, and
-the sentences of `audit_lines` made from them.
+In: a calibrated cosae SAE and a Sample of its site. Out: one mapping of plain numbers, and the sentences of
+`evaluate.verdict` made from them.
 """
 
 from __future__ import annotations
@@ -13,49 +13,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cosae.activations.sample import Sample
 from cosae.errors import CosaeError
-from cosae.evaluate.encoding import encode_all
+from cosae.evaluate import reconstruction
+from cosae.evaluate.encoded import BATCH_TOKENS, EncodedPass, encode_sample
 from cosae.evaluate.geometry import geometry
+from cosae.evaluate.norms.counterfactual import MedianPass, at_median
 from cosae.evaluate.norms.describe import describe_norms
-from cosae.evaluate.norms.driven import firing_norms, lengths, norm_driven
-from cosae.evaluate.norms.read_time import remove_norm
+from cosae.evaluate.norms.driven import firing_norms, norm_driven
 from cosae.evaluate.norms.sinks import sink_metrics
-from cosae.evaluate.reconstruction import measure_with_and_without_sinks
 from cosae.evaluate.verdict import lines, verdict
 from cosae.sae.model import SAE
-from cosae.types import Activations, Codes
+from cosae.types import Codes
 
 
-@torch.no_grad()
 def audit(
     sae: SAE,
-    activations: Activations,
-    sink_N: Tensor,
+    sample: Sample,
     *,
-    median_norm: float | None = None,
-    spell: Callable[[int], str] | None = None,
-    batch_tokens: int = 4096,
+    spell: Callable[[int], str | None] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything about one SAE on N activations, sink_N (N,) bool of them sinks; plain numbers, JSON-able.
+    """Everything about one SAE on a sample; plain numbers, JSON-able. Two passes: as the tokens are, and at the median.
 
     spell: token id → text, to name the tokens that are sinks. Keys: norms, reconstruction, norm_driven, firing_norms,
     sinks, read_time, geometry, shift, verdict ("fooled": yes, no or nothing to be fooled by), lines.
     Raises CosaeError where a measurement does: an SAE without inference threshold, no token left beside sinks.
     """
-    if not bool((~sink_N).any()):
+    if bool(sample.sink_N.all()):
         raise CosaeError("all tokens given are sinks: there is nothing left to audit on; raise the sink factor.")
-    codes = encode_all(sae, activations)
+    encoded = encode_sample(sae, sample, batch_tokens)
+    median = at_median(encoded)
     numbers: dict[str, Any] = {
-        "tokens": len(activations),
-        "norms": describe_norms(activations, seed=seed, sink_N=sink_N),
-        "reconstruction": measure_with_and_without_sinks(sae, activations, sink_N, batch_tokens, median_norm),
-        "norm_driven": norm_driven(sae, activations, sink_N, batch_tokens=batch_tokens),
-        "firing_norms": firing_norms(sae, activations, sink_N, codes=codes),
-        "sinks": sink_metrics(sae, activations, sink_N, batch_tokens),
-        "read_time": _read_time(sae, activations[~sink_N], batch_tokens),
+        "tokens": len(sample),
+        "norms": describe_norms(sample.activations, seed=seed, sink_N=sample.sink_N),
+        "reconstruction": reconstruction.measure(encoded),
+        "norm_driven": norm_driven(encoded, median),
+        "firing_norms": firing_norms(encoded),
+        "sinks": sink_metrics(encoded),
+        "read_time": _read_time(encoded, median),
         "geometry": geometry(sae),
-        "shift": _shift(sae, activations),
+        "shift": _shift(sae, sample),
     }
     numbers["sinks"]["spelled"] = [
         [spell(token) if spell is not None and token >= 0 else None, token, count]
@@ -67,20 +66,20 @@ def audit(
     return numbers
 
 
-def _read_time(sae: SAE, activations: Activations, batch_tokens: int) -> dict[str, Any]:
+def _read_time(encoded: EncodedPass[SAE], median: MedianPass) -> dict[str, Any]:
     """How much of a value is the token's length, before and after removal; and what firing would change at equal L0."""
-    plain = encode_all(sae, activations)
-    r_N = lengths(sae, activations, batch_tokens)
-    kept = encode_all(remove_norm(sae, activations), activations)
-    found: dict[str, Any] = {
-        "growth_before": value_growth(plain, r_N),
-        "growth_after": value_growth(kept, r_N),
-        "firings_changed": None,
+    sae, codes, out_N = encoded.sae, encoded.codes, ~encoded.sample.sink_N
+    a_F = sae.scale_a.detach().cpu().double()
+    a_E = a_F if a_F.ndim == 0 else a_F[codes.feature_E]
+    log_r_N = (median.r_N.clamp_min(1e-30) / median.median_r).log()
+    growth_E = (a_E * log_r_N[codes.token_E]).exp() if sae.cfg.frame == "raw" else torch.ones(len(codes.value_E))
+    shortened = codes.with_values((codes.value_E / growth_E).float())
+    fired_E = (codes.token_E * codes.d_sae + codes.feature_E)[out_N[codes.token_E]]
+    return {
+        "growth_before": value_growth(codes.take(out_N), median.r_N[out_N]),
+        "growth_after": value_growth(shortened.take(out_N), median.r_N[out_N]),
+        "firings_changed": None if median.same_l0 is None else _jaccard_distance(fired_E, median.same_l0),
     }
-    if sae.cfg.selector not in ("gated", "abs_topk"):
-        other = encode_all(remove_norm(sae, activations, keep_firings=False), activations)
-        found["firings_changed"] = _jaccard_distance(plain, other)
-    return found
 
 
 def value_growth(codes: Codes, r_N: Tensor) -> float | None:
@@ -100,20 +99,18 @@ def value_growth(codes: Codes, r_N: Tensor) -> float | None:
     return float((x_E * y_E).sum()) / spread if spread > 1e-12 * max(len(x_E), 1) else None
 
 
-def _jaccard_distance(a: Codes, b: Codes) -> float | None:
-    first, second = (c.token_E.cpu() * c.d_sae + c.feature_E.cpu() for c in (a, b))
-    both = len(np.intersect1d(first.numpy(), second.numpy(), assume_unique=True))
-    either = len(first) + len(second) - both
+def _jaccard_distance(first_E: Tensor, second_E: Tensor) -> float | None:
+    both = len(np.intersect1d(first_E.numpy(), second_E.numpy(), assume_unique=True))
+    either = len(first_E) + len(second_E) - both
     return 1 - both / either if either else None
 
 
-def _shift(sae: SAE, activations: Activations) -> dict[str, Any]:
-    """Today's median norm over that of the SAE's training activations, where its file knows it."""
-    now = float(activations.norm_N.double().median())
-    metadata = sae.metadata.get("norm_summary")
-    trained = metadata.get("median_norm") if isinstance(metadata, Mapping) else None
-    ratio = now / trained if isinstance(trained, int | float) and trained > 0 else None
-    return {"median_norm": now, "trained_median_norm": trained, "ratio": ratio}
+def _shift(sae: SAE, sample: Sample) -> dict[str, Any]:
+    """The sample's median norm over that of the SAE's training activations, where its file knows it."""
+    known = sae.metadata.get("norm_summary")
+    trained = known.get("median_norm") if isinstance(known, Mapping) else None
+    ratio = sample.median_norm / trained if isinstance(trained, int | float) and trained > 0 else None
+    return {"median_norm": sample.median_norm, "trained_median_norm": trained, "ratio": ratio}
 
 
 def _trim(numbers: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.evaluate.reconstruct import norm_quartiles, row_slices
+from cosae.evaluate.encoded import norm_quartiles, row_slices
 from cosae.sae.loss import squared_error
 from cosae.sae.model import SAE, TrainOutput
 from cosae.sae.selector import Selector

@@ -1,6 +1,6 @@
 """How well an SAE reconstructs activations, over all tokens, by norm quartile, and with sinks in and out.
 
-In: an SAE (`encode`, `decode`, `d_sae`) and Activations. Out: plain numbers (paper §6, audited in §9).
+In: the EncodedPass of an SAE. Out: plain numbers (paper §6, audited in §9).
 
     fve               1 - Σ|x - x̂|² / Σ|x - mean x|², about the GLOBAL mean of the tokens measured
     fve_per_batch     1 - Σ_batches tr Var(x - x̂) / Σ_batches tr Var(x), each about its own batch's mean:
@@ -25,21 +25,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.evaluate.reconstruct import (
-    Autoencoder,
-    Reconstructed,
-    norm_quartiles,
-    reconstruct,
-    reconstruct_with_sinks,
-    resampling_units,
-    spread,
-)
+from cosae.evaluate.encoded import EncodedPass, Within, resampling_units, spread
 from cosae.evaluate.statistics import RESAMPLES, Array, percentile_interval, resample_counts, weighted_medians
-from cosae.types import Activations
 
 RARE_RATE = 1e-4
 """A feature that fires on a smaller share of the tokens than this is counted as rare, dead ones included."""
@@ -70,86 +60,57 @@ class DocumentSums:
     unit: str
 
 
-def measure(
-    sae: Autoencoder,
-    activations: Activations,
-    keep_N: Tensor | None = None,
-    batch_tokens: int = 4096,
-    median_norm: float | None = None,
-) -> dict[str, Any]:
-    """Reconstruction of the tokens where keep_N (N,) bool is True (all of them by default), as plain numbers.
+def measure(encoded: EncodedPass[Any]) -> dict[str, Any]:
+    """Reconstruction with sinks out and in, as plain numbers.
+
+    Returns {"sinks_in", "sinks_out", "n_sinks", "sink_frac", "on_sinks"}; on_sinks None when there are none. See
+    `summarise` for the numbers of each. Raises CosaeError when there are no tokens.
+    """
+    sink_N = encoded.keep["sinks_in"] & ~encoded.keep["sinks_out"]
+    n_sinks, n = int(sink_N.sum()), int(encoded.keep["sinks_in"].sum())
+    return {
+        "sinks_in": summarise(encoded, "sinks_in"),
+        "sinks_out": summarise(encoded, "sinks_out"),
+        "n_sinks": n_sinks,
+        "sink_frac": n_sinks / n,
+        "on_sinks": _averages(encoded, sink_N) if n_sinks else None,
+    }
+
+
+def summarise(encoded: EncodedPass[Any], sinks: str) -> dict[str, Any]:
+    """The numbers of the tokens that count with "sinks_in" or "sinks_out".
 
     `tokens` is what every share is over. l0_quantiles at l0_levels; l0_histogram: counts[i] tokens have
     edges[i] ≤ L0 < edges[i + 1]. rare: fired on fewer than `rare_firings` = rare_below · tokens of them, dead ones
     included. dead_by_tokens: rows [n, share of features that did not fire on the first n], in the order given.
     by_norm_quartile: each of these numbers over each quartile of |x|; `fve` is about the quartile's own mean,
-    `fve_global` and `median_token_fve` about the set's.
-
-    median_norm is what the quartiles' ends are divided by (`norm_high_over_median`); the measured tokens' own
-    median by default. Raises CosaeError when there are no tokens.
+    `fve_global` and `median_token_fve` about the set's; `norm_high_over_median` divides by the sample's median norm.
+    Raises CosaeError when there are no tokens.
     """
-    kept_N = torch.ones(len(activations), dtype=torch.bool) if keep_N is None else keep_N
-    return summarise(reconstruct(sae, activations, {"kept": kept_N}, batch_tokens), activations, "kept", median_norm)
-
-
-def measure_with_and_without_sinks(
-    sae: Autoencoder,
-    activations: Activations,
-    sink_N: Tensor,
-    batch_tokens: int = 4096,
-    median_norm: float | None = None,
-    recon: Reconstructed | None = None,
-) -> dict[str, Any]:
-    """`measure` twice from one pass: over all tokens, and without those where sink_N (N,) bool is True.
-
-    Returns {"sinks_in", "sinks_out", "n_sinks", "sink_frac", "on_sinks"}; on_sinks None when there are none.
-    Pass the `reconstructed` of `reconstruct_with_sinks` when the sums by document are wanted as well.
-    """
-    recon = reconstruct_with_sinks(sae, activations, sink_N, batch_tokens) if recon is None else recon
-    sink_N = recon.keep["in"] & ~recon.keep["out"]
-    n_sinks, n = int(sink_N.sum()), int(recon.keep["in"].sum())
-    return {
-        "sinks_in": summarise(recon, activations, "in", median_norm),
-        "sinks_out": summarise(recon, activations, "out", median_norm),
-        "n_sinks": n_sinks,
-        "sink_frac": n_sinks / n,
-        "on_sinks": _averages(recon, activations.norm_N.cpu().double(), sink_N) if n_sinks else None,
-    }
-
-
-def summarise(
-    recon: Reconstructed, activations: Activations, name: str, median_norm: float | None = None
-) -> dict[str, Any]:
-    """The numbers of one named set of a Reconstructed."""
-    kept_N = recon.keep[name]
+    kept_N = encoded.keep[sinks]
     n = int(kept_N.sum())
     if n == 0:
         raise CosaeError("reconstruction needs at least one token to measure; got none instead: check the filter")
-    norm_N = activations.norm_N.cpu().double()
-    total_N = spread(activations, kept_N)
-    quartile_N, cuts = norm_quartiles(norm_N, kept_N)
-    middle = float(np.median(norm_N[kept_N].numpy())) if median_norm is None else median_norm
+    total_N = spread(encoded.sample.activations, kept_N)
+    fired_4F = encoded.fired(sinks)
     return {
-        "fve": _one_minus(float(recon.error_N[kept_N].sum()), float(total_N[kept_N].sum())),
-        "median_token_fve": _median_token_fve(recon.error_N[kept_N], total_N[kept_N]),
-        **_numbers(recon, norm_N, kept_N, recon.within[name], recon.fired[name].sum(0)),
-        "fve_per_batch_tokens": recon.batch_tokens,
+        "fve": _one_minus(float(encoded.error_N[kept_N].sum()), float(total_N[kept_N].sum())),
+        "median_token_fve": _median_token_fve(encoded.error_N[kept_N], total_N[kept_N]),
+        **_numbers(encoded, kept_N, encoded.within[sinks][0], fired_4F.sum(0)),
+        "fve_per_batch_tokens": encoded.batch_tokens,
         "l0_levels": list(L0_LEVELS),
         "rare_below": RARE_RATE,
-        "dead_by_tokens": _dead_by_tokens(recon.first[name], n),
-        "median_norm": middle,
-        "by_norm_quartile": [
-            _quartile(recon, activations, name, q, quartile_N == q, total_N, norm_N, (cuts[q], cuts[q + 1]), middle)
-            for q in range(4)
-        ],
+        "dead_by_tokens": _dead_by_tokens(encoded.first(sinks), n),
+        "median_norm": encoded.sample.median_norm,
+        "by_norm_quartile": [_quartile(encoded, sinks, q, total_N, fired_4F[q]) for q in range(4)],
     }
 
 
-def per_document(recon: Reconstructed, activations: Activations, name: str) -> DocumentSums:
-    """Sums by document of one named set; by blocks of consecutive rows when there are not two documents."""
-    kept_N = recon.keep[name]
+def per_document(encoded: EncodedPass[Any], sinks: str) -> DocumentSums:
+    """Sums by document of the tokens that count; by blocks of consecutive rows when there are not two documents."""
+    activations, kept_N = encoded.sample.activations, encoded.keep[sinks]
     total_N = spread(activations, kept_N)[kept_N].numpy()
-    error_N = recon.error_N[kept_N].numpy()
+    error_N = encoded.error_N[kept_N].numpy()
     unit_N, unit = resampling_units(activations.doc_N[kept_N.to(activations.doc_N.device)])
     varies_N = total_N > 0
     return DocumentSums(
@@ -204,57 +165,46 @@ def paired_fve_differences(
     return rows
 
 
-def _quartile(
-    recon: Reconstructed,
-    activations: Activations,
-    name: str,
-    q: int,
-    in_N: Tensor,
-    total_N: Tensor,
-    norm_N: Tensor,
-    ends: tuple[float, float],
-    median_norm: float,
-) -> dict[str, Any]:
+def _quartile(encoded: EncodedPass[Any], sinks: str, q: int, total_N: Tensor, fired_F: Tensor) -> dict[str, Any]:
     """One norm quartile. `fve` is about its own mean, `fve_global` and the median token's about the set's."""
-    numbers = _numbers(recon, norm_N, in_N, recon.within_quartile[name][q], recon.fired[name][q])
-    error = float(recon.error_N[in_N].sum())
+    in_N = encoded.quartile[sinks] == q
+    low, high = encoded.cuts[sinks][q : q + 2]
+    median, error = encoded.sample.median_norm, float(encoded.error_N[in_N].sum())
     return {
-        "norm_low": ends[0],
-        "norm_high": ends[1],
-        "norm_high_over_median": ends[1] / median_norm if median_norm else None,
-        "fve": _one_minus(error, float(spread(activations, in_N)[in_N].sum())),
+        "norm_low": low,
+        "norm_high": high,
+        "norm_high_over_median": high / median if median else None,
+        "fve": _one_minus(error, float(spread(encoded.sample.activations, in_N)[in_N].sum())),
         "fve_global": _one_minus(error, float(total_N[in_N].sum())),
-        "median_token_fve": _median_token_fve(recon.error_N[in_N], total_N[in_N]),
-        **numbers,
+        "median_token_fve": _median_token_fve(encoded.error_N[in_N], total_N[in_N]),
+        **_numbers(encoded, in_N, encoded.within[sinks][1 + q], fired_F),
     }
 
 
-def _numbers(
-    recon: Reconstructed, norm_N: Tensor, in_N: Tensor, within: tuple[float, float], fired_F: Tensor
-) -> dict[str, Any]:
+def _numbers(encoded: EncodedPass[Any], in_N: Tensor, within: Within, fired_F: Tensor) -> dict[str, Any]:
     """What is counted alike for a whole set and for a quartile of it; None where it has no token."""
     n = int(in_N.sum())
     some = n > 0
     return {
         "tokens": n,
         "fve_per_batch": _one_minus(*within),
-        **_averages(recon, norm_N, in_N),
-        "l0_quantiles": np.quantile(recon.l0_N[in_N].numpy(), L0_LEVELS).tolist() if some else None,
-        "l0_histogram": _l0_histogram(recon.l0_N[in_N].numpy()) if some else None,
+        **_averages(encoded, in_N),
+        "l0_quantiles": np.quantile(encoded.l0_N[in_N].numpy(), L0_LEVELS).tolist() if some else None,
+        "l0_histogram": _l0_histogram(encoded.l0_N[in_N].numpy()) if some else None,
         "dead_frac": float((fired_F == 0).double().mean()) if some else None,
         "rare_frac": float((fired_F < RARE_RATE * n).double().mean()) if some else None,
         "rare_firings": RARE_RATE * n,
     }
 
 
-def _averages(recon: Reconstructed, norm_N: Tensor, in_N: Tensor) -> dict[str, Any]:
+def _averages(encoded: EncodedPass[Any], in_N: Tensor) -> dict[str, Any]:
     if not bool(in_N.any()):
         return {"cosine": None, "norm_ratio": None, "l0": None}
-    mean_norm = float(norm_N[in_N].mean())
+    mean_norm = float(encoded.norm_N[in_N].mean())
     return {
-        "cosine": float(recon.cosine_N[in_N].mean()),
-        "norm_ratio": float(recon.norm_N[in_N].mean()) / mean_norm if mean_norm > 0 else None,
-        "l0": float(recon.l0_N[in_N].double().mean()),
+        "cosine": float(encoded.cosine_N[in_N].mean()),
+        "norm_ratio": float(encoded.recon_norm_N[in_N].mean()) / mean_norm if mean_norm > 0 else None,
+        "l0": float(encoded.l0_N[in_N].double().mean()),
     }
 
 

@@ -8,29 +8,23 @@ sample, for the audit only, and the audit says so.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from cosae.activations.sinks import sink_mask
 from cosae.errors import CosaeError
 from cosae.evaluate.audit import audit
 from cosae.interop.read import read_sae
 from cosae.report.audit import write_audit_page
 from cosae.run import provenance
-from cosae.run.dataset.existing import EvalRequest, Sampled, Samples, calibrated, names_of
 from cosae.run.folder import write_json
-from cosae.sae.model import SAE
+from cosae.run.requests import EvalRequest
+from cosae.run.saes import TOKENS, Datasets, calibrated, describe, names_of
 
-FORMAT, VERSION = "cosae-audit", 1
-SHOWN_FACTS = ("format", "model", "site", "hook_name", "tokens", "filter", "norm_summary")
+FORMAT, VERSION = "cosae-audit", 2
+SHOWN_METADATA = ("format", "model", "site", "hook_name", "tokens", "filter", "norm_summary")
 
 
-@torch.no_grad()
 def run_audit(
     paths: Sequence[Path], request: EvalRequest, out: Path | None = None, log: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
@@ -39,45 +33,34 @@ def run_audit(
     Raises CosaeError for a path that holds no SAE, a model, site, corpus or file that cannot be read, widths that do
     not fit, and a place that cannot be written.
     """
+    request.check()
     if not paths:
         raise CosaeError("audit needs at least one SAE: cosae audit SAE…")
     if out is not None:
         _check_place(out)
     saes = [read_sae(path, format=request.format, device=request.device) for path in paths]
-    samples = Samples(request)
+    datasets = Datasets(request, request.tokens or TOKENS)
     found = []
     for name, path, sae in zip(names_of(paths), paths, saes, strict=True):
         log(f"activations for {name}")
-        sample = samples.of(sae, path)
+        dataset, sample = datasets.of(sae, path)
         log(f"auditing {name}")
-        found.append({"name": name, "path": str(path), **_audit_one(sae, sample, request)})
-    result = {
-        "format": FORMAT,
-        "version": VERSION,
-        "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": provenance.commit(),
-        "packages": provenance.packages(),
-        "seed": request.seed,
-        "saes": found,
-    }
+        sae, warning = calibrated(sae, sample)
+        found.append(
+            {
+                "name": name,
+                "path": str(path),
+                "sae": sae.cfg.to_dict(),
+                "source": describe(dataset, sample, request),
+                "provenance": {key: sae.metadata.get(key) for key in SHOWN_METADATA},
+                "warning": warning,
+                **audit(sae, sample, spell=dataset.spell, seed=request.seed),
+            }
+        )
+    result = {"format": FORMAT, "version": VERSION, **provenance.stamp(), "seed": request.seed, "saes": found}
     if out is not None:
         _write(out, result)
     return result
-
-
-def _audit_one(sae: SAE, sample: Sampled, request: EvalRequest) -> dict[str, Any]:
-    activations = sample.activations
-    median = float(np.median(activations.norm_N.cpu().double().numpy()))
-    sink_N = sink_mask(activations, median, request.sink_factor)
-    sae, warning = calibrated(sae, activations, sink_N)
-    found = audit(sae, activations, sink_N, median_norm=median, spell=sample.spell, seed=request.seed)
-    return {
-        "sae": sae.cfg.to_dict(),
-        "source": sample.source,
-        "provenance": {key: sae.metadata.get(key) for key in SHOWN_FACTS},
-        "warning": warning,
-        **found,
-    }
 
 
 def _check_place(out: Path) -> None:

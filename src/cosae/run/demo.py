@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cosae.errors import CosaeError
 from cosae.recipe import Recipe, preset
-from cosae.run.dataset.dataset import ModelData, open_data
+from cosae.run.dataset.base import DataUse
+from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Finished, Logs, execute
 from cosae.run.folder import RECIPE
 
@@ -25,13 +26,12 @@ def demo(out: Path, steps: int | None = None, progress: bool = True) -> list[Fin
     keep = training.steps * training.batch_tokens + 2 * training.buffer_tokens + natural.filter.window_tokens
     if progress:
         print("reading the embedded corpus and model", file=sys.stderr, flush=True)
-    data = open_data(natural, keep_tokens=keep)
-    assert isinstance(data, ModelData)
+    data = dataset_of(natural, keep_tokens=keep)
     finished = []
     for recipe, folder in ((natural, "natural"), (injected, "injected")):
         if progress:
             print(f"{recipe.name}: {len(recipe.arms)} arms, {training.steps} steps", file=sys.stderr, flush=True)
-        finished.append(execute(recipe, out / folder, logs=Logs(progress), data=data.again(recipe)))
+        finished.append(execute(recipe, out / folder, logs=Logs(progress), data=data.again(DataUse.of(recipe))))
     return finished
 
 

@@ -28,7 +28,8 @@ from cosae.io.lock import hold
 from cosae.io.signals import Stop, stop_on_signals
 from cosae.recipe import Recipe, from_plain, to_plain
 from cosae.run import provenance
-from cosae.run.dataset.dataset import Data, ModelData, open_data
+from cosae.run.dataset.base import Dataset
+from cosae.run.dataset.open import dataset_of
 from cosae.run.folder import (
     ARMS,
     EVALUATION,
@@ -82,7 +83,7 @@ def execute(
     out: Path | None,
     *,
     logs: Logs | None = None,
-    data: Data | None = None,
+    data: Dataset | None = None,
     tensor: Tensor | None = None,
     measured: bool = True,
 ) -> Finished:
@@ -95,9 +96,9 @@ def execute(
     check_device(recipe.device)
     if out is not None:
         check_free(out)
-    if data is None and tensor is None:
-        check_run(recipe, out)
-    data = open_data(recipe, tensor) if data is None else data
+    if data is None:
+        data = dataset_of(recipe, tensor)
+        check_run(recipe, data, out)
     run = _Run(recipe, data, out, logs or Logs())
     try:
         if out is None:
@@ -137,9 +138,9 @@ def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = No
             recipe = Recipe.read(out / RECIPE)
         else:  # ended between the writing of the two
             recipe = from_plain(Recipe, record.get("recipe"), str(out / RUN))
-        if tensor is None:
-            check_run(recipe, out, begun=True)
-        run = _Run(recipe, open_data(recipe, tensor), out, logs or Logs())
+        data = dataset_of(recipe, tensor)
+        check_run(recipe, data, out, begun=True)
+        run = _Run(recipe, data, out, logs or Logs())
         try:
             run.restore(record)
             if not (out / RECIPE).is_file():
@@ -166,14 +167,11 @@ class _Records:
 class _Run:
     """What one execution holds while it goes: data, stream, arms, and where it writes."""
 
-    def __init__(self, recipe: Recipe, data: Data, out: Path | None, logs: Logs) -> None:
+    def __init__(self, recipe: Recipe, data: Dataset, out: Path | None, logs: Logs) -> None:
         torch.manual_seed(recipe.training.seed)
         check_device(recipe.device)
         self.data, self.out, self.logs = data, out, logs
-        recipe = recipe.resolved(data.source.d_in)
-        if isinstance(data, ModelData):
-            recipe = replace(recipe, data=replace(recipe.data, batch_sequences=data.batch_sequences))
-        self.recipe = recipe
+        self.recipe = recipe = replace(recipe.resolved(data.d_in), data=data.resolved())
         recipe.check()  # widths are known now
         training = recipe.training
         self.stream = ActivationStream(
@@ -193,7 +191,7 @@ class _Run:
             raise CosaeError("activations must differ from one another: their variance in the first window is 0.")
         self.states = []
         for arm in recipe.arms:
-            sae = arm.build(data.source.d_in, sample_ND, recipe.device)
+            sae = arm.build(data.d_in, sample_ND, recipe.device)
             variance = _variance(sae, sample_ND) if arm.loss.normalise == "variance" else 1.0
             if arm.loss.normalise == "variance" and arm.loss.space == "raw":
                 variance = self.stream.norm_summary.total_variance
@@ -208,7 +206,7 @@ class _Run:
         assert self.out is not None
         if not has_checkpoints(self.out):
             self._check_unchanged(from_plain(Recipe, record["recipe"], str(self.out / RUN)) if record else None)
-            if record and record["source"] != json.loads(json.dumps(self.data.source.describe(), default=str)):
+            if record and record["source"] != json.loads(json.dumps(self.data.describe(), default=str)):
                 raise CosaeError(f"the data are not those the run in {self.out} was started with: put them back.")
             warnings = ["there is no checkpoint yet: the run begins again, and ends as it would have."]
         else:
@@ -256,9 +254,8 @@ class _Run:
         """All steps that are left, and a checkpoint after the last."""
         training = self.recipe.training
         self.write_record("running")
-        if isinstance(self.data, ModelData):
-            for warning in self.data.text.warnings:
-                self._log(f"corpus {warning}")
+        for warning in self.data.warnings:
+            self._log(warning)
         progress = Progress(
             training.steps,
             training.batch_tokens,
@@ -309,8 +306,7 @@ class _Run:
     def close(self) -> None:
         """End whatever still works in the background."""
         self.stream.close()
-        if isinstance(self.data, ModelData):
-            self.data.text.close()
+        self.data.close()
 
     def _finish(self, measured: bool) -> Finished:
         log = self._log
@@ -368,17 +364,15 @@ class _Run:
             print(text, file=sys.stderr, flush=True)  # before the bars are drawn, or after they are closed
 
     def _sae_metadata(self, name: str, calibration: Calibration) -> dict[str, Any]:
-        site = getattr(self.data, "site", None)
+        site = self.data.site
         return {
             "arm": name,
             "run": self.recipe.name,
-            "model": self.recipe.data.model
-            if isinstance(self.data, ModelData)
-            else getattr(self.data, "model_name", None),
+            "model": self.data.model_name,
             "site": None if site is None else site.name,
             "hook_name": None if site is None else site.hook_name,
             "hf_hook_name": None if site is None else site.module_path,
-            "source": self.data.source.describe(),
+            "source": self.data.describe(),
             "tokens": self.recipe.training.steps * self.recipe.training.batch_tokens,
             "seed": next(arm.seed for arm in self.recipe.arms if arm.name == name),
             "filter": to_plain(self.stream.filter),
@@ -417,7 +411,7 @@ class _Run:
             "norm_summary": asdict(self.stream.norm_summary),
             "filter": to_plain(self.stream.filter),
             "non_finite": self.stream.monitor.metadata(),
-            "source": self.data.source.describe(),
+            "source": self.data.describe(),
             "arms": {s.arm.name: self._arm_record(s, moving, calibrations) for s in self.states},
         }
         if self.out is not None:

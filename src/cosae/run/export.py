@@ -30,9 +30,10 @@ from cosae.models.intervene.hooks import find_site
 from cosae.recipe import DataConfig
 from cosae.run import provenance
 from cosae.run.dataset.corpus import adds_bos, check_corpus, pad_id, reading_of, streamed
-from cosae.run.dataset.dataset import batch_size, open_model
-from cosae.run.dataset.existing import EvalRequest, data_of
+from cosae.run.dataset.model import batch_size, open_model
 from cosae.run.reading import Reading
+from cosae.run.requests import EvalRequest
+from cosae.run.saes import data_of
 from cosae.sae.file import to_disk
 from cosae.sae.model import SAE
 from cosae.text.documents import read_documents

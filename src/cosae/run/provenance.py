@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,16 @@ from typing import Any
 import torch
 
 PACKAGES = ("cosae", "torch", "numpy", "transformers", "tokenizers", "datasets", "safetensors", "scikit-learn", "numba")
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def stamp() -> dict[str, Any]:
+    """When a file was written, and by what code."""
+    return {"written_at": now(), "commit": commit(), "packages": packages()}
 
 
 def commit() -> str | None:

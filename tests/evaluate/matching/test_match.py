@@ -14,9 +14,10 @@ import cosae
 from cosae.errors import CosaeError
 from cosae.evaluate.matching import match as module
 from cosae.evaluate.matching import similarity
-from cosae.evaluate.matching.match import against_yardstick, match, match_saes
+from cosae.evaluate.matching.match import against_yardstick, match
 from cosae.sae.calibrate import calibrate
 from cosae.types import Activations, Codes
+from tests.support.passes import match_saes
 
 
 def sparse_codes(n: int = 400, f: int = 12, seed: int = 0, rate: float = 0.2) -> torch.Tensor:

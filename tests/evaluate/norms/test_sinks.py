@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.evaluate.norms.sinks import sink_metrics
 from cosae.types import Activations, Codes
+from tests.support.passes import sink_metrics
 
 
 class Planted:

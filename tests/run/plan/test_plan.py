@@ -19,6 +19,7 @@ from cosae.errors import CosaeError
 from cosae.recipe import DataConfig, Recipe, preset
 from cosae.run.capture.capture import capture_stores
 from cosae.run.capture.request import Capture
+from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.plan import plan as plans
 from cosae.run.plan import resources as room
@@ -41,6 +42,7 @@ import json, sys, tempfile, threading, time
 from pathlib import Path
 from cosae.kernels import keep_memory
 from cosae.run.execute import Logs, execute
+from cosae.run.dataset.open import dataset_of
 from cosae.run.plan.plan import check_run
 from tests.run.plan.test_plan import small
 keep_memory()
@@ -60,7 +62,7 @@ recipe = small(**json.loads(sys.argv[1]))
 execute(recipe, out / "run", logs=Logs(False))
 ended = True
 watcher.join()
-print(json.dumps([peak - before, check_run(recipe, out / "run").memory.n_bytes]))
+print(json.dumps([peak - before, check_run(recipe, dataset_of(recipe), out / "run").memory.n_bytes]))
 """
 
 
@@ -104,21 +106,25 @@ def test_predicted_memory_is_near_measured_peak_growth(setting: dict[str, Any]) 
     assert abs(measured - planned) < TOLERANCE * planned, f"{human(measured)} measured, {human(planned)} planned"
 
 
+def checked(recipe: Recipe, out: Path | None) -> plans.Plan:
+    return check_run(recipe, dataset_of(recipe), out)
+
+
 def test_a_plan_names_every_part_and_the_worst_moment_counts_once() -> None:
-    plan = check_run(small(m=4096, buffer=4096), Path("nowhere"))
+    plan = checked(small(m=4096, buffer=4096), Path("nowhere"))
     named = " ".join(item.what for item in (*plan.memory.resident, *plan.memory.passing))
     for part in ("buffer", "arm standard", "arm cosine", "window", "step", "checkpoint", "evaluation", "world"):
         assert part in named
     assert plan.memory.n_bytes == total(plan.memory.resident) + max(item.n_bytes for item in plan.memory.passing)
     arm = next(item for item in plan.memory.resident if item.what.startswith("arm standard"))
     assert arm.n_bytes == 4 * 2 * 4096 * 16 * 4
-    lighter = check_run(small(m=4096).changed({"training.optimizer.state_dtype": "bfloat16"}), None)
+    lighter = checked(small(m=4096).changed({"training.optimizer.state_dtype": "bfloat16"}), None)
     assert next(i for i in lighter.memory.resident if i.what.startswith("arm standard")).n_bytes == 3 * 2 * 4096 * 64
 
 
 def test_the_disk_of_checkpoints_is_what_a_run_writes(tmp_path: Path) -> None:
     recipe = small(m=512, buffer=2048)
-    plan = check_run(recipe, tmp_path / "run")
+    plan = checked(recipe, tmp_path / "run")
     execute(recipe, tmp_path / "run", logs=Logs(False), measured=False)
     written = sum(p.stat().st_size for p in (tmp_path / "run").rglob("*.safetensors"))
     # two checkpoints stay, the plan has room for the third that is written beside them
@@ -161,7 +167,7 @@ def test_what_cannot_fit_in_memory_is_refused_and_the_advice_is_true(
     assert not (tmp_path / "run").exists()
     value = int(str(caught.value).rstrip(".").rsplit(" ", 1)[1])
     (setting,) = change
-    fits = check_run(recipe.changed({setting: value}), None).memory.n_bytes
+    fits = checked(recipe.changed({setting: value}), None).memory.n_bytes
     assert 1_700_000_000 < fits <= 2_000_000_000
 
 
@@ -170,7 +176,7 @@ def test_what_cannot_fit_on_disk_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(plans, "free_disk", lambda _: 1_000_000)
     with pytest.raises(CosaeError, match=r"1 MB are free.*Lower training.buffer_tokens from 131072 to"):
-        check_run(small(buffer=131072), tmp_path / "run")
+        checked(small(buffer=131072), tmp_path / "run")
     for verb in ("capture", "plan"):
         more = ("capture",) if verb == "plan" else ()
         with pytest.raises(SystemExit) as stopped:
@@ -196,7 +202,7 @@ def test_a_run_goes_on_only_where_there_is_room(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(OSError, match="no room"):
             execute(recipe, out, logs=Logs(False))
     kept = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*.safetensors"))
-    needed = total(check_run(recipe, out).disk)
+    needed = total(checked(recipe, out).disk)
     assert 0 < kept < needed
     before = contents(out)
     with monkeypatch.context() as patch:

@@ -21,17 +21,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.evaluate.encoding import encode_all
+from cosae.evaluate.encoded import Autoencoder, EncodedPass
 from cosae.evaluate.matching.similarity import SIMILARITIES, Side, Similarity, best_partners, side_of, similarities_of
-from cosae.evaluate.reconstruct import Autoencoder
 from cosae.evaluate.statistics import RESAMPLES, percentile_interval
-from cosae.types import Activations, Codes
+from cosae.types import Codes
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -122,41 +120,32 @@ class Matching:
         }
 
 
-@torch.no_grad()
 def match_saes(
-    sae_a: Decoding,
-    sae_b: Decoding,
-    activations: Activations,
-    sink_N: Tensor | None = None,
+    a: EncodedPass[Decoding],
+    b: EncodedPass[Decoding],
     *,
+    keep_N: Tensor | None = None,
     by: Similarity = "correlation",
     method: Method = "hungarian",
     min_firings: int = MIN_FIRINGS,
 ) -> Matching:
-    """`match` of two SAEs of one site, on the tokens that are neither padding nor, with sink_N (N,) bool, sinks.
+    """`match` of two SAEs of one site, on the tokens that are neither padding nor sinks; of them where keep_N is True.
 
-    Changes neither SAE. Raises CosaeError for a mask of another length, no token left, an SAE whose codes depend on
-    the batch (batch_topk without a threshold), and where `match` does.
+    Raises CosaeError for passes of different samples, no token left, an SAE whose codes depend on the batch (batch_topk
+    without a threshold), and where `match` does.
     """
-    n = len(activations)
-    if sink_N is not None and (sink_N.dtype != torch.bool or tuple(sink_N.shape) != (n,)):
-        raise CosaeError(
-            f"sinks must be a boolean tensor with one entry for each of {n} activations. "
-            f"Got {sink_N.dtype} of shape {tuple(sink_N.shape)} instead."
-        )
-    if not all(getattr(sae, "calibrated", True) for sae in (sae_a, sae_b)):
+    if a.sample is not b.sample and len(a.sample) != len(b.sample):
+        raise CosaeError(f"features are matched on the same tokens. Got {len(a.sample)} and {len(b.sample)} instead.")
+    if not all(getattr(one.sae, "calibrated", True) for one in (a, b)):
         raise CosaeError(
             "matching reads each token on its own, and one of the SAEs is a batch_topk without an inference threshold: "
             "calibrate it first (cosae.sae.calibrate.calibrate)."
         )
-    keep_N = (activations.x_ND != 0).any(-1)
-    if sink_N is not None:
-        keep_N &= ~sink_N.to(keep_N.device)
+    keep_N = a.keep["sinks_out"] if keep_N is None else a.keep["sinks_out"] & keep_N
     if not bool(keep_N.any()):
         raise CosaeError("matching needs at least one token that is neither padding nor a sink; got none.")
-    kept = activations[keep_N]
-    codes_a, codes_b = encode_all(sae_a, kept), encode_all(sae_b, kept)
-    return match(codes_a, codes_b, sae_a.W_dec, sae_b.W_dec, by=by, method=method, min_firings=min_firings)
+    code_a, code_b = (one.codes.take(keep_N) for one in (a, b))
+    return match(code_a, code_b, a.sae.W_dec, b.sae.W_dec, by=by, method=method, min_firings=min_firings)
 
 
 def match(

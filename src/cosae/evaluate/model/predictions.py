@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.evaluate.reconstruct import row_slices
+from cosae.evaluate.encoded import row_slices
 from cosae.models.hooks import _inputs as arguments_of
 from cosae.models.hooks import body_of
 from cosae.types import Sequences

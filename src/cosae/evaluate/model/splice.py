@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from cosae.activations import sinks
 from cosae.errors import CosaeError
+from cosae.evaluate.encoded import BATCH_TOKENS, norm_quartiles, resampling_units, row_slices
 from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, predicting, scored_batches
-from cosae.evaluate.reconstruct import CHUNK_TOKENS, norm_quartiles, resampling_units, row_slices
 from cosae.evaluate.statistics import RESAMPLES, Array, mean_or_none, ratio_interval, resample_counts
 from cosae.models.capture import capture
 from cosae.models.intervene.hooks import Intervention, Rule, find_site
@@ -190,7 +190,7 @@ def _means(activations: Activations, sink_N: Tensor) -> dict[str, Tensor]:
     centres = {}
     for place, kept_N in zip(PLACES, (torch.ones_like(sink_N), ~sink_N), strict=True):
         sum_D = torch.zeros(activations.x_ND.shape[1], dtype=torch.float64, device=activations.x_ND.device)
-        for rows in row_slices(len(sink_N), CHUNK_TOKENS):
+        for rows in row_slices(len(sink_N), BATCH_TOKENS):
             sum_D += activations.x_ND[rows][kept_N[rows].to(sum_D.device)].double().sum(0)
         centres[place] = sum_D / max(int(kept_N.sum()), 1)
     return centres

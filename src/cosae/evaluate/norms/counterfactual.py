@@ -1,6 +1,7 @@
 """What fires as a token is, and what would fire were it of median length.
 
-In: a cosae SAE and Activations. Out: batch by batch, every entry that fires in either reading, with both values.
+In: the EncodedPass of a cosae SAE. Out: the second and last pass of its tokens, each at the median length: what fires
+in either reading is counted by feature and by document, and nothing else of it is kept.
 
 Every token keeps the direction of x − c and gets the length r' = the median of r = |x − c|. Its scores become
     s'_i = content_i · (r'/r)^{a_i} + β_i          (paper §1; the inner product is a = 1)
@@ -10,7 +11,7 @@ unit and layer_norm frames take the length out before anything is scored: there 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.evaluate.reconstruct import row_slices
+from cosae.evaluate.encoded import BATCH_TOKENS, EncodedPass, resampling_units, row_slices
 from cosae.kernels import ScoreTerms, reference
-from cosae.sae import frame as frames
+from cosae.sae.frame import normalize
 from cosae.sae.model import SAE
 from cosae.types import Activations
 
@@ -53,48 +54,123 @@ class Readings:
 
 
 @torch.no_grad()
-def lengths(sae: SAE, activations: Activations, batch_tokens: int = 4096) -> Tensor:
+def lengths(sae: SAE, activations: Activations) -> Tensor:
     """(N,) float64: r = |x − c| of every token; in the layer_norm frame, where c lives after it, |x − mean x|."""
     parts = []
-    for rows in row_slices(len(activations), batch_tokens):
+    for rows in row_slices(len(activations), BATCH_TOKENS):
         x_BD = activations.x_ND[rows].double()
         about = x_BD.mean(-1, keepdim=True) if sae.cfg.frame == "layer_norm" else sae.centre_D.double().to(x_BD.device)
         parts.append((x_BD - about).norm(dim=-1).cpu())
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-@torch.no_grad()
-def readings(sae: SAE, activations: Activations, median_r: float, batch_tokens: int = 4096) -> Iterator[Readings]:
-    """Both readings of every token by the inference rule. A token at the centre has no direction and stays as it is.
+@dataclass(frozen=True)
+class MedianPass:
+    """What the second pass found.
 
-    Raises CosaeError for a batch_topk without a threshold: there what a token keeps depends on the tokens beside it.
+    median_r  the length that every token got
+    r_N       (N,) float64, |x − c| of every token
+    counts    firings in either reading, for "sinks_out" and "sinks_in"
+    same_l0   entries (token · F + feature), of tokens that are no sinks, whose scores without the growth with r are the
+              largest, as many as fire; None for selectors without one threshold on the scores
     """
+
+    median_r: float
+    r_N: Tensor
+    counts: Mapping[str, Tally]
+    same_l0: Tensor | None
+
+
+@torch.no_grad()
+def at_median(encoded: EncodedPass[SAE], median_r: float | None = None) -> MedianPass:
+    """Every token by the inference rule at r = median_r; the median r of the tokens that are no sinks by default.
+
+    A token at the centre has no direction and stays as it is. Raises CosaeError for a batch_topk without a threshold
+    (what a token keeps would depend on the tokens beside it), without tokens, and for a median_r that is no length.
+    """
+    sae, sample = encoded.sae, encoded.sample
     if not sae.calibrated:
         raise CosaeError(
             "the norm test reads each token on its own, and this batch_topk SAE has no inference threshold: calibrate "
             "it first (cosae.sae.calibrate.calibrate)."
         )
-    for rows in row_slices(len(activations), max(1, min(batch_tokens, DENSE_ELEMENTS // sae.d_sae))):
-        framed = frames.normalize(sae.cfg.frame, activations.x_ND[rows].to(sae.device), sae.centre_D)
+    live_N, out_N = encoded.keep["sinks_in"], encoded.keep["sinks_out"]
+    if not bool(live_N.any()):
+        raise CosaeError(f"norms need at least one token that is not all zero. Got {len(live_N)} rows, none.")
+    if median_r is not None and not 0 < median_r < float("inf"):
+        raise CosaeError(f"median_r must be a length above 0. Got {median_r} instead.")
+    r_N = lengths(sae, sample.activations)
+    middle = float(np.median(r_N[out_N if bool(out_N.any()) else live_N].numpy())) if median_r is None else median_r
+    unit_N = resampling_units(sample.activations.doc_N)[0]
+    counts = {sinks: Tally(encoded.keep[sinks], sae.d_sae, unit_N) for sinks in encoded.keep}
+    largest = None
+    if sae.cfg.selector not in ("gated", "abs_topk"):
+        largest = Largest(int((out_N[encoded.codes.token_E]).sum()))
+    for rows in row_slices(len(sample), max(1, min(encoded.batch_tokens, DENSE_ELEMENTS // sae.d_sae))):
+        framed = normalize(sae.cfg.frame, sample.activations.x_ND[rows].to(sae.device), sae.centre_D)
         terms = sae.score.terms(framed).detached()
         content_BF = reference.content(terms)
-        log_ratio_B = torch.zeros_like(framed.norm_stats.r_B)
-        if sae.cfg.frame == "raw" and median_r > 0:
+        to_median_B1 = torch.zeros_like(framed.norm_stats.r_B)[:, None]
+        if sae.cfg.frame == "raw" and middle > 0:
             r_B = framed.norm_stats.r_B
-            log_ratio_B = torch.where(r_B > 0, np.log(median_r) - r_B.clamp_min(1e-30).log(), 0.0)
-        other_BF = content_BF * (terms.exponent * log_ratio_B[:, None]).exp()
-        now_BF, value_BF = _fired(sae, terms, content_BF)
-        then_BF, there_BF = _fired(sae, terms, other_BF)
-        token_E, feature_E = (now_BF | then_BF).nonzero(as_tuple=True)
-        found = (one[token_E, feature_E].cpu() for one in (now_BF, then_BF, value_BF.double(), there_BF.double()))
-        yield Readings(token_E.cpu() + rows.start, feature_E.cpu(), *found)
+            to_median_B1 = torch.where(r_B > 0, np.log(middle) - r_B.clamp_min(1e-30).log(), 0.0)[:, None]
+        factor_BF = (terms.exponent * to_median_B1).exp()
+        found = _readings(_fired(sae, terms, content_BF), _fired(sae, terms, content_BF * factor_BF), rows.start)
+        for one in counts.values():
+            one.add(found)
+        if largest is not None:
+            score_BF = _scores(terms, content_BF) * factor_BF
+            score_BF[~out_N[rows].to(score_BF.device)] = -torch.inf
+            largest.add(score_BF, rows.start)
+    return MedianPass(middle, r_N, counts, None if largest is None else largest.ids())
+
+
+def _readings(now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], first: int) -> Readings:
+    (now_BF, value_BF), (then_BF, there_BF) = now, then
+    token_E, feature_E = (now_BF | then_BF).nonzero(as_tuple=True)
+    found = (one[token_E, feature_E].cpu() for one in (now_BF, then_BF, value_BF.double(), there_BF.double()))
+    return Readings(token_E.cpu() + first, feature_E.cpu(), *found)
+
+
+def _scores(terms: ScoreTerms, content_BF: Tensor) -> Tensor:
+    """(B, F) scores; −inf for rows of zeros."""
+    score_BF = content_BF if terms.bias_F is None else content_BF + terms.bias_F
+    return torch.where(terms.live_B[:, None], score_BF, -torch.inf)
+
+
+class Largest:
+    """The n largest positive scores of all batches, and where they are; ties with the next one are left out."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._score_E = torch.zeros(0)
+        self._id_E = torch.zeros(0, dtype=torch.int64)
+
+    def add(self, score_BF: Tensor, first: int) -> None:
+        token_E, feature_E = (score_BF > 0).nonzero(as_tuple=True)
+        id_E = (token_E + first) * score_BF.shape[1] + feature_E
+        self._score_E = torch.cat([self._score_E, score_BF[token_E, feature_E].cpu()])
+        self._id_E = torch.cat([self._id_E, id_E.cpu()])
+        if len(self._id_E) > 2 * self._n + score_BF.numel():
+            self._cut()
+
+    def _cut(self) -> None:
+        if len(self._id_E) > self._n + 1:
+            self._score_E, kept = self._score_E.topk(self._n + 1)
+            self._id_E = self._id_E[kept]
+
+    def ids(self) -> Tensor:
+        """token · F + feature of each."""
+        self._cut()
+        if len(self._id_E) <= self._n:
+            return self._id_E
+        return self._id_E[self._score_E > self._score_E.min()]
 
 
 def _fired(sae: SAE, terms: ScoreTerms, content_BF: Tensor) -> tuple[Tensor, Tensor]:
     """(B, F) bool and values: the inference rule of every selector, on content that is already there."""
     selector = sae.selector
-    score_BF = content_BF if terms.bias_F is None else content_BF + terms.bias_F
-    score_BF = torch.where(terms.live_B[:, None], score_BF, -torch.inf)
+    score_BF = _scores(terms, content_BF)
     if selector.name in ("topk", "abs_topk"):
         gain_F = selector.rank_gain_F
         ranked_BF = torch.where(terms.live_B[:, None], score_BF / gain_F, 0.0)
@@ -112,11 +188,11 @@ def _fired(sae: SAE, terms: ScoreTerms, content_BF: Tensor) -> tuple[Tensor, Ten
 class Tally:
     """Sums over the tokens of one set, batch by batch: firings and moments by feature, firings by unit (document)."""
 
-    def __init__(self, keep_N: Tensor, d_sae: int, unit_N: NDArray[np.int64], units: int) -> None:
-        self.keep_N, self.unit_N, self.d_sae, self.units = keep_N, unit_N, d_sae, units
+    def __init__(self, keep_N: Tensor, d_sae: int, unit_N: NDArray[np.int64]) -> None:
+        self.keep_N, self.unit_N, self.d_sae, self.units = keep_N, unit_N, d_sae, int(unit_N.max()) + 1
         self.actual_F, self.median_F, self.both_F = np.zeros((3, d_sae))
         self.moment_5F = np.zeros((5, d_sae))
-        self.union_U, self.both_U = np.zeros((2, units))
+        self.union_U, self.both_U = np.zeros((2, self.units))
         self.change = 0.0
 
     def add(self, found: Readings) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.evaluate.reconstruct import spread
+from cosae.evaluate.encoded import spread
 from cosae.types import Activations
 
 QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)

@@ -1,6 +1,6 @@
 """Is a feature driven by norm? The counterfactual test, and beside it where in the norms a feature fires.
 
-In: a cosae SAE and Activations. Out: plain numbers, per feature and pooled, with sinks in and out.
+In: the two passes of a cosae SAE. Out: plain numbers, per feature and pooled, with sinks in and out.
 
 Counterfactual (norms.counterfactual): every token keeps the direction of x − c and gets the median length. A
 firing that vanishes or appears is norm-driven. Exactly 0 where a = 0, and in the unit and layer_norm frames. With, over
@@ -26,13 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cosae.activations.sample import SINKS
 from cosae.errors import CosaeError
-from cosae.evaluate.norms.counterfactual import Tally, readings
-from cosae.evaluate.norms.counterfactual import lengths as lengths
-from cosae.evaluate.reconstruct import Autoencoder, resampling_units, row_slices
+from cosae.evaluate.encoded import EncodedPass
+from cosae.evaluate.norms.counterfactual import MedianPass, Tally
 from cosae.evaluate.statistics import RESAMPLES, percentile_interval, resample_counts
 from cosae.sae.model import SAE
-from cosae.types import Activations, Codes
 
 Array = NDArray[np.float64]
 
@@ -40,24 +39,12 @@ MOSTLY = 0.5
 """A feature whose norm-driven share is above this counts as mostly norm-driven."""
 MIN_FIRINGS = 10
 """Features that fire on fewer tokens in either reading are left out of counts and means of features."""
-SETS = ("sinks_in", "sinks_out")
 
 
-@torch.no_grad()
 def norm_driven(
-    sae: SAE,
-    activations: Activations,
-    sink_N: Tensor | None = None,
-    *,
-    median_r: float | None = None,
-    batch_tokens: int = 4096,
-    seed: int = 0,
-    n_resamples: int = RESAMPLES,
+    encoded: EncodedPass[SAE], median: MedianPass, seed: int = 0, n_resamples: int = RESAMPLES
 ) -> dict[str, Any]:
     """The counterfactual test at the inference rule: each token as it is, and with r = |x − c| set to the median.
-
-    sink_N    (N,) bool, tokens set apart; none by default. They do not enter the median
-    median_r  the length every token gets; the median r of the tokens that are no sinks by default
 
     Returns {"median_r", "invariant", "sinks_in", "sinks_out"}; invariant: True where the frame or a = 0 makes the
     answer 0 whatever the data. In each set of tokens (padding is in none):
@@ -72,87 +59,42 @@ def norm_driven(
                      of those that fire on at least 10 tokens in one reading; and the mean and median of their shares
     per_feature      float64 arrays (F,): share (NaN where it never fires), firings, firings_at_median,
                      firings_in_both, value_norm_frac (NaN where its value never varies)
-
-    Raises CosaeError for a batch_topk without a threshold (what a token keeps would depend on its batch), no token, a
-    sink mask of another length, or a median_r that is no length.
     """
-    middle, counts = _run(sae, activations, sink_N, median_r, batch_tokens)
+    sae = encoded.sae
     return {
-        "median_r": middle,
+        "median_r": median.median_r,
         "invariant": sae.cfg.frame != "raw" or bool((sae.scale_a == 0).all()),
-        **{name: _numbers(found, seed, n_resamples) for name, found in counts.items()},
+        **{sinks: _numbers(counts, seed, n_resamples) for sinks, counts in median.counts.items()},
     }
 
 
 def paired_norm_differences(
-    saes: Mapping[str, SAE],
-    activations: Activations,
-    sink_N: Tensor | None = None,
-    *,
-    baseline: str,
-    batch_tokens: int = 4096,
-    seed: int = 0,
-    n_resamples: int = RESAMPLES,
+    found: Mapping[str, MedianPass], unit: str, *, baseline: str, seed: int = 0, n_resamples: int = RESAMPLES
 ) -> list[dict[str, Any]]:
     """Norm-driven share of every other SAE minus the baseline's, 95 % intervals by a paired bootstrap over documents.
 
-    Rows of arm, versus, sinks ("in" or "out"), difference, low, high, unit (documents, or blocks of rows), units, seed
-    and resamples; each SAE at the median of its own |x − c|. SAEs that never fire have no row. Raises CosaeError
-    where `norm_driven` does, and for a baseline that is not among the SAEs.
+    found  second passes of the same tokens, by SAE, each at the median of its own |x − c|
+    unit   what is drawn again: documents, or blocks of rows
+
+    Rows of arm, versus, sinks, difference, low, high, unit, units, seed and resamples. SAEs that never fire have
+    none. Raises CosaeError for a baseline that is not among the SAEs.
     """
-    if baseline not in saes:
-        raise CosaeError(f"the baseline must be one of the SAEs {sorted(saes)}. Got {baseline!r} instead.")
-    found = {name: _run(sae, activations, sink_N, None, batch_tokens)[1] for name, sae in saes.items()}
+    if baseline not in found:
+        raise CosaeError(f"the baseline must be one of the SAEs {sorted(found)}. Got {baseline!r} instead.")
     rows = []
-    for which in SETS:
-        base = found[baseline][which]
+    for sinks in SINKS:
+        base = found[baseline].counts[sinks]
         draws_RU = _draws(base.units, seed, n_resamples)
-        for name in saes:
-            one = found[name][which]
+        for name in found:
+            one = found[name].counts[sinks]
             if name == baseline or not (one.union_U.any() and base.union_U.any()):
                 continue
             low, high = percentile_interval(_resampled_share(one, draws_RU) - _resampled_share(base, draws_RU))
             difference = (1 - one.both_U.sum() / one.union_U.sum()) - (1 - base.both_U.sum() / base.union_U.sum())
-            row = {"arm": name, "versus": baseline, "sinks": which.removeprefix("sinks_")}
-            unit = resampling_units(activations.doc_N)[1]
+            row = {"arm": name, "versus": baseline, "sinks": sinks, "difference": float(difference)}
             resampled = {"unit": unit, "units": base.units, "seed": seed, "resamples": n_resamples}
-            rows.append({**row, "difference": float(difference), "low": low, "high": high, **resampled})
+            rows.append({**row, "low": low, "high": high, **resampled})
     return rows
-
-
-def _run(
-    sae: SAE, activations: Activations, sink_N: Tensor | None, median_r: float | None, batch_tokens: int
-) -> tuple[float, dict[str, Tally]]:
-    """The length every token gets, and what was counted in each set of tokens."""
-    live_N, out_N = _live_and_out(activations, sink_N)
-    if median_r is not None and not 0 < median_r < float("inf"):
-        raise CosaeError(f"median_r must be a length above 0. Got {median_r} instead.")
-    r_N = lengths(sae, activations, batch_tokens)
-    middle_N = r_N[out_N if bool(out_N.any()) else live_N]
-    middle = float(np.median(middle_N.numpy())) if median_r is None else median_r
-    unit_N = resampling_units(activations.doc_N)[0]
-    units = int(unit_N.max()) + 1
-    counts = {name: Tally(keep_N, sae.d_sae, unit_N, units) for name, keep_N in zip(SETS, (live_N, out_N), strict=True)}
-    for found in readings(sae, activations, middle, batch_tokens):
-        for one in counts.values():
-            one.add(found)
-    return middle, counts
-
-
-def _live_and_out(activations: Activations, sink_N: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(N,) bool on the CPU: tokens that are no padding; and those of them that are no sinks."""
-    n = len(activations)
-    live_N = (activations.x_ND != 0).any(-1).cpu()
-    if not bool(live_N.any()):
-        raise CosaeError(f"norms need at least one token that is not all zero to be measured on; got {n} rows, none.")
-    if sink_N is None:
-        return live_N, live_N
-    if sink_N.dtype != torch.bool or tuple(sink_N.shape) != (n,):
-        raise CosaeError(
-            f"sinks must be a boolean tensor with one entry for each of {n} activations. "
-            f"Got {sink_N.dtype} of shape {tuple(sink_N.shape)} instead."
-        )
-    return live_N, live_N & ~sink_N.cpu()
 
 
 def _numbers(found: Tally, seed: int, n_resamples: int) -> dict[str, Any]:
@@ -198,14 +140,7 @@ def _resampled_share(found: Tally, draws_RU: Array) -> Array:
     return share_R
 
 
-def firing_norms(
-    sae: Autoencoder,
-    activations: Activations,
-    sink_N: Tensor | None = None,
-    *,
-    codes: Codes | None = None,
-    batch_tokens: int = 4096,
-) -> dict[str, Any]:
+def firing_norms(encoded: EncodedPass[Any]) -> dict[str, Any]:
     """Where in the norms features fire: {"sinks_in", "sinks_out"}, each with
 
     quartile_share   share of all firings in each norm quartile (quartiles of |x| among the tokens of the set)
@@ -216,38 +151,23 @@ def firing_norms(
                      deviations, of those that fire on at least 10 tokens
     per_feature      float64 arrays: quartile_share (F, 4), mean_norm (F,), z (F,); NaN where it never fires
 
-    codes: the codes of all tokens, where they are at hand. All-zero rows are padding and in no set. Raises CosaeError
-    without tokens, for a sink mask of another length, and for a batch_topk without a threshold.
+    All-zero rows are padding and in no set; a set without a token is None. Raises CosaeError where all rows are
+    padding, and for a batch_topk without a threshold.
     """
-    live_N, out_N = _live_and_out(activations, sink_N)
-    if codes is None and not getattr(sae, "calibrated", True):
+    if not bool(encoded.keep["sinks_in"].any()):
+        raise CosaeError(f"norms need at least one token that is not all zero. Got {len(encoded.norm_N)} rows, none.")
+    if not getattr(encoded.sae, "calibrated", True):
         raise CosaeError(
             "firing norms read each token on its own, and this batch_topk SAE has no inference threshold: calibrate "
             "it first (cosae.sae.calibrate.calibrate)."
         )
-    token_E, feature_E = _entries(sae, activations, codes, batch_tokens)
-    norm_N = activations.norm_N.cpu().double()
-    d_sae = sae.d_sae if codes is None else codes.d_sae
     return {
-        "sinks_in": _firing_norms(token_E, feature_E, d_sae, norm_N, live_N),
-        "sinks_out": _firing_norms(token_E, feature_E, d_sae, norm_N, out_N) if bool(out_N.any()) else None,
+        sinks: _firing_norms(encoded, keep_N) if bool(keep_N.any()) else None for sinks, keep_N in encoded.keep.items()
     }
 
 
-@torch.no_grad()
-def _entries(
-    sae: Autoencoder, activations: Activations, codes: Codes | None, batch_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Token and feature (E,) of every firing, on the CPU."""
-    parts = []
-    for rows in row_slices(len(activations), batch_tokens):
-        some = sae.encode(activations.x_ND[rows].float()) if codes is None else codes[rows]
-        on_E = (some.value_E != 0).cpu()
-        parts.append((some.token_E.cpu()[on_E] + rows.start, some.feature_E.cpu()[on_E]))
-    return torch.cat([token_E for token_E, _ in parts]), torch.cat([feature_E for _, feature_E in parts])
-
-
-def _firing_norms(token_E: Tensor, feature_E: Tensor, d_sae: int, norm_N: Tensor, keep_N: Tensor) -> dict[str, Any]:
+def _firing_norms(encoded: EncodedPass[Any], keep_N: Tensor) -> dict[str, Any]:
+    (token_E, feature_E), norm_N, d_sae = encoded.firings, encoded.norm_N, encoded.codes.d_sae
     norm_n = norm_N[keep_N].numpy()
     n = len(norm_n)
     cuts = np.quantile(norm_n, [0.25, 0.5, 0.75])

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.evaluate.norms.driven import lengths
-from cosae.evaluate.reconstruct import row_slices
+from cosae.evaluate.encoded import row_slices
+from cosae.evaluate.norms.counterfactual import lengths
 from cosae.kernels import reference
 from cosae.sae import frame as frames
 from cosae.sae.model import SAE

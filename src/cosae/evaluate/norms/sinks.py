@@ -1,6 +1,6 @@
 """Attention sinks: where they are, how many features fire there, what they do to the reconstruction.
 
-In: an SAE, Activations and which of them are sinks. Out: plain numbers. Sinks are few tokens with norms of up to a
+In: the EncodedPass of an SAE. Out: plain numbers. Sinks are few tokens with norms of up to a
 hundred times the median; on them a score that grows with the norm switches on thousands of features, which then look
 like "norm detectors" in every statistic that counts firings (paper §9 A1, A2).
 """
@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cosae.errors import CosaeError
-from cosae.evaluate.reconstruct import Autoencoder, row_slices, spread
+from cosae.activations.sinks import median_norm
+from cosae.evaluate.encoded import EncodedPass, spread
 from cosae.types import Activations
 
 SINK_FEATURE_FRAC = 0.5
@@ -25,11 +25,8 @@ LISTED = 8
 Counts = NDArray[np.int64]
 
 
-@torch.no_grad()
-def sink_metrics(
-    sae: Autoencoder, activations: Activations, sink_N: Tensor, batch_tokens: int = 4096
-) -> dict[str, Any]:
-    """What the tokens where sink_N (N,) bool is True look like, and what an SAE does on them, as plain numbers.
+def sink_metrics(encoded: EncodedPass[Any]) -> dict[str, Any]:
+    """What the sinks of a sample look like, and what an SAE does on them, as plain numbers.
 
     n_sinks, sink_frac        how many of the tokens, and what share
     norm_over_median          median and largest |x| of the sinks over the median |x| of all tokens
@@ -41,39 +38,24 @@ def sink_metrics(
     error_frac, variance_frac share of Σ|x − x̂|² and of Σ|x − mean x|² that sinks hold
     fve_on, norm_ratio_on     1 − Σ|x − x̂|² / Σ|x − mean x|² over sinks about the mean of all; mean |x̂| / mean |x|
 
-    Numbers about an empty set are None. Raises CosaeError when the mask has another length or there are no tokens.
+    Numbers about an empty set are None.
     """
-    n = len(activations)
-    if n == 0 or sink_N.dtype != torch.bool or tuple(sink_N.shape) != (n,):
-        raise CosaeError(f"sinks must be a boolean tensor with one entry for each of {n} activations, at least one.")
-    sink_N = sink_N.cpu()
-    error_N, length_N = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    l0_N = torch.zeros(n, dtype=torch.int64)
-    fired = torch.zeros(2, sae.d_sae, dtype=torch.int64)
-    for rows in row_slices(n, batch_tokens):
-        codes = sae.encode(activations.x_ND[rows].float())
-        recon_BD = sae.decode(codes).double()
-        error_N[rows] = (activations.x_ND[rows].double() - recon_BD).square().sum(-1).cpu()
-        length_N[rows] = recon_BD.norm(dim=-1).cpu()
-        alive_E = (codes.value_E != 0).cpu()
-        token_E, feature_E = codes.token_E.cpu()[alive_E], codes.feature_E.cpu()[alive_E]
-        l0_N[rows] = torch.bincount(token_E, minlength=rows.stop - rows.start)
-        on_E = sink_N[rows][token_E]
-        for side, chosen_E in ((0, ~on_E), (1, on_E)):
-            fired[side] += torch.bincount(feature_E[chosen_E], minlength=sae.d_sae)
-    off_F, on_F = fired[0].numpy(), fired[1].numpy()
+    sink_N = encoded.sample.sink_N
+    token_E, feature_E = encoded.firings
+    on_E = sink_N[token_E]
+    off_F, on_F = (torch.bincount(feature_E[e], minlength=encoded.sae.d_sae).numpy() for e in (~on_E, on_E))
     return {
-        **_where(activations, sink_N),
-        "l0_on": _median(l0_N[sink_N]),
-        "l0_off": _median(l0_N[~sink_N]),
+        **_where(encoded.sample.activations, sink_N),
+        "l0_on": _median(encoded.l0_N[sink_N]),
+        "l0_off": _median(encoded.l0_N[~sink_N]),
         **_features(on_F, off_F),
-        **_recon(activations, sink_N, error_N, length_N),
+        **_recon(encoded),
     }
 
 
 def _where(activations: Activations, sink_N: Tensor) -> dict[str, Any]:
     norm_N = activations.norm_N.cpu().double()
-    median = float(norm_N.median())
+    median = median_norm(norm_N)
     return {
         "n_sinks": int(sink_N.sum()),
         "sink_frac": float(sink_N.double().mean()),
@@ -93,18 +75,15 @@ def _features(on_F: Counts, off_F: Counts) -> dict[str, Any]:
     }
 
 
-def _recon(activations: Activations, sink_N: Tensor, error_N: Tensor, length_N: Tensor) -> dict[str, Any]:
-    total_N = spread(activations, torch.ones_like(sink_N))
-    norm_N = activations.norm_N.cpu().double()
-    here = bool(sink_N.any())
-    fve = (
-        1 - float(error_N[sink_N].sum()) / float(total_N[sink_N].sum()) if here and total_N[sink_N].sum() > 0 else None
-    )
+def _recon(encoded: EncodedPass[Any]) -> dict[str, Any]:
+    sink_N, error_N, norm_N = encoded.sample.sink_N, encoded.error_N, encoded.norm_N
+    total_N = spread(encoded.sample.activations, torch.ones_like(sink_N))
+    error, total = float(error_N[sink_N].sum()), float(total_N[sink_N].sum())
     return {
-        "error_frac": _over(float(error_N[sink_N].sum()), float(error_N.sum())),
-        "variance_frac": _over(float(total_N[sink_N].sum()), float(total_N.sum())),
-        "fve_on": fve,
-        "norm_ratio_on": _over(float(length_N[sink_N].sum()), float(norm_N[sink_N].sum())) if here else None,
+        "error_frac": _over(error, float(error_N.sum())),
+        "variance_frac": _over(total, float(total_N.sum())),
+        "fve_on": 1 - error / total if total > 0 else None,
+        "norm_ratio_on": _over(float(encoded.recon_norm_N[sink_N].sum()), float(norm_N[sink_N].sum())),
     }
 
 

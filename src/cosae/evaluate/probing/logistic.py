@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse, special
 from scipy.optimize import minimize
 
-from cosae.evaluate.reconstruct import row_slices
+from cosae.evaluate.encoded import row_slices
 from cosae.evaluate.statistics import Array
 
 BLOCK_LOGITS = 1 << 20

@@ -30,7 +30,7 @@ from cosae.run import provenance
 from cosae.run.capture.request import Capture
 from cosae.run.capture.text import CaptureText, Part
 from cosae.run.dataset.corpus import check_corpus
-from cosae.run.dataset.dataset import batch_size, open_model
+from cosae.run.dataset.model import batch_size, open_model
 from cosae.run.plan.plan import check_capture
 from cosae.types import Activations, Site
 

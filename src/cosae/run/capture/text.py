@@ -13,7 +13,8 @@ import torch
 
 from cosae.activations.store.format import SIDES
 from cosae.recipe import DataConfig
-from cosae.run.dataset.corpus import CorpusText, Side
+from cosae.run.dataset.base import Side
+from cosae.run.dataset.corpus import CorpusText
 from cosae.text.tokenization import TokenizedDocument
 from cosae.types import Activations, Sequences
 

@@ -9,12 +9,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from cosae.errors import CosaeError
 from cosae.recipe import DataConfig
+from cosae.run.dataset.base import Side
 from cosae.text.documents import pylib_sides, read_documents
 from cosae.text.files import Reading, Tally
 from cosae.text.mixture import Cursor, Text, mix, parse_corpus
@@ -25,7 +26,6 @@ from cosae.text.tokenization import TokenizedDocument, tokenize_documents
 from cosae.text.workers import Workers
 from cosae.types import Sequences
 
-Side = Literal["train", "held_out"]
 STREAM_ABOVE_BYTES = 256 * 2**20
 """Files and folders larger than this are streamed instead of held."""
 

@@ -21,35 +21,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cosae.activations.store.format import STORE_DTYPES, ShardShape
 from cosae.activations.stream import SAMPLE_ROWS
-from cosae.recipe import DataConfig, Recipe
+from cosae.recipe import Recipe
 from cosae.run.capture.request import Capture
+from cosae.run.dataset.base import Sizes
 from cosae.run.plan.resources import Item, human, total
 from cosae.train.checkpoint import KEEP
 
 FLOAT = 4
 IDS_BYTES = 21  # norm, four ids, one mark
-TEXT_BYTES = 36
-AUTO_PASS_TOKENS = 4096
 LABEL_BYTES = 157  # one byte a concept while measuring
 LABELLED_TOKENS = 500_000  # of the documents that labels are looked up in
 MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.1}
 """Of one value of Adam's moments; int8 with the scales of its blocks."""
-WORLD_CHUNK, ARRAY_CHUNK = 8192, 65536
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a plan needs to know of the data: width, bytes that stay, rows of a chunk, bytes of making one."""
-
-    d_in: int
-    resident: tuple[Item, ...]
-    chunk_rows: int
-    chunk_work: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,67 +54,6 @@ class MemoryPlan:
     @property
     def n_bytes(self) -> int:
         return total(self.peak)
-
-
-def data_sizes(data: DataConfig, device: str, tokens: int) -> Sizes:
-    """Sizes of what a recipe reads; `tokens` are how many of the train side it will want. Raises CosaeError where it
-    cannot be found or read."""
-    if data.world is not None:
-        world = data.world
-        features = Item("true features of the world", FLOAT * world.n_features * world.d_in)
-        return Sizes(world.d_in, (features,), WORLD_CHUNK, 4 * WORLD_CHUNK * FLOAT * world.d_in)
-    if data.store is not None:
-        from cosae.activations.store.reader import open_store
-        from cosae.activations.store.source import StoreSource
-
-        source = StoreSource(open_store(data.store, data.store_site))
-        return Sizes(source.d_in, (), source.chunk_tokens)
-    if data.activations is not None:
-        from cosae.activations.array_files import open_array
-
-        array, _, _ = open_array(Path(data.activations), data.activations_key)
-        n_rows, d_in = (int(size) for size in array.shape)
-        held = 0 if data.activations.endswith(".npy") else n_rows * d_in * int(array[:1].itemsize)
-        return Sizes(d_in, (Item("the file of activations", held),), min(ARRAY_CHUNK, n_rows))
-    return _model_sizes(data, tokens)
-
-
-def _model_sizes(data: DataConfig, tokens: int, site: str | None = None) -> Sizes:
-    from cosae.models.size import model_size
-    from cosae.run.dataset.corpus import check_corpus
-
-    check_corpus(data)
-    name = data.model
-    if name == "embedded":
-        from cosae.models.embedded import model_path
-
-        name = str(model_path())
-    size = model_size(name, site or data.site, data.model_dtype, data.revision, data.attention)
-    # measured where asked, against an eighth of the memory and at most so many tokens
-    per_pass = AUTO_PASS_TOKENS if data.batch_sequences == "auto" else data.batch_sequences * data.context
-    work = per_pass * (size.pass_bytes + data.context * size.attention_bytes)
-    items = (
-        Item(f"the model ({data.model_dtype})", size.weight_bytes),
-        Item("the text as tokens", TEXT_BYTES * _held_tokens(data, tokens)),
-    )
-    chunk = data.chunk_sequences * data.context
-    value = max(4, STORE_DTYPES[data.model_dtype].itemsize)
-    ahead = Item("chunks captured ahead", data.prefetch_chunks * chunk * (value * size.d_in + IDS_BYTES))
-    return Sizes(size.d_in, (*items, ahead) if data.prefetch_chunks else items, chunk, work)
-
-
-def _held_tokens(data: DataConfig, tokens: int) -> int:
-    """Tokens that are held: those wanted, or about all that the corpus has; few of a corpus that is streamed."""
-    from cosae.run.dataset.corpus import streamed
-    from cosae.text.mixture import parse_corpus
-
-    sources = parse_corpus(data.corpus)
-    if len(sources) > 1 or streamed(sources[0].spec):
-        return data.chunk_sequences * data.context
-    path = Path(sources[0].spec)
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
-    size = sum(p.stat().st_size for p in files) if sources[0].spec != "pylib" else 12_000_000
-    return min(tokens, size // 2)
 
 
 def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:

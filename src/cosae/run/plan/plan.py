@@ -11,7 +11,9 @@ from pathlib import Path
 
 from cosae.recipe import Recipe
 from cosae.run.capture.request import Capture
-from cosae.run.plan.memory import MemoryPlan, Sizes, capture_disk, capture_memory, data_sizes, run_disk, train_memory
+from cosae.run.dataset.base import Dataset, DataUse, Sizes
+from cosae.run.dataset.open import dataset_of, open_dataset
+from cosae.run.plan.memory import MemoryPlan, capture_disk, capture_memory, run_disk, train_memory
 from cosae.run.plan.resources import Choice, Item, check_disk, check_memory, free_disk, free_memory, human, total
 from cosae.run.plan.time import TimePlan, capture_time, train_time
 
@@ -27,15 +29,13 @@ class Plan:
     time: TimePlan | None = None
 
 
-def check_run(recipe: Recipe, out: Path | None, *, begun: bool = False) -> Plan:
+def check_run(recipe: Recipe, data: Dataset, out: Path | None, *, begun: bool = False) -> Plan:
     """The plan of a run without its time. Raises CosaeError, saying what to lower to what, where it cannot fit.
 
     begun: of a run that lies in `out` and is gone on with. Its checkpoints take no further room, and only what has no
     say in the weights can be lowered.
     """
-    training = recipe.training
-    tokens = training.steps * training.batch_tokens + training.buffer_tokens + recipe.filter.window_tokens
-    sizes = data_sizes(recipe.data, recipe.device, tokens)
+    sizes = data.sizes()
 
     def memory(changed: Recipe) -> MemoryPlan:
         return train_memory(changed.resolved(sizes.d_in), sizes)
@@ -101,12 +101,10 @@ def check_capture(request: Capture, out: Path) -> Plan:
 
 def plan_run(recipe: Recipe, out: Path | None, log: Callable[[str], None] = lambda _: None) -> Plan:
     """The plan of a run, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
-    from cosae.run.dataset.dataset import open_data
-
-    checked = check_run(recipe, out)
+    data = dataset_of(recipe)
+    checked = check_run(recipe, data, out)
     log("opening the data for a short sample")
-    data = open_data(recipe)
-    timed = train_time(recipe.resolved(data.source.d_in), data)
+    timed = train_time(recipe.resolved(data.d_in), data)
     return Plan(checked.memory, checked.disk, checked.free_memory, checked.free_disk, timed)
 
 
@@ -122,8 +120,8 @@ def _capture_sizes(request: Capture) -> tuple[list[Sizes], int]:
     from cosae.text.mixture import parse_corpus
 
     n_labels = len(CONCEPTS) if [s.spec for s in parse_corpus(request.data.corpus)] == ["pylib"] else 0
-    chunk = request.data.chunk_sequences * request.data.context
-    sizes = [data_sizes(replace(request.data, site=site), request.device, chunk) for site in request.sites]
+    use = DataUse(device=request.device, train_tokens=request.data.chunk_sequences * request.data.context)
+    sizes = [open_dataset(replace(request.data, site=site), use).sizes() for site in request.sites]
     return sizes, -(-n_labels // 8)
 
 

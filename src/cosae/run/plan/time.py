@@ -11,7 +11,8 @@ import torch
 from cosae.activations.stream import ActivationStream
 from cosae.recipe import Recipe
 from cosae.run.capture.request import Capture
-from cosae.run.dataset.dataset import Data
+from cosae.run.dataset.base import Dataset
+from cosae.run.dataset.model import batch_size, open_model
 from cosae.train.step import ArmState, train_step
 
 WARM_STEPS, TIMED_STEPS = 2, 3
@@ -29,7 +30,7 @@ class TimePlan:
         return sum(self.parts.values())
 
 
-def train_time(recipe: Recipe, data: Data) -> TimePlan:
+def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
     """Time of training: reading the stream's tokens, and the steps of every arm. recipe: resolved.
 
     Measuring after training is counted by the tokens it reads only. The sample's first steps are warm-up: compiled
@@ -54,7 +55,7 @@ def train_time(recipe: Recipe, data: Data) -> TimePlan:
     read = training.steps * batch + recipe.filter.window_tokens + training.buffer_tokens
     parts, rates = {"reading the stream": read / rate}, {"stream": rate}
     for arm in recipe.arms:
-        sae = arm.build(data.source.d_in, small.sample_ND, recipe.device)
+        sae = arm.build(data.d_in, small.sample_ND, recipe.device)
         one = ArmState.start(arm, sae, max(small.norm_summary.total_variance, 1e-12), training.optimizer)
         taken = [_timed(one, x_BD, i, training.dead_after_tokens) for i, x_BD in enumerate(batches)][WARM_STEPS:]
         seconds = sorted(taken)[len(taken) // 2]
@@ -80,7 +81,6 @@ def capture_time(request: Capture, log: Callable[[str], None] = lambda _: None) 
     from cosae.models.capture import capture
     from cosae.models.sites import resolve_site
     from cosae.run.capture.text import CaptureText
-    from cosae.run.dataset.dataset import batch_size, open_model
 
     log("loading the model for a short sample")
     model, tokenizer = open_model(request.data, request.device)

@@ -1,4 +1,4 @@
-"""What `cosae eval` found, as tables for a terminal: the numbers one looks at first. All are in the JSON."""
+"""What a measurement found, as tables: the numbers one looks at first. All are in the JSON."""
 
 from __future__ import annotations
 
@@ -10,18 +10,7 @@ Table = tuple[str, Rows]
 """A caption and rows of cells, the head first."""
 
 
-def screen(result: Mapping[str, Any]) -> str:
-    """Every table of a measurement, and the warnings on SAEs whose file held no threshold."""
-    text = [f"{key}: {value}" for key, value in result["warnings"].items()]
-    for caption, rows in TABLES[result["measurement"]](result["found"]):
-        width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in rows]
-        text.append("\n".join([caption, *lines]))
-    shown = "\n\n".join(text)
-    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in shown.split("\n"))
-
-
-def _reconstruction(found: Mapping[str, Any]) -> Iterator[Table]:
+def reconstruction(found: Mapping[str, Any]) -> Iterator[Table]:
     for which in ("sinks_out", "sinks_in"):
         rows = [
             ["SAE", "FVE", "per batch", "median token", "cosine", "|x̂|/|x|", "L0", "dead", "rare", "FVE by quartile"]
@@ -33,10 +22,10 @@ def _reconstruction(found: Mapping[str, Any]) -> Iterator[Table]:
             shares = [_n(one["dead_frac"]), _n(one["rare_frac"])]
             rows.append([name, *(_n(one[key]) for key in keys), _n(one["l0"], 1), *shares, by])
         yield f"Reconstruction, {_said(which)}, {one['tokens']} tokens", rows
-    yield from _paired("FVE, sinks out", found["paired_sinks_out"])
+    yield from _paired("FVE", found["paired"])
 
 
-def _norms(found: Mapping[str, Any]) -> Iterator[Table]:
+def norms(found: Mapping[str, Any]) -> Iterator[Table]:
     for which in ("sinks_out", "sinks_in"):
         rows = [
             ["SAE", "norm-driven", "95 %", "features mostly", "of values' variance", "firings by norm quartile (null)"]
@@ -56,7 +45,7 @@ def _norms(found: Mapping[str, Any]) -> Iterator[Table]:
     yield from _paired("Norm-driven share", found["paired"])
 
 
-def _sinks(found: Mapping[str, Any]) -> Iterator[Table]:
+def sinks(found: Mapping[str, Any]) -> Iterator[Table]:
     rows = [["SAE", "sinks", "× median norm", "L0 on / off", "sink features", "of firings", "of error", "FVE on them"]]
     for name, one in found["saes"].items():
         ends = [_n(one["l0_on"], 0) + " / " + _n(one["l0_off"], 0), str(one["sink_features"])]
@@ -65,7 +54,23 @@ def _sinks(found: Mapping[str, Any]) -> Iterator[Table]:
     yield "Sinks", rows
 
 
-def _geometry(found: Mapping[str, Any]) -> Iterator[Table]:
+def exponents(found: Mapping[str, Any]) -> Iterator[Table]:
+    rows = [["SAE", "a", "mean a", "mean b", "5 % … 95 % of features"]]
+    for name, one in found.items():
+        ends = one.get("quantiles")
+        spread = _range(ends[0], ends[-1]) if ends else ""
+        rows.append([name, one["kind"].replace("_", " "), _n(one["mean"]), _n(one["b_mean"]), spread])
+    yield "Exponents", rows
+
+
+def recovery(found: Mapping[str, Any]) -> Iterator[Table]:
+    rows = [["SAE", "MCC", "F1", "AUROC", "uniqueness", "L0", "dead"]]
+    keys = ("mcc", "f1", "auroc", "uniqueness", "l0", "dead_frac")
+    rows += [[name, *(_n(one[key]) for key in keys)] for name, one in found.items()]
+    yield "True features of the world that were found", rows
+
+
+def geometry(found: Mapping[str, Any]) -> Iterator[Table]:
     rows = [["SAE", "mean max cosine", "near duplicates", "participation", "entropy dimension", "encoder · decoder"]]
     for name, one in found["saes"].items():
         decoder = one["decoder"]
@@ -75,7 +80,7 @@ def _geometry(found: Mapping[str, Any]) -> Iterator[Table]:
     yield "Geometry", rows
 
 
-def _probing(found: Mapping[str, Any]) -> Iterator[Table]:
+def probing(found: Mapping[str, Any]) -> Iterator[Table]:
     yield from (_text_probing(found) if found["kind"] == "texts" else _token_probing(found))
 
 
@@ -118,7 +123,7 @@ def _token_probing(found: Mapping[str, Any]) -> Iterator[Table]:
         yield f"One latent per concept, or as many as stand there, {_said(which)}; {over}", rows
 
 
-def _matching(found: Mapping[str, Any]) -> Iterator[Table]:
+def matching(found: Mapping[str, Any]) -> Iterator[Table]:
     rows = [["pairs by", "pairs", "shared", "yardstick", "ratio", "95 %", "paper's rule a, b"]]
     for how, one in found.items():
         if not isinstance(one, Mapping):
@@ -131,7 +136,7 @@ def _matching(found: Mapping[str, Any]) -> Iterator[Table]:
     yield f"Features of {found['a']} that {found['b']} has", rows
 
 
-def _discovery(found: Mapping[str, Any]) -> Iterator[Table]:
+def discovery(found: Mapping[str, Any]) -> Iterator[Table]:
     head = ["pairs by", "of", "shared", "gap, all features", "shared ones", "as many at random", "separability"]
     rows = [head]
     names = {"pairs": f"{found['b']} − {found['a']}", "yardsticks": f"{found['a']}, another seed − {found['a']}"}
@@ -143,7 +148,7 @@ def _discovery(found: Mapping[str, Any]) -> Iterator[Table]:
     yield f"Gap in AUROC over {found['concepts']} concepts, sinks out; features chosen on training files", rows
 
 
-def _splice(found: Mapping[str, Any]) -> Iterator[Table]:
+def splice(found: Mapping[str, Any]) -> Iterator[Table]:
     for place in ("everywhere", "off_sinks"):
         rows = [["SAE", "KL", "loss increase", "recovered (mean)", "recovered (zero)", "KL by norm quartile"]]
         for name, one in found["saes"].items():
@@ -155,7 +160,7 @@ def _splice(found: Mapping[str, Any]) -> Iterator[Table]:
         yield f"Spliced in {place.replace('_', ' ')}; the model's own loss {_n(found['model']['sinks_in'])} nats", rows
 
 
-def _causal(found: Mapping[str, Any]) -> Iterator[Table]:
+def causal(found: Mapping[str, Any]) -> Iterator[Table]:
     for kind in ("ablation", "steering"):
         rows = [["SAE", "feature", "relative size", "KL on", "KL off", "on share"]]
         for name, both in found["saes"].items():
@@ -165,7 +170,7 @@ def _causal(found: Mapping[str, Any]) -> Iterator[Table]:
         yield f"{kind.capitalize()} of single features, on and off the tokens where they fire", rows
 
 
-def _patching(found: Mapping[str, Any]) -> Iterator[Table]:
+def patching(found: Mapping[str, Any]) -> Iterator[Table]:
     rows = [["size", "degrees", "KL of direction", "norm up", "norm down", "direction / norm", "direction / random"]]
     for one in found["by_size"]:
         here = [_n(one["kinds"][kind]["kl_here"], 5) for kind in ("direction", "norm_up", "norm_down")]
@@ -174,7 +179,7 @@ def _patching(found: Mapping[str, Any]) -> Iterator[Table]:
     yield f"Changes of equal size at {found['site']}, {found['pairs']} tokens; no SAE enters", rows
 
 
-def _gradients(found: Mapping[str, Any]) -> Iterator[Table]:
+def gradients(found: Mapping[str, Any]) -> Iterator[Table]:
     for which in ("sinks_out", "sinks_in"):
         rows = [["SAE", "competition", "gradient by norm quartile", "loss by norm quartile", "feature's Q4 / Q1"]]
         for name, both in found["saes"].items():
@@ -214,18 +219,3 @@ def _range(low: float | None, high: float | None, digits: int = 3) -> str:
 
 def _n(value: float | None, digits: int = 3, sign: bool = False) -> str:
     return "–" if value is None else f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-
-
-TABLES = {
-    "reconstruction": _reconstruction,
-    "norms": _norms,
-    "sinks": _sinks,
-    "geometry": _geometry,
-    "probing": _probing,
-    "matching": _matching,
-    "discovery": _discovery,
-    "splice": _splice,
-    "causal": _causal,
-    "patching": _patching,
-    "gradients": _gradients,
-}

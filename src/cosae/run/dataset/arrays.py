@@ -1,0 +1,74 @@
+"""Vectors from a file or from memory."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cosae.activations.array_files import open_array
+from cosae.activations.arrays import ArraySource, TensorSource
+from cosae.activations.monitor import finite_rows
+from cosae.activations.sample import Sample, SinkRule
+from cosae.errors import CosaeError
+from cosae.recipe import DataConfig
+from cosae.run.dataset.base import Dataset, DataUse, Sizes, Split, split_held_out
+from cosae.run.plan.resources import Item
+from cosae.types import Activations
+
+CHUNK = 65_536
+
+
+class ArrayDataset(Dataset):
+    """Rows of a file, or of a tensor (N, D). With held_out_frac 0, where nothing is trained, any row is measured."""
+
+    def __init__(self, config: DataConfig, use: DataUse, tensor: Tensor | None = None) -> None:
+        super().__init__(config, use)
+        self._tensor = tensor
+        least = "at least 0 and below 1" if not use.train_tokens else "between 0 and 1, neither of them"
+        if not (0 < config.held_out_frac < 1 or (config.held_out_frac == 0 and not use.train_tokens)):
+            raise CosaeError(
+                f"held_out_frac must lie {least}: thresholds are calibrated on rows kept out of training. Got "
+                f"{config.held_out_frac} instead."
+            )
+
+    @cached_property
+    def source(self) -> ArraySource | TensorSource:  # type: ignore[override]
+        options: dict[str, Any] = {
+            "seed": self.use.seed,
+            "held_out_frac": self.config.held_out_frac,
+            "allow_non_finite": self.config.non_finite == "drop",
+        }
+        if self._tensor is not None:
+            return TensorSource(self._tensor, **options)
+        assert self.config.activations is not None
+        return ArraySource(self.config.activations, self.config.activations_key, **options)
+
+    def sizes(self) -> Sizes:
+        path = self.config.activations
+        if path is None:
+            return Sizes(self.source.d_in, (), CHUNK)
+        array, _, _ = open_array(Path(path), self.config.activations_key)
+        n_rows, d_in = (int(size) for size in array.shape)
+        held = 0 if path.endswith(".npy") else n_rows * d_in * int(array[:1].itemsize)
+        return Sizes(d_in, (Item("the file of activations", held),), min(CHUNK, n_rows))
+
+    def sample(self, split: Split, n_tokens: int, rule: SinkRule | None = None) -> Sample:
+        if split != "train" and self.config.held_out_frac > 0:
+            held_out = self.source.held_out()
+            activations = held_out[split_held_out(len(held_out), split, self.use)]
+        else:
+            activations = self._first(n_tokens)
+        finite = finite_rows(activations)
+        return Sample.of(self._perturbed(finite, split), rule, n_dropped=len(activations) - len(finite))
+
+    def _first(self, n_tokens: int) -> Activations:
+        parts: list[Activations] = []
+        for chunk in itertools.islice(self.source.chunks(), self.source.chunks_per_epoch):
+            parts.append(chunk)
+            if sum(map(len, parts)) >= n_tokens:
+                break
+        return Activations.cat(parts)[:n_tokens]

@@ -1,0 +1,183 @@
+"""A recipe's data, opened once: what training, planning, evaluation and audit ask it.
+
+Training, calibration and the choice of probing latents see the train split; every reported number is measured on the
+held-out split, which is disjoint from it by construction (by file name, document text or block of rows).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as TextSequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cosae.activations import perturbation as perturbations
+from cosae.activations.perturbation import Perturbation
+from cosae.activations.sample import Sample, SinkRule
+from cosae.activations.stream import Source
+from cosae.errors import CosaeError
+from cosae.recipe import DataConfig, Recipe
+from cosae.run.plan.resources import Item
+from cosae.types import Activations, Sequences, Site
+
+Split = Literal["train", "held_out", "calibration"]
+"""`calibration` is a part of the held-out side that no number is measured on: other tokens of the same documents, so
+that thresholds meet the same kinds of text that they are measured on."""
+Side = Literal["train", "held_out"]
+
+
+NO_MODEL = "this measurement runs the model itself: give --model and --site, not --activations or --store."
+
+
+@dataclass(frozen=True)
+class DataUse:
+    """What a dataset is opened for: everything that decides its samples and is not in its DataConfig.
+
+    train_tokens        tokens that training will read; 0 where nothing is trained
+    held_out_tokens, calibration_tokens   the two disjoint draws of the held-out side
+    perturbations       what is put on the samples of each split, nothing where there is no entry
+    keep_tokens         captured training tokens to keep in memory for another run on the same data
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    store_dtype: str = "float32"
+    train_tokens: int = 0
+    held_out_tokens: int = 131_072
+    calibration_tokens: int = 1
+    perturbations: Mapping[str, Perturbation] = field(default_factory=dict)
+    keep_tokens: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe, keep_tokens: int = 0) -> DataUse:
+        """What a run of the recipe needs of its data."""
+        training, evaluation = recipe.training, recipe.evaluation
+        return cls(
+            seed=training.seed,
+            device=recipe.device,
+            store_dtype=training.store_dtype,
+            train_tokens=training.steps * training.batch_tokens + training.buffer_tokens + recipe.filter.window_tokens,
+            held_out_tokens=evaluation.held_out_tokens,
+            calibration_tokens=evaluation.calibration_tokens,
+            perturbations={s: recipe.sample_perturbation(s) for s in ("train", "held_out", "calibration")},
+            keep_tokens=keep_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a plan needs to know of the data: width, bytes that stay, rows of a chunk, bytes of making one."""
+
+    d_in: int
+    resident: tuple[Item, ...]
+    chunk_rows: int
+    chunk_work: int = 0
+
+
+class Dataset:
+    """Activations of one origin. Opening it reads configurations and headers only; the rest comes when it is asked for.
+
+    config, use     what it is, and what for
+    source          the endless training source
+    has_concepts    whether tokens carry the labels of the concepts in cosae.text.concepts
+    site            where a model is read, None elsewhere; model_name likewise
+    """
+
+    has_concepts: bool = False
+    site: Site | None = None
+    model_name: str | None = None
+    source: Source
+
+    def __init__(self, config: DataConfig, use: DataUse) -> None:
+        self.config, self.use = config, use
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self.source.d_in
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should be told of what was read so far."""
+        return []
+
+    def sizes(self) -> Sizes:
+        """What it takes, from configurations and headers. Raises CosaeError where they cannot be read."""
+        raise NotImplementedError
+
+    def sample(self, split: Split, n_tokens: int, rule: SinkRule | None = None) -> Sample:
+        """About n_tokens of the train split, or the draw of the held-out side that the dataset was opened for.
+
+        rule: what makes a token a sink; by default ten times the sample's own median norm.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for a record."""
+        return self.source.describe()
+
+    def resolved(self) -> DataConfig:
+        """The configuration with what was measured in the place of "auto"."""
+        return self.config
+
+    def again(self, use: DataUse) -> Dataset:
+        """The same data for another use that differs in perturbations only: nothing is read twice."""
+        if replace(use, perturbations={}, keep_tokens=0) != replace(self.use, perturbations={}, keep_tokens=0):
+            raise CosaeError("two runs share captured activations only where their seeds and sizes are the same.")
+        twin = copy.copy(self)
+        twin.use = use
+        return twin
+
+    def sequences(self, side: Side, n_tokens: int) -> Sequences:
+        """Token sequences of one side, those that `sample` captures. Raises CosaeError where no model is run."""
+        raise CosaeError(NO_MODEL)
+
+    def read_texts(self, texts: TextSequence[str], context: int) -> Iterator[tuple[list[int], Activations]]:
+        """Some texts at a time: their numbers, those with a token, and the activations of their first `context` tokens;
+        doc_N counts such texts from the first. Raises CosaeError where no model is run.
+        """
+        raise CosaeError(NO_MODEL)
+
+    @property
+    def model(self) -> Any:
+        """The language model, frozen. Raises CosaeError where none is run."""
+        raise CosaeError(NO_MODEL)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        raise CosaeError(NO_MODEL)
+
+    def spell(self, token: int) -> str | None:
+        """The text of a token id, where there is a tokenizer."""
+        return None
+
+    def close(self) -> None:
+        """End whatever still works in the background."""
+
+    def _perturbed(self, activations: Activations, split: Split) -> Activations:
+        perturbation = self.use.perturbations.get(split, Perturbation())
+        return perturbations.apply(activations, perturbation, 0, side_of(split))
+
+
+def side_of(split: Split) -> Side:
+    """The side of the data that a split is drawn from."""
+    return "train" if split == "train" else "held_out"
+
+
+def split_held_out(n_tokens: int, split: Split, use: DataUse) -> Tensor:
+    """Token numbers, ascending, of one of two disjoint draws from n_tokens held-out tokens: a seeded permutation.
+
+    Where both do not fit they shrink in proportion; a single token serves both.
+    """
+    first, second = use.held_out_tokens, use.calibration_tokens
+    if first + second > n_tokens:
+        first = min(max(1, round(n_tokens * first / (first + second))), max(n_tokens - 1, 1))
+        second = n_tokens - first
+    order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(0))
+    chosen = order[:first] if split != "calibration" or second == 0 else order[first : first + second]
+    return chosen.sort().values

@@ -1,0 +1,239 @@
+"""A language model on a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as TextSequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosae.activations import perturbation as perturbations
+from cosae.activations.cached import CachedSource
+from cosae.activations.monitor import finite_rows
+from cosae.activations.perturbation import Perturbation
+from cosae.activations.sample import Sample, SinkRule
+from cosae.activations.store.format import STORE_DTYPES
+from cosae.activations.stream import Source
+from cosae.models.batching import choose_batch
+from cosae.models.capture import capture
+from cosae.models.embedded import model_path
+from cosae.models.load import load_model
+from cosae.models.sites import resolve_site
+from cosae.models.size import model_size
+from cosae.models.sources import ModelSource, StreamedModelSource
+from cosae.recipe import DataConfig
+from cosae.run.dataset.base import Dataset, DataUse, Side, Sizes, Split, side_of, split_held_out
+from cosae.run.dataset.corpus import CorpusText, adds_bos, check_corpus, pad_id, streamed
+from cosae.run.plan.resources import Item
+from cosae.text.concepts.labels import has_labels, label_activations, label_document
+from cosae.text.mixture import parse_corpus
+from cosae.text.packing import iterate_sequences
+from cosae.text.pylib import Document
+from cosae.text.tokenization import TokenizedDocument, tokenize_documents
+from cosae.types import Activations, Sequences, Site
+
+TEXTS_AT_ONCE = 64
+"""Labelled texts captured at once."""
+POOL = 4
+"""Train samples are drawn from documents of this many times the tokens wanted: more documents, less of each."""
+TEXT_BYTES = 36
+AUTO_PASS_TOKENS = 4096
+IDS_BYTES = 21
+PYLIB_BYTES = 12_000_000
+
+
+class ModelDataset(Dataset):
+    """Activations of one site, captured as they are needed. The model is loaded when it is first run."""
+
+    def __init__(self, config: DataConfig, use: DataUse) -> None:
+        super().__init__(config, use)
+        self._captured: dict[tuple[Side, int], Sample] = {}
+        self.model_name = config.model
+        self.has_concepts = [source.spec for source in parse_corpus(config.corpus)] == ["pylib"]
+        check_corpus(config)
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        return open_model(self.config, self.use.device)
+
+    @property
+    def model(self) -> Any:
+        """The language model, frozen, on the device."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded[1]
+
+    @cached_property
+    def site(self) -> Site:  # type: ignore[override]
+        return resolve_site(self.model, self.config.site)
+
+    @cached_property
+    def text(self) -> CorpusText:
+        """The corpus through the tokenizer."""
+        return CorpusText(self.config, self.tokenizer, self.use.seed)
+
+    @cached_property
+    def batch_sequences(self) -> int:
+        """Sequences per forward pass: as given, or as many as fit."""
+        return batch_size(self.config, self.model, self.site, self.use.store_dtype)
+
+    @cached_property
+    def source(self) -> Source:  # type: ignore[override]
+        options: dict[str, Any] = {
+            "batch_sequences": self.batch_sequences,
+            "store_dtype": getattr(torch, self.use.store_dtype),
+            "allow_non_finite": self.config.non_finite == "drop",
+        }
+        source: Source
+        if self.text.streamed:
+            source = StreamedModelSource(self.model, self.text.text(), self.site, **options)
+        else:
+            packed = self.text.pack(self.text.tokenized("train", self.use.train_tokens))
+            chunk = self.config.chunk_sequences
+            source = ModelSource(self.model, packed, self.site, chunk_sequences=chunk, seed=self.use.seed, **options)
+        return CachedSource(source, self.use.keep_tokens) if self.use.keep_tokens else source
+
+    @property
+    def warnings(self) -> list[str]:
+        return [f"corpus {warning}" for warning in self.text.warnings] if "text" in self.__dict__ else []
+
+    def resolved(self) -> DataConfig:
+        return replace(self.config, batch_sequences=self.batch_sequences)
+
+    def again(self, use: DataUse) -> Dataset:
+        _ = self.source  # read once, for both
+        return super().again(use)
+
+    def spell(self, token: int) -> str | None:
+        return str(self.tokenizer.decode([token]))
+
+    def close(self) -> None:
+        if "text" in self.__dict__:
+            self.text.close()
+
+    def sizes(self) -> Sizes:
+        config = self.config
+        name = str(model_path()) if config.model == "embedded" else config.model
+        size = model_size(name, config.site, config.model_dtype, config.revision, config.attention)
+        # measured where asked, against an eighth of the memory and at most so many tokens
+        per_pass = AUTO_PASS_TOKENS
+        if config.batch_sequences != "auto":
+            per_pass = config.batch_sequences * config.context
+        chunk = config.chunk_sequences * config.context
+        value = max(4, STORE_DTYPES[config.model_dtype].itemsize)
+        items = [
+            Item(f"the model ({config.model_dtype})", size.weight_bytes),
+            Item("the text as tokens", TEXT_BYTES * self._held_tokens()),
+            Item("chunks captured ahead", config.prefetch_chunks * chunk * (value * size.d_in + IDS_BYTES)),
+        ]
+        resident = tuple(items if config.prefetch_chunks else items[:2])
+        return Sizes(size.d_in, resident, chunk, per_pass * (size.pass_bytes + config.context * size.attention_bytes))
+
+    def _held_tokens(self) -> int:
+        """Tokens that are held: those wanted, or about all that the corpus has; few of a corpus that is streamed."""
+        sources = parse_corpus(self.config.corpus)
+        if len(sources) > 1 or streamed(sources[0].spec):
+            return self.config.chunk_sequences * self.config.context
+        path = Path(sources[0].spec)
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
+        size = sum(p.stat().st_size for p in files) if sources[0].spec != "pylib" else PYLIB_BYTES
+        return min(self.use.train_tokens, size // 2)
+
+    def sample(self, split: Split, n_tokens: int, rule: SinkRule | None = None) -> Sample:
+        side = side_of(split)
+        if side == "held_out":
+            n_tokens = self.use.held_out_tokens + self.use.calibration_tokens
+        if (side, n_tokens) not in self._captured:
+            self._captured[side, n_tokens] = self._capture(side, n_tokens)
+        found = self._captured[side, n_tokens]
+        known = {"documents": found.documents, "n_dropped": found.n_dropped}
+        perturbed = self._perturbed(found.activations, split)
+        labels_NC, labelled_N = found.labels_NC, found.labelled_N
+        if side == "held_out":
+            rows = split_held_out(len(perturbed), split, self.use)
+            perturbed = perturbed[rows]
+            if labels_NC is not None:
+                labels_NC, labelled_N = labels_NC[rows.numpy()], labelled_N[rows.numpy()]
+        return Sample.of(perturbed, rule, labels_NC=labels_NC, labelled_N=labelled_N, **known)
+
+    def sequences(self, side: Side, n_tokens: int) -> Sequences:
+        """About n_tokens of one side as token sequences, drawn from many documents: those that `sample` captures."""
+        return self._draw(side, n_tokens)[1]
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.tokenizer)
+
+    def read_texts(self, texts: TextSequence[str], context: int) -> Iterator[tuple[list[int], Activations]]:
+        documents = (Document(str(row), text) for row, text in enumerate(texts))
+        packed = iterate_sequences(
+            tokenize_documents(documents, self.tokenizer, add_bos=adds_bos(self.config, self.tokenizer)),
+            context,
+            "document",
+            pad_id=pad_id(self.tokenizer),
+            special_ids=self.tokenizer.all_special_ids,
+            rows_per_chunk=TEXTS_AT_ONCE,
+        )
+        perturbation = self.use.perturbations.get("held_out", Perturbation())
+        for number, chunk in enumerate(packed):
+            names = [chunk.doc_names[i - chunk.first_doc] for i in chunk.doc_ST[:, 0].tolist()]
+            cut = chunk.columns(int(chunk.mask_ST.sum(1).max()))
+            found = capture(self.model, cut, self.site, batch_sequences=self.batch_sequences)[self.site.name]
+            yield [int(name) for name in names], perturbations.apply(found, perturbation, number, "held_out")
+
+    def _draw(self, side: Side, n_tokens: int) -> tuple[list[TokenizedDocument], Sequences]:
+        """Tokenised documents, and about n_tokens of them in whole sequences."""
+        if side == "train":
+            tokenized = self.text.tokenized("train", POOL * n_tokens, salt="sample")
+        else:
+            tokenized = self.text.tokenized("held_out", n_tokens if self.text.streamed else None)
+        everything = self.text.pack(tokenized)
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+        filled = everything.mask_ST.sum(1)[order].cumsum(0)
+        return tokenized, everything[order[: int((filled < n_tokens).sum()) + 1].sort().values]
+
+    def _capture(self, side: Side, n_tokens: int) -> Sample:
+        """About n_tokens of one side, unperturbed: whole sequences drawn from many documents, with their labels."""
+        tokenized, packed = self._draw(side, n_tokens)
+        found = capture(
+            self.model,
+            packed,
+            self.site,
+            batch_sequences=self.batch_sequences,
+            store_dtype=torch.float32 if self.use.device == "cpu" else getattr(torch, self.use.store_dtype),
+            allow_non_finite=self.config.non_finite == "drop",
+        )[self.site.name]
+        activations = finite_rows(found)
+        used = {int(doc) for doc in torch.unique(activations.doc_N)}
+        known: dict[str, Any] = {
+            "documents": tuple(name for i, name in enumerate(packed.doc_names) if i in used),
+            "n_dropped": len(found) - len(activations),
+        }
+        if self.has_concepts:
+            texts = dict(self.text.documents("pylib", side, "sample"))
+            labels = [
+                label_document(texts[one.name], one.offset_T2, one.name) if i in used else None
+                for i, one in enumerate(tokenized)
+            ]
+            known["labels_NC"] = label_activations(activations, labels)
+            known["labelled_N"] = has_labels(activations, labels)
+        return Sample.of(activations, **known)
+
+
+def batch_size(data: DataConfig, model: Any, sites: Any, store_dtype: str) -> int:
+    """Sequences per forward pass: as given, or as many as fit."""
+    if data.batch_sequences != "auto":
+        return data.batch_sequences
+    return choose_batch(model, sites, data.context, getattr(torch, store_dtype))
+
+
+def open_model(data: DataConfig, device: str) -> tuple[Any, Any]:
+    """The model and tokenizer a recipe names, frozen, on `device`."""
+    name: str | Path = model_path() if data.model == "embedded" else data.model
+    return load_model(name, data.model_dtype, device, data.revision, data.attention)

@@ -1,0 +1,38 @@
+"""What a recipe's data name, opened: the one place that tells a world, a store, a file and a model apart."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cosae.errors import CosaeError
+from cosae.recipe import DataConfig, Recipe
+from cosae.run.dataset.arrays import ArrayDataset
+from cosae.run.dataset.base import Dataset, DataUse
+from cosae.run.dataset.model import ModelDataset
+from cosae.run.dataset.store import StoreDataset
+from cosae.run.dataset.world import WorldDataset
+
+
+def open_dataset(data: DataConfig, use: DataUse | None = None, tensor: Tensor | None = None) -> Dataset:
+    """The data that a configuration names, or `tensor` (N, D) instead. Raises CosaeError for what cannot be read."""
+    use = use or DataUse()
+    given = {"a store": data.store, "a file of activations": data.activations, "a synthetic world": data.world}
+    named = [name for name, value in given.items() if value is not None]
+    if tensor is not None and named:
+        raise CosaeError(f"a run on a tensor takes its activations from nowhere else: drop {named[0]}.")
+    if len(named) > 1:
+        raise CosaeError(f"a run takes activations from {' or '.join(named)}, not from both: drop one.")
+    if tensor is not None:
+        return ArrayDataset(data, use, tensor)
+    if data.store is not None:
+        return StoreDataset(data, use)
+    if data.world is not None:
+        return WorldDataset(data, use)
+    if data.activations is not None:
+        return ArrayDataset(data, use)
+    return ModelDataset(data, use)
+
+
+def dataset_of(recipe: Recipe, tensor: Tensor | None = None, keep_tokens: int = 0) -> Dataset:
+    """The data of a run."""
+    return open_dataset(recipe.data, DataUse.of(recipe, keep_tokens), tensor)
