@@ -39,7 +39,7 @@ def read(path: str | Path) -> SAE:
     metadata = {"format": "cosine_paper", "step": _step(whole), "k_guessed": True}
     k = min(PAPER_K, max(len(rows_FD), 1)) if rows_FD.ndim else 1
     weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, threshold.reshape(()))
-    sae = linear_sae(weights, str(file), {name: value for name, value in metadata.items() if value is not None})
+    sae = linear_sae(weights, str(file), metadata)
     return _cosine(sae, state, file) if "scale_a" in state or "scale_b" in state else sae
 
 

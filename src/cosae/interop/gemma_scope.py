@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.interop.linear import Linear, linear_sae
-from cosae.io.untrusted import read_json, read_npz, read_safetensors, take
+from cosae.interop.linear import Linear, is_plain, linear_sae
+from cosae.io.untrusted import read_json, read_npz, read_safetensors, take, transposed
 from cosae.sae.model import SAE
 
 ARCHIVE, WEIGHTS, CONFIG = "params.npz", "params.safetensors", "config.json"
@@ -33,13 +33,12 @@ def read(path: str | Path) -> SAE:
     enc_DF, bias_F, decoder_FD, centre_D, theta_F = (
         t.float() if t.is_floating_point() else t for t in take(lower, NAMES, file)
     )
-    if enc_DF.ndim != 2:
-        raise CosaeError(f"{file}: W_enc must be a matrix. Got shape {tuple(enc_DF.shape)} instead.")
+    rows_FD = transposed(enc_DF, "W_enc", file)
     config = read_json(file.parent / CONFIG) if (file.parent / CONFIG).is_file() else {}
     _check(config, file.parent, lower)
     if EMBEDDING.search(file.parent.as_posix()):  # scaled as the model scales its embeddings: by the root of the width
-        enc_DF, decoder_FD = enc_DF / len(enc_DF) ** 0.5, decoder_FD * len(enc_DF) ** 0.5
-    weights = Linear(enc_DF.T, bias_F, decoder_FD, centre_D, "jumprelu", _k(file), theta_F, centred=False)
+        rows_FD, decoder_FD = rows_FD / len(enc_DF) ** 0.5, decoder_FD * len(enc_DF) ** 0.5
+    weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", _k(file), theta_F, centred=False)
     return linear_sae(weights, str(file), _metadata(config, file))
 
 
@@ -64,7 +63,4 @@ def _metadata(config: dict[str, Any], file: Path) -> dict[str, Any]:
     if found := FOLDER.search(file.parent.as_posix()):
         metadata |= {"layer": int(found[1]), "l0_published": int(found[3])}
     names = {"model_name": "model", "hf_hook_point_in": "hf_hook_name", "layer": "layer", "l0": "l0_published"}
-    metadata |= {
-        ours: config[theirs] for theirs, ours in names.items() if isinstance(config.get(theirs), str | int | float)
-    }
-    return metadata
+    return metadata | {ours: config[theirs] for theirs, ours in names.items() if is_plain(config.get(theirs))}

@@ -57,7 +57,10 @@ class Linear:
 
 @torch.no_grad()
 def linear_sae(weights: Linear, source: str, metadata: dict[str, Any]) -> SAE:
-    """The SAE. Raises CosaeError naming `source` for shapes that do not fit or values that are not finite numbers."""
+    """The SAE, with what is text or a number of `metadata`.
+
+    Raises CosaeError naming `source` for shapes that do not fit or values that are not finite numbers.
+    """
     d_sae, d_in = _check(weights, source)
     k = weights.k if weights.k is not None else min(GUESSED_K, d_sae)
     if not 1 <= k <= d_sae:
@@ -85,8 +88,15 @@ def linear_sae(weights: Linear, source: str, metadata: dict[str, Any]) -> SAE:
         sae.selector.r_mag_F.copy_(magnitude[0])
         sae.selector.b_mag_F.copy_(magnitude[1])
         sae.selector.threshold = torch.zeros(())
-    sae.metadata = {**metadata, **({} if weights.k is not None else {"k_guessed": True})}
+    sae.metadata = {name: value for name, value in metadata.items() if is_plain(value)}
+    if weights.k is None:
+        sae.metadata["k_guessed"] = True
     return sae
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is text or a number: what is taken over of other libraries' metadata."""
+    return isinstance(value, str | int | float)
 
 
 def _check(weights: Linear, source: str) -> tuple[int, int]:

@@ -6,7 +6,6 @@ s = (x − b_dec) · encoderᵀ + bias;  the k largest positive;  x̂ = f · W_d
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from cosae.errors import CosaeError
 from cosae.interop.linear import Linear, linear_sae
@@ -31,10 +30,5 @@ def read(folder: str | Path) -> SAE:
         raise CosaeError(f"{folder}: the activation must be topk. Got {activation!r}, which cosae has no selector for.")
     rows_FD, bias_F, decoder_FD, centre_D = take(state, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), path)
     weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "topk", whole(config.get("k"), "k", folder / CONFIG))
-    return linear_sae(weights, str(path), _metadata(folder))
-
-
-def _metadata(folder: Path) -> dict[str, Any]:
-    """Folders are named after the module that was hooked."""
-    name = folder.name
-    return {"format": "sparsify", **({"hf_hook_name": name} if "." in name else {})}
+    hook = folder.name if "." in folder.name else None  # folders are named after the module that was hooked
+    return linear_sae(weights, str(path), {"format": "sparsify", "hf_hook_name": hook})

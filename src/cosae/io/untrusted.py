@@ -118,6 +118,13 @@ def take(state: Mapping[str, Tensor], names: tuple[str, ...], path: Path) -> lis
     return [state[name] for name in names]
 
 
+def transposed(matrix: Tensor, name: str, path: Path) -> Tensor:
+    """A matrix, rows and columns exchanged. Raises CosaeError for another shape."""
+    if matrix.ndim != 2:
+        raise CosaeError(f"{path}: {name} must be a matrix. Got shape {tuple(matrix.shape)} instead.")
+    return matrix.T
+
+
 def whole(value: Any, name: str, path: Path) -> int:
     """A whole number of at least 1. Raises CosaeError."""
     if isinstance(value, float) and value.is_integer():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.interop.linear import Linear, linear_sae
-from cosae.io.untrusted import number, read_json, read_pickled, take, tensors, whole
+from cosae.io.untrusted import number, read_json, read_pickled, take, tensors, transposed, whole
 from cosae.sae.fold import fold_decoder_norm
 from cosae.sae.model import SAE
 
@@ -62,13 +62,13 @@ def _linear(kind: str, state: dict[str, Tensor], trainer: dict[str, Any], path: 
 
     if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
         enc_DF, bias_F, decoder_FD, centre_D, threshold = get("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-        made = partial(Linear, _transposed(enc_DF, path), bias_F, decoder_FD, centre_D, threshold=threshold)
+        made = partial(Linear, transposed(enc_DF, "W_enc", path), bias_F, decoder_FD, centre_D, threshold=threshold)
         if kind == "JumpReluAutoEncoder":
             return made("jumprelu", _aim(trainer), centred=False)
         prefixes = _prefixes(state, path)
         return made("batch_topk", _k(state, trainer, path), prefixes=prefixes)
     rows_FD, decoder_DF = get("encoder.weight", "decoder.weight")
-    decoder_FD = _transposed(decoder_DF, path)
+    decoder_FD = transposed(decoder_DF, "decoder.weight", path)
     if kind == "GatedAutoEncoder":
         centre_D, gate_F, r_mag_F, mag_F = get("decoder_bias", "gate_bias", "r_mag", "mag_bias")
         return Linear(rows_FD, gate_F, decoder_FD, centre_D, "gated", gate_mag=(r_mag_F, mag_F))
@@ -82,12 +82,6 @@ def _linear(kind: str, state: dict[str, Tensor], trainer: dict[str, Any], path: 
         return made("topk", k)
     (threshold,) = get("threshold")
     return made("batch_topk", k, threshold)
-
-
-def _transposed(matrix: Tensor, path: Path) -> Tensor:
-    if matrix.ndim != 2:
-        raise CosaeError(f"{path}: weights must be matrices. Got shape {tuple(matrix.shape)} instead.")
-    return matrix.T
 
 
 def _aim(trainer: dict[str, Any]) -> int | None:
@@ -125,7 +119,7 @@ def _metadata(config: dict[str, Any], trainer: dict[str, Any], kind: str) -> dic
     buffer = config.get("buffer") if isinstance(config.get("buffer"), dict) else {}
     assert isinstance(buffer, dict)
     layer = trainer.get("layer")
-    found = {
+    return {
         "format": "dictionary_learning",
         "dict_class": kind,
         "model": trainer.get("lm_name"),
@@ -135,7 +129,6 @@ def _metadata(config: dict[str, Any], trainer: dict[str, Any], kind: str) -> dic
         "seed": trainer.get("seed"),
         "context": buffer.get("ctx_len"),
     }
-    return {name: value for name, value in found.items() if isinstance(value, str | int | float)}
 
 
 def _is_residual(trainer: dict[str, Any], layer: int) -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.interop.linear import Linear, linear_sae
 from cosae.interop.saelens import cosine
-from cosae.io.untrusted import number, read_json, read_safetensors, take, whole
+from cosae.io.untrusted import number, read_json, read_safetensors, take, transposed, whole
 from cosae.sae import file as own
 from cosae.sae.fold import fold_input_scale
 from cosae.sae.model import SAE
@@ -110,9 +110,8 @@ def _check_conventions(config: dict[str, Any], kind: str, folder: Path) -> None:
 
 def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: Path) -> Linear:
     enc_DF, decoder_FD, centre_D = take(state, ("W_enc", "W_dec", "b_dec"), path)
-    if enc_DF.ndim != 2:
-        raise CosaeError(f"{path}: W_enc must be a matrix. Got shape {tuple(enc_DF.shape)} instead.")
-    rows_FD, centred = enc_DF.T, bool(config.get("apply_b_dec_to_input", True))
+    rows_FD = transposed(enc_DF, "W_enc", path)
+    centred = bool(config.get("apply_b_dec_to_input", True))
     made = partial(Linear, decoder_FD=decoder_FD, centre_D=centre_D, centred=centred)
     if kind == "gated":
         gate_F, r_mag_F, mag_F = take(state, ("b_gate", "r_mag", "b_mag"), path)
@@ -158,4 +157,4 @@ def _metadata(config: dict[str, Any], kind: str) -> dict[str, Any]:
     for name in ("normalize_activations", "reshape_activations"):
         if config.get(name) not in (None, "none"):
             found[name] = config[name]
-    return {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+    return found
