@@ -111,7 +111,7 @@ class Compiled:
         along_R = torch.empty(len(grad))
         square_R = torch.empty(len(grad), dtype=torch.float64)
         arrays = (grad.numpy(), weight.numpy(), unit, along_R.numpy(), square_R.numpy())
-        native.run_parts(native.adam_loops().measure_rows, native.parts_for(grad.numel(), 2), *arrays)
+        native.run_parts(native.loops("adam").measure_rows, native.parts_for(grad.numel(), 2), *arrays)
         return along_R if unit else None, square_R.sum()
 
     def step(self, task: Task) -> None:
@@ -124,7 +124,7 @@ class Compiled:
         numbers = (task.clip, *task.betas, task.rate, task.root_bias2, task.eps, ROW_MIN)
         norm_R = torch.empty(0 if task.cache is None else len(task.weight))
         native.run_parts(
-            native.adam_loops().step_rows,
+            native.loops("adam").step_rows,
             native.parts_for(4 * task.grad.numel(), 2),
             *(t.numpy() for t in tensors),
             unit,

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -66,14 +67,13 @@ def run_parts(loop: Callable[..., Any], n_parts: int, *arguments: Any) -> list[A
 
 
 @lru_cache(maxsize=1)
-def _import_loops() -> tuple[Any, Any] | None:
-    """Both modules of compiled loops (compiled or read from numba's cache on first call), or None, said once."""
+def _import_loops() -> dict[str, Any] | None:
+    """Modules of compiled loops by name (compiled or read from numba's cache on first call), or None, said once."""
     try:
-        from cosae.kernels.cpu import adam_loops, loops
+        return {name: import_module(f"cosae.kernels.cpu.loops.{name}") for name in ("search", "sums", "adam")}
     except Exception as fault:  # numba refuses some versions of numpy, and breaks in ways of its own
         _log.warning("kernels: plain PyTorch serves, because numba cannot be used (%s)", fault)
         return None
-    return loops, adam_loops
 
 
 def serves() -> bool:
@@ -81,15 +81,8 @@ def serves() -> bool:
     return AVAILABLE and _import_loops() is not None
 
 
-def loops() -> Any:
-    """The compiled loops over entries; only where `serves`."""
+def loops(name: str) -> Any:
+    """The compiled loops of the search, the sums over entries ("sums") or the optimiser ("adam"); where `serves`."""
     modules = _import_loops()
     assert modules is not None
-    return modules[0]
-
-
-def adam_loops() -> Any:
-    """The compiled loops of the optimiser; only where `serves`."""
-    modules = _import_loops()
-    assert modules is not None
-    return modules[1]
+    return modules[name]

@@ -42,7 +42,7 @@ def by_feature(entries: Entries, n_features: int) -> tuple[Tensor, Tensor]:
     feature_E = entries.feature_E
     if native.serves() and feature_E.device.type == "cpu":
         order_E, offset_F1 = torch.empty_like(feature_E), feature_E.new_empty(n_features + 1)
-        native.loops().group_by_feature(feature_E.numpy(), offset_F1.numpy(), order_E.numpy())
+        native.loops("search").group_by_feature(feature_E.numpy(), offset_F1.numpy(), order_E.numpy())
         return order_E, offset_F1
     count_F = torch.bincount(feature_E, minlength=n_features)
     return feature_E.argsort(stable=True), torch.cat([count_F.new_zeros(1), count_F.cumsum(0)])
@@ -111,7 +111,7 @@ def _feature_sums(
         out_FD = _spare_like(rows_FD, entries)
         pull_F = rows_FD.new_zeros(n_features) if pull_F is None else pull_F
         square_F = torch.empty(n_features, dtype=torch.float64)
-        total_KD = rows_FD.new_empty(-(-n_features // native.loops().TOTAL_ROWS) if total else 0, width)
+        total_KD = rows_FD.new_empty(-(-n_features // native.loops("sums").TOTAL_ROWS) if total else 0, width)
         arrays = (value_E, x_BD, entries.token_E, order_E, offset_F1, pull_F, rows_FD, out_FD, square_F, total_KD)
         _run("feature_sums", len(entries) * width, *arrays)
         if entries.cache is not None:
@@ -181,4 +181,4 @@ def _run(name: str, work: int, *arguments: Tensor | int) -> None:
     """The compiled loop `name` over contiguous views of tensors (already contiguous where written to)."""
     arrays = [x.detach().contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
     pieces = 2 if name.startswith("feature_sums") else 1  # token_sums' parts share what is in the cache: one a thread
-    native.run_parts(getattr(native.loops(), name), native.parts_for(work, pieces), *arrays)
+    native.run_parts(getattr(native.loops("sums"), name), native.parts_for(work, pieces), *arrays)

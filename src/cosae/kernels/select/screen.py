@@ -123,7 +123,7 @@ def norms(x_RD: Tensor, floor: float) -> Tensor:
         return length_R.clamp_min(floor)
     norm_R = x_RD.new_empty(len(x_RD))
     views = (x_RD.contiguous().numpy(), np.float32(floor), norm_R.numpy())
-    native.run_parts(native.loops().row_norms, native.parts_for(x_RD.numel()), *views)
+    native.run_parts(native.loops("search").row_norms, native.parts_for(x_RD.numel()), *views)
     return norm_R
 
 
@@ -134,7 +134,7 @@ def rounded(x_RD: Tensor, by_R: Tensor, dtype: torch.dtype, place_R: Tensor | No
         short_RD, error_R = torch.empty(x_RD.shape, dtype=dtype), x_RD.new_empty(len(x_RD))
         views = (x_RD.contiguous().numpy(), place_R.numpy(), by_R.numpy())
         outs = (short_RD.view(torch.uint16).numpy(), error_R.numpy())
-        native.run_parts(native.loops().round_rows_bf16, native.parts_for(x_RD.numel()), *views, *outs)
+        native.run_parts(native.loops("search").round_rows_bf16, native.parts_for(x_RD.numel()), *views, *outs)
         return short_RD, error_R
     exact_RD = (x_RD if place_R is None else x_RD.index_select(0, place_R)) * by_R[:, None]
     if dtype == x_RD.dtype:

@@ -92,7 +92,7 @@ def _entries(terms: ScoreTerms, found: Survivors, lowest: float, last_flat: int)
         lowest32 = torch.tensor(lowest, dtype=torch.float32).numpy()[()]
         n_parts = native.parts_for(KEEPING * size)
         n_kept, *_ = native.run_parts(
-            native.loops().keep_and_sort, n_parts, *arrays, lowest32, last_flat, terms.n_tokens, *outs
+            native.loops("search").keep_and_sort, n_parts, *arrays, lowest32, last_flat, terms.n_tokens, *outs
         )
         token_E, feature_E, dot_E, order_E = (t[:n_kept] for t in (token_E, feature_E, dot_E, order_E))
     else:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,11 +110,11 @@ def _scan_compiled(
     bounds: tuple[Tensor, Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
 ) -> int | None:  # fmt: skip
     """One chunk by the compiled loop: written behind `place`; None where it does not fit."""
-    n_parts, outs = (
-        native.parts_for(product_RB.numel()),
-        [t.numpy() for t in (found.token_S, found.dot_S, found.score_S)],
-    )
-    scan, screened, limits = _scanner(tokens, product_RB, bounds)
+    n_parts = native.parts_for(product_RB.numel())
+    outs = [t.numpy() for t in (found.token_S, found.dot_S, found.score_S)]
+    screened = product_RB.view(torch.int16) if product_RB.dtype == torch.bfloat16 else product_RB
+    limits = (bounds[0], tokens.edge_N1, *bounds[1:], tokens.delta, tokens.margin)
+    compared = (screened.numpy(), rows.start, tokens.level, tuple(t.numpy() for t in limits))
     inputs = (tokens.position_B, terms.z_BD, terms.rows_FD, terms.live_B, threshold_F, scales.floor_B)
     factors = (scales.sigma_B, scales.log_r_B, scales.exponent_F, scales.log_gain_F, norm_F)
     exact = (
@@ -123,7 +122,7 @@ def _scan_compiled(
         scales.bias_F.numpy(),
     )  # fmt: skip
     share = (*outs, found.count_F.numpy(), place, len(found))
-    sizes = native.run_parts(scan, n_parts, screened, rows.start, limits, exact, *share)
+    sizes = native.run_parts(native.loops("search").scan, n_parts, *compared, exact, *share)
     if min(sizes) < 0:
         return None
     room = (len(found) - place) // n_parts
@@ -134,18 +133,6 @@ def _scan_compiled(
             out[end : end + sizes[part]] = out[begin : begin + sizes[part]]
         end += sizes[part]
     return int(end - place)
-
-
-def _scanner(
-    tokens: screen.Tokens, product_RB: Tensor, bounds: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Any, Any, tuple[Any, ...]]:
-    """The compiled loop that compares this product; the product and the bounds as it wants them."""
-    loops, (scale_R, *line) = native.loops(), bounds
-    limits = (scale_R, tokens.edge_N1, *line, tokens.delta, tokens.margin)
-    scan, screened = loops.scan_level if tokens.level else loops.scan, product_RB
-    if product_RB.dtype == torch.bfloat16:
-        screened = product_RB.view(torch.int16 if tokens.level else torch.uint16)
-    return scan, screened.numpy(), tuple(t.numpy() for t in limits)
 
 
 def _scan_plain(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from cosae.kernels.cpu.loops import compile_loop, measure_row, row_norm
+from cosae.kernels.cpu.loops.shared import compile_loop, measure_row, row_norm
 
 
 @compile_loop
 def measure_rows(part, n_parts, grad_RD, weight_RD, unit, along_R, square_R):
-    """along and square of every row (`loops.measure_row`)."""
+    """along and square of every row (`measure_row`)."""
     n_rows = grad_RD.shape[0]
     for r in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
         along_R[r], square_R[r] = measure_row(grad_RD, weight_RD, r, unit)
@@ -26,7 +26,7 @@ def step_rows(
 ):  # fmt: skip
     """One sweep: projection, clip, Adam, renormalisation, and the new rows' norms where norm_R has room for them.
 
-    All scalars fp32; rate = lr / (1 − β1^t); norm = max(|row|, norm_floor), to the bit what `loops.row_norms` says.
+    All scalars fp32; rate = lr / (1 − β1^t); norm = max(|row|, norm_floor), to the bit what `search.row_norms` says.
     """
     n_rows, width = grad_RD.shape
     one = np.float32(1.0)
