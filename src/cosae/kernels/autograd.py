@@ -11,7 +11,6 @@ content = ⟨z_b, w_i⟩·σ_e, σ_e = exp(log_gain_i + (a_i − 1) ln r_b)·|w_
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +26,9 @@ class Sums(Protocol):
     def entry_dots(self, x_BD: Tensor, rows_FD: Tensor, entries: Entries) -> Tensor: ...
     def token_sums(self, value_E: Tensor, rows_FD: Tensor, entries: Entries, n_tokens: int) -> Tensor: ...
     def feature_sums(
-        self, value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
-    ) -> Tensor: ...
-    def feature_sums_and_total(
-        self, value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+        self, value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None,
+        total: bool = False,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     def feature_sums_and_dots(
         self, value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor
     ) -> tuple[Tensor, Tensor]: ...
@@ -48,7 +45,7 @@ def _summed_to(sums: Sums, shape: torch.Size, value_E: Tensor, entries: Entries,
     return sums.entries_by_feature_sum(value_E, entries, n_features).reshape(shape)
 
 
-class _Content(torch.autograd.Function):
+class Content(torch.autograd.Function):
     """Content of chosen entries; the formulas are the module's."""
 
     @staticmethod
@@ -139,13 +136,13 @@ def _grad_z_and_rows(
     if need_z and ctx.centre_only:
         grad_rows = None
         if need_rows:
-            grad_rows, total_D = sums.feature_sums_and_total(value_E, z_BD, ctx.entries, rows_FD, pull_F)
+            grad_rows, total_D = sums.feature_sums(value_E, z_BD, ctx.entries, rows_FD, pull_F, total=True)
         else:
             total_D = sums.entries_by_feature_sum(value_E, ctx.entries, rows_FD.shape[0]) @ rows_FD
         if pull_B is not None:
             total_D = total_D + pull_B @ z_BD
         return _alike(total_D, len(z_BD)), grad_rows
-    grad_rows = sums.feature_sums(value_E, z_BD, ctx.entries, rows_FD, pull_F) if need_rows else None
+    grad_rows = sums.feature_sums(value_E, z_BD, ctx.entries, rows_FD, pull_F)[0] if need_rows else None
     if not need_z:
         return None, grad_rows
     grad_z = sums.token_sums(value_E, rows_FD, ctx.entries, len(z_BD))
@@ -157,7 +154,7 @@ def _alike(total_D: Tensor, n_rows: int) -> Tensor:
     return (total_D / max(1, n_rows)).expand(n_rows, -1)
 
 
-class _AtFeature(torch.autograd.Function):
+class AtFeature(torch.autograd.Function):
     """parameter[feature] with a sum per feature behind it (autograd's own backward sorts all entries)."""
 
     @staticmethod
@@ -171,7 +168,7 @@ class _AtFeature(torch.autograd.Function):
         return ctx.sums.entries_by_feature_sum(grads[0], ctx.entries, ctx.n_features), None, None
 
 
-class _Decode(torch.autograd.Function):
+class Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value_E: Tensor, decoder_FD: Tensor, entries: Entries, n_tokens: int, sums: Sums) -> Tensor:
         ctx.entries, ctx.sums = entries, sums
@@ -188,11 +185,11 @@ class _Decode(torch.autograd.Function):
             grad_rows, grad_value = sums.feature_sums_and_dots(value_E, grad_BD, entries, decoder_FD)
             return grad_value, grad_rows, None, None, None
         grad_value_E = sums.entry_dots(grad_BD, decoder_FD, entries) if need_value else None
-        grad_rows_FD = sums.feature_sums(value_E, grad_BD, entries, decoder_FD) if need_rows else None
+        grad_rows_FD = sums.feature_sums(value_E, grad_BD, entries, decoder_FD)[0] if need_rows else None
         return grad_value_E, grad_rows_FD, None, None, None
 
 
-class _SquaredErrors(torch.autograd.Function):
+class SquaredErrors(torch.autograd.Function):
     """|z_b − ẑ_b|²; backward makes one (B, D) matrix, ẑ's gradient, whose negative is z's."""
 
     @staticmethod
@@ -211,27 +208,3 @@ class _SquaredErrors(torch.autograd.Function):
         if need_z:
             grad_z = _alike(-grad_recon.sum(0), len(z_BD)) if ctx.centre_only else -grad_recon
         return grad_z, grad_recon if need_recon else None, None, None
-
-
-def squared_errors(sums: Sums, z_BD: Tensor, recon_BD: Tensor, centre_only: bool = False) -> Tensor:
-    """(B,) |z − ẑ|², differentiable in both; `centre_only` as in ScoreTerms."""
-    apply: Callable[..., Tensor] = _SquaredErrors.apply
-    return apply(z_BD, recon_BD, centre_only, sums)
-
-
-def entry_content(sums: Sums, terms: ScoreTerms, entries: Entries) -> Tensor:
-    """(E,) content of the chosen entries, differentiable in z, rows, exponent and log_gain."""
-    apply: Callable[..., Tensor] = _Content.apply
-    return apply(terms.z_BD, terms.rows_FD, terms.exponent, terms.log_gain, terms, entries, sums)
-
-
-def at_feature(sums: Sums, parameter_F: Tensor, entries: Entries) -> Tensor:
-    """(E,) parameter_F[feature] of each entry, differentiable."""
-    apply: Callable[..., Tensor] = _AtFeature.apply
-    return apply(parameter_F, entries, sums)
-
-
-def decode(sums: Sums, value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int) -> Tensor:
-    """(B, D) Σ_i f_i d_i per token, differentiable in values and decoder rows."""
-    apply: Callable[..., Tensor] = _Decode.apply
-    return apply(value_E, decoder_FD, entries, n_tokens, sums)

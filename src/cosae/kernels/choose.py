@@ -5,22 +5,21 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import os
 from functools import lru_cache
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.kernels import reference
-from cosae.kernels.cpu import native
-from cosae.kernels.cpu import path as cpu
+from cosae.kernels.cpu import native, sums
+from cosae.kernels.path import SparsePath
+from cosae.kernels.select import search
 from cosae.kernels.select.screen import has_fast_bf16
-from cosae.kernels.select.search import say_once
 from cosae.kernels.terms import Entries, ScoreTerms
 
 KERNELS = ("auto", "reference", "cpu", "triton")
@@ -29,8 +28,8 @@ KERNELS = ("auto", "reference", "cpu", "triton")
 class Kernel(Protocol):
     """What every path offers; `reference` says what each function means."""
 
-    NAME: str
-
+    @property
+    def NAME(self) -> str: ...
     def select_batch_topk(self, terms: ScoreTerms, n_keep: int, hint: float | None = None) -> tuple[Entries, float]: ...
     def select_topk(self, terms: ScoreTerms, k: int, absolute: bool = False) -> Entries: ...
     def select_above(self, terms: ScoreTerms, threshold: Tensor) -> Entries: ...
@@ -38,6 +37,9 @@ class Kernel(Protocol):
     def at_feature(self, parameter_F: Tensor, entries: Entries) -> Tensor: ...
     def decode(self, value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int) -> Tensor: ...
     def squared_errors(self, z_BD: Tensor, recon_BD: Tensor, centre_only: bool = False) -> Tensor: ...
+
+
+CPU = SparsePath("cpu", search.CPU, sums)
 
 
 def choose(kernel: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Kernel:
@@ -57,44 +59,52 @@ def choose(kernel: str, device: torch.device | str, dtype: torch.dtype = torch.f
     if kernel not in KERNELS:
         raise CosaeError(f"kernel must be one of {', '.join(KERNELS)}. Got {kernel!r} instead.")
     if kernel == "reference":
-        return cast(Kernel, reference)
+        return reference
     on_cuda = torch.device(device).type == "cuda"
     if kernel == "cpu" or (kernel == "auto" and not on_cuda):
-        return cast(Kernel, cpu)
+        return CPU
     reason = _no_triton(on_cuda, dtype)
-    if reason is None:
-        return cast(Kernel, importlib.import_module("cosae.kernels.triton.path"))
+    path = _triton() if reason is None else reason
+    if isinstance(path, SparsePath):
+        return path
     if kernel == "triton":
-        raise CosaeError(f"kernel triton cannot run, because {reason}: use kernel auto, cpu or reference.")
-    say_once(f"the plain path serves on {torch.device(device).type}", reason, logging.WARNING)
-    return cast(Kernel, cpu)
+        raise CosaeError(f"kernel triton cannot run, because {path}: use kernel auto, cpu or reference.")
+    search.say_once(f"the plain path serves on {torch.device(device).type}", path, logging.WARNING)
+    return CPU
 
 
 def _no_triton(on_cuda: bool, dtype: torch.dtype) -> str | None:
-    """Why the Triton path cannot run, or None."""
+    """Why the Triton path cannot serve these tensors, or None."""
     if dtype != torch.float32:
         return f"it computes in float32 and the SAE is {str(dtype).removeprefix('torch.')}"
     if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are not on a CUDA device (and TRITON_INTERPRET=1 is not set)"
-    return _no_triton_import()
+    return None
 
 
 @lru_cache(maxsize=1)
-def _no_triton_import() -> str | None:
+def _triton() -> SparsePath | str:
+    """The path of CUDA devices, or why there is none.
+
+    triton comes with CUDA builds of torch and is imported only where it is chosen. With TRITON_INTERPRET=1 set before
+    that, it runs on the CPU in its interpreter: slow, for tests.
+    """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'cosae[gpu]')"
     try:
-        importlib.import_module("cosae.kernels.triton.path")
+        from cosae.kernels.triton import sums as triton_sums
+        from cosae.kernels.triton import survivors
     except Exception as fault:  # triton meets drivers and compilers that it breaks on in ways of its own
         return f"triton cannot be used ({fault})"
-    return None
+    finder = search.Finder(survivors.unserved, survivors.survivors, guess_dtype=torch.bfloat16)
+    return SparsePath("triton", finder, triton_sums)
 
 
 def describe(kernel: str = "auto", device: torch.device | str = "cpu") -> str:
     """One line for a run's record: which path `kernel` takes on this device, and by what means."""
     path = choose(kernel, device)
     device = torch.device(device)
-    if path is cast(Kernel, reference):
+    if path.NAME == reference.NAME:
         return "reference: dense PyTorch"
     if path.NAME == "triton":
         from cosae.kernels.triton.survivors import screen_dtype

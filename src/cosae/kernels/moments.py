@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cosae.kernels.cache import StepCache
+
 STATE_DTYPES = ("float32", "bfloat16", "int8")
 BLOCK = 256
 """Numbers of a row that share one scale."""
@@ -120,3 +122,27 @@ def draws(key: int, first_row: int, n_rows: int, width: int, device: torch.devic
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
     return (x ^ (x >> 16)).view(n_rows, width)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A parameter and everything its step reads.
+
+    along_R     (R,) component of each gradient row along its unit row; None where rows are not unit
+    rate        lr / (1 − β1^t);  root_bias2  √(1 − β2^t);  clip  factor on the gradient
+    keys        of the draws that round mean and square
+    cache       where the new rows' norms (on a GPU: unit rows) are left, where the next step's screen wants them
+    """
+
+    grad: Tensor
+    weight: Tensor
+    mean: Moment
+    square: Moment
+    along_R: Tensor | None
+    rate: float
+    root_bias2: float
+    clip: float
+    betas: tuple[float, float]
+    eps: float
+    keys: tuple[int, int]
+    cache: StepCache | None = None

@@ -62,17 +62,6 @@ class ScoreTerms:
         length_F: Tensor = torch.linalg.vector_norm(self.rows_FD, dim=-1)
         return length_F.clamp_min(ROW_MIN)
 
-    def scaled(self, dot_E: Tensor, token_E: Tensor, feature_E: Tensor) -> Tensor:
-        """(E,) content exp(b) r^a |w|^u κ of entries whose plain products ⟨z, w⟩ are given; differentiable."""
-        if self.plain:
-            return dot_E
-        log_scale_E = (self.exponent - 1.0).expand(self.n_features)[feature_E] * self.log_r_B[token_E]
-        log_scale_E = log_scale_E + self.log_gain.expand(self.n_features)[feature_E]
-        content_E = dot_E * log_scale_E.exp()
-        if self.row_power == 0:
-            content_E = content_E / self.row_norm_F[feature_E]
-        return content_E
-
     @property
     def n_features(self) -> int:
         return int(self.rows_FD.shape[0])

@@ -1,13 +1,12 @@
 """One parameter's part of an Adam step, by three paths. Enters a gradient; leaves a moved parameter and its moments.
 
-`Plain` is the definition, in PyTorch. `Compiled` (fp32 matrices on the CPU, where numba is installed) and `Triton`
-(fp32 matrices on a GPU) do projection, clip, Adam and renormalisation in one sweep after one reading sweep for the
-global norm; they agree with the definition to rounding, and with themselves to the bit.
+`Plain` is the definition, in PyTorch. `Compiled` (fp32 matrices on the CPU, where numba is installed) and
+`cosae.kernels.triton.adam` (fp32 matrices on a GPU) do projection, clip, Adam and renormalisation in one sweep after one
+reading sweep for the global norm; they agree with the definition to rounding, and with themselves to the bit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,37 +16,13 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.kernels import StepCache, choose
 from cosae.kernels.cpu import native
-from cosae.kernels.moments import Moment
+from cosae.kernels.moments import Task
 from cosae.kernels.terms import ROW_MIN
 
 ROW_LENGTH_MIN = 1e-8
 """Smallest row length divided by when rows are renormalised (paper §3)."""
 CHUNK = 1 << 20
 """Numbers of a compressed moment that are fp32 at a time."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A parameter and everything its step reads.
-
-    along_R     (R,) component of each gradient row along its unit row; None where rows are not unit
-    rate        lr / (1 − β1^t);  root_bias2  √(1 − β2^t);  clip  factor on the gradient
-    keys        of the draws that round mean and square (cosae.kernels.moments)
-    cache       where the new rows' norms (on a GPU: unit rows) are left, where the next step's screen wants them
-    """
-
-    grad: Tensor
-    weight: Tensor
-    mean: Moment
-    square: Moment
-    along_R: Tensor | None
-    rate: float
-    root_bias2: float
-    clip: float
-    betas: tuple[float, float]
-    eps: float
-    keys: tuple[int, int]
-    cache: StepCache | None = None
 
 
 class Path(Protocol):
@@ -136,26 +111,7 @@ class Compiled:
             task.cache.leave_rows(task.weight, norm_R)
 
 
-class Triton:
-    """The same for fp32 matrices and any moments on a GPU."""
-
-    def measure(
-        self, grad: Tensor, weight: Tensor, unit: bool, cache: StepCache | None
-    ) -> tuple[Tensor | None, Tensor]:
-        from cosae.kernels.triton import adam as triton_adam
-
-        return triton_adam.measure(grad, weight, unit)
-
-    def step(self, task: Task) -> None:
-        from cosae.kernels.triton import adam as triton_adam
-
-        triton_adam.step(
-            task.grad, task.weight, task.mean, task.square, task.along_R, clip=task.clip, rate=task.rate,
-            root_bias2=task.root_bias2, betas=task.betas, eps=task.eps, keys=task.keys, cache=task.cache,
-        )  # fmt: skip
-
-
-PLAIN, COMPILED, TRITON = Plain(), Compiled(), Triton()
+PLAIN, COMPILED = Plain(), Compiled()
 
 
 def path_of(kernel: str, grad: Tensor, weight: Tensor) -> Path:
@@ -167,6 +123,6 @@ def path_of(kernel: str, grad: Tensor, weight: Tensor) -> Path:
     if choose(kernel, weight.device).NAME == "triton":
         from cosae.kernels.triton import adam as triton_adam
 
-        return TRITON if triton_adam.serves(grad, weight) else PLAIN
+        return triton_adam if triton_adam.serves(grad, weight) else PLAIN
     on_cpu = weight.device.type == "cpu" and weight.is_contiguous() and grad.is_contiguous()
     return COMPILED if on_cpu and native.serves() else PLAIN

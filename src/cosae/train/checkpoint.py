@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.io.atomic import sync_file, sync_folder
+from cosae.io.digest import file_digest
 from cosae.io.legacy import upgrade
 
 FOLDER = "checkpoints"
@@ -36,7 +37,7 @@ NAME = re.compile(r"step_\d{9}")
 
 
 def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], record: dict[str, Any]) -> Path:
-    """Write `parts` (file stem → tensors) and `facts` (JSON) as the checkpoint after `step` steps; prune old ones.
+    """Write `parts` (file stem → tensors) and `record` (JSON) as the checkpoint after `step` steps; prune old ones.
 
     Raises CosaeError where the disk refuses; the checkpoints before it are untouched then.
     """
@@ -52,7 +53,7 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], 
         for stem, tensors in parts.items():
             file = staged / f"{stem}.safetensors"
             save_file(_apart(tensors), file)
-            digests[file.name] = _digest(file)
+            digests[file.name] = file_digest(file)
         record = {"version": VERSION, "step": step, "files": digests, **record}
         text = json.dumps({"sha256": _record_digest(record), "record": record})
         (staged / RECORD).write_text(text, encoding="utf-8")
@@ -114,9 +115,9 @@ def quarantine(run: Path, step: int) -> None:
 
 
 def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list[str]]:
-    """(parts, facts, warnings) of the newest checkpoint that is whole; warnings name the damaged ones passed over.
+    """(parts, record, warnings) of the newest complete checkpoint; warnings name the damaged ones passed over.
 
-    Raises CosaeError where the run has no whole checkpoint.
+    Raises CosaeError where the run has no complete checkpoint.
     """
     warnings: list[str] = []
     for place in sorted((run / FOLDER).glob("step_*"), reverse=True):
@@ -142,7 +143,7 @@ def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         raise CosaeError(f"{place} was written by a later cosae (version {record['version']}): upgrade cosae.")
     parts = {}
     for name, digest in record["files"].items():
-        if _digest(place / name) != digest:
+        if file_digest(place / name) != digest:
             raise ValueError(f"{name} differs from what was written")
         parts[name.removesuffix(".safetensors")] = load_file(place / name)
     return parts, upgrade(record)
@@ -150,8 +151,3 @@ def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
 def _record_digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -9,13 +9,15 @@ import json
 import math
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from cosae.errors import CosaeError
+from cosae.io.atomic import replaced
 
 TIMING = "timing.jsonl"
 
@@ -36,35 +38,31 @@ class Lines:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
-        staged = path.with_name(f".{path.name}.partial")
-        try:
-            with staged.open("w", encoding="utf-8") as kept:
+        with self._told():
+            with replaced(path) as staged, staged.open("w", encoding="utf-8") as kept:
                 if path.exists() and resume_step > 0:
                     with path.open(encoding="utf-8", errors="replace") as before:
                         kept.writelines(line for line in before if _until(line, resume_step))
-                kept.flush()
-                os.fsync(kept.fileno())
-            staged.replace(path)
             self._file = path.open("a", encoding="utf-8")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            staged.unlink(missing_ok=True)
-            raise CosaeError(f"{path} cannot be written ({error}): make room and resume the run.") from None
+            raise CosaeError(f"{self.path} cannot be written ({error}): make room and resume the run.") from None
 
     def write(self, record: dict[str, Any]) -> None:
         """One more line; NaN and infinity become null. Raises CosaeError where the disk refuses."""
-        try:
+        with self._told():
             self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise CosaeError(f"{self.path} cannot be written ({error}): make room and resume the run.") from None
 
     def sync(self) -> None:
         """All lines so far survive a power cut: before a checkpoint stands. Raises CosaeError."""
-        try:
+        with self._told():
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise CosaeError(f"{self.path} cannot be written ({error}): make room and resume the run.") from None
 
     def close(self) -> None:
         with suppress(OSError):  # a full disk was told when the line was written

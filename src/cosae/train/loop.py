@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,70 +89,56 @@ def train(
     non-finite stops with a reason in `ArmState.stopped`; the others go on. Raises Interrupted after saving, CosaeError
     when no arm is left, and what the stream raises, after saving.
     """
-    if stop is None:
-        with stop_on_signals() as stop:
-            return train(
-                states,
-                stream,
-                config,
-                start=start,
-                seconds=seconds,
-                loggers=loggers,
-                save=save,
-                on_step=on_step,
-                log=log,
-                on_event=on_event,
-                stop=stop,
-            )
-    tell = on_event or (lambda event: None)
-    monitor = getattr(stream, "monitor", None)
-    begun = time.perf_counter() - seconds
-    saved = start
-    workspace = Workspace()
-    for state in states:
-        state.cache.workspace = workspace  # arms step in turn and need one arm's memory
-    for step in range(start, config.steps):
-        try:
-            batch = stream.next_batch()
-        except CosaeError:  # a source that broke takes no steps with it
-            if save is not None and saved != step:
-                save(step, time.perf_counter() - begun)
-            raise
-        done = step + 1
-        for event in monitor.take_events() if monitor is not None else ():
-            tell({"step": done, "arm": None, **event})
-        scale = lr_scale(step, config.steps, config.optimizer)
-        logged = done % config.log_every == 0 or done == config.steps or step == 0
-        numbers = {}
-        rows, print_ = Batch.of(batch.x_ND), fingerprint(batch)
+    with stop_on_signals() if stop is None else nullcontext(stop) as stop:
+        tell = on_event or (lambda event: None)
+        monitor = getattr(stream, "monitor", None)
+        begun = time.perf_counter() - seconds
+        saved = start
+        workspace = Workspace()
         for state in states:
-            if state.stopped is not None:
-                continue
-            state.digest = chain(state.digest, print_)
-            measured = _advance(state, batch, rows, step, scale, config, log)
-            if measured is None:
-                tell({"step": done, "arm": state.arm.name, "kind": "stopped", "text": f"stopped: {state.stopped}"})
-                continue
-            for event in state.monitor.look(measured):
-                tell({"step": done, "arm": state.arm.name, **event})
+            state.cache.workspace = workspace  # arms step in turn and need one arm's memory
+        for step in range(start, config.steps):
+            try:
+                batch = stream.next_batch()
+            except CosaeError:  # a source that broke takes no steps with it
+                if save is not None and saved != step:
+                    save(step, time.perf_counter() - begun)
+                raise
+            done = step + 1
+            for event in monitor.take_events() if monitor is not None else ():
+                tell({"step": done, "arm": None, **event})
+            scale = lr_scale(step, config.steps, config.optimizer)
+            logged = done % config.log_every == 0 or done == config.steps or step == 0
+            numbers = {}
+            rows, print_ = Batch.of(batch.x_ND), fingerprint(batch)
+            for state in states:
+                if state.stopped is not None:
+                    continue
+                state.digest = chain(state.digest, print_)
+                measured = _advance(state, batch, rows, step, scale, config, log)
+                if measured is None:
+                    tell({"step": done, "arm": state.arm.name, "kind": "stopped", "text": f"stopped: {state.stopped}"})
+                    continue
+                for event in state.monitor.look(measured):
+                    tell({"step": done, "arm": state.arm.name, **event})
+                if logged:
+                    numbers[state.arm.name] = _record(state, measured, scale, step, config)
+            if all(state.stopped for state in states):
+                raise CosaeError("every arm stopped: " + "; ".join(f"{s.arm.name}: {s.stopped}" for s in states))
+            if on_step is not None:
+                on_step()
             if logged:
-                numbers[state.arm.name] = _record(state, measured, scale, step, config)
-        if all(state.stopped for state in states):
-            raise CosaeError("every arm stopped: " + "; ".join(f"{s.arm.name}: {s.stopped}" for s in states))
-        if on_step is not None:
-            on_step()
-        if logged:
-            elapsed = time.perf_counter() - begun
-            record = {"step": done, "tokens": done * config.batch_tokens, "seconds": elapsed, "arms": numbers}
-            for logger in loggers:
-                logger.log(record)
-        due = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
-        if save is not None and (due or (stop.asked and saved != done)):
-            save(done, time.perf_counter() - begun)
-            saved = done
-        if stop.asked:
-            raise Interrupted(done)
-    workspace.clear()
+                elapsed = time.perf_counter() - begun
+                record = {"step": done, "tokens": done * config.batch_tokens, "seconds": elapsed, "arms": numbers}
+                for logger in loggers:
+                    logger.log(record)
+            due = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
+            if save is not None and (due or (stop.asked and saved != done)):
+                save(done, time.perf_counter() - begun)
+                saved = done
+            if stop.asked:
+                raise Interrupted(done)
+        workspace.clear()
     return time.perf_counter() - begun
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError
 from cosae.kernels import StepCache
-from cosae.kernels.moments import STATE_DTYPES, Moment, key_of
+from cosae.kernels.moments import STATE_DTYPES, Moment, Task, key_of
 from cosae.train import adam
 
 
@@ -114,11 +114,11 @@ class UnitRowAdam:
 
     def _task(
         self, name: str, grad: Tensor, along_R: Tensor | None, clip: float, lr: float, cache: StepCache | None
-    ) -> adam.Task:
+    ) -> Task:
         """What one parameter's step needs; counts it."""
         self._count[name] += 1
         count = self._count[name]
-        return adam.Task(
+        return Task(
             grad=grad,
             weight=self.parameters[name].detach(),
             mean=self._mean[name],

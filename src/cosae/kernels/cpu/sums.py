@@ -89,22 +89,12 @@ def token_sums(value_E: Tensor, rows_FD: Tensor, entries: Entries, n_tokens: int
 
 
 def feature_sums(
-    value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
-) -> Tensor:
-    """(F, D) Σ over a feature's entries of value · x_token, plus pull_i · rows_i."""
-    return _feature_sums(value_E, x_BD, entries, rows_FD, pull_F, False)[0]
-
-
-def feature_sums_and_total(
-    value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
+    value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None, total: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`feature_sums`, and (D,) Σ over all entries of value · rows_feature."""
-    return _feature_sums(value_E, x_BD, entries, rows_FD, pull_F, True)
+    """(F, D) Σ over a feature's entries of value · x_token, plus pull_i · rows_i.
 
-
-def _feature_sums(
-    value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None, total: bool
-) -> tuple[Tensor, Tensor]:
+    With `total` also (D,) Σ over all entries of value · rows_feature, else 0.
+    """
     order_E, offset_F1 = by_feature(entries, rows_FD.shape[0])
     n_features, width = rows_FD.shape
     if compiled(value_E, x_BD, rows_FD):
@@ -127,7 +117,7 @@ def _feature_sums(
 def feature_sums_and_dots(value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor) -> tuple[Tensor, Tensor]:
     """`feature_sums` and `entry_dots` of the same x: (F, D) and (E,)."""
     if not compiled(value_E, x_BD, rows_FD):
-        return feature_sums(value_E, x_BD, entries, rows_FD), entry_dots(x_BD, rows_FD, entries)
+        return feature_sums(value_E, x_BD, entries, rows_FD)[0], entry_dots(x_BD, rows_FD, entries)
     order_E, offset_F1 = by_feature(entries, rows_FD.shape[0])
     out_FD = _spare_like(rows_FD, entries)
     dot_E = x_BD.new_empty(len(entries))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cosae.kernels.cache import StepCache
-from cosae.kernels.moments import Moment
+from cosae.kernels.moments import Task
 from cosae.kernels.terms import ROW_MIN
 from cosae.kernels.triton import adam_loops as loops
 from cosae.kernels.triton.rows import left
@@ -39,7 +39,7 @@ def _sizes(weight: Tensor) -> dict[str, int]:
     return {"BLOCK_R": rows_block(weight.device), "BLOCK_D": block, "num_warps": max(4, min(16, block // 512))}
 
 
-def measure(grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Tensor]:
+def measure(grad: Tensor, weight: Tensor, unit: bool, cache: StepCache | None = None) -> tuple[Tensor | None, Tensor]:
     """Component of each gradient row along its row (R,) where unit, and the squared norm of the rest () float64."""
     n_rows, width = weight.shape
     sizes = _sizes(weight)
@@ -50,24 +50,22 @@ def measure(grad: Tensor, weight: Tensor, unit: bool) -> tuple[Tensor | None, Te
     return along_R if unit else None, square_R.sum(dtype=torch.float64)
 
 
-def step(
-    grad: Tensor, weight: Tensor, mean: Moment, square: Moment, along_R: Tensor | None, *, clip: float, rate: float,
-    root_bias2: float, betas: tuple[float, float], eps: float, keys: tuple[int, int], cache: StepCache | None,
-) -> None:  # fmt: skip
-    """One sweep over weight (R, D), in place. cache: where the new unit rows are left for the next screen."""
+def step(task: Task) -> None:
+    """One sweep over a weight (R, D), in place; its new unit rows are left in the task's cache for the next screen."""
+    weight, mean, square, along_R = task.weight, task.mean, task.square, task.along_R
     n_rows, width = weight.shape
     sizes = _sizes(weight)
     none = weight.new_empty(0)
     state = 0 if mean.whole else 1 if mean.scale_RK is None else 2
     scales = [none if moment.scale_RK is None else moment.scale_RK for moment in (mean, square)]
-    rows = None if cache is None else left(cache, weight, screen_dtype(weight.device))
+    rows = None if task.cache is None else left(task.cache, weight, screen_dtype(weight.device))
     outs = (none, none, none) if rows is None else (rows.unit_RD, rows.norm_R, rows.error_R)
     flags: dict[str, Any] = {"UNIT": along_R is not None, "LEAVE": rows is not None, "STATE": state}
+    gains = (1.0 - task.betas[0], task.betas[1], 1.0 - task.betas[1])
     loops.step_rows[(-(-n_rows // sizes["BLOCK_R"]),)](
-        grad, weight, mean.data, scales[0], square.data, scales[1], none if along_R is None else along_R, *outs,
-        n_rows, width, clip, 1.0 - betas[0], betas[1], 1.0 - betas[1], rate, root_bias2, eps, ROW_MIN, *keys,
-        **flags, **sizes,
+        task.grad, weight, mean.data, scales[0], square.data, scales[1], none if along_R is None else along_R, *outs,
+        n_rows, width, task.clip, *gains, task.rate, task.root_bias2, task.eps, ROW_MIN, *task.keys, **flags, **sizes,
     )  # fmt: skip
     torch.autograd.graph.increment_version(weight)
-    if cache is not None:
-        cache.leave_rows(weight, rows)
+    if task.cache is not None:
+        task.cache.leave_rows(weight, rows)

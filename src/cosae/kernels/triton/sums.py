@@ -91,21 +91,16 @@ def token_sums(value_E: Tensor, rows_FD: Tensor, entries: Entries, n_tokens: int
 
 
 def feature_sums(
-    value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
-) -> Tensor:
-    """(F, D) Σ over a feature's entries of value · x_token, plus pull_i · rows_i."""
-    order_E, offset_F1 = by_feature(entries, rows_FD.shape[0])
-    return _row_sums(
-        x_BD, entries.token_E, offset_F1, order_E=order_E, value_E=value_E, pull=pull_F, base=rows_FD
-    )[0]  # fmt: skip
-
-
-def feature_sums_and_total(
-    value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None
+    value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor, pull_F: Tensor | None = None, total: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`feature_sums`, and (D,) Σ over all entries of value · rows_feature: one product of a vector with the rows."""
-    total_D = entries_by_feature_sum(value_E, entries, rows_FD.shape[0]) @ rows_FD
-    return feature_sums(value_E, x_BD, entries, rows_FD, pull_F), total_D
+    """(F, D) Σ over a feature's entries of value · x_token, plus pull_i · rows_i; the total as a vector by the rows."""
+    n_features, width = rows_FD.shape
+    order_E, offset_F1 = by_feature(entries, n_features)
+    total_D = entries_by_feature_sum(value_E, entries, n_features) @ rows_FD if total else rows_FD.new_zeros(width)
+    out_FD, _ = _row_sums(
+        x_BD, entries.token_E, offset_F1, order_E=order_E, value_E=value_E, pull=pull_F, base=rows_FD
+    )  # fmt: skip
+    return out_FD, total_D
 
 
 def feature_sums_and_dots(value_E: Tensor, x_BD: Tensor, entries: Entries, rows_FD: Tensor) -> tuple[Tensor, Tensor]:

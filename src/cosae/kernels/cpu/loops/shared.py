@@ -1,4 +1,4 @@
-"""What the compiled loops share. Arrays are C-contiguous, fp32 unless said otherwise; a loop does one part of n_parts."""
+"""What the compiled loops share. Arrays are C-contiguous, fp32 unless said otherwise; a call does one of n_parts."""
 # mypy: ignore-errors
 
 from __future__ import annotations
