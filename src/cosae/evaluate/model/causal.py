@@ -144,9 +144,7 @@ class _Tokens(NamedTuple):
 class _Pass:
     """One batch: its reference predictions and codes, against which edits are held."""
 
-    def __init__(
-        self, model: nn.Module, site: Site, batch: Sequences, at_ST: Tensor, reference: Replacement
-    ) -> None:
+    def __init__(self, model: nn.Module, site: Site, batch: Sequences, at_ST: Tensor, reference: Replacement) -> None:
         self.model, self.site, self.batch, self.at_ST, self.reference = model, site, batch, at_ST, reference
         self.next_n = next_ids(batch, at_ST)
         self.seen: list[Codes] = []

@@ -8,7 +8,7 @@ Enter activations (B, D) framed by `cosae.sae.frame`, weights by their names on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,22 +46,32 @@ def dense_scores(framed: Framed, score: str, weights: Mapping[str, Tensor]) -> t
     return content_BF, content_BF + terms.bias_F * framed.live_B[:, None]
 
 
-def select_dense(cfg: SAEConfig, score_BF: Tensor, live_B: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """(B, F) scores → codes by the inference rule of every selector but `gated`; rows that are not live stay 0.
+def dense_codes(
+    cfg: SAEConfig, framed: Framed, weights: Mapping[str, Tensor], hook: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """(B, F) codes by the inference rule; rows that are not live stay 0. `hook` sees, and may edit, what is selected.
 
-    weights: threshold (F,) of a calibrated batch_topk, log_threshold (F,) of jumprelu, rank_gain (F,) after a fold.
+    weights, beside those of `dense_scores`: threshold (F,) of a calibrated batch_topk or gated, log_threshold (F,) of
+    jumprelu, rank_gain (F,) after a fold, r_mag and b_mag (F,) of gated (arXiv 2404.16014).
     """
+    content_BF, score_BF = dense_scores(framed, cfg.score, weights)
+    live_B1 = framed.live_B[:, None]
+    threshold = at_least_fp32(weights["threshold"]) if "threshold" in weights else None
+    if cfg.selector == "gated":
+        magnitude_BF = hook(at_least_fp32(weights["r_mag"]).exp() * content_BF + at_least_fp32(weights["b_mag"]))
+        keep_BF = score_BF > (0.0 if threshold is None else threshold)
+        return torch.where(keep_BF & live_B1, magnitude_BF.relu(), 0.0)
+    score_BF = hook(score_BF)
     if cfg.selector == "jumprelu":
         keep_BF = score_BF > at_least_fp32(weights["log_threshold"]).exp()
-    elif cfg.selector == "batch_topk" and "threshold" in weights:
-        keep_BF = score_BF > at_least_fp32(weights["threshold"])
+    elif cfg.selector == "batch_topk" and threshold is not None:
+        keep_BF = score_BF > threshold
     else:
-        rank_BF = score_BF.abs() if cfg.selector == "abs_topk" else score_BF.relu()
-        rank_BF = rank_BF * live_B[:, None]
+        rank_BF = (score_BF.abs() if cfg.selector == "abs_topk" else score_BF.relu()) * live_B1
         if "rank_gain" in weights:
             rank_BF = rank_BF / at_least_fp32(weights["rank_gain"])
-        keep_BF = _largest(rank_BF, cfg, int(live_B.sum())) & (rank_BF > 0)
-    return torch.where(keep_BF & live_B[:, None], score_BF, 0.0)
+        keep_BF = _largest(rank_BF, cfg, int(framed.live_B.sum())) & (rank_BF > 0)
+    return torch.where(keep_BF & live_B1, score_BF, 0.0)
 
 
 def _largest(rank_BF: Tensor, cfg: SAEConfig, n_live: int) -> Tensor:
@@ -72,14 +82,3 @@ def _largest(rank_BF: Tensor, cfg: SAEConfig, n_live: int) -> Tensor:
     flat = rank_BF.reshape(-1)
     kept = flat.topk(min(k * n_live, flat.numel()), sorted=False).indices
     return mask_BF.reshape(-1).scatter_(0, kept, True).reshape(rank_BF.shape)
-
-
-def gated_codes(score_BF: Tensor, magnitude_BF: Tensor, live_B: Tensor, threshold: Tensor | None) -> Tensor:
-    """Codes of `gated`: ReLU(magnitude) where the gate score exceeds its threshold (0 where not calibrated)."""
-    level = 0.0 if threshold is None else at_least_fp32(threshold)
-    return torch.where((score_BF > level) & live_B[:, None], magnitude_BF.relu(), 0.0)
-
-
-def gated_magnitude(content_BF: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """e^ρ · content + β_mag (arXiv 2404.16014)."""
-    return at_least_fp32(weights["r_mag"]).exp() * content_BF + at_least_fp32(weights["b_mag"])

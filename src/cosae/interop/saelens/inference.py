@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError
 from cosae.interop.saelens import cosine, folds
-from cosae.interop.saelens.dense import HALF, dense_scores, gated_codes, gated_magnitude, select_dense
+from cosae.interop.saelens.dense import HALF, dense_codes, dense_scores
 from cosae.io.legacy import upgrade
 from cosae.sae import file, fold, frame
 from cosae.sae.config import SAEConfig as OwnConfig
@@ -302,20 +302,15 @@ class CosaeSAE(Precise, sae_lens.SAE):
 
     def encode(self, x: Tensor) -> Tensor:
         """x (..., d_in) → feature_acts (..., d_sae) in the SAE's dtype, by cosae's inference rule."""
-        own, weights = self.cfg.own, self._parameters
+        own = self.cfg.own
         framed, lead = self._frame(x, own.frame)
-        content_BF, score_BF = dense_scores(framed, own.score, weights)
-        if own.selector == "gated":
-            magnitude_BF = self._hooked(gated_magnitude(content_BF, weights), lead)
-            acts_BF = gated_codes(score_BF, magnitude_BF, framed.live_B, weights.get("threshold"))
-        else:
-            acts_BF = select_dense(own, self._hooked(score_BF, lead), framed.live_B, weights)
+
+        def hook(value_BF: Tensor) -> Tensor:
+            return self.hook_sae_acts_pre(value_BF.reshape(*lead, -1)).reshape(value_BF.shape)
+
+        acts_BF = dense_codes(own, framed, self._parameters, hook)
         self._taken = framed.norm_stats
         return self.hook_sae_acts_post(acts_BF.reshape(*lead, -1).to(self.dtype))
-
-    def _hooked(self, value_BF: Tensor, lead: tuple[int, ...]) -> Tensor:
-        seen: Tensor = self.hook_sae_acts_pre(value_BF.reshape(*lead, -1))
-        return seen.reshape(value_BF.shape)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """feature_acts (..., d_sae) → reconstruction (..., d_in) in the SAE's dtype.
