@@ -120,17 +120,9 @@ class StreamMonitor:
         moved = shift(norm_N, self._reference)
         if moved is not None and not self._shifted:
             mark, ratio = moved
-            self._events.append(
-                {
-                    "kind": "norm_shift",
-                    "quantile": mark,
-                    "ratio": ratio,
-                    "tokens": len(norm_N),
-                    "chunk": self._n_chunks - 1,
-                    "text": f"norms shifted: the {100 * mark:g} % quantile of the last {len(norm_N)} tokens is "
-                    f"{ratio:.3g} × that of {self._reference.what}",
-                }
-            )
+            numbers = {"quantile": mark, "ratio": ratio, "tokens": len(norm_N), "chunk": self._n_chunks - 1}
+            text = f"norms shifted: the {100 * mark:g} % quantile of the last {len(norm_N)} tokens is {ratio:.3g} × "
+            self._events.append({"kind": "norm_shift", **numbers, "text": f"{text}that of {self._reference.what}"})
         elif moved is None and self._shifted:
             back = f"norms are back to those of {self._reference.what}"
             self._events.append({"kind": "norm_shift_over", "chunk": self._n_chunks - 1, "text": back})

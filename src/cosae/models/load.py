@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 
 MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,21 +34,10 @@ def load_model(
     language model, weights that are damaged or incomplete, a missing tokenizer, and an unsupported dtype or
     device. Code from a repository is never run.
     """
-    if dtype not in MODEL_DTYPES:
-        raise CosaeError(f"dtype must be {', '.join(MODEL_DTYPES)}. Got '{dtype}' instead.")
     target = _device(device)
-    try:
-        import transformers
-    except ImportError:
-        raise CosaeError("Reading a language model needs transformers: pip install 'cosae[lm]'.") from None
-
+    transformers, name, where, _ = read_configuration(name_or_path, dtype, revision)
     progress: Any = transformers.utils.logging
-    progress.disable_progress_bar()  # a bar of its own for each load would tear ours
-    name = _place(name_or_path)
-    where = {"revision": revision} if revision is not None else {}
-    read_config = transformers.AutoConfig.from_pretrained
-    config = _try(f"No model could be read from '{name}'", read_config, name, **where)
-    _check_causal(transformers, config, name)
+    progress.disable_progress_bar()  # a bar of its own for each load would break ours
     options: dict[str, Any] = dict(where, output_loading_info=True)
     # Renamed in transformers 4.56, with a warning on the old name.
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -68,6 +57,22 @@ def load_model(
     )
     model.requires_grad_(False)
     return model.eval().to(target), tokenizer
+
+
+def read_configuration(
+    name_or_path: str | os.PathLike[str], dtype: str, revision: str | None
+) -> tuple[Any, str, dict[str, str], Any]:
+    """transformers, the name for it, its options, and the configuration of a causal model. Raises CosaeError."""
+    check_choice("dtype", dtype, MODEL_DTYPES)
+    try:
+        import transformers
+    except ImportError:
+        raise CosaeError("Reading a language model needs transformers: pip install 'cosae[lm]'.") from None
+    name = _place(name_or_path)
+    where = {"revision": revision} if revision is not None else {}
+    config = _try(f"No model could be read from '{name}'", transformers.AutoConfig.from_pretrained, name, **where)
+    _check_causal(transformers, config, name)
+    return transformers, name, where, config
 
 
 def _device(device: str) -> torch.device:

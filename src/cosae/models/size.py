@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
 from cosae.models.hooks import body_of
-from cosae.models.load import MODEL_DTYPES, _check_causal, _place, _try
+from cosae.models.load import MODEL_DTYPES, read_configuration
 from cosae.models.sites import resolve_site
 
 
@@ -37,22 +36,10 @@ def model_size(
     A pass keeps about six vectors of the model's width and three of its MLP's per token; eager attention makes two
     (heads, T, T) matrices. Raises CosaeError where `load_model` does for the configuration, and for an unknown site.
     """
-    if dtype not in MODEL_DTYPES:
-        raise CosaeError(f"dtype must be {', '.join(MODEL_DTYPES)}. Got '{dtype}' instead.")
-    try:
-        import transformers
-    except ImportError:
-        raise CosaeError("Reading a language model needs transformers: pip install 'cosae[lm]'.") from None
-    place = _place(name)
-    where = {"revision": revision} if revision is not None else {}
-    config: Any = _try(
-        f"No model could be read from '{place}'", transformers.AutoConfig.from_pretrained, place, **where
-    )
-    _check_causal(transformers, config, place)
+    transformers, _, _, config = read_configuration(name, dtype, revision)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        sketch: Any = transformers.AutoModelForCausalLM
-        model = sketch.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     model.eval()
     itemsize = MODEL_DTYPES[dtype].itemsize
     n_parameters = sum(parameter.numel() for parameter in model.parameters())

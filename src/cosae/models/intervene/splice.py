@@ -8,7 +8,8 @@ TransformerLens and hooks of one's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,23 +154,13 @@ def spliced(
         raise CosaeError("spliced needs at least one SAE by site, as in {'resid_post.3': sae}.")
     ids = _special_ids(model) if special_ids is None else tuple(special_ids)
     sites = {_name(key): find_site(model, key) for key in saes}
-    _check_sites(model, sites, {_name(key): sae for key, sae in saes.items()})
+    named = {_name(key): sae for key, sae in saes.items()}
+    _check_sites(model, sites, named)
     by_site = _edits_by_site(edits, tuple(sites))
+    shared: dict[str, Any] = {"error_term": error_term, "tokens": tokens, "grad": grad, "special_ids": ids}
     replacements = {
-        _name(key): (
-            sites[_name(key)],
-            Replacement(
-                sae,
-                error_term=error_term,
-                edits=by_site.get(_name(key), ()),
-                tokens=tokens,
-                grad=grad,
-                read=keep != "none",
-                special_ids=ids,
-                name=_name(key),
-            ),
-        )
-        for key, sae in saes.items()
+        name: (sites[name], Replacement(sae, edits=by_site.get(name, ()), read=keep != "none", name=name, **shared))
+        for name, sae in named.items()
     }
     return Spliced(model, replacements, keep, on_step)
 
@@ -258,18 +249,12 @@ def _join(parts: Sequence[Codes]) -> Codes:
     if any(part.shape[0] != n_sequences for part in parts):
         raise CosaeError("passes of different numbers of sequences cannot be joined: read run.history one by one.")
     n_tokens = sum(part.shape[1] for part in parts)
-    token_E = torch.cat([_moved(part, start, n_tokens) for part, start in _starts(parts)])
+    starts = itertools.accumulate((part.shape[1] for part in parts), initial=0)
+    token_E = torch.cat([_moved(part, start, n_tokens) for part, start in zip(parts, starts, strict=False)])
     feature_E = torch.cat([part.feature_E for part in parts])
     order = torch.argsort(token_E, stable=True)
     value_E = torch.cat([part.value_E for part in parts])[order]
     return Codes.from_entries(token_E[order], feature_E[order], value_E, parts[0].d_sae, (n_sequences, n_tokens))
-
-
-def _starts(parts: Sequence[Codes]) -> Iterator[tuple[Codes, int]]:
-    start = 0
-    for part in parts:
-        yield part, start
-        start += part.shape[1]
 
 
 def _moved(part: Codes, start: int, n_tokens: int) -> Tensor:
