@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import describe_machine
-from cosae import recipe as recipes
 from cosae.evaluate.statistics import paired_mean_interval
 from cosae.kernels.moments import STATE_DTYPES
+from cosae.presets import preset
 from cosae.run.dataset.open import dataset_of
 from cosae.sae.model import SAE
 from cosae.train.arm import Arm
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30_000)
     parser.add_argument("--scores", nargs="+", default=["inner", "cosine"])
     args = parser.parse_args()
-    sample = dataset_of(recipes.preset("embedded")).sample("held_out", args.tokens)
+    sample = dataset_of(preset("embedded")).sample("held_out", args.tokens)
     x_ND = sample.activations.x_ND.float()
     x_ND = x_ND[torch.randperm(len(x_ND), generator=torch.Generator().manual_seed(0))[: args.tokens]]
     print(describe_machine())

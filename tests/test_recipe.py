@@ -15,7 +15,9 @@ from cosae.activations.filter import FilterPolicy
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError
-from cosae.recipe import PRESETS, DataConfig, EvaluationConfig, Recipe, from_plain, preset, to_plain
+from cosae.io.values import from_plain, to_plain
+from cosae.presets import PRESETS, preset
+from cosae.recipe import DataConfig, EvaluationConfig, Recipe
 from cosae.sae.config import B_INITS, InitConfig, SAEConfig
 from cosae.sae.loss import LossConfig
 from cosae.sae.score import SCORES

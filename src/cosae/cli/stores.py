@@ -77,7 +77,8 @@ class Verify:
 
 def build_capture(command: Capture) -> Any:
     """What a `capture` command line asks for. Raises CosaeError for what it does not allow."""
-    from cosae.recipe import Recipe, preset
+    from cosae.presets import preset
+    from cosae.recipe import Recipe
     from cosae.run.capture.request import Capture as CaptureRequest
 
     recipe = Recipe.read(command.recipe) if command.recipe is not None else preset(command.preset)

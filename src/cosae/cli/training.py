@@ -129,7 +129,8 @@ def build_recipe(command: Train) -> Any:
     """The recipe a `train` command line names. Raises CosaeError for what it does not allow."""
     from cosae.activations.perturbation import Perturbation
     from cosae.activations.synthetic import World
-    from cosae.recipe import Recipe, preset
+    from cosae.presets import preset
+    from cosae.recipe import Recipe
     from cosae.train.arm import parse_arm
 
     recipe = Recipe.read(command.recipe) if command.recipe is not None else preset(command.preset)
@@ -169,7 +170,7 @@ def build_recipe(command: Train) -> Any:
 def train(command: Train) -> int:
     recipe = build_recipe(command)
     if command.show:
-        from cosae.recipe import to_plain
+        from cosae.io.values import to_plain
 
         print(json.dumps(to_plain(recipe), indent=2))
         return 0

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from cosae.errors import CosaeError
-from cosae.recipe import Recipe, preset
+from cosae.presets import preset
+from cosae.recipe import Recipe
 from cosae.run.dataset.base import DataUse
 from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Finished, Logs, execute

@@ -26,7 +26,8 @@ from cosae.errors import CosaeError
 from cosae.io.generators import generator_state, restore_generators
 from cosae.io.lock import hold
 from cosae.io.signals import Stop, stop_on_signals
-from cosae.recipe import Recipe, from_plain, to_plain
+from cosae.io.values import from_plain, to_plain
+from cosae.recipe import Recipe
 from cosae.run import provenance
 from cosae.run.dataset.base import Dataset
 from cosae.run.dataset.open import dataset_of

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.recipe import Recipe, preset
+from cosae.presets import preset
+from cosae.recipe import Recipe
 from cosae.run.execute import Finished, Logs, execute
 from cosae.train.arm import Arm, parse_arm
 

@@ -11,7 +11,7 @@ document a row, cut at `context`, padded on the right.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,17 +47,9 @@ def sequences(
     for chunk in everything:
         names += chunk.doc_names[len(names) - chunk.first_doc :]
 
-    def joined(name: str) -> torch.Tensor:
-        return torch.cat([getattr(chunk, name) for chunk in everything])
-
-    return Sequences(
-        ids_ST=joined("ids_ST"),
-        doc_ST=joined("doc_ST"),
-        index_ST=joined("index_ST"),
-        mask_ST=joined("mask_ST"),
-        special_ST=joined("special_ST"),
-        doc_names=tuple(names),
-    )
+    tensors = ("ids_ST", "doc_ST", "index_ST", "mask_ST", "special_ST")
+    joined: dict[str, Any] = {name: torch.cat([getattr(chunk, name) for chunk in everything]) for name in tensors}
+    return Sequences(**joined, doc_names=tuple(names))
 
 
 def iterate_sequences(

@@ -16,7 +16,8 @@ import torch
 from cosae.activations.synthetic import World
 from cosae.cli import main
 from cosae.errors import CosaeError
-from cosae.recipe import DataConfig, Recipe, preset
+from cosae.presets import preset
+from cosae.recipe import DataConfig, Recipe
 from cosae.run.capture.capture import capture_stores
 from cosae.run.capture.request import Capture
 from cosae.run.dataset.open import dataset_of

@@ -25,7 +25,7 @@ from cosae.errors import CosaeError
 from cosae.io.digest import file_digest
 from cosae.io.lock import LOCK, hold
 from cosae.io.signals import stop_on_signals
-from cosae.recipe import to_plain
+from cosae.io.values import to_plain
 from cosae.run import provenance
 from cosae.run.capture.request import Capture
 from cosae.run.capture.text import CaptureText, Part
