@@ -249,5 +249,5 @@ def test_mistakes_get_one_sentence() -> None:
         run(labels_train_NC=yt[:, :2])
     with pytest.raises(CosaeError, match="same tokens"):
         run(labels_held_out_NC=yh[:-1])
-    with pytest.raises(CosaeError, match="booleans"):
+    with pytest.raises(CosaeError, match="one boolean"):
         run(keep_train=np.arange(10))

@@ -1,39 +1,36 @@
-"""Sparse probing: does one latent know one concept? (paper §6; labels from `activations.concepts`)
+"""Sparse probing of tokens: does one latent know one concept? (paper §6; labels from `text.concepts`)
 
-Enters: the codes of every arm on the same train and held-out tokens, and the tokens' labels. Leaves: plain
-numbers. For each concept one latent is chosen on train and scored on held-out tokens, by AUROC and average
-precision: once the latent of the highest AUROC (it must fire FOR the concept), once by SAEBench's rule, the
-largest |mean₊ − mean₋| of raw codes, once by that difference over the latent's standard deviation; there the held-out
-score is the code times the sign of the difference on train. The rule changes who wins, so all stand.
+In: the codes of every arm on the same train and held-out tokens, and the tokens' labels. Out: plain numbers. For each
+concept one latent is chosen on train and scored on held-out tokens, by AUROC and average precision: by the highest
+AUROC (it must fire FOR the concept), by SAEBench's rule, the largest |mean₊ − mean₋| of raw codes, and by that
+difference over the latent's standard deviation; for the last two the held-out score is the code times the sign of the
+difference on train. Which arm wins depends on the rule, so all are reported.
 
-Intervals are percentile bootstrap over concepts; all arms meet the same resamples: differences are paired.
+Intervals are percentile bootstrap over concepts; all arms share the resamples: differences are paired.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from cosae.errors import CosaeError
 from cosae.evaluate.probing import baselines, logistic
 from cosae.evaluate.probing.ranking import (
     RULES,
-    Array,
     Labels,
     Rule,
-    Selection,
     columns_of,
     qualities_of_latents,
     rank_quality,
     rank_quality_of_latents,
-    select,
     select_by,
 )
 from cosae.evaluate.statistics import RESAMPLES, mean_interval, paired_mean_interval
@@ -100,19 +97,20 @@ def probe(
     _check_names(train, held_out, baseline_arm)
     if not tops or min(tops) < 1:
         raise CosaeError(f"tops must be counts of latents, each at least 1. Got {list(tops)} instead.")
-    kept = _frequent(labels_train_NC, labels_held_out_NC, keep_train, keep_held_out, concepts, min_positives)
-    probed = [concepts[c] for c in kept]
+    names = list(train)
     if random_arm is not None:
         train, held_out = {**train, RANDOM: random_arm[0]}, {**held_out, RANDOM: random_arm[1]}
-    sides = (
-        _split(train, activations_train, labels_train_NC[:, kept], keep_train),
-        _split(held_out, activations_held_out, labels_held_out_NC[:, kept], keep_held_out),
+    sides, probed = _frequent(
+        (
+            _split(train, activations_train, labels_train_NC, keep_train, len(concepts)),
+            _split(held_out, activations_held_out, labels_held_out_NC, keep_held_out, len(concepts)),
+        ),
+        concepts,
+        min_positives,
     )
-    names = [arm for arm in train if arm != RANDOM]
     readings = {arm: partial(_readings, *sides, arm, rules, tops) for arm in names}
-    found = _side_by_side({**_baselines(*sides), **readings})
-    arms: dict[str, dict[str, Table]] = {name: found.pop(name) for name in names}
-    floors: dict[str, Table] = found
+    floors: dict[str, Table] = _side_by_side({**_baselines(*sides), **readings})
+    arms: dict[str, dict[str, Table]] = {name: floors.pop(name) for name in names}
     rows = arms | {name: {"baseline": row} for name, row in floors.items()}
     return {
         "n_train": len(sides[0].activations),
@@ -123,44 +121,36 @@ def probe(
         "arms": arms,
         "baselines": floors,
         "summary": {
-            name: {rule: summarise(row, probed, seed, n_bootstrap) for rule, row in by_rule.items()}
+            name: {rule: _summary(row, probed, seed, n_bootstrap) for rule, row in by_rule.items()}
             for name, by_rule in rows.items()
         },
-        "paired": [] if baseline_arm is None else compare(arms, baseline_arm, probed, seed, n_bootstrap),
+        "paired": [] if baseline_arm is None else _compare(arms, baseline_arm, probed, seed, n_bootstrap),
     }
 
 
 def _readings(train: Split, held_out: Split, arm: str, rules: Sequence[Rule], tops: Sequence[int]) -> dict[str, Table]:
-    value_FC = qualities_of_latents(train.codes[arm], train.label_NC, rules)
-    judged_NF = columns_of(held_out.codes[arm])
+    """Under each rule its latent, scored, with its sign, on held-out tokens; under RULE/top_n a regression on n."""
+    quality = qualities_of_latents(train.codes[arm], train.label_NC, rules)
+    held_out_NF, label_NC = columns_of(held_out.codes[arm]), held_out.label_NC
     found: dict[str, Table] = {}
-    for rule in rules:
-        for n in tops:
-            if n == 1:
-                found[rule] = probe_arm(judged_NF, held_out.label_NC, select_by(value_FC[rule], rule))
-            else:
-                found[f"{rule}/top_{n}"] = probe_top(train, held_out, arm, value_FC[rule], rule, n)
+    for rule, n in product(rules, tops):
+        value_FC = quality[rule]
+        if n == 1:
+            chosen = select_by(value_FC, rule)
+            ranked = rank_quality_of_latents(held_out_NF, chosen.latent_C, chosen.sign_C, label_NC)
+            found[rule] = {"latent": chosen.latent_C.tolist(), **_named(ranked)}
+            continue
+        best_FC = (-value_FC if rule == "auroc" else -np.abs(value_FC)).argsort(axis=0, kind="stable")[:n]
+        train_NF = columns_of(train.codes[arm])
+        score_NC = np.empty(label_NC.shape)
+        for c, latent_n in enumerate(best_FC.T):
+            known = train_NF[:, latent_n].toarray(), train.label_NC[:, [c]]
+            score_NC[:, [c]] = logistic.scores(*known, held_out_NF[:, latent_n].toarray())
+        found[f"{rule}/top_{n}"] = {"latent": best_FC.T.tolist(), **_named(rank_quality(score_NC, label_NC))}
     return found
 
 
-def probe_arm(columns_NF: sparse.csc_matrix, label_NC: Labels, chosen: Selection) -> Table:
-    """The latent chosen for each concept on train, scored, with its sign, on held-out tokens (`ranking.columns_of`)."""
-    found = rank_quality_of_latents(columns_NF, chosen.latent_C, chosen.sign_C, label_NC)
-    return {"latent": chosen.latent_C.tolist(), **_named(found)}
-
-
-def probe_top(train: Split, held_out: Split, arm: str, value_FC: Array, rule: Rule, n: int) -> Table:
-    """A logistic regression, fitted on train, on the n latents of each concept that are best by `rule`'s values."""
-    best_FC = (-value_FC if rule == "auroc" else -np.abs(value_FC)).argsort(axis=0, kind="stable")[:n]
-    fitted, judged = (columns_of(side.codes[arm]) for side in (train, held_out))
-    score_NC = np.empty(held_out.label_NC.shape)
-    for c, latent_n in enumerate(best_FC.T):
-        known = fitted[:, latent_n].toarray(), train.label_NC[:, c : c + 1]
-        score_NC[:, c : c + 1] = logistic.scores(*known, judged[:, latent_n].toarray())
-    return {"latent": best_FC.T.tolist(), **_score(score_NC, held_out.label_NC)}
-
-
-def summarise(row: Table, concepts: Sequence[Concept], seed: int, n_bootstrap: int) -> dict[str, Any]:
+def _summary(row: Table, concepts: Sequence[Concept], seed: int, n_bootstrap: int) -> dict[str, Any]:
     """Mean over the concepts of each group with its bootstrap interval: [group][metric] → mean, low, high."""
     summary: dict[str, Any] = {}
     for group in GROUPS:
@@ -174,7 +164,7 @@ def summarise(row: Table, concepts: Sequence[Concept], seed: int, n_bootstrap: i
     return summary
 
 
-def compare(
+def _compare(
     arms: Mapping[str, Mapping[str, Table]],
     baseline_arm: str,
     concepts: Sequence[Concept],
@@ -189,27 +179,19 @@ def compare(
                 member_C = _members(concepts, group)
                 for metric in METRICS if member_C.any() else ():
                     ours, theirs = (np.array(arms[name][rule][metric])[member_C] for name in (arm, baseline_arm))
-                    metadata = {
-                        "arm": arm,
-                        "versus": baseline_arm,
-                        "rule": rule,
-                        "group": group,
-                        "metric": metric,
-                    }
-                    rows.append({**metadata, **paired_mean_interval(ours, theirs, seed, n_bootstrap)})
+                    key = {"arm": arm, "versus": baseline_arm, "rule": rule, "group": group, "metric": metric}
+                    rows.append({**key, **paired_mean_interval(ours, theirs, seed, n_bootstrap)})
     return rows
 
 
 def _baselines(train: Split, held_out: Split) -> dict[str, Callable[[], Table]]:
     """What makes the row of each baseline."""
-    known = (train.activations, train.label_NC, held_out.activations)
 
     def scored(scores: Callable[..., Any]) -> Table:
-        return _score(scores(*known), held_out.label_NC)
+        return _named(rank_quality(scores(train.activations, train.label_NC, held_out.activations), held_out.label_NC))
 
     def untrained() -> Table:
-        chosen = select(train.codes[RANDOM], train.label_NC, "auroc")
-        row = probe_arm(columns_of(held_out.codes[RANDOM]), held_out.label_NC, chosen)
+        row = _readings(train, held_out, RANDOM, ("auroc",), (1,))["auroc"]
         return {metric: row[metric] for metric in METRICS}
 
     return {
@@ -231,11 +213,7 @@ def _side_by_side(tasks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         pool.shutdown(cancel_futures=True)  # after a fault or Ctrl-C only what is being ranked is waited for
 
 
-def _score(score_NC: Any, label_NC: Labels) -> Table:
-    return _named(rank_quality(score_NC, label_NC))
-
-
-def _named(found: tuple[Array, Array]) -> Table:
+def _named(found: Sequence[Any]) -> Table:
     return {name: column.tolist() for name, column in zip(METRICS, found, strict=True)}
 
 
@@ -270,36 +248,12 @@ def _check_names(train: Mapping[str, Codes], held_out: Mapping[str, Codes], base
         raise CosaeError(f"baseline_arm must be one of {sorted(train)} or None. Got {baseline_arm!r} instead.")
 
 
-def _frequent(
-    train_NC: Labels,
-    held_out_NC: Labels,
-    keep_train: Labels | None,
-    keep_held_out: Labels | None,
-    concepts: Sequence[Concept],
-    min_positives: int,
-) -> list[int]:
-    """Columns with enough tokens of both kinds on both sides."""
-    enough_C = np.ones(len(concepts), dtype=bool)
-    for label_NC, keep_N in ((train_NC, keep_train), (held_out_NC, keep_held_out)):
-        if label_NC.ndim != 2 or label_NC.shape[1] != len(concepts):
-            raise CosaeError(f"labels must have a column for each of {len(concepts)} concepts; got {label_NC.shape}")
-        if keep_N is not None and (keep_N.dtype != np.bool_ or keep_N.shape != label_NC.shape[:1]):
-            raise CosaeError(
-                f"a mask must be {len(label_NC)} booleans, one for each token; got {keep_N.dtype} of shape "
-                f"{keep_N.shape} instead"
-            )
-        count_C = label_NC[slice(None) if keep_N is None else keep_N].sum(axis=0)
-        n_tokens = len(label_NC) if keep_N is None else int(keep_N.sum())
-        enough_C &= np.minimum(count_C, n_tokens - count_C) >= max(min_positives, 1)
-    if not enough_C.any():
-        raise CosaeError(
-            f"probing needs a concept with {min_positives} tokens on both sides; got none among {len(concepts)}: "
-            "give more tokens or lower min_positives"
-        )
-    return [int(c) for c in np.flatnonzero(enough_C)]
-
-
-def _split(codes: Mapping[str, Codes], activations: Activations, label_NC: Labels, keep_N: Labels | None) -> Split:
+def _split(
+    codes: Mapping[str, Codes], activations: Activations, label_NC: Labels, keep_N: Labels | None, n_concepts: int
+) -> Split:
+    """The tokens of one side that are looked at."""
+    if label_NC.ndim != 2 or label_NC.shape[1] != n_concepts:
+        raise CosaeError(f"labels must have a column for each of {n_concepts} concepts; got {label_NC.shape}")
     for arm, arm_codes in codes.items():
         if not arm_codes.n_tokens == len(activations) == len(label_NC):
             raise CosaeError(
@@ -309,5 +263,19 @@ def _split(codes: Mapping[str, Codes], activations: Activations, label_NC: Label
     if keep_N is None:
         return Split(dict(codes), activations, label_NC)
     kept = {arm: arm_codes.take(keep_N) for arm, arm_codes in codes.items()}
-    keep = torch.from_numpy(np.asarray(keep_N, dtype=bool)).to(activations.x_ND.device)
-    return Split(kept, activations[keep], label_NC[keep_N])
+    return Split(kept, activations[torch.as_tensor(keep_N, device=activations.x_ND.device)], label_NC[keep_N])
+
+
+def _frequent(
+    sides: tuple[Split, Split], concepts: Sequence[Concept], min_positives: int
+) -> tuple[tuple[Split, Split], list[Concept]]:
+    """Both sides with the labels, and the concepts, of which each has enough tokens of both kinds."""
+    rarer_C = [np.minimum(one.label_NC.sum(axis=0), (~one.label_NC).sum(axis=0)) for one in sides]
+    kept = np.flatnonzero(np.minimum(*rarer_C) >= max(min_positives, 1))
+    if not len(kept):
+        raise CosaeError(
+            f"probing needs a concept with {min_positives} tokens on both sides; got none among {len(concepts)}: "
+            "give more tokens or lower min_positives"
+        )
+    train, held_out = (replace(one, label_NC=one.label_NC[:, kept]) for one in sides)
+    return (train, held_out), [concepts[c] for c in kept.tolist()]
