@@ -41,7 +41,7 @@ def test_a_numba_that_cannot_be_imported_is_done_without(
 
 
 def test_where_the_screen_cannot_serve_the_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    search.say_once.cache_clear()
+    search.log_once.cache_clear()
     terms = make_terms("cosine", dtype=torch.float64)
     with caplog.at_level(logging.INFO):
         CPU.select_batch_topk(terms, 20)

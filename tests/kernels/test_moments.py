@@ -65,7 +65,7 @@ def test_draws_are_uniform_and_known_by_their_place() -> None:
 def test_vectors_and_doubles_are_never_compressed() -> None:
     for like in (torch.zeros(5), torch.zeros(()), torch.zeros(3, 4, dtype=torch.float64)):
         moment = Moment.zero(like, "int8", True)
-        assert moment.whole
+        assert moment.uncompressed
         assert moment.data.dtype == like.dtype
 
 

@@ -167,7 +167,7 @@ def test_no_whole_checkpoint_is_refused_and_nothing_is_begun_again(whole: Path, 
     (out / "run.json").write_text(json.dumps({**record, "status": "running"}))
     for place in checkpoint.checkpoints(out):
         (place / "stream.safetensors").unlink()
-    with pytest.raises(CosaeError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(CosaeError, match=r"no checkpoint in .* is complete"):
         resume(out, QUIET)
 
 

@@ -128,7 +128,7 @@ def test_every_single_bit_of_the_record_is_guarded(tmp_path: Path) -> None:
 def test_where_none_is_whole_one_sentence_says_so(tmp_path: Path) -> None:
     for step in (10, 20):
         truncate(written(tmp_path, step) / "stream.safetensors")
-    with pytest.raises(CosaeError, match=r"no checkpoint in .* is whole") as caught:
+    with pytest.raises(CosaeError, match=r"no checkpoint in .* is complete") as caught:
         read_latest(tmp_path)
     assert "Start the run again" in str(caught.value)
 
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.M
         real(tensors, file)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    with pytest.raises(CosaeError, match=r"step 20 could not be written.*No space left.*still stands"):
+    with pytest.raises(CosaeError, match=r"step 20 could not be written.*No space left.*is kept"):
         written(tmp_path, 20)
     assert {p: p.read_bytes() for p in (tmp_path / FOLDER).rglob("*") if p.is_file()} == before
     assert read_latest(tmp_path)[1]["step"] == 10

@@ -96,25 +96,25 @@ class StepCache:
     """What the parts of one arm's step tell each other, and the memory they work in.
 
     workspace  memory that is written over by every step
-    row_facts  what the optimiser's sweep left of the encoder rows it had just written, with which rows these are:
+    row_stats  what the optimiser's sweep left of the encoder rows it had just written, with which rows these are:
                their norms (F,), or on a GPU their `UnitRows`; the next step's screen asks for it
     measured   what the gradients' loops saw of the matrices they made; the optimiser's clip asks for it
     """
 
     workspace: Workspace = field(default_factory=Workspace)
-    row_facts: tuple[Seen, Any] | None = None
+    row_stats: tuple[Seen, Any] | None = None
     measured: list[Measured] = field(default_factory=list)
 
-    def leave_rows(self, rows_FD: Tensor, facts: Any) -> None:
-        """Let `facts` be found for these rows until they are written to."""
-        self.row_facts = (Seen(rows_FD), facts)
+    def leave_rows(self, rows_FD: Tensor, stats: Any) -> None:
+        """Let `stats` be found for these rows until they are written to."""
+        self.row_stats = (Seen(rows_FD), stats)
 
     def rows(self, rows_FD: Tensor, *, stale: bool = False) -> Any | None:
         """What was left for these very rows, or None; with `stale` also where they were written to since."""
-        if self.row_facts is None:
+        if self.row_stats is None:
             return None
-        seen, facts = self.row_facts
-        return facts if (seen.same_memory(rows_FD) if stale else seen.holds(rows_FD)) else None
+        seen, stats = self.row_stats
+        return stats if (seen.same_memory(rows_FD) if stale else seen.holds(rows_FD)) else None
 
     def leave_measured(self, grad_FD: Tensor, rows_FD: Tensor, along_F: Tensor | None, square_F: Tensor) -> None:
         """Let this be found for this gradient of these rows until either is written to."""

@@ -69,7 +69,7 @@ def choose(kernel: str, device: torch.device | str, dtype: torch.dtype = torch.f
         return path
     if kernel == "triton":
         raise CosaeError(f"kernel triton cannot run, because {path}: use kernel auto, cpu or reference.")
-    search.say_once(f"the plain path serves on {torch.device(device).type}", path, logging.WARNING)
+    search.log_once(f"the plain path serves on {torch.device(device).type}", path, logging.WARNING)
     return CPU
 
 

@@ -55,13 +55,13 @@ class Moment:
         return cls(data, like.new_zeros(like.shape[0], -(-like.shape[1] // BLOCK)))
 
     @property
-    def whole(self) -> bool:
+    def uncompressed(self) -> bool:
         """True where nothing is compressed."""
         return self.scale_RK is None and self.data.dtype != torch.bfloat16
 
     def read(self, rows: slice) -> Tensor:
         """(r, D) values of some rows; a view where nothing is compressed."""
-        if self.whole:
+        if self.uncompressed:
             return self.data[rows]
         if self.scale_RK is None:
             return self.data[rows].float()
@@ -73,7 +73,7 @@ class Moment:
 
     def write(self, rows: slice, value: Tensor, key: int) -> None:
         """Keep value (r, D) in those rows, rounded by the draws of `key`."""
-        if self.whole:
+        if self.uncompressed:
             self.data[rows] = value
             return
         draw = draws(key, rows.start, value.shape[0], value.shape[1], value.device)

@@ -78,7 +78,7 @@ def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
     if missing or unknown:
         raise CosaeError(
             f"{source}: tensors do not fit the configuration (missing: {', '.join(missing) or 'none'}; "
-            f"unknown: {', '.join(unknown) or 'none'}). The file is not a whole cosae SAE of this kind."
+            f"unknown: {', '.join(unknown) or 'none'}). The file is not a complete cosae SAE of this kind."
         )
     for name, value in state.items():
         if tuple(value.shape) not in wanted[name][0]:

@@ -48,7 +48,7 @@ class Plain:
         return along_R, torch.linalg.vector_norm(rest, dtype=torch.float64).square()
 
     def step(self, task: Task) -> None:
-        if task.mean.whole:
+        if task.mean.uncompressed:
             self._step(task, task.grad, task.weight, task.mean.data, task.square.data, task.along_R)
             return
         n_rows, width = task.weight.shape
@@ -90,7 +90,7 @@ class Compiled:
         return along_R if unit else None, square_R.sum()
 
     def step(self, task: Task) -> None:
-        if not task.mean.whole:
+        if not task.mean.uncompressed:
             PLAIN.step(task)
             return
         unit = task.along_R is not None

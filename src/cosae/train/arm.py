@@ -83,13 +83,13 @@ class Arm:
 
     def changed(self, values: Mapping[str, Any]) -> Arm:
         """A copy with other values, by short ("k", "a_init", "lr") or dotted names ("loss.reweight")."""
-        whole: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         parts: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             section, name = _place(key)
-            (parts.setdefault(section, {}) if section else whole)[name] = value
+            (parts.setdefault(section, {}) if section else own)[name] = value
         changed = {section: replace(getattr(self, section), **part) for section, part in parts.items()}
-        return replace(self, **whole, **changed)
+        return replace(self, **own, **changed)
 
     def with_defaults(self, *, d_sae: int | None, k: int, seed: int, lr: float, kernel: str) -> Arm:
         """This arm with what it left open taken from the run."""

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that is whole or absent, holding all that a run needs to go on to the bit.
+"""Checkpoints: a folder that is complete or absent, holding all that a run needs to go on to the bit.
 
     checkpoints/step_000000500/
         checkpoint.json        step, numbers of every arm, stream cursor, digests of the files beside it, and
@@ -8,7 +8,7 @@
         arm.NAME.safetensors   parameters, optimiser moments, feature ages
 
 Written to a hidden folder, flushed, then renamed, and the folder above flushed. The one before stays until the new one
-stands.
+is complete.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], 
     staged = root / f".step_{step:09d}.partial"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for torn in root.glob(".step_*"):
-            shutil.rmtree(torn)
+        for partial in root.glob(".step_*"):
+            shutil.rmtree(partial)
         staged.mkdir()
         digests = {}
         for stem, tensors in parts.items():
@@ -66,8 +66,8 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], 
         sync_folder(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
-        stands = checkpoints(run)
-        before = f"the one before it ({stands[-1].name}) still stands" if stands else "there is none before it"
+        earlier = checkpoints(run)
+        before = f"the one before it ({earlier[-1].name}) is kept" if earlier else "there is none before it"
         raise CosaeError(
             f"the checkpoint at step {step} could not be written to {root} ({error}); {before}. Make room, then go on "
             f"with `cosae resume {run}`."
@@ -86,8 +86,8 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     taken: set[int] = set()
     for name, value in tensors.items():
         there = value.detach().cpu().contiguous()
-        whole = there.untyped_storage().nbytes() == there.numel() * there.element_size()
-        if there.untyped_storage().data_ptr() in taken or not whole:
+        alone = there.untyped_storage().nbytes() == there.numel() * there.element_size()
+        if there.untyped_storage().data_ptr() in taken or not alone:
             there = there.clone()
         taken.add(there.untyped_storage().data_ptr())
         apart[name] = there
@@ -100,7 +100,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def has_checkpoints(run: Path) -> bool:
-    """Whether anything lies where checkpoints do, whole or not."""
+    """Whether anything lies where checkpoints do, complete or not."""
     return any((run / FOLDER).glob("step_*")) or any((run / FOLDER).glob("damaged_step_*"))
 
 
@@ -128,14 +128,14 @@ def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             warnings.append(f"{place} is damaged ({error}); going on from the checkpoint before it.")
     if warnings:
-        raise CosaeError(f"no checkpoint in {run / FOLDER} is whole: {' '.join(warnings)} Start the run again.")
+        raise CosaeError(f"no checkpoint in {run / FOLDER} is complete: {' '.join(warnings)} Start the run again.")
     raise CosaeError(f"{run} has no checkpoint to go on from (none under {FOLDER}/). Start the run again.")
 
 
 def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    whole = json.loads((place / RECORD).read_text(encoding="utf-8"))
-    record: dict[str, Any] = whole["record"]
-    if _record_digest(record) != whole["sha256"]:
+    saved = json.loads((place / RECORD).read_text(encoding="utf-8"))
+    record: dict[str, Any] = saved["record"]
+    if _record_digest(record) != saved["sha256"]:
         raise ValueError(f"{RECORD} differs from what was written")
     if place.name != f"step_{record['step']:09d}":
         raise ValueError(f"it holds step {record['step']}, and was renamed")

@@ -38,7 +38,7 @@ class Lines:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
-        with self._told():
+        with self._disk_errors():
             with replaced(path) as staged, staged.open("w", encoding="utf-8") as kept:
                 if path.exists() and resume_step > 0:
                     with path.open(encoding="utf-8", errors="replace") as before:
@@ -46,7 +46,7 @@ class Lines:
             self._file = path.open("a", encoding="utf-8")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -54,23 +54,23 @@ class Lines:
 
     def write(self, record: dict[str, Any]) -> None:
         """One more line; NaN and infinity become null. Raises CosaeError where the disk refuses."""
-        with self._told():
+        with self._disk_errors():
             self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
-        """All lines so far survive a power cut: before a checkpoint stands. Raises CosaeError."""
-        with self._told():
+        """All lines so far survive a power cut: before a checkpoint is written. Raises CosaeError."""
+        with self._disk_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with suppress(OSError):  # a full disk was told when the line was written
+        with suppress(OSError):  # a full disk was reported when the line was written
             self._file.close()
 
 
 def _until(line: str, last_step: int) -> bool:
-    """Whether a line is whole and of a step up to the last."""
+    """Whether a line is complete and of a step up to the last."""
     try:
         return line.endswith("\n") and bool(json.loads(line)["step"] <= last_step)
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -211,7 +211,7 @@ class Progress:
         """Something worth a line: above the bars, and counted beside them."""
         self._n_events += 1
         who = "" if event["arm"] is None else f"{event['arm']}: "
-        if event["kind"] != "stopped":  # was said already
+        if event["kind"] != "stopped":  # logged already
             self.message(f"step {event['step']}: {who}{event['text']}")
 
     def _events(self) -> str:

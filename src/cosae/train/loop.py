@@ -90,7 +90,7 @@ def train(
     when no arm is left, and what the stream raises, after saving.
     """
     with stop_on_signals() if stop is None else nullcontext(stop) as stop:
-        tell = on_event or (lambda event: None)
+        notify = on_event or (lambda event: None)
         monitor = getattr(stream, "monitor", None)
         begun = time.perf_counter() - seconds
         saved = start
@@ -106,7 +106,7 @@ def train(
                 raise
             done = step + 1
             for event in monitor.take_events() if monitor is not None else ():
-                tell({"step": done, "arm": None, **event})
+                notify({"step": done, "arm": None, **event})
             scale = lr_scale(step, config.steps, config.optimizer)
             logged = done % config.log_every == 0 or done == config.steps or step == 0
             numbers = {}
@@ -117,10 +117,12 @@ def train(
                 state.digest = chain(state.digest, print_)
                 measured = _advance(state, batch, rows, step, scale, config, log)
                 if measured is None:
-                    tell({"step": done, "arm": state.arm.name, "kind": "stopped", "text": f"stopped: {state.stopped}"})
+                    notify(
+                        {"step": done, "arm": state.arm.name, "kind": "stopped", "text": f"stopped: {state.stopped}"}
+                    )
                     continue
                 for event in state.monitor.look(measured):
-                    tell({"step": done, "arm": state.arm.name, **event})
+                    notify({"step": done, "arm": state.arm.name, **event})
                 if logged:
                     numbers[state.arm.name] = _record(state, measured, scale, step, config)
             if all(state.stopped for state in states):

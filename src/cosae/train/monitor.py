@@ -1,10 +1,10 @@
 """What is worth a line of its own while an arm trains: loss spikes and jumps of the dead share. Reads, changes nothing.
 
     loss spike  ln of the reconstruction loss above its running mean by more than ln SPIKE and by more than ERRORS
-                running standard deviations; told when it begins
+                running standard deviations; an event when it begins
     dead jump   the dead share above its running mean by more than JUMP; the mean then begins again from there
 
-Running means weigh the last 1 / (1 − MEMORY) steps; nothing is told in an arm's first WARM steps.
+Running means weigh the last 1 / (1 − MEMORY) steps; there are no events in an arm's first WARM steps.
 """
 
 from __future__ import annotations

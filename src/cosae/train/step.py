@@ -177,7 +177,7 @@ class Batch:
 
     @classmethod
     def of(cls, x_BD: Tensor) -> Batch:
-        """The facts of these rows."""
+        """These rows with what every arm asks of them."""
         live_B = live_rows(x_BD)
         mean_D = x_BD.sum(0) / live_B.sum().clamp_min(1)
         # masked rows are zero and would count |mean|² each

@@ -35,7 +35,7 @@ monotone and t is an fp32 number). Together
     margin_b = |e_z,b| + slack,  loss_i = 1.01 |e_w,i|,  slack = 2 (d + 32)·2⁻²³ + 4e-5
 
 and an entry is a survivor when not (κ̃ + |κ̃|·2⁻⁸ ≤ U + Vδ − margin − loss): a NaN survives where the bound is a NaN or
-negative, and is judged by its exact score; tokens that are not finite are not served at all (`unserved_numbers`).
+negative, and its exact score decides; tokens that are not finite are not served at all (`unserved_numbers`).
 """
 
 from __future__ import annotations

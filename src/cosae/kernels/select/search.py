@@ -44,13 +44,13 @@ _log = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=16)
-def say_once(what: str, reason: str, level: int = logging.INFO) -> None:
+def log_once(what: str, reason: str, level: int = logging.INFO) -> None:
     _log.log(level, "kernels: %s, because %s", what, reason)
 
 
-def say_dense(reason: str) -> None:
+def log_dense(reason: str) -> None:
     """Log once that the definition selects, and why."""
-    say_once("the dense definition serves", reason)
+    log_once("the dense definition serves", reason)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def select_batch_topk(
     if reason is None and n_keep * DENSE_SHARE > terms.n_tokens * terms.n_features:
         reason = "a large share of all scores is wanted"
     if reason is not None:
-        say_dense(reason)
+        log_dense(reason)
         entries, smallest = reference.select_batch_topk(terms, n_keep, hint)
         return grouped(entries, terms), smallest
     found = _search(terms, n_keep, hint, finder) if n_keep > 0 else None
@@ -210,7 +210,7 @@ def select_above(terms: ScoreTerms, threshold: Tensor, *, finder: Finder = CPU) 
     terms = terms.detached()
     reason = finder.unserved(terms)
     if reason is not None:
-        say_dense(reason)
+        log_dense(reason)
         return grouped(reference.select_above(terms, threshold), terms)
     everything = terms.n_tokens * terms.n_features
     threshold_F = threshold.detach().float().expand(terms.n_features).contiguous()

@@ -147,7 +147,7 @@ def _scan_plain(
     for begin in range(0, len(token_S), step):
         part = slice(begin, begin + step)
         dot_S[part] = (terms.z_BD[token_S[part]] * terms.rows_FD[feature_S[part]]).sum(-1)
-    score_S = _exact(terms, scales, dot_S, token_S, feature_S, norm_F)
+    score_S = exact_scores(terms, dot_S, token_S, feature_S, scales.log_r_B, norm_F)
     keep_S = (score_S > threshold_F[feature_S]) & (score_S > scales.floor_B[token_S]) & terms.live_B[token_S]
     token_S, dot_S, score_S = token_S[keep_S], dot_S[keep_S], score_S[keep_S]
     end = place + len(token_S)
@@ -177,10 +177,12 @@ def _passed(tokens: screen.Tokens, product_RB: Tensor, bounds: tuple[Tensor, Ten
     return passed_RB
 
 
-def _exact(
-    terms: ScoreTerms, scales: _Scales, dot_S: Tensor, token_S: Tensor, feature_S: Tensor, norm_F: Tensor
+def exact_scores(
+    terms: ScoreTerms, dot_S: Tensor, token_S: Tensor, feature_S: Tensor, log_r_B: Tensor, norm_F: Tensor
 ) -> Tensor:
-    """(S,) scores of entries from their dots, in the order of operations of `reference.scores`."""
+    """(S,) scores of entries from their fp32 dots, in the order of operations of `reference.scores`; ln r and |w| as in
+    `Survivors`."""
+    scales = _scales(terms, log_r_B, None)
     score_S = dot_S
     if scales.mode == 1:
         score_S = score_S * scales.sigma_B[token_S]
@@ -190,10 +192,3 @@ def _exact(
     if terms.row_power == 0:
         score_S = score_S / norm_F[feature_S]
     return score_S + scales.bias_F[feature_S]
-
-
-def exact_scores(
-    terms: ScoreTerms, dot_S: Tensor, token_S: Tensor, feature_S: Tensor, log_r_B: Tensor, norm_F: Tensor
-) -> Tensor:
-    """(S,) scores of entries from their fp32 dots; ln r and |w| as in `Survivors`."""
-    return _exact(terms, _scales(terms, log_r_B, None), dot_S, token_S, feature_S, norm_F)

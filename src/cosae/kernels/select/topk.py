@@ -87,7 +87,7 @@ def select_topk(terms: ScoreTerms, k: int, absolute: bool = False, *, finder: se
     if reason is None and k * search.DENSE_SHARE > terms.n_features:
         reason = "a large share of all scores is wanted"
     if reason is not None or k < 1:
-        search.say_dense(reason or "nothing is wanted")
+        search.log_dense(reason or "nothing is wanted")
         return grouped(reference.select_topk(terms, k, absolute), terms)
     floor_B = _guess(terms, k, absolute, finder.guess_dtype)
     zero_F = terms.z_BD.new_zeros(terms.n_features)
@@ -96,7 +96,7 @@ def select_topk(terms: ScoreTerms, k: int, absolute: bool = False, *, finder: se
     found = [finder.survivors(side, zero_F, room, floor_B) for side in sides_of]
     sides = [part for part in found if part is not None]
     if len(sides) < len(found):
-        search.say_dense("more scores than expected pass the guessed thresholds")
+        search.log_dense("more scores than expected pass the guessed thresholds")
         return grouped(reference.select_topk(terms, k, absolute), terms)
     n_tokens, n_features = terms.n_tokens, terms.n_features
     flat_S, rank_S = _flat_and_rank(terms, sides)

@@ -56,7 +56,7 @@ def step(task: Task) -> None:
     n_rows, width = weight.shape
     sizes = _sizes(weight)
     none = weight.new_empty(0)
-    state = 0 if mean.whole else 1 if mean.scale_RK is None else 2
+    state = 0 if mean.uncompressed else 1 if mean.scale_RK is None else 2
     scales = [none if moment.scale_RK is None else moment.scale_RK for moment in (mean, square)]
     rows = None if task.cache is None else left(task.cache, weight, screen_dtype(weight.device))
     outs = (none, none, none) if rows is None else (rows.unit_RD, rows.norm_R, rows.error_R)

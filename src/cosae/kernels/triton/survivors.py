@@ -19,7 +19,7 @@ product stays in fp32 and is never rounded to bf16. Together
 
     margin_b = |e_z,b| + slack,   loss_i = 1.01 |e_w,i|,   slack = 3 (d + 32)·2⁻²³ + 2e-4
 
-and a pair survives when not (κ̃ ≤ θ − margin_b − loss_i): a NaN survives, and is judged by its exact score.
+and a pair survives when not (κ̃ ≤ θ − margin_b − loss_i): a NaN survives, and its exact score decides.
 """
 
 from __future__ import annotations
