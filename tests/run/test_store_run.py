@@ -25,9 +25,9 @@ from cosae.cli import main
 from cosae.errors import CosaeError
 from cosae.io.lock import hold
 from cosae.recipe import DataConfig, Recipe
-from cosae.run.capture import capture as captures
-from cosae.run.capture.capture import capture_stores
+from cosae.run.capture import stores as captures
 from cosae.run.capture.request import Capture
+from cosae.run.capture.stores import capture_stores
 from cosae.run.dataset.model import open_model
 from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Logs, execute, resume

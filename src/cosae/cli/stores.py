@@ -106,8 +106,8 @@ def build_capture(command: Capture) -> Any:
 
 def capture(command: Capture) -> int:
     """Write the stores, or say what they would take."""
-    from cosae.run.capture.capture import capture_stores
-    from cosae.run.plan.plan import plan_capture, screen
+    from cosae.run.capture.stores import capture_stores
+    from cosae.run.plan.check import plan_capture, screen
 
     request, log = build_capture(command), logger(command.quiet)
     if command.dry_run or isinstance(command, PlanCapture):

@@ -175,7 +175,7 @@ def train(command: Train) -> int:
         print(json.dumps(to_plain(recipe), indent=2))
         return 0
     if command.dry_run or isinstance(command, Plan):
-        from cosae.run.plan.plan import plan_run, screen
+        from cosae.run.plan.check import plan_run, screen
 
         print(screen(plan_run(recipe, command.out, logger(command.quiet))))
         return 0

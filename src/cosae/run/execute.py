@@ -46,7 +46,7 @@ from cosae.run.folder import (
     write_recipe,
 )
 from cosae.run.measure import evaluate
-from cosae.run.plan.plan import check_run
+from cosae.run.plan.check import check_run
 from cosae.run.plan.resources import check_device
 from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate

@@ -18,13 +18,13 @@ from cosae.cli import main
 from cosae.errors import CosaeError
 from cosae.presets import preset
 from cosae.recipe import DataConfig, Recipe
-from cosae.run.capture.capture import capture_stores
 from cosae.run.capture.request import Capture
+from cosae.run.capture.stores import capture_stores
 from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Logs, execute, resume
-from cosae.run.plan import plan as plans
+from cosae.run.plan import check as plans
 from cosae.run.plan import resources as room
-from cosae.run.plan.plan import check_capture, check_run, plan_run, screen
+from cosae.run.plan.check import check_capture, check_run, plan_run, screen
 from cosae.run.plan.resources import Choice, Item, check_memory, human, total
 from tests.support import ROOT
 
@@ -44,7 +44,7 @@ from pathlib import Path
 from cosae.kernels import keep_memory
 from cosae.run.execute import Logs, execute
 from cosae.run.dataset.open import dataset_of
-from cosae.run.plan.plan import check_run
+from cosae.run.plan.check import check_run
 from tests.run.plan.test_plan import small
 keep_memory()
 out = Path(tempfile.mkdtemp())

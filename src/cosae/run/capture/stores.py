@@ -31,7 +31,7 @@ from cosae.run.capture.request import Capture
 from cosae.run.capture.text import CaptureText, Part
 from cosae.run.dataset.corpus import check_corpus
 from cosae.run.dataset.model import batch_size, open_model
-from cosae.run.plan.plan import check_capture
+from cosae.run.plan.check import check_capture
 from cosae.types import Activations, Site
 
 NO_SAY_IN_IT = (
