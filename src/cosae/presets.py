@@ -1,4 +1,4 @@
-"""Recipes by name: where a command line starts from."""
+"""Named recipes: the embedded model's own, the demo's two settings, and the paper's headline run."""
 
 from __future__ import annotations
 

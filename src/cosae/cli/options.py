@@ -4,16 +4,81 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cosae.errors import CosaeError
 from cosae.io.values import literal
 
+if TYPE_CHECKING:
+    from cosae.recipe import Recipe
 
-def changes_of(named: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """Dotted path → value of the options that were given, and of PATH=VALUE texts."""
-    changes = {path: value for path, value in named.items() if value is not None}
-    for text in settings:
+FIELDS = {
+    "model": "data.model",
+    "corpus": "data.corpus",
+    "activations": "data.activations",
+    "store": "data.store",
+    "context": "data.context",
+    "dtype": "data.model_dtype",
+    "inject_into": "inject_into",
+    "filter": "filter.kind",
+    "d_sae": "d_sae",
+    "k": "k",
+    "steps": "training.steps",
+    "batch": "training.batch_tokens",
+    "lr": "training.optimizer.lr",
+    "seed": "training.seed",
+    "device": "device",
+    "kernel": "kernel",
+}
+"""Options that are short for a field of the recipe, by its dotted path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """A recipe to start from, and what is most often changed in it; the fields themselves are those of cosae.recipe."""
+
+    preset: str = "embedded"
+    """Recipe to start from: embedded, demo, demo-injected or paper."""
+    recipe: Path | None = None
+    """A recipe file (.json, .yaml) to start from instead of a preset."""
+    model: str | None = None
+    """embedded, a folder with a Hugging Face causal language model, or a repository of the hub."""
+    corpus: tuple[str, ...] = ()
+    """pylib, a folder, a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG][:SPLIT]; several, as in code/:0.7
+    notes.jsonl:0.3, are mixed by weight."""
+    dtype: str | None = None
+    """Precision the model runs in: float32, bfloat16 or float16. SAEs are always trained in float32."""
+    context: int | None = None
+    """Tokens per sequence."""
+    seed: int | None = None
+    """Of the order of the data, and of arms that name none."""
+    device: str | None = None
+    """cpu, cuda or cuda:N."""
+    set: tuple[str, ...] = ()
+    """Any other field of the recipe, by dotted path: training.log_every=50 data.packing=document."""
+    quiet: bool = False
+    """No progress display."""
+    dry_run: bool = False
+    """Print what this would take in memory, disk and time, as `cosae plan` does, and stop."""
+
+    def changed_recipe(self, more: Mapping[str, Any]) -> Recipe:
+        """The recipe with the options given, `more` by dotted path, and --set on it. Raises CosaeError."""
+        from cosae.presets import preset
+        from cosae.recipe import Recipe
+
+        recipe = Recipe.read(self.recipe) if self.recipe is not None else preset(self.preset)
+        given = {path: getattr(self, name) for name, path in FIELDS.items() if hasattr(self, name)}
+        given["data.corpus"] = self.corpus[0] if len(self.corpus) == 1 else self.corpus or None
+        named = {path: value for path, value in {**given, **more}.items() if value is not None}
+        return recipe.changed({**named, **settings(self.set)})
+
+
+def settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Dotted path → value of PATH=VALUE texts. Raises CosaeError for a text without the sign."""
+    changes = {}
+    for text in texts:
         path, equals, value = text.partition("=")
         if not equals:
             raise CosaeError(f"--set takes field=value, with a dotted path for the field. Got {text!r} instead.")
@@ -22,5 +87,5 @@ def changes_of(named: Mapping[str, Any], settings: Sequence[str]) -> dict[str, A
 
 
 def logger(quiet: bool) -> Callable[[str], None]:
-    """What says things on standard error, or keeps them."""
+    """What prints progress on standard error, or keeps quiet."""
     return (lambda _: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cosae.cli.options import changes_of, logger
+from cosae.cli.options import logger, settings
 from cosae.errors import CosaeError
 from cosae.interop.neuronpedia.settings import Options
 from cosae.interop.saebench.settings import Settings
@@ -151,7 +151,7 @@ def bench(command: Bench) -> int:
     if not command.saes:
         raise CosaeError("bench needs at least one SAE: cosae bench SAE… --evals core --out DIR")
     options: dict[str, dict[str, Any]] = {}
-    for path, value in changes_of({}, command.set).items():
+    for path, value in settings(command.set).items():
         name, dot, setting = path.partition(".")
         if not (dot and setting):
             raise CosaeError(f"--set takes EVAL.FIELD=VALUE, such as meta_structure.train_steps=200. Got {path!r}.")

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from cosae.cli.options import changes_of, logger
+from cosae.cli.options import RecipeOptions, logger
 from cosae.errors import CosaeError
 
 
-@dataclass(frozen=True)
-class Capture:
+@dataclass(frozen=True, kw_only=True)
+class Capture(RecipeOptions):
     """Write a model's activations to disk, once, to train on them many times with `cosae train --store`.
 
     Interrupted at any moment, the same command goes on and ends in the same bytes.
@@ -28,36 +28,15 @@ class Capture:
     """Train rows to capture."""
     held_out_tokens: int = 196_608
     """Rows of held-out documents beside them, for thresholds and evaluation."""
-    preset: str = "embedded"
-    """Recipe whose data to start from: embedded, demo, demo-injected or paper."""
-    recipe: Path | None = None
-    """A recipe file (.json, .yaml) whose data to start from instead of a preset's."""
-    model: str | None = None
-    """embedded, a folder with a Hugging Face causal language model, or a repository of the hub."""
     site: tuple[str, ...] = ()
     """One or several: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3 …"""
-    corpus: tuple[str, ...] = ()
-    """As for train; each document is captured once."""
-    dtype: str | None = None
-    """Precision the model runs in: float32, bfloat16 or float16."""
-    context: int | None = None
-    """Tokens per sequence."""
     store_dtype: str = "bfloat16"
     """Of the rows on disk: float32, bfloat16, float16, or int8 with a scale per row."""
     shard_tokens: int | None = None
     """Rows per file; default: about 128 MB."""
-    seed: int | None = None
-    """Of the order of documents."""
-    device: str | None = None
-    set: tuple[str, ...] = ()
-    """Any other field of the recipe's data, by dotted path: data.packing=document data.batch_sequences=4."""
-    quiet: bool = False
-    """No progress display."""
-    dry_run: bool = False
-    """Print what the capture would take in memory, disk and time, as `cosae plan capture` does, and stop."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanCapture(Capture):
     """What a capture would take in memory, disk and time; nothing is written. Takes the options of capture."""
 
@@ -77,21 +56,9 @@ class Verify:
 
 def build_capture(command: Capture) -> Any:
     """What a `capture` command line asks for. Raises CosaeError for what it does not allow."""
-    from cosae.presets import preset
-    from cosae.recipe import Recipe
     from cosae.run.capture.request import Capture as CaptureRequest
 
-    recipe = Recipe.read(command.recipe) if command.recipe is not None else preset(command.preset)
-    named = {
-        "data.model": command.model,
-        "data.site": command.site[0] if command.site else None,
-        "data.corpus": command.corpus[0] if len(command.corpus) == 1 else command.corpus or None,
-        "data.model_dtype": command.dtype,
-        "data.context": command.context,
-        "training.seed": command.seed,
-        "device": command.device,
-    }
-    recipe = recipe.changed(changes_of(named, command.set))
+    recipe = command.changed_recipe({"data.site": command.site[0] if command.site else None})
     return CaptureRequest(
         recipe.data,
         command.site or (recipe.data.site,),

@@ -7,16 +7,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cosae.cli.options import changes_of, logger
+from cosae.cli.options import RecipeOptions, logger
 from cosae.errors import CosaeError
 
+if TYPE_CHECKING:
+    from cosae.recipe import Recipe
 
-@dataclass(frozen=True)
-class Train:
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RecipeOptions):
     """Train several SAEs in lockstep on one stream of activations, measure them, and write a report.
 
     Example: cosae train --arms standard cosine,k=64 standard,frame=unit --steps 2000 --out runs/first
@@ -24,20 +27,11 @@ class Train:
 
     out: Path
     """Folder for the run; must not hold one yet."""
-    preset: str = "embedded"
-    """Recipe to start from: embedded, demo, demo-injected or paper."""
-    recipe: Path | None = None
-    """A recipe file (.json, .yaml) to start from instead of a preset."""
     arms: tuple[str, ...] = ()
     """SAEs to train: NAME or NAME,field=value,…; names: standard, standard_unit_frame, standard_layer_norm, unit_rows,
     cosine_fixed, cosine, cosine_per_feature, cosine_base_delta, cosine_grouped."""
-    model: str | None = None
-    """embedded, a folder with a Hugging Face causal language model, or a repository of the hub."""
     site: str | None = None
     """Where activations are read: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3 …"""
-    corpus: tuple[str, ...] = ()
-    """pylib, a folder, a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG][:SPLIT]; several, as in code/:0.7
-    notes.jsonl:0.3, are mixed by weight."""
     activations: str | None = None
     """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
     store: str | None = None
@@ -55,31 +49,22 @@ class Train:
     k: int | None = None
     """Mean active features per token of arms that name none."""
     steps: int | None = None
+    """Training steps."""
     batch: int | None = None
     """Tokens per step."""
     lr: float | None = None
-    seed: int | None = None
-    """Of the data order and of arms that name none."""
-    dtype: str | None = None
-    """Precision the model runs in: float32, bfloat16 or float16. SAEs are always trained in float32."""
-    device: str | None = None
+    """Learning rate of arms that name none."""
     kernel: str | None = None
     """auto; reference for the dense definition; cpu or triton to insist on that path."""
-    set: tuple[str, ...] = ()
-    """Any other field of the recipe, by dotted path: training.log_every=50 evaluation.probing=false."""
     tensorboard: bool = False
     """Also write TensorBoard events to the run's folder."""
     wandb: str | None = None
     """Also log to this W&B project."""
-    quiet: bool = False
-    """No progress display."""
     show: bool = False
     """Print the recipe that would run, as JSON, and stop."""
-    dry_run: bool = False
-    """Print what the run would take in memory, disk and time, as `cosae plan` does, and stop."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan(Train):
     """What a run would take in memory, disk and time; nothing is written. `cosae plan capture …` asks for a capture.
 
@@ -125,41 +110,23 @@ class Report:
     """The page; default: report.html in the first run's folder."""
 
 
-def build_recipe(command: Train) -> Any:
+def build_recipe(command: Train) -> Recipe:
     """The recipe a `train` command line names. Raises CosaeError for what it does not allow."""
     from cosae.activations.perturbation import Perturbation
     from cosae.activations.synthetic import World
-    from cosae.presets import preset
-    from cosae.recipe import Recipe
     from cosae.train.arm import parse_arm
 
-    recipe = Recipe.read(command.recipe) if command.recipe is not None else preset(command.preset)
-    if command.arms:
-        recipe = replace(recipe, arms=tuple(parse_arm(text) for text in command.arms))
-    if command.store is not None and (command.model or command.corpus or command.dtype):
-        raise CosaeError("a store holds activations already: drop --model, --corpus and --dtype, or --store.")
-    named = {
-        "data.model": command.model,
-        "data.site": command.site if command.store is None else None,
-        "data.corpus": command.corpus[0] if len(command.corpus) == 1 else command.corpus or None,
-        "data.activations": command.activations,
-        "data.store": command.store,
-        "data.store_site": command.site if command.store is not None else None,
-        "data.model_dtype": command.dtype,
+    if command.store is not None and (command.model or command.corpus or command.dtype or command.context):
+        raise CosaeError(
+            "a store holds activations already: drop --model, --corpus, --dtype and --context, or --store."
+        )
+    more = {
+        "arms": tuple(parse_arm(text) for text in command.arms) or None,
+        "data.site" if command.store is None else "data.store_site": command.site,
         "data.world": None if command.world is None else World.parse(command.world),
         "perturbation": None if command.inject is None else Perturbation.parse(command.inject),
-        "inject_into": command.inject_into,
-        "filter.kind": command.filter,
-        "d_sae": command.d_sae,
-        "k": command.k,
-        "training.steps": command.steps,
-        "training.batch_tokens": command.batch,
-        "training.optimizer.lr": command.lr,
-        "training.seed": command.seed,
-        "device": command.device,
-        "kernel": command.kernel,
     }
-    recipe = recipe.changed(changes_of(named, command.set))
+    recipe = command.changed_recipe(more)
     if recipe.name == "embedded":  # the preset's name, which says nothing true of other data
         file = recipe.data.store or recipe.data.activations
         other = Path(file).stem if file else Path(recipe.data.model).name
@@ -203,7 +170,7 @@ def resume(command: Resume) -> int:
 def _conclude(finished: Sequence[Any], out: Path) -> int:
     """Table and warnings on standard output, the page beside the run; status 1 where an arm had to stop."""
     from cosae.report.page import summary_table, write_report
-    from cosae.run.execute import moving_warnings
+    from cosae.run.record import moving_warnings
 
     folders = [run.out for run in finished]
     page = write_report(folders, out / "report.html")

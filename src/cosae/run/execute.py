@@ -8,19 +8,17 @@ Everything that can be refused is refused before the folder is made. A run that 
 
 from __future__ import annotations
 
-import datetime
 import json
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosae import kernels
 from cosae.activations.stream import ActivationStream
 from cosae.errors import CosaeError
 from cosae.io.generators import generator_state, restore_generators
@@ -35,11 +33,9 @@ from cosae.run.folder import (
     ARMS,
     EVALUATION,
     EVENTS,
-    FORMAT,
     METRICS,
     RECIPE,
     RUN,
-    VERSION,
     check_free,
     read_json,
     write_json,
@@ -48,13 +44,14 @@ from cosae.run.folder import (
 from cosae.run.measure import evaluate
 from cosae.run.plan.check import check_run
 from cosae.run.plan.resources import check_device
+from cosae.run.record import exponent_changes, run_record, sae_provenance
 from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
 from cosae.train.checkpoint import checkpoints, has_checkpoints, quarantine, read_latest, write_checkpoint
 from cosae.train.log import JsonLines, Lines, Logger, Progress, TensorBoard, WandB
-from cosae.train.loop import MOVING, Interrupted, exponent_moving, train
+from cosae.train.loop import Interrupted, train
 from cosae.train.step import ArmState
 
 
@@ -199,7 +196,7 @@ class _Run:
             self.states.append(ArmState.start(arm, sae, variance, training.optimizer))
         self._records = _Records()
         self.start, self.seconds = 0, 0.0
-        self.started_at = _now()
+        self.started_at = provenance.now()
         self.resumed: list[dict[str, Any]] = []
 
     def restore(self, record: Mapping[str, Any]) -> None:
@@ -223,7 +220,7 @@ class _Run:
         for warning in warnings:
             print(warning, file=sys.stderr, flush=True)  # with or without a progress display
         self.started_at = record.get("started_at") or self.started_at
-        self.resumed = [*record.get("resumed", []), {"at": _now(), "step": self.start, "warnings": warnings}]
+        self.resumed = [*record.get("resumed", []), {"at": provenance.now(), "step": self.start, "warnings": warnings}]
 
     def _check_unchanged(self, begun_with: Recipe | None) -> None:
         """Raises CosaeError where the recipe differs, in what decides weights, from that of the run's beginning."""
@@ -315,7 +312,7 @@ class _Run:
         saes = {state.arm.name: state.sae for state in self.states}
         calibrations = self._calibrate(saes)
         for name, sae in saes.items():
-            sae.metadata = self._sae_metadata(name, calibrations[name])
+            sae.metadata = sae_provenance(name, self.recipe, self.data, self.stream, calibrations[name])
             if self.out is not None:
                 save(sae, self.out / ARMS / name, self.stream.sample_ND[:8])
         evaluation = None
@@ -334,6 +331,16 @@ class _Run:
         sample = self.data.sample("calibration", self.recipe.evaluation.calibration_tokens).activations
         x_ND = sample.x_ND[self.stream.filter.keep(sample)].float().to(self.recipe.device)
         return {name: calibrate(sae, x_ND) for name, sae in saes.items()}
+
+    def write_record(self, status: str, calibrations: Mapping[str, Calibration] | None = None) -> dict[str, Any]:
+        """run.json as things stand."""
+        finished = status == "finished"
+        moving = exponent_changes(self.recipe, self._records.lines, self.out) if finished else {}
+        found = run_record(status, self.recipe, self.data, self.stream, self.states, calibrations or {}, moving)
+        record = {**found, "started_at": self.started_at, "resumed": self.resumed, "seconds": self.seconds}
+        if self.out is not None:
+            write_json(self.out / RUN, record)
+        return record
 
     def _checkpoint(self, step: int, seconds: float) -> None:
         assert self.out is not None
@@ -364,109 +371,12 @@ class _Run:
         if self.logs.progress:
             print(text, file=sys.stderr, flush=True)  # before the bars are drawn, or after they are closed
 
-    def _sae_metadata(self, name: str, calibration: Calibration) -> dict[str, Any]:
-        site = self.data.site
-        return {
-            "arm": name,
-            "run": self.recipe.name,
-            "model": self.data.model_name,
-            "site": None if site is None else site.name,
-            "hook_name": None if site is None else site.hook_name,
-            "hf_hook_name": None if site is None else site.module_path,
-            "source": self.data.describe(),
-            "tokens": self.recipe.training.steps * self.recipe.training.batch_tokens,
-            "seed": next(arm.seed for arm in self.recipe.arms if arm.name == name),
-            "filter": to_plain(self.stream.filter),
-            "perturbation": to_plain(self.recipe.perturbation),
-            "inject_into": self.recipe.inject_into,
-            "norm_summary": asdict(self.stream.norm_summary),
-            "l0_target": calibration.target,
-            "l0_calibrated": calibration.l0,
-            "calibration_tokens": calibration.tokens,
-            "stream_digest": self.stream.digest,
-            "recipe": to_plain(replace(self.recipe, arms=tuple(a for a in self.recipe.arms if a.name == name))),
-            "commit": provenance.commit(),
-            "packages": provenance.packages(),
-        }
-
-    def write_record(self, status: str, calibrations: Mapping[str, Calibration] | None = None) -> dict[str, Any]:
-        recipe = self.recipe
-        moving = self._moving() if status == "finished" else {}
-        record = {
-            "format": FORMAT,
-            "version": VERSION,
-            "status": status,
-            "name": recipe.name,
-            "setting": describe_setting(recipe),
-            "started_at": self.started_at,
-            "written_at": _now(),
-            "resumed": self.resumed,
-            "seconds": self.seconds,
-            "commit": provenance.commit(),
-            "packages": provenance.packages(),
-            "hardware": provenance.hardware(recipe.device),
-            "recipe": to_plain(recipe),
-            "seed": recipe.training.seed,
-            "stream_digest": self.stream.digest,
-            "tokens": self.stream.n_tokens,
-            "norm_summary": asdict(self.stream.norm_summary),
-            "filter": to_plain(self.stream.filter),
-            "non_finite": self.stream.monitor.metadata(),
-            "source": self.data.describe(),
-            "arms": {s.arm.name: self._arm_record(s, moving, calibrations) for s in self.states},
-        }
-        if self.out is not None:
-            write_json(self.out / RUN, record)
-        return record
-
-    def _arm_record(
-        self,
-        state: ArmState,
-        moving: Mapping[str, float | None],
-        calibrations: Mapping[str, Calibration] | None,
-    ) -> dict[str, Any]:
-        sae, name = state.sae, state.arm.name
-        change = moving.get(name)
-        done = self.stream.n_tokens
-        return {
-            "score": sae.cfg.score,
-            "selector": sae.cfg.selector,
-            "frame": sae.cfg.frame,
-            "d_sae": sae.d_sae,
-            "k": sae.k,
-            "seed": state.arm.seed,
-            "kernel": kernels.describe(sae.kernel, sae.device),
-            "stream_digest": state.digest.hex(),
-            "tokens_per_second": done / state.seconds if state.seconds else None,
-            "a_change": change,
-            "a_moving": None if change is None else abs(change) > MOVING,
-            "stopped": state.stopped,
-            "l0_target": sae.k,
-            "l0_calibrated": calibrations[name].l0 if calibrations else None,
-        }
-
-    def _moving(self) -> dict[str, float | None]:
-        """Change of each arm's mean a late at full rate, read back from what was logged; None where unknown."""
-        records = self._records.lines
-        if self.out is not None and (self.out / METRICS).exists():
-            records = [json.loads(line) for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines()]
-        paths: dict[str, list[tuple[int, float]]] = {}
-        for record in records:
-            for name, numbers in record["arms"].items():
-                if numbers.get("a") is not None:
-                    paths.setdefault(name, []).append((record["step"], numbers["a"]))
-        return {name: exponent_moving(path, self.recipe.training) for name, path in paths.items()}
-
 
 def _variance(sae: SAE, sample_ND: Tensor) -> float:
     """Mean |z − mean z|² of a sample in the frame's units."""
     framed = frames.normalize(sae.cfg.frame, sample_ND.to(sae.centre_D), sae.centre_D.detach())
     z_ND = framed.z_BD[framed.live_B].double()
     return float((z_ND - z_ND.mean(0)).square().sum(-1).mean())
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _decides(path: str) -> bool:
@@ -481,23 +391,3 @@ def _decides(path: str) -> bool:
         "training.checkpoint_every",
     )
     return path not in free and not path.startswith("evaluation.")
-
-
-def describe_setting(recipe: Recipe) -> str:
-    """What was done to the norms, in words."""
-    if recipe.data.world is not None:
-        return f"synthetic world, norm {recipe.data.world.norm}"
-    if recipe.perturbation.kind == "none":
-        return "natural"
-    where = {"both": "", "training": " in training only", "evaluation": " in evaluation only"}[recipe.inject_into]
-    return f"injected {recipe.perturbation}{where}"
-
-
-def moving_warnings(run: Mapping[str, Any]) -> list[str]:
-    """One sentence for each arm whose exponent was still moving when the learning rate began to fall."""
-    return [
-        f"{name}: a was still moving when the learning rate began to fall ({arm['a_change']:+.3f} over the last tenth "
-        "of the steps at full rate): its value is where the run stopped, not where a wants to be."
-        for name, arm in run["arms"].items()
-        if arm["a_moving"]
-    ]
