@@ -11,11 +11,12 @@ import torch
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
+from cosae.activations.sample import SINKS
 from cosae.errors import CosaeError
 from cosae.evaluate.probing.logistic import fit, scores
 from cosae.evaluate.probing.pooling import pool, pool_vectors
 from cosae.evaluate.probing.ranking import EVERY_RULE
-from cosae.evaluate.probing.texts import SINKS, PooledSet, choose, probe_texts, split_of
+from cosae.evaluate.probing.texts import PooledSet, choose, probe_texts, split_of
 from cosae.types import Codes
 
 S, F, D = 240, 20, 6
@@ -139,7 +140,7 @@ def test_choosing_breaks_ties_by_the_smallest_id() -> None:
     codes = Codes.from_dense(torch.zeros(S, F))
     split = split_of(np.arange(S) % 2, 1, 0)
     assert split is not None
-    assert choose(codes, split, "auroc", 3).tolist() == [0, 1, 2]
+    assert choose(codes, split, ("auroc",), 3)["auroc"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,3 @@ def weights(text_N: NDArray[np.int64], n_texts: int, keep_N: NDArray[np.bool_], 
         token_E, text_E = token_E[last_E], text_E[last_E]
     count_S = np.bincount(text_E, minlength=n_texts)
     return sparse.csr_matrix((1.0 / count_S[text_E], (text_E, token_E)), shape=(n_texts, len(text_N)))
-
-
-def columns_of(codes: Codes, feature_K: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(S, K) float64: the codes of these features, in the order given."""
-    columns: NDArray[np.float64] = codes.to_scipy().tocsc()[:, feature_K].toarray()
-    return columns

@@ -1,17 +1,17 @@
 """Probing of whole texts: do a few features tell a class of texts from the others? (paper §6)
 
-In: labelled sets whose tokens were encoded and pooled (`evaluate.pooling`), with sinks in and out. Out: plain numbers.
+In: labelled sets, encoded and pooled (`probing.encode_texts`), with sinks in and out. Out: plain numbers.
 
 One class against the others, as many negatives as positives, split into train and test by seed. On train, features are
-ranked by each rule (`evaluate.ranking`); a logistic regression on the first 1, 2 and 5, and one on all ("full"), is
+ranked by each rule (`probing.ranking`); a logistic regression on the first 1, 2 and 5, and one on all ("full"), is
 scored on test texts by accuracy and AUROC.
 
     auroc                    |AUROC − ½|: a feature may speak against a class here, the regression turns it
     mean_difference          |mean₊ − mean₋| of raw pooled codes: the paper's and SAEBench's rule
     standardised_difference  the same over the feature's standard deviation
 
-Where it departs from SAEBench: features are standardised on train before the regression, so that their size decides
-nothing but the choice; "full" is the same regression, fitted once, not the best test epoch of a longer training.
+Unlike in SAEBench, features are standardised on train before the regression, so that their size matters in the choice
+alone; "full" is the same regression, fitted once, not the best test epoch of a longer training.
 
 Floors: the text's mean norm, its length, its best single dimension of pooled x. Ceilings: all of pooled x, the bag of
 its tokens. Intervals draw sets and seeds (a seed draws texts and, where an arm has several SAEs, takes the next one).
@@ -21,21 +21,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
+from cosae.activations.sample import SINKS
 from cosae.errors import CosaeError
 from cosae.evaluate.probing.logistic import scores
-from cosae.evaluate.probing.pooling import columns_of
 from cosae.evaluate.probing.ranking import (
     EVERY_RULE,
     Array,
     Labels,
     Rule,
     auroc_of_dimensions,
-    quality_of_latents,
+    qualities_of_latents,
     rank_quality,
 )
 from cosae.evaluate.statistics import RESAMPLES, crossed_draws, crossed_interval
@@ -43,7 +45,6 @@ from cosae.types import Codes
 
 TOPS = (1, 2, 5)
 METRICS = ("accuracy", "auroc")
-SINKS = ("sinks_in", "sinks_out")
 FLOORS = ("norm", "length", "best_dimension")
 CEILINGS = ("logistic", "bag_of_tokens")
 MIN_TEXTS = 20
@@ -127,88 +128,95 @@ def probe_texts(
     """
     arms = _check(sets, baseline, tops, seeds)
     baseline = arms[0] if baseline is None else baseline
-    values: dict[str, Any] = {s: {} for s in SINKS}
-    latents: dict[str, Any] = {s: {arm: {rule: {} for rule in rules} for arm in arms} for s in SINKS}
+    values: dict[str, Any] = {sinks: {} for sinks in SINKS}
+    latents: dict[str, Any] = {sinks: {arm: {rule: {} for rule in rules} for arm in arms} for sinks in SINKS}
     described = []
     for d, one in enumerate(sets):
-        probed = _questions(one)
-        found = list(_answers(one, probed, arms, tops, rules, full, seeds, max_texts, latents))
-        for s, row in found:
-            for (sinks, arm, reading), (accuracy, auroc) in row.items():
-                place = values[sinks].setdefault(arm, {}).setdefault(reading, {})
-                for metric, value in zip(METRICS, (accuracy, auroc), strict=True):
-                    table = place.setdefault(metric, [[None] * seeds for _ in sets])
-                    table[d][s] = value
+        probed = _probed_classes(one)
+        for s in range(seeds):
+            found, chosen = _scores(one, probed, arms, rules, tops, full, s, max_texts)
+            for (sinks, name, reading), means in found.items():
+                by_metric = values[sinks].setdefault(name, {}).setdefault(reading, {})
+                for metric, value in zip(METRICS, means, strict=True):
+                    by_metric.setdefault(metric, [[None] * seeds for _ in sets])[d][s] = value
+            for (sinks, arm, kind, rule), feature_K in chosen.items() if s == 0 else ():
+                latents[sinks][arm][rule].setdefault(one.name, {})[kind] = feature_K.tolist()
         described.append({"name": one.name, "texts": len(one.class_S), "classes": [one.classes[c] for c in probed]})
     drawn = crossed_draws(len(sets), seeds, seed, n_resamples)
+    over = "sets and seeds" if len(sets) > 1 else "seeds" if seeds > 1 else None
+    how = {"sets and seeds": "bootstrap", "seeds": "Student's t", None: None}[over]
+    resampled = {"sets": len(sets), "seeds": seeds, "seed": seed, "resamples": n_resamples}
+    summary: dict[str, Any] = {sinks: {} for sinks in SINKS}
+    paired = []
+    names = [(sinks, arm, reading) for sinks in SINKS for arm in values[sinks] for reading in values[sinks][arm]]
+    for (sinks, arm, reading), metric in product(names, METRICS):
+        value_DS = np.array(values[sinks][arm][reading][metric])
+        summary[sinks].setdefault(arm, {}).setdefault(reading, {})[metric] = _interval(value_DS, drawn, "mean")
+        if arm in arms and arm != baseline:
+            gap_DS = value_DS - np.array(values[sinks][baseline][reading][metric])
+            row = {"arm": arm, "versus": baseline, "sinks": sinks, "reading": reading, "metric": metric}
+            paired.append({**row, **_interval(gap_DS, drawn, "difference")})
     return {
         "sets": described,
         "arms": arms,
         "baseline": baseline,
         "seeds": seeds,
-        "interval": _drawn(len(sets), seeds, seed, n_resamples),
+        "interval": {"over": over, "how": how, **resampled},
         "values": values,
-        "summary": {
-            sinks: {
-                arm: {
-                    r: {m: _interval(np.array(t), drawn, "mean") for m, t in by.items()} for r, by in readings.items()
-                }
-                for arm, readings in by_arm.items()
-            }
-            for sinks, by_arm in values.items()
-        },
-        "paired": list(_paired(values, [arm for arm in arms if arm != baseline], baseline, drawn)),
+        "summary": summary,
+        "paired": paired,
         "latents": latents,
     }
 
 
-def _answers(
+def _scores(
     one: PooledSet,
     probed: Sequence[int],
     arms: Sequence[str],
-    tops: Sequence[int],
     rules: Sequence[Rule],
+    tops: Sequence[int],
     full: bool,
-    seeds: int,
+    seed: int,
     max_texts: int,
-    latents: dict[str, Any],
-) -> Iterator[tuple[int, dict[tuple[str, str, str], Array]]]:
-    """By seed: (sinks, arm or floor, reading) → accuracy and AUROC, means over the classes."""
-    for s in range(seeds):
-        sums: dict[tuple[str, str, str], list[Array]] = {}
-        for c in probed:
-            split = split_of(one.class_S, c, s, max_texts)
-            assert split is not None
-            for sinks in SINKS:
-                for arm in arms:
-                    listed = one.codes[sinks][arm]
-                    codes = listed[s % len(listed)]
-                    for rule in rules:
-                        chosen = choose(codes, split, rule, max(tops))
-                        if s == 0:
-                            latents[sinks][arm][rule].setdefault(one.name, {})[one.classes[c]] = chosen.tolist()
-                        columns = columns_of(codes, chosen)
-                        for top in tops:
-                            sums.setdefault((sinks, arm, f"{rule}/top_{top}"), []).append(
-                                _score(columns[:, :top], split)
-                            )
-                    if full:
-                        sums.setdefault((sinks, arm, "full"), []).append(_score(codes.to_scipy(), split))
-                for name, reading, x in _others(one, sinks, split):
-                    sums.setdefault((sinks, name, reading), []).append(_score(x, split))
-        yield s, {key: np.mean(found, axis=0) for key, found in sums.items()}
+) -> tuple[dict[tuple[str, str, str], Array], dict[tuple[str, str, str, Rule], Rows]]:
+    """(sinks, arm or reference, reading) → accuracy and AUROC, means over the classes; and the features chosen."""
+    found: dict[tuple[str, str, str], list[Array]] = {}
+    features: dict[tuple[str, str, str, Rule], Rows] = {}
+    for c, sinks in product(probed, SINKS):
+        split = split_of(one.class_S, c, seed, max_texts)
+        assert split is not None
+        for arm in arms:
+            codes = one.codes[sinks][arm][seed % len(one.codes[sinks][arm])]
+            chosen = choose(codes, split, rules, max(tops))
+            features |= {(sinks, arm, one.classes[c], rule): chosen[rule] for rule in rules}
+            for reading, x in _readings(codes.to_scipy(), chosen, tops, full):
+                found.setdefault((sinks, arm, reading), []).append(_score(x, split))
+        for name, reading, x in _references(one, sinks, split):
+            found.setdefault((sinks, name, reading), []).append(_score(x, split))
+    return {key: np.mean(by_class, axis=0) for key, by_class in found.items()}, features
 
 
-def choose(codes: Codes, split: Split, rule: Rule, n: int) -> Rows:
-    """(n,) the features of the largest absolute quality on train texts, best first; the smallest id of equals."""
+def _readings(
+    code_SF: sparse.csr_matrix, chosen: Mapping[Rule, Rows], tops: Sequence[int], full: bool
+) -> Iterator[tuple[str, Any]]:
+    """What a regression reads of one arm: the first features of each rule, and all."""
+    for rule, feature_K in chosen.items():
+        columns_SK = code_SF[:, feature_K].toarray()
+        yield from ((f"{rule}/top_{top}", columns_SK[:, :top]) for top in tops)
+    if full:
+        yield "full", code_SF
+
+
+def choose(codes: Codes, split: Split, rules: Sequence[Rule], n: int) -> dict[Rule, Rows]:
+    """By rule the n features of the largest absolute quality on train texts, best first; the smallest id of equals."""
     keep_S = np.zeros(codes.n_tokens, dtype=bool)
     keep_S[split.train_R] = True
-    quality_F = quality_of_latents(codes.take(keep_S), split.train_label[:, None], rule)[:, 0]
-    size_F = np.abs(quality_F - 0.5) if rule == "auroc" else np.abs(quality_F)
-    return np.argsort(-size_F, kind="stable")[:n]
+    quality = qualities_of_latents(codes.take(keep_S), split.train_label[:, None], rules)
+    size = {rule: np.abs(quality[rule][:, 0] - (0.5 if rule == "auroc" else 0.0)) for rule in rules}
+    return {rule: np.argsort(-size_F, kind="stable")[:n] for rule, size_F in size.items()}
 
 
-def _others(one: PooledSet, sinks: str, split: Split) -> Iterator[tuple[str, str, Any]]:
+def _references(one: PooledSet, sinks: str, split: Split) -> Iterator[tuple[str, str, Any]]:
     """What is no SAE: name, floor or ceiling, features (S, n)."""
     dense = one.dense[sinks]
     area_D = auroc_of_dimensions(dense["x"][split.train_R], split.train_label[:, None])[:, 0]
@@ -231,10 +239,10 @@ def _score(x: Any, split: Split) -> Array:
     return np.array([accuracy, rank_quality(logit_M1, split.test_label[:, None])[0][0]])
 
 
-def _questions(one: PooledSet) -> list[int]:
+def _probed_classes(one: PooledSet) -> list[int]:
     """Classes with texts enough; of two classes the second alone, the first being its mirror image."""
-    asked = [1] if len(one.classes) == 2 else list(range(len(one.classes)))
-    probed = [c for c in asked if split_of(one.class_S, c, 0) is not None]
+    candidates = [1] if len(one.classes) == 2 else list(range(len(one.classes)))
+    probed = [c for c in candidates if split_of(one.class_S, c, 0) is not None]
     if not probed:
         raise CosaeError(
             f"{one.name} has no class with {MIN_TEXTS} train texts and as many others (a fifth is kept for test). Got "
@@ -260,24 +268,6 @@ def _check(sets: Sequence[PooledSet], baseline: str | None, tops: Sequence[int],
     return arms
 
 
-def _drawn(n_sets: int, seeds: int, seed: int, n_resamples: int) -> dict[str, Any]:
-    over = "sets and seeds" if n_sets > 1 else "seeds" if seeds > 1 else None
-    how = {"sets and seeds": "bootstrap", "seeds": "Student's t", None: None}[over]
-    return {"over": over, "how": how, "sets": n_sets, "seeds": seeds, "seed": seed, "resamples": n_resamples}
-
-
 def _interval(value_DS: Array, drawn: Sequence[tuple[Rows, Rows]], name: str) -> dict[str, float | None]:
     low, high = crossed_interval(value_DS, drawn)
     return {name: float(value_DS.mean()), "low": low, "high": high}
-
-
-def _paired(
-    values: Mapping[str, Any], others: Sequence[str], baseline: str, drawn: Sequence[tuple[Rows, Rows]]
-) -> Iterator[dict[str, Any]]:
-    for sinks, by_arm in values.items():
-        for arm in others:
-            for reading, by_metric in by_arm[arm].items():
-                for metric, table in by_metric.items():
-                    gap_DS = np.array(table) - np.array(by_arm[baseline][reading][metric])
-                    where = {"arm": arm, "versus": baseline, "sinks": sinks, "reading": reading, "metric": metric}
-                    yield {**where, **_interval(gap_DS, drawn, "difference")}
