@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError
 from cosae.kernels import Entries, Kernel, ScoreTerms, StepCache, choose, reference
+from cosae.kernels.cpu.sums import token_offsets
 from cosae.sae import frame as frames
 from cosae.sae.config import InitConfig, SAEConfig, check_activations
 from cosae.sae.decoder import Decoder
@@ -194,14 +195,9 @@ class SAE(nn.Module):
         flat = self._checked(x)
         framed = self._framed(flat)
         selection = self.selector.infer_select(self.score.terms(framed), self._kernel())
-        return Codes.from_entries(
-            selection.entries.token_E,
-            selection.entries.feature_E,
-            selection.value_E,
-            self.d_sae,
-            tuple(x.shape[:-1]),
-            framed.norm_stats,
-        )
+        entries, shape = selection.entries, tuple(x.shape[:-1])
+        offset_B1 = token_offsets(entries, len(flat))
+        return Codes(offset_B1, entries.feature_E, selection.value_E, self.d_sae, shape, framed.norm_stats)
 
     def decode(self, codes: Codes | Tensor, norm_stats: NormStats | None = None) -> Tensor:
         """Codes, or a dense (..., d_sae) tensor → x̂ (..., d_in), fp32.
