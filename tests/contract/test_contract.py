@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cosae import Codes, load, save
-from cosae.evaluate import reconstruction
 from cosae.sae import loss as losses
 from cosae.sae.calibrate import calibrate, measure_l0
 from cosae.sae.fold import fold_decoder_norm, fold_input_scale
@@ -24,7 +23,7 @@ from cosae.sae.model import SAE
 from cosae.sae.score import SCORES
 from cosae.sae.selector import CALIBRATED_SELECTORS, SELECTORS
 from cosae.types import Activations
-from tests.support import by_hand
+from tests.support import by_hand, passes
 from tests.support.combinations import (
     COMBINATIONS,
     D_IN,
@@ -252,7 +251,7 @@ def test_evaluation_changes_nothing(combination: Combination) -> None:
     sae.scores(x_BD)
     measure_l0(sae, x_BD)
     losses.terms_of(sae, sae.train_forward(x_BD), losses.LossConfig(), variance=1.0)
-    reconstruction.measure(sae, Activations.bare(x_BD[LIVE]))
+    passes.measure(sae, Activations.bare(x_BD[LIVE]))
     assert state_bytes(sae) == before
     assert set(vars(sae)) == attributes
     assert sae.training
