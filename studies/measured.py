@@ -30,7 +30,7 @@ from cosae.evaluate.matching.match import match
 from cosae.evaluate.norms.counterfactual import at_median
 from cosae.evaluate.norms.driven import firing_norms, norm_driven
 from cosae.evaluate.norms.read_time import remove_norm
-from cosae.evaluate.probing.ranking import EVERY_RULE, latent_columns, rank_quality, select
+from cosae.evaluate.probing.ranking import EVERY_RULE, columns_of, rank_quality, select
 from cosae.evaluate.reconstruction import summarise
 from cosae.io.values import from_plain
 from cosae.recipe import Recipe
@@ -111,7 +111,7 @@ class Probe:
         found = {}
         for rule in EVERY_RULE:
             chosen = select(train, self.label_c[0], rule)
-            score = latent_columns(held_out, chosen.latent_C) * chosen.sign_C
+            score = columns_of(held_out)[:, chosen.latent_C].toarray() * chosen.sign_C
             auroc_c = rank_quality(score, self.label_c[1])[0]
             found[rule] = {CONCEPTS[c].name: float(a) for c, a in zip(self.concept_c, auroc_c, strict=True)}
         return found

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cosae.activations import sinks
+from cosae.activations.sample import Sample, SinkRule
+from cosae.activations.sinks import FACTOR
 from cosae.errors import CosaeError
 from cosae.evaluate.model.predictions import divergence, logits_at, predicting
 from cosae.evaluate.statistics import RESAMPLES, Array, ratio_interval, resample_counts
@@ -71,7 +72,7 @@ def measure_patching(
     n_pairs: int = 200,
     centre_D: Tensor | None = None,
     median_norm: float | None = None,
-    factor: float = sinks.FACTOR,
+    factor: float = FACTOR,
     batch_sequences: int = 8,
     seed: int = 0,
     n_resamples: int = RESAMPLES,
@@ -93,7 +94,9 @@ def measure_patching(
     if not sizes or not all(0 < size < 1 for size in sizes) or n_pairs < 1:
         raise CosaeError(f"sizes must lie between 0 and 1 and n_pairs be at least 1. Got {sizes} and {n_pairs}.")
     found = find_site(model, site)
-    pairs = _draw(model, found, sequences, max(sizes), n_pairs, centre_D, median_norm, factor, batch_sequences, seed)
+    activations = capture(model, sequences, found, batch_sequences)[found.name]
+    sample = Sample.of(activations, SinkRule(factor, median_norm))
+    pairs = _draw(sample, sequences, max(sizes), n_pairs, centre_D, seed)
     # by pair: KL at the token, KL summed after it, |Δx|/|z| as made
     found_by = {
         (size, kind): torch.zeros(3, len(pairs.flat_P), dtype=torch.float64) for size in sizes for kind in KINDS
@@ -141,35 +144,24 @@ class _Shift:
 
 
 def _draw(
-    model: nn.Module,
-    site: Site,
-    sequences: Sequences,
-    largest: float,
-    n_pairs: int,
-    centre_D: Tensor | None,
-    median_norm: float | None,
-    factor: float,
-    batch_sequences: int,
-    seed: int,
+    sample: Sample, sequences: Sequences, largest: float, n_pairs: int, centre_D: Tensor | None, seed: int
 ) -> _Pairs:
     """Tokens without replacement as long as there are any, each with a partner farther than the largest turn."""
-    activations = capture(model, sequences, site, batch_sequences)[site.name]
-    median = sinks.median_norm(activations.norm_N) if median_norm is None else median_norm
-    mask_ST = sequences.mask_ST
-    z_ND = activations.x_ND.double() - (0.0 if centre_D is None else centre_D.double())
-    usable_N = predicting(sequences)[mask_ST] & ~sinks.sink_mask(activations, median, factor) & (z_ND.norm(dim=-1) > 0)
+    z_ND = sample.activations.x_ND.double() - (0.0 if centre_D is None else centre_D.double())
+    doc_N, mask_ST = sample.activations.doc_N, sequences.mask_ST
+    usable_N = predicting(sequences)[mask_ST] & ~sample.sink_N & (z_ND.norm(dim=-1) > 0)
     candidate_n = usable_N.nonzero()[:, 0]
     if len(candidate_n) < 2:
         raise CosaeError("patching needs at least two tokens that are no sinks and predict another. Give more text.")
     random = np.random.default_rng(seed)
     unit_ND = z_ND / z_ND.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-    several = len(set(activations.doc_N[candidate_n].tolist())) > 1
+    several = len(set(doc_N[candidate_n].tolist())) > 1
     order = [int(i) for _ in range(-(-n_pairs // len(candidate_n))) for i in random.permutation(candidate_n.numpy())]
     chosen: list[tuple[int, int]] = []
     too_near = 0
     for token in order[:n_pairs]:
         for partner in random.choice(candidate_n.numpy(), size=50):
-            if partner == token or (several and activations.doc_N[partner] == activations.doc_N[token]):
+            if partner == token or (several and doc_N[partner] == doc_N[token]):
                 continue
             cosine = float(unit_ND[token] @ unit_ND[int(partner)])
             if abs(cosine) < math.cos(2 * math.asin(largest / 2)):

@@ -27,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cosae.activations import sinks
+from cosae.activations.sample import SINKS, Sample, SinkRule
+from cosae.activations.sinks import FACTOR
 from cosae.errors import CosaeError
 from cosae.evaluate.encoded import BATCH_TOKENS, norm_quartiles, resampling_units, row_slices
 from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, predicting, scored_batches
@@ -63,7 +64,7 @@ def measure_splice(
     *,
     baseline: str | None = None,
     median_norm: float | None = None,
-    factor: float = sinks.FACTOR,
+    factor: float = FACTOR,
     batch_sequences: int = 8,
     seed: int = 0,
     n_resamples: int = RESAMPLES,
@@ -94,16 +95,12 @@ def measure_splice(
         raise CosaeError(f"the baseline must be one of the SAEs {sorted(saes)}. Got {baseline!r} instead.")
     found = find_site(model, site)
     activations = capture(model, sequences, found, batch_sequences)[found.name]
-    median = sinks.median_norm(activations.norm_N) if median_norm is None else median_norm
-    sink_N = sinks.sink_mask(activations, median, factor).cpu()
+    sample = Sample.of(activations, SinkRule(factor, median_norm))
     at_N = predicting(sequences)[sequences.mask_ST]
-    sink_ST = torch.zeros_like(sequences.mask_ST).masked_scatter(sequences.mask_ST, sink_N)
+    sink_ST = torch.zeros_like(sequences.mask_ST).masked_scatter(sequences.mask_ST, sample.sink_N)
     own_N, with_error, costs = _run(model, found, saes, sequences, activations, sink_ST, batch_sequences)
     norm_n, doc_n = activations.norm_N.cpu().double()[at_N], activations.doc_N.cpu()[at_N]
-    quartiles = {
-        over: norm_quartiles(norm_n, kept_n)[0].numpy()
-        for over, kept_n in (("sinks_in", torch.ones_like(sink_N[at_N])), ("sinks_out", ~sink_N[at_N]))
-    }
+    quartiles = {over: norm_quartiles(norm_n, sample.keep(over)[at_N])[0].numpy() for over in SINKS}
     unit_n, unit = resampling_units(doc_n)
     drawn_RU = resample_counts(int(unit_n.max()) + 1, seed, n_resamples)
     how = {"unit": unit, "units": drawn_RU.shape[1], "seed": seed, "resamples": n_resamples}
@@ -111,8 +108,8 @@ def measure_splice(
         "site": found.name,
         "tokens": len(own_N),
         "documents": len(np.unique(doc_n.numpy())),
-        "sinks": int(sink_N[at_N].sum()),
-        "median_norm": median,
+        "sinks": int(sample.sink_N[at_N].sum()),
+        "median_norm": sample.median_norm,
         "sink_factor": factor,
         "model": {over: mean_or_none(own_N[quartile_n >= 0]) for over, quartile_n in quartiles.items()},
         "ablations": {kind: _table(costs, own_N, kind, quartiles) for kind in ABLATIONS},

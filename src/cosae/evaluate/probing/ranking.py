@@ -63,24 +63,19 @@ def select(codes: Codes, label_NC: Labels, rule: Rule) -> Selection:
 
     Raises CosaeError for labels of another length, or a concept without both kinds of token.
     """
-    return select_by(quality_of_latents(codes, label_NC, rule), rule)
+    return select_by(qualities_of_latents(codes, label_NC, (rule,))[rule], rule)
 
 
 def select_by(value_FC: Array, rule: Rule) -> Selection:
-    """`select` where what the rule looks at is known: (F, C) as `quality_of_latents` gives it."""
+    """`select` where what the rule looks at is known: (F, C) as `qualities_of_latents` gives it."""
     latent_C = (value_FC if rule == "auroc" else np.abs(value_FC)).argmax(axis=0)
     value_C = np.take_along_axis(value_FC, latent_C[None], axis=0)[0]
     sign_C = np.ones(len(latent_C)) if rule == "auroc" else np.where(value_C < 0, -1.0, 1.0)
     return Selection(latent_C, sign_C, value_C)
 
 
-def quality_of_latents(codes: Codes, label_NC: Labels, rule: Rule) -> Array:
-    """(F, C) float64: what a rule looks at: the AUROC, or mean₊ − mean₋, raw or over the standard deviation."""
-    return qualities_of_latents(codes, label_NC, (rule,))[rule]
-
-
 def qualities_of_latents(codes: Codes, label_NC: Labels, rules: Sequence[Rule]) -> dict[Rule, Array]:
-    """`quality_of_latents` by rule; the two rules that look at the mean difference share it."""
+    """By rule (F, C) float64 of what it looks at: the AUROC, or mean₊ − mean₋, raw or over the standard deviation."""
     if wrong := [rule for rule in rules if rule not in EVERY_RULE]:
         raise CosaeError(f"rule must be one of {', '.join(EVERY_RULE)}. Got {wrong[0]!r} instead.")
     found: dict[Rule, Array] = {}
@@ -119,12 +114,6 @@ def _deviations(codes: Codes) -> Array:
     square_F = np.asarray(value_NF.multiply(value_NF).mean(axis=0)).ravel()
     deviation_F: Array = np.sqrt(np.maximum(square_F - mean_F**2, 0.0))
     return np.where(deviation_F > 0, deviation_F, np.inf)
-
-
-def latent_columns(codes: Codes, latent_C: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(N, C) float32: the codes of the named latents, 0 where silent."""
-    columns: NDArray[np.float32] = columns_of(codes)[:, latent_C].toarray().astype(np.float32)
-    return columns
 
 
 def columns_of(codes: Codes) -> sparse.csc_matrix:
