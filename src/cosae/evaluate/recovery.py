@@ -1,7 +1,6 @@
 """How much of a known dictionary a learned one recovered, and how well its latents detect the true features.
 
-Enters: a decoder, its codes at the inference rule, the true features and the true codes of the same tokens.
-Leaves: plain numbers.
+In: a decoder, its codes at the inference rule, the true features and the true codes of the same tokens. Out: numbers.
 
 Latents and true features are paired one to one by the assignment that maximises Σ |cos(decoder, feature)|
 (Hungarian). Definitions follow sae_lens.synthetic where it has one (MCC, uniqueness, per-latent detection

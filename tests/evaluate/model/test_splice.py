@@ -229,7 +229,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(predictions.cross_entropy(a, ids), whole[1])
 
 
-def test_on_the_embedded_model_the_mean_is_the_harder_yardstick() -> None:
+def test_on_the_embedded_model_the_mean_is_the_harder_reference() -> None:
     from cosae.text.packing import sequences as cut
     from cosae.text.pylib import Document
     from cosae.text.tokenization import tokenize_documents

@@ -1,6 +1,6 @@
-"""What one latent must beat, and what it can hardly beat: floors and a ceiling for sparse probing.
+"""What one latent is compared with: floors and a ceiling for sparse probing.
 
-Enters: the train tokens with labels, and the held-out tokens. Leaves: (N, C) float scores of the held-out
+In: the train tokens with labels, and the held-out tokens. Out: (N, C) float scores of the held-out
 tokens, to be ranked like the codes of a chosen latent. Everything is fitted on the train tokens only.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from cosae.evaluate.probing.logistic import scores
-from cosae.evaluate.probing.ranking import Array, Labels, auroc_of_dimensions
+from cosae.evaluate.probing.ranking import Labels, auroc_of_dimensions
+from cosae.evaluate.statistics import Array
 from cosae.types import Activations
 
 

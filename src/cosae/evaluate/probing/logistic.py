@@ -19,6 +19,7 @@ from scipy import linalg, sparse, special
 from scipy.optimize import minimize
 
 from cosae.evaluate.encoded import row_slices
+from cosae.evaluate.probing.ranking import deviations
 from cosae.evaluate.statistics import Array
 
 BLOCK_LOGITS = 1 << 20
@@ -70,9 +71,7 @@ def scores(train: Any, label_NC: NDArray[np.bool_], test: Any, **options: Any) -
     does not see it). A feature that does not vary in train counts nothing.
     """
     if sparse.issparse(train):
-        mean_F = np.asarray(train.mean(axis=0)).ravel()
-        square_F = np.asarray(train.multiply(train).mean(axis=0)).ravel()
-        scale_F = _scales(np.sqrt(np.maximum(square_F - mean_F**2, 0.0)))
+        scale_F = _scales(deviations(train))
         scaled, wanted = (part.multiply(scale_F[None]).tocsr() for part in (train, test))
     else:
         deviation_F, mean_F = (one.numpy() for one in torch.std_mean(torch.from_numpy(train), 0, correction=0))

@@ -1,6 +1,6 @@
 """How well a score ranks a concept's tokens above the others: AUROC and average precision, exact with ties.
 
-Enters: sparse codes or dense scores, and boolean labels. Leaves: plain float64 numbers. Codes are never made
+In: sparse codes or dense scores, and boolean labels. Out: plain float64 numbers. Codes are never made
 dense: a latent that did not fire scores 0, so all its silent tokens tie at one place in the ranking, between
 its negative and its positive codes.
 
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cosae.errors import CosaeError
+from cosae.evaluate.statistics import Array
 from cosae.types import Codes
 
-Array = NDArray[np.float64]
 Labels = NDArray[np.bool_]
 Rule = Literal["auroc", "mean_difference", "standardised_difference"]
 RULES: tuple[Rule, ...] = ("auroc", "mean_difference")
@@ -84,7 +84,9 @@ def qualities_of_latents(codes: Codes, label_NC: Labels, rules: Sequence[Rule]) 
     if "mean_difference" in rules or "standardised_difference" in rules:
         found["mean_difference"] = mean_difference_of_latents(codes, label_NC)
     if "standardised_difference" in rules:
-        found["standardised_difference"] = found["mean_difference"] / _deviations(codes)[:, None]
+        deviation_F = deviations(_matrix(codes))
+        deviation_F[deviation_F == 0] = np.inf  # a latent that never varies
+        found["standardised_difference"] = found["mean_difference"] / deviation_F[:, None]
     return found
 
 
@@ -107,13 +109,12 @@ def mean_difference_of_latents(codes: Codes, label_NC: Labels) -> Array:
     return difference_FC
 
 
-def _deviations(codes: Codes) -> Array:
-    """(F,) float64: standard deviation of every latent's code over all tokens; infinite where it never varies."""
-    value_NF = _matrix(codes)
+def deviations(value_NF: sparse.csr_matrix) -> Array:
+    """(F,) float64: standard deviation of every column of a sparse matrix, zeros counted."""
     mean_F = np.asarray(value_NF.mean(axis=0)).ravel()
     square_F = np.asarray(value_NF.multiply(value_NF).mean(axis=0)).ravel()
     deviation_F: Array = np.sqrt(np.maximum(square_F - mean_F**2, 0.0))
-    return np.where(deviation_F > 0, deviation_F, np.inf)
+    return deviation_F
 
 
 def columns_of(codes: Codes) -> sparse.csc_matrix:
@@ -127,15 +128,14 @@ def rank_quality(score_NC: NDArray[Any], label_NC: Labels) -> tuple[Array, Array
     The average precision is Σ (recall_k − recall_{k−1}) · precision_k over the distinct scores, without
     interpolation, as scikit-learn's. Raises CosaeError for NaN, or a concept without both kinds of token.
     """
-    positives_C, negatives_C = _counts(len(score_NC), label_NC)
+    positives_C, _ = _counts(len(score_NC), label_NC)
     if np.isnan(score_NC).any():
         raise CosaeError("scores must be numbers; got NaN instead: is the SAE or the probe diverged?")
-    area_C, precision_C = np.empty(len(positives_C)), np.empty(len(positives_C))
-    for c, (n_positive, n_negative) in enumerate(zip(positives_C, negatives_C, strict=True)):
-        score_N = np.ascontiguousarray(score_NC[:, c])
-        _, count_K, hit_K = _runs(score_N, np.ascontiguousarray(label_NC[:, c]))
-        area_C[c], precision_C[c] = _areas(count_K, hit_K, n_positive, n_negative)
-    return area_C, precision_C
+    ranked = [
+        rank_codes(np.ascontiguousarray(score_NC[:, c]), np.ascontiguousarray(label_NC[:, c]), n, len(score_NC))
+        for c, n in enumerate(positives_C)
+    ]
+    return _columns(ranked)
 
 
 def rank_quality_of_latents(
@@ -146,43 +146,36 @@ def rank_quality_of_latents(
     columns_NF  (N, F) codes as `columns_of` gives them
     """
     positives_C, _ = _counts(columns_NF.shape[0], label_NC)
-    area_C, precision_C = np.empty(len(positives_C)), np.empty(len(positives_C))
+    ranked = []
     for c, (latent, n_positive) in enumerate(zip(latent_C, positives_C, strict=True)):
         own = slice(columns_NF.indptr[latent], columns_NF.indptr[latent + 1])
         label_E = label_NC[columns_NF.indices[own], c]
-        area_C[c], precision_C[c] = rank_codes(columns_NF.data[own] * sign_C[c], label_E, n_positive, len(label_NC))
+        ranked.append(rank_codes(columns_NF.data[own] * sign_C[c], label_E, n_positive, len(label_NC)))
+    return _columns(ranked)
+
+
+def _columns(ranked: Sequence[tuple[float, float]]) -> tuple[Array, Array]:
+    area_C, precision_C = np.array(ranked, dtype=np.float64).reshape(-1, 2).T
     return area_C, precision_C
 
 
-def rank_codes(score_E: Array, label_E: Labels, n_positive: float, n_tokens: int) -> tuple[float, float]:
-    """AUROC and average precision of one latent: its codes (no 0 among them), and whether each token has the concept.
+def rank_codes(score_E: NDArray[Any], label_E: Labels, n_positive: float, n_tokens: int) -> tuple[float, float]:
+    """AUROC and average precision of one latent: its codes, and whether each code's token has the concept.
 
-    n_positive of all n_tokens have it, at least one and not all; those without a code score 0.
+    n_positive of all n_tokens have it, at least one and not all; those without a code score 0, and no code is 0 then.
     """
-    score_K, count_K, hit_K = _runs(score_E, label_E)
+    order_E = np.argsort(score_E)[::-1]
+    sorted_E = score_E[order_E]
+    last_K = np.flatnonzero(np.append(sorted_E[1:] != sorted_E[:-1], len(sorted_E) > 0))  # of the runs of equal scores
+    count_K = np.diff(last_K, prepend=-1)
+    hit_K = np.diff(np.cumsum(label_E[order_E], dtype=np.int64)[last_K], prepend=0)
     silent = n_tokens - len(label_E)
     if silent:
-        place = int((score_K > 0).sum())
+        place = int((sorted_E[last_K] > 0).sum())
         count_K = np.insert(count_K, place, silent)
         hit_K = np.insert(hit_K, place, int(n_positive) - int(label_E.sum()))
-    return _areas(count_K, hit_K, n_positive, n_tokens - n_positive)
-
-
-def _runs(score_N: NDArray[Any], label_N: Labels) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-    """Distinct scores, falling; how many tokens have each, and how many of those the concept."""
-    order_N = np.argsort(score_N)[::-1]
-    sorted_N = score_N[order_N]
-    last_K = np.flatnonzero(np.append(sorted_N[1:] != sorted_N[:-1], len(sorted_N) > 0))
-    hit_K = np.cumsum(label_N[order_N], dtype=np.int64)[last_K]
-    return sorted_N[last_K], np.diff(last_K, prepend=-1), np.diff(hit_K, prepend=0)
-
-
-def _areas(
-    count_K: NDArray[np.int64], hit_K: NDArray[np.int64], n_positive: float, n_negative: float
-) -> tuple[float, float]:
-    """AUROC and average precision from the runs of equal scores, falling."""
     found_K, passed_K = np.cumsum(hit_K), np.cumsum(count_K)
-    area = ((count_K - hit_K) * (found_K - hit_K / 2)).sum() / (n_positive * n_negative)
+    area = ((count_K - hit_K) * (found_K - hit_K / 2)).sum() / (n_positive * (n_tokens - n_positive))
     precision = (hit_K * (found_K / passed_K)).sum() / n_positive
     return float(area), float(precision)
 
@@ -225,10 +218,7 @@ def _matrix(codes: Codes) -> sparse.csr_matrix:
 
 
 def _by_concept(value_FN: sparse.csr_matrix, label_NC: Labels) -> Array:
-    """(F, C) float64: each latent's values summed over each concept's tokens.
-
-    Few tokens have a given concept: labels are sparse too, and only pairs of a code and a label are visited.
-    """
+    """(F, C) float64: each latent's values summed over each concept's tokens; labels are sparse too, being few."""
     summed_FC: Array = (value_FN @ sparse.csr_matrix(label_NC, dtype=np.float64)).toarray()
     return summed_FC
 

@@ -33,14 +33,13 @@ from cosae.errors import CosaeError
 from cosae.evaluate.probing.logistic import scores
 from cosae.evaluate.probing.ranking import (
     EVERY_RULE,
-    Array,
     Labels,
     Rule,
     auroc_of_dimensions,
     qualities_of_latents,
     rank_quality,
 )
-from cosae.evaluate.statistics import RESAMPLES, crossed_draws, crossed_interval
+from cosae.evaluate.statistics import RESAMPLES, Array, crossed_draws, crossed_interval
 from cosae.types import Codes
 
 TOPS = (1, 2, 5)
