@@ -398,7 +398,7 @@ def test_only_this_door_imports_the_hubs_client_and_only_when_called() -> None:
 
 
 def test_the_pages_example(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = Path(__file__).parents[2] / "docs" / "hub.md"
+    page = Path(__file__).parents[2] / "docs" / "interop" / "hub.md"
     (block,) = re.findall(r"^```python hub\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     monkeypatch.setenv("HF_TOKEN", WRITER)
     monkeypatch.chdir(tmp_path)

@@ -25,7 +25,7 @@ from tests.support.small_exports import dense, make_model, make_sae, whole_seque
 
 HERE = Path(__file__).parent
 WITH_EXAMPLES = ("nnsight", "transformer_lens", "saelens", "dictionary_learning", "sparsify", "saebench")
-"""Peers whose pages have a block that needs them; each begins with ```python NAME."""
+"""Libraries that a block in docs/interop needs; the block begins with ```python NAME."""
 ROOT = HERE.parents[1]
 
 
@@ -124,8 +124,8 @@ def test_the_plain_hook_in_a_transformer_bridge_is_the_splice() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in WITH_EXAMPLES])
 def test_the_pages_example(name: str, tmp_path: Path) -> None:
-    page = (ROOT / "docs" / f"{name}.md").read_text("utf-8")
-    (block,) = re.findall(rf"^```python {name}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    pages = "".join(page.read_text("utf-8") for page in (ROOT / "docs" / "interop").glob("*.md"))
+    (block,) = re.findall(rf"^```python {name}\n(.*?)^```", pages, re.MULTILINE | re.DOTALL)
     (tmp_path / "example.py").write_text(block, "utf-8")
     python = find_python(name)
     assert python is not None

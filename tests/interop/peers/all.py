@@ -31,7 +31,7 @@ HEAD = """# Differences against other libraries
 Written by `tests/interop/peers/all.py` from the real packages, each in its own environment: the largest difference over
 features and reconstructions of some hundred random inputs, relative to the largest value of the source's own answer.
 Gemma Scope has no package: its files go through SAELens' loaders for them. The paper's files are held against its
-formulae (§1, §4) in float64. [interop.md](interop.md) says what each format loses.
+formulae (§1, §4) in float64. [interop/README.md](interop/README.md) says what each format loses.
 
 | format | source | direction | architecture | largest relative difference |
 |---|---|---|---|---|
