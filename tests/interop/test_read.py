@@ -147,7 +147,7 @@ def test_paths_and_formats_that_are_none(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "nowhere")
     assert "no SAE of a known format" in refused(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    assert "no format known" in refused(tmp_path / "notes.txt")
+    assert "no known format" in refused(tmp_path / "notes.txt")
     assert ", ".join(FORMATS) in refused(tmp_path, format="onnx")
 
 

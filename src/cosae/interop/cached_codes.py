@@ -1,9 +1,7 @@
 """The codes of many tokens, on disk and ordered by feature: what the exports for readers of features are made from.
 
-In: a model, a site, an SAE, sequences of equal length. Out: for any range of features all of its (token, value)
-entries, tokens ascending; and sums over tokens for densities and correlations. The model runs once. Memory holds one
-chunk of tokens and the sums, whatever the number of tokens; entries lie in two flat files: int32 tokens, float32
-values, chunk after chunk, each chunk sorted by feature.
+The model runs once. Memory holds one chunk of tokens and the sums, whatever the number of tokens; entries lie in two
+flat files: int32 tokens, float32 values, chunk after chunk, each chunk sorted by feature.
 """
 
 from __future__ import annotations
@@ -106,7 +104,7 @@ class CachedCodes:
 
     @property
     def chunk_tokens(self) -> int:
-        return chunk_rows(self.ids_ST.shape[1]) * self.ids_ST.shape[1]
+        return _chunk_rows(self.ids_ST.shape[1]) * self.ids_ST.shape[1]
 
     def _files(self) -> tuple[Array, Array]:
         total = int(self.start_CF1[-1, -1])
@@ -116,8 +114,7 @@ class CachedCodes:
         return token, np.memmap(self.folder / "values.bin", np.float32, "r", shape=(total,))
 
 
-def chunk_rows(context: int) -> int:
-    """Sequences of one chunk."""
+def _chunk_rows(context: int) -> int:
     return max(1, CHUNK_TOKENS // context)
 
 
@@ -139,21 +136,23 @@ def cache_codes(
     is true; neither is counted in the sums. Raises CosaeError for padded sequences, an SAE without a threshold or of
     another width than the site's, what `capture` refuses, and a disk that is full.
     """
-    check_sequences(sequences)
+    if not len(sequences) or not bool(sequences.mask_ST.all()):
+        raise CosaeError("an export reads whole sequences of equal length: give at least one, without padding.")
+    if sequences.ids_ST.numel() > MAX_TOKENS:
+        raise CosaeError(f"an export holds at most {MAX_TOKENS:,} tokens. Got {sequences.ids_ST.numel():,} instead.")
     if not sae.calibrated:
         raise CosaeError("this SAE has no inference threshold yet: calibrate it (cosae.sae.calibrate) and save it.")
     sums = Sums(sae.d_in, sae.d_sae)
     context = sequences.ids_ST.shape[1]
-    rows, starts, written = chunk_rows(context), [], 0
+    rows, starts, written = _chunk_rows(context), [], 0
     try:
         with (folder / "tokens.bin").open("wb") as tokens, (folder / "values.bin").open("wb") as values:
             for first in range(0, len(sequences), rows):
                 part = sequences[first : first + rows]
                 found = capture(model, part, site, batch_sequences=batch_sequences)[site.name]
-                if found.x_ND.shape[1] != sae.d_in:
+                if (width := found.x_ND.shape[1]) != sae.d_in:
                     raise CosaeError(
-                        f"site {site.name} has width {found.x_ND.shape[1]}, but the SAE was made for d_in = "
-                        f"{sae.d_in}: name the model and site it was trained on."
+                        f"site {site.name} has width {width}, the SAE d_in = {sae.d_in}: name the site it was made for."
                     )
                 kept_N = ~part.special_ST.reshape(-1)
                 if ignored is not None:
@@ -168,14 +167,6 @@ def cache_codes(
     except OSError as error:
         raise CosaeError(f"{folder} cannot be written ({error.strerror}): make room or choose another place.") from None
     return CachedCodes(folder, sequences.ids_ST, sae.d_sae, np.stack(starts), sums)
-
-
-def check_sequences(sequences: Sequences) -> None:
-    """Raises CosaeError unless every place of every sequence is a token, and their number can be counted in int32."""
-    if not len(sequences) or not bool(sequences.mask_ST.all()):
-        raise CosaeError("an export reads whole sequences of equal length: give at least one, without padding.")
-    if sequences.ids_ST.numel() > MAX_TOKENS:
-        raise CosaeError(f"an export holds at most {MAX_TOKENS:,} tokens. Got {sequences.ids_ST.numel():,} instead.")
 
 
 def _codes(codes: Codes, kept_N: Tensor) -> sparse.csc_array:

@@ -9,7 +9,6 @@ lengths of W_enc mean nothing under a cosine score. Fires where the score exceed
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,8 @@ def read(path: str | Path) -> SAE:
     rows_FD, bias_F, decoder_FD, centre_D, threshold = take(state, KEYS, file)
     if threshold.numel() != 1:
         raise CosaeError(f"{file}: the threshold must be one number. Got shape {tuple(threshold.shape)} instead.")
-    metadata = {"format": "cosine_paper", "step": _step(whole), "k_guessed": True}
+    step = whole.get("step") if isinstance(whole, dict) else None
+    metadata = {"format": "cosine_paper", "step": step if isinstance(step, int) else None, "k_guessed": True}
     k = min(PAPER_K, max(len(rows_FD), 1)) if rows_FD.ndim else 1
     weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, threshold.reshape(()))
     sae = linear_sae(weights, str(file), metadata)
@@ -47,23 +47,14 @@ def read(path: str | Path) -> SAE:
 def _cosine(sae: SAE, state: dict[str, Tensor], file: Path) -> SAE:
     """The same weights under a cosine score with the stored exponents and gains."""
     a, b = (t.float() for t in take(state, ("scale_a", "scale_b"), file))
-    allowed = ((), (sae.d_sae,))
-    if a.shape != b.shape or tuple(a.shape) not in allowed:
-        raise CosaeError(
-            f"{file}: scale_a and scale_b must both have shape () or ({sae.d_sae},). Got {tuple(a.shape)} and "
-            f"{tuple(b.shape)} instead."
-        )
+    if a.shape != b.shape or tuple(a.shape) not in ((), (sae.d_sae,)):
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise CosaeError(f"{file}: scale_a and scale_b must both have shape () or ({sae.d_sae},). Got {shapes}.")
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise CosaeError(f"{file}: scale_a and scale_b hold values that are not finite; the file is damaged.")
     score = "cosine" if a.ndim == 0 else "cosine_per_feature"
     cosine = SAE(SAEConfig(sae.d_in, sae.d_sae, score, "batch_topk", sae.k))
-    missing = {name: value for name, value in sae.state_dict().items() if name in cosine.state_dict()}
-    missing |= {"score.exponent": a, "score.log_gain": b}
-    cosine.load_state_dict(missing)
+    kept = {name: value for name, value in sae.state_dict().items() if name in cosine.state_dict()}
+    cosine.load_state_dict({**kept, "score.exponent": a, "score.log_gain": b})
     cosine.metadata = sae.metadata
     return cosine
-
-
-def _step(whole: Any) -> int | None:
-    step = whole.get("step") if isinstance(whole, dict) else None
-    return step if isinstance(step, int) else None

@@ -71,10 +71,8 @@ def write_cache(
         codes = cache_codes(model, site, sae, sequences, Path(work), batch_sequences=batch_sequences, log=log)
         largest = float(codes.sums.largest_F.max(initial=0))
         if largest > LARGEST:
-            raise CosaeError(
-                f"delphi keeps activations in float16, up to {LARGEST:g}. Got {largest:.4g} at feature "
-                f"{int(codes.sums.largest_F.argmax())} instead: train on scaled activations, or with a cosine score."
-            )
+            where = f"{largest:.4g} at feature {int(codes.sums.largest_F.argmax())}"
+            raise CosaeError(f"delphi keeps float16, up to {LARGEST:g}. Got {where}: train on scaled activations.")
         total = int(codes.sums.count_F.sum())
         wanted = n_splits or min(max(5, -(-total // SPLIT_ENTRIES)), sae.d_sae)
         edges = np.linspace(0, sae.d_sae, wanted + 1).astype(int)
@@ -96,7 +94,6 @@ def write_cache(
             "n_splits": wanted,
             "model_name": model_name,
         }
-        (staged / module / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
         mark = {
             "format": FORMAT,
             "version": VERSION,
@@ -106,12 +103,13 @@ def write_cache(
             "dropped": total - kept,
             **(metadata or {}),
         }
-        (staged / module / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+        for name, value, indent in (("config.json", config, 4), (MARK, mark, 1)):
+            (staged / module / name).write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
     return Written(out, module, kept, total - kept)
 
 
 def _write_split(codes: CachedCodes, first: int, stop: int, path: Path) -> int:
-    """One file; returns how many entries it holds."""
+    """Returns how many entries the file holds."""
     context = codes.ids_ST.shape[1]
     offset, token_E, value_E = codes.entries(first, stop)
     latent_E = np.repeat(np.arange(stop - first), np.diff(offset))

@@ -38,8 +38,16 @@ def read(path: str | Path) -> SAE:
     _check(config, file.parent, lower)
     if EMBEDDING.search(file.parent.as_posix()):  # scaled as the model scales its embeddings: by the root of the width
         rows_FD, decoder_FD = rows_FD / len(enc_DF) ** 0.5, decoder_FD * len(enc_DF) ** 0.5
-    weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", _k(file), theta_F, centred=False)
-    return linear_sae(weights, str(file), _metadata(config, file))
+    found = FOLDER.search(file.parent.as_posix())
+    metadata: dict[str, Any] = {"format": "gemma_scope"}
+    if found:
+        metadata |= {"layer": int(found[1]), "l0_published": int(found[3])}
+    names = {"model_name": "model", "hf_hook_point_in": "hf_hook_name", "layer": "layer", "l0": "l0_published"}
+    metadata |= {ours: config[theirs] for theirs, ours in names.items() if is_plain(config.get(theirs))}
+    k = max(int(found[3]), 1) if found else None  # the average L0 that the folder is named after
+    return linear_sae(
+        Linear(rows_FD, bias_F, decoder_FD, centre_D, "jumprelu", k, theta_F, centred=False), str(file), metadata
+    )
 
 
 def _check(config: dict[str, Any], folder: Path, state: dict[str, Tensor]) -> None:
@@ -50,17 +58,3 @@ def _check(config: dict[str, Any], folder: Path, state: dict[str, Tensor]) -> No
     architecture = str(config.get("architecture", "jump_relu")).replace("_", "").lower()
     if architecture != "jumprelu":
         raise CosaeError(f"{folder}: architecture must be jump_relu. Got {config['architecture']!r} instead.")
-
-
-def _k(file: Path) -> int | None:
-    """The average L0 that the folder is named after."""
-    found = FOLDER.search(file.parent.as_posix())
-    return max(int(found[3]), 1) if found else None
-
-
-def _metadata(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"format": "gemma_scope"}
-    if found := FOLDER.search(file.parent.as_posix()):
-        metadata |= {"layer": int(found[1]), "l0_published": int(found[3])}
-    names = {"model_name": "model", "hf_hook_point_in": "hf_hook_name", "layer": "layer", "l0": "l0_published"}
-    return metadata | {ours: config[theirs] for theirs, ours in names.items() if is_plain(config.get(theirs))}

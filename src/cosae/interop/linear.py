@@ -35,12 +35,10 @@ GUESSED_K = 32
 class Linear:
     """Weights of one SAE. rows_FD, decoder_FD (F, D); bias_F (F,); centre_D (D,), what the decoder adds.
 
-    selector   one of batch_topk, topk, abs_topk, jumprelu, gated
     k          None where the file does not say
     threshold  () or (F,): θ of jumprelu, the inference threshold of batch_topk; None where there is none
     centred    whether the encoder subtracts the centre
     gate_mag   gated: (ρ (F,), β_mag (F,))
-    prefixes   Matryoshka prefixes
     """
 
     rows_FD: Tensor
@@ -103,27 +101,24 @@ def _check(weights: Linear, source: str) -> tuple[int, int]:
     if weights.rows_FD.ndim != 2:
         raise CosaeError(f"{source}: the encoder must be a matrix. Got shape {tuple(weights.rows_FD.shape)} instead.")
     d_sae, d_in = weights.rows_FD.shape
-    shapes: dict[str, tuple[Tensor, tuple[tuple[int, ...], ...]]] = {
+    per_feature, gate = ((d_sae,),), weights.gate_mag or (None, None)
+    shapes = {
         "encoder": (weights.rows_FD, ((d_sae, d_in),)),
-        "encoder bias": (weights.bias_F, ((d_sae,),)),
+        "encoder bias": (weights.bias_F, per_feature),
         "decoder": (weights.decoder_FD, ((d_sae, d_in),)),
         "decoder bias": (weights.centre_D, ((d_in,),)),
+        "threshold": (weights.threshold, ((), (d_sae,))),
+        "gate's ρ": (gate[0], per_feature),
+        "magnitude bias": (gate[1], per_feature),
     }
-    if weights.threshold is not None:
-        shapes["threshold"] = (weights.threshold, ((), (d_sae,)))
-    if weights.gate_mag is not None:
-        shapes["gate's ρ"] = (weights.gate_mag[0], ((d_sae,),))
-        shapes["magnitude bias"] = (weights.gate_mag[1], ((d_sae,),))
     for name, (value, allowed) in shapes.items():
-        if tuple(value.shape) not in allowed:
-            raise CosaeError(
-                f"{source}: the {name} must have shape {' or '.join(map(str, allowed))}, features × width of the "
-                f"encoder. Got {tuple(value.shape)} instead."
-            )
+        if value is None:
+            continue
+        if (shape := tuple(value.shape)) not in allowed:
+            options = " or ".join(map(str, allowed))
+            raise CosaeError(f"{source}: the {name} must have shape {options}, as the encoder. Got {shape} instead.")
         if value.dtype not in DTYPES or value.is_meta or value.is_nested:
-            raise CosaeError(
-                f"{source}: the {name} must hold plain numbers of 16, 32 or 64 bits. Got {value.dtype} instead."
-            )
+            raise CosaeError(f"{source}: the {name} must hold numbers of 16, 32 or 64 bits. Got {value.dtype} instead.")
         if not bool(torch.isfinite(value).all()):
             raise CosaeError(f"{source}: the {name} holds NaN or infinity; the file is damaged.")
     if d_sae < 1 or d_in < 1:

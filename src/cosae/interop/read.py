@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.interop import cosine_paper, gemma_scope, sparsify
 from cosae.interop.dictionary_learning import read as dictionary_learning
 from cosae.interop.saelens import files as saelens_files
@@ -24,9 +24,7 @@ READERS: dict[str, Callable[[Path], SAE]] = {
     "cosine_paper": cosine_paper.read,
 }
 FORMATS = tuple(READERS)
-"""Names of the formats, for `format=`."""
-RENAMED = {"authors": "cosine_paper"}
-"""Names of formats in cosae 0.1, which still work."""
+RENAMED = {"authors": "cosine_paper"}  # names of 0.1, which still work
 
 
 def read_sae(path: str | Path, *, format: str = "auto", device: str | torch.device = "cpu") -> SAE:
@@ -35,8 +33,7 @@ def read_sae(path: str | Path, *, format: str = "auto", device: str | torch.devi
     Raises CosaeError, in one sentence, for a path that does not exist, no known format, or files that cannot be read.
     """
     path, format = Path(path), RENAMED.get(format, format)
-    if format != "auto" and format not in READERS:
-        raise CosaeError(f"format must be auto or one of {', '.join(FORMATS)}. Got {format!r} instead.")
+    check_choice("format", format, ("auto", *FORMATS))
     try:
         there = path.exists()
     except OSError as error:
@@ -53,10 +50,7 @@ def detect(path: Path) -> str:
             return "gemma_scope"
         if path.suffix == ".pt":
             return "cosine_paper"
-        raise CosaeError(
-            f"{path} is a file of no format known here: give the SAE's folder, a params.npz of Gemma Scope or an "
-            f"{cosine_paper.NAME} of the paper."
-        )
+        raise CosaeError(f"{path} is of no known format: give an SAE's folder, a params.npz or a {cosine_paper.NAME}.")
     try:
         there = {child.name for child in path.iterdir()}
     except OSError as error:
@@ -64,16 +58,15 @@ def detect(path: Path) -> str:
     if own.CONFIG in there and own.WEIGHTS in there:
         marked = read_json(path / own.CONFIG).get("format") == own.FORMAT
         return "cosae" if marked else "saelens"
-    signs = {
-        "sparsify": {sparsify.CONFIG, sparsify.WEIGHTS},
-        "dictionary_learning": {dictionary_learning.WEIGHTS, dictionary_learning.CONFIG},
-        "cosine_paper": {cosine_paper.NAME},
-    }
-    for name, needed in signs.items():
-        if needed <= there:
-            return name
-    if gemma_scope.ARCHIVE in there or gemma_scope.WEIGHTS in there:
-        return "gemma_scope"
+    signs = (
+        ("sparsify", {sparsify.CONFIG, sparsify.WEIGHTS}),
+        ("dictionary_learning", {dictionary_learning.WEIGHTS, dictionary_learning.CONFIG}),
+        ("cosine_paper", {cosine_paper.NAME}),
+        ("gemma_scope", {gemma_scope.ARCHIVE}),
+        ("gemma_scope", {gemma_scope.WEIGHTS}),
+    )
+    if found := next((name for name, needed in signs if needed <= there), None):
+        return found
     raise CosaeError(
         f"{path} holds no SAE of a known format; looked for cfg.json with sae_weights.safetensors (cosae, SAELens) or "
         "sae.safetensors (sparsify), ae.pt with config.json (dictionary_learning), params.npz or params.safetensors "

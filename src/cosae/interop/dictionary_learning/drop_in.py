@@ -35,15 +35,12 @@ from cosae.sae.model import SAE
 class Dictionary(nn.Module):
     """A cosae SAE with the methods of dictionary_learning's `Dictionary`; features are dense.
 
-    activation_dim, dict_size   widths
-    sae                         the SAE itself
-    dict_class                  their class's name, or "cosae.SAE"
+    activation_dim and dict_size are its widths; dict_class is their class's name, or "cosae.SAE".
     """
 
     def __init__(self, sae: SAE, dict_class: str = "cosae.SAE") -> None:
         super().__init__()
-        self.sae = sae
-        self.dict_class = dict_class
+        self.sae, self.dict_class = sae, dict_class
         self.activation_dim, self.dict_size = sae.d_in, sae.d_sae
 
     @classmethod
@@ -176,12 +173,11 @@ class Dictionary(nn.Module):
         if not (math.isfinite(scale) and scale > 0):
             raise CosaeError(f"scale must be a positive number. Got {scale!r} instead.")
         sae = copy.deepcopy(self.sae)
+        sae = fold_input_scale(sae, 1.0 / scale)
         if sae.cfg.frame == "raw":
-            factor_F = sae.W_dec.new_full((sae.d_sae,), scale)
-            sae = fold_input_scale(sae, 1.0 / scale)
             if not sae.cfg.norm_restoring:
                 sae.decoder.rows_FD.div_(scale)
-            sae.score.scale_content_(factor_F)
+            sae.score.scale_content_(sae.W_dec.new_full((sae.d_sae,), scale))
             if sae.score.bias_F is not None:
                 sae.score.bias_F.mul_(scale)
             if sae.cfg.selector == "jumprelu":
@@ -192,8 +188,6 @@ class Dictionary(nn.Module):
                 sae.selector.b_mag_F.mul_(scale)
             if "topk_threshold" in sae.metadata and sae.metadata["topk_threshold"] >= 0:
                 sae.metadata["topk_threshold"] *= scale
-        else:
-            sae = fold_input_scale(sae, 1.0 / scale)
         self.sae = sae.requires_grad_(False)
 
 
@@ -208,6 +202,6 @@ def load_dictionary(base_path: str | Path, device: str | torch.device = "cpu") -
     if sae.metadata.get("format") == "dictionary_learning" and (folder / CONFIG).is_file():
         return Dictionary(sae, str(sae.metadata["dict_class"])), read_json(folder / CONFIG)
     trainer = {"dict_class": "cosae.SAE", "activation_dim": sae.d_in, "dict_size": sae.d_sae, "k": sae.k}
-    trainer |= {"lm_name": sae.metadata.get("model"), "submodule_name": sae.metadata.get("hf_hook_name")}
-    trainer |= {"layer": sae.metadata.get("layer"), "trainer_class": None}
+    names = {"lm_name": "model", "submodule_name": "hf_hook_name", "layer": "layer"}
+    trainer |= {theirs: sae.metadata.get(ours) for theirs, ours in names.items()} | {"trainer_class": None}
     return Dictionary(sae), {"trainer": trainer, "buffer": {"ctx_len": sae.metadata.get("context")}}

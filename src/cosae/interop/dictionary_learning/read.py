@@ -19,22 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.interop.linear import Linear, linear_sae
 from cosae.io.untrusted import number, read_json, read_pickled, take, tensors, transposed, whole
 from cosae.sae.fold import fold_decoder_norm
 from cosae.sae.model import SAE
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
-CLASSES = (
-    "AutoEncoder",
-    "AutoEncoderNew",
-    "JumpReluAutoEncoder",
-    "GatedAutoEncoder",
-    "AutoEncoderTopK",
-    "BatchTopKSAE",
-    "MatryoshkaBatchTopKSAE",
-)
+TRAINERS = {
+    "AutoEncoder": "StandardTrainer",
+    "AutoEncoderNew": "StandardTrainerAprilUpdate",
+    "JumpReluAutoEncoder": "JumpReluTrainer",
+    "GatedAutoEncoder": "GatedSAETrainer",
+    "AutoEncoderTopK": "TopKTrainer",
+    "BatchTopKSAE": "BatchTopKTrainer",
+    "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer",
+}
+"""Their classes that are read, and which of their trainers makes each."""
 
 
 def read(folder: str | Path) -> SAE:
@@ -45,8 +46,7 @@ def read(folder: str | Path) -> SAE:
     if not isinstance(trainer, dict) or not isinstance(trainer.get("dict_class"), str):
         raise CosaeError(f"{folder / CONFIG} names no trainer.dict_class: it is not dictionary_learning's.")
     kind = trainer["dict_class"]
-    if kind not in CLASSES:
-        raise CosaeError(f"{folder}: dict_class must be one of {', '.join(CLASSES)}. Got {kind!r} instead.")
+    check_choice(f"{folder}: dict_class", kind, TRAINERS)
     path = folder / WEIGHTS
     state = tensors(read_pickled(path), path)
     metadata = _metadata(config, trainer, kind)
@@ -64,9 +64,10 @@ def _linear(kind: str, state: dict[str, Tensor], trainer: dict[str, Any], path: 
         enc_DF, bias_F, decoder_FD, centre_D, threshold = get("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
         made = partial(Linear, transposed(enc_DF, "W_enc", path), bias_F, decoder_FD, centre_D, threshold=threshold)
         if kind == "JumpReluAutoEncoder":
-            return made("jumprelu", _aim(trainer), centred=False)
-        prefixes = _prefixes(state, path)
-        return made("batch_topk", _k(state, trainer, path), prefixes=prefixes)
+            aim = trainer.get("target_l0", 0)  # features per token it was trained for
+            known = isinstance(aim, int | float) and not isinstance(aim, bool) and 1 <= aim < 2**31
+            return made("jumprelu", round(aim) if known else None, centred=False)
+        return made("batch_topk", _k(state, trainer, path), prefixes=_prefixes(state, path))
     rows_FD, decoder_DF = get("encoder.weight", "decoder.weight")
     decoder_FD = transposed(decoder_DF, "decoder.weight", path)
     if kind == "GatedAutoEncoder":
@@ -84,22 +85,12 @@ def _linear(kind: str, state: dict[str, Tensor], trainer: dict[str, Any], path: 
     return made("batch_topk", k, threshold)
 
 
-def _aim(trainer: dict[str, Any]) -> int | None:
-    """Features per token that JumpReLU was trained for, where the configuration says it."""
-    aim = trainer.get("target_l0")
-    if isinstance(aim, int | float) and not isinstance(aim, bool) and 1 <= aim < 2**31:
-        return round(aim)
-    return None
-
-
 def _prefixes(state: dict[str, Tensor], path: Path) -> tuple[int, ...]:
     """Feature counts of the groups, summed up."""
     (sizes,) = take(state, ("group_sizes",), path)
     d_sae = state["W_dec"].shape[0] if state["W_dec"].ndim else 0
     if sizes.ndim != 1 or sizes.is_floating_point() or sizes.numel() > max(d_sae, 1):
-        raise CosaeError(
-            f"{path}: group_sizes must be a list of whole numbers. Got {sizes.dtype} {tuple(sizes.shape)}."
-        )
+        raise CosaeError(f"{path}: group_sizes must be a list of integers. Got {sizes.dtype} {tuple(sizes.shape)}.")
     if not bool((sizes > 0).all()) or int(sizes.long().sum()) != d_sae:
         raise CosaeError(f"{path}: group_sizes must be positive and add up to the {d_sae} features.")
     return tuple(int(p) for p in torch.cumsum(sizes.long(), 0))
@@ -116,21 +107,15 @@ def _k(state: dict[str, Tensor], trainer: dict[str, Any], path: Path) -> int:
 
 def _metadata(config: dict[str, Any], trainer: dict[str, Any], kind: str) -> dict[str, Any]:
     """Metadata of training under cosae's names."""
-    buffer = config.get("buffer") if isinstance(config.get("buffer"), dict) else {}
-    assert isinstance(buffer, dict)
-    layer = trainer.get("layer")
+    buffer, layer, module = config.get("buffer"), trainer.get("layer"), trainer.get("submodule_name")
+    residual = (f"resid_post_layer_{layer}", f"model.layers.{layer}")  # the stream after that block, as they name it
     return {
         "format": "dictionary_learning",
         "dict_class": kind,
         "model": trainer.get("lm_name"),
-        "hf_hook_name": trainer.get("submodule_name"),
-        "site": f"resid_post.{layer}" if isinstance(layer, int) and _is_residual(trainer, layer) else None,
+        "hf_hook_name": module,
+        "site": f"resid_post.{layer}" if isinstance(layer, int) and module in residual else None,
         "layer": layer,
         "seed": trainer.get("seed"),
-        "context": buffer.get("ctx_len"),
+        "context": buffer.get("ctx_len") if isinstance(buffer, dict) else None,
     }
-
-
-def _is_residual(trainer: dict[str, Any], layer: int) -> bool:
-    """Whether the submodule's name says the residual stream after that block (their convention)."""
-    return str(trainer.get("submodule_name", "")) in (f"resid_post_layer_{layer}", f"model.layers.{layer}")

@@ -21,22 +21,12 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.interop.dictionary_learning.read import CONFIG, WEIGHTS
+from cosae.interop.dictionary_learning.read import CONFIG, TRAINERS, WEIGHTS
 from cosae.interop.linear import NO_THRESHOLD
 from cosae.io.staged import staged
 from cosae.kernels.terms import ROW_MIN
 from cosae.sae.model import SAE
 
-TRAINERS = {
-    "AutoEncoder": "StandardTrainer",
-    "AutoEncoderNew": "StandardTrainerAprilUpdate",
-    "JumpReluAutoEncoder": "JumpReluTrainer",
-    "GatedAutoEncoder": "GatedSAETrainer",
-    "AutoEncoderTopK": "TopKTrainer",
-    "BatchTopKSAE": "BatchTopKTrainer",
-    "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer",
-}
-"""Which of their trainers makes each class: what their configuration is expected to name."""
 PLAIN = NO_THRESHOLD * 1e10
 """θ up to which jumprelu is a plain ReLU: what `linear` writes for one, with room for folds of decoder norms."""
 State = dict[str, Tensor]
@@ -52,7 +42,10 @@ def write(
     under another selector), an uncalibrated batch_topk, or a place that holds something else or cannot be written.
     """
     folder = Path(folder)
-    kind, state = _state(sae)
+    with torch.no_grad():
+        kind, expressed = _expressed(sae)
+        fp32 = {name: value.float() if value.is_floating_point() else value for name, value in expressed.items()}
+        state = {name: value.cpu().contiguous().clone() for name, value in fp32.items()}
     config = {
         "trainer": {
             "trainer_class": TRAINERS[kind],
@@ -79,23 +72,14 @@ def write(
     return folder
 
 
-@torch.no_grad()
-def _state(sae: SAE) -> tuple[str, State]:
-    """Their class and its state dict, fp32."""
-    kind, state = _expressed(sae)
-    plain = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    return kind, {name: value.cpu().contiguous().clone() for name, value in plain.items()}
-
-
 def _expressed(sae: SAE) -> tuple[str, State]:
+    """Their class and its state dict."""
     cfg = sae.cfg
     rows_FD = _affine_rows(sae)
     if not sae.calibrated:
         raise CosaeError("an uncalibrated batch_topk SAE has no threshold to write: calibrate it first.")
     if cfg.prefixes[:-1] and cfg.selector != "batch_topk":
-        raise CosaeError(
-            f"their Matryoshka class is batch_topk only. Got prefixes under {cfg.selector}: keep it in cosae's format."
-        )
+        raise CosaeError(f"their Matryoshka class is batch_topk only. Got {cfg.selector}: keep it in cosae's format.")
     decoder_FD, centre_D = sae.W_dec.double(), sae.b_dec.double()
     bias_F = decoder_FD.new_zeros(sae.d_sae) if sae.b_enc is None else sae.b_enc.double()
     threshold = sae.threshold.double()
@@ -119,10 +103,8 @@ def _expressed(sae: SAE) -> tuple[str, State]:
     k = torch.tensor(sae.k, dtype=torch.int32)
     centred = {**linear, "encoder.bias": bias_F, "b_dec": centre_D, "k": k}
     if cfg.selector == "topk":
-        return "AutoEncoderTopK", {
-            **centred,
-            "threshold": torch.tensor(float(sae.metadata.get("topk_threshold", -1.0))),
-        }
+        level = torch.tensor(float(sae.metadata.get("topk_threshold", -1.0)))
+        return "AutoEncoderTopK", {**centred, "threshold": level}
     threshold = threshold.reshape(())
     if not cfg.prefixes:
         return "BatchTopKSAE", {**centred, "threshold": threshold}

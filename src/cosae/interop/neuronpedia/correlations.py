@@ -39,8 +39,7 @@ def correlated_features(codes: CachedCodes, k: int = 3) -> Partners:
             chunk = codes.chunk(number)
             together = (chunk[:, panel].T @ chunk).tocoo()  # each cell once: the plain += below is safe
             flat[together.row.astype(np.int64) * codes.d_sae + together.col] += together.data
-        for start in range(0, len(panel), 256):
-            rows = slice(start, start + 256)
+        for rows in (slice(start, start + 256) for start in range(0, len(panel), 256)):
             pair = panel[rows]
             pearson, cosine = _compare(sums.n, product[rows], sums.v_F[pair], sums.vv_F[pair], sums.v_F, sums.vv_F)
             pearson[np.arange(len(pair)), pair] = -np.inf
@@ -52,8 +51,7 @@ def correlated_neurons(codes: CachedCodes, k: int = 3) -> Partners:
     """The coordinates of the activations that vary with each feature."""
     sums = codes.sums
     found = []
-    for start in range(0, codes.d_sae, 1024):
-        rows = slice(start, start + 1024)
+    for rows in (slice(start, start + 1024) for start in range(0, codes.d_sae, 1024)):
         pearson, cosine = _compare(sums.n, sums.vx_FD[rows], sums.v_F[rows], sums.vv_F[rows], sums.x_D, sums.xx_D)
         found.append(_best(pearson, cosine, min(k, len(sums.x_D))))
     return _joined(found)

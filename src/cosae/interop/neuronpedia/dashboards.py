@@ -1,8 +1,5 @@
 """Feature dashboards as SAEDashboard 0.8 writes them for Neuronpedia: `batch-{i}.json`, one feature an object.
 
-    model, tokenizer, site, SAE, sequences → cached codes (one pass) → for every feature its windows, densities,
-    histograms, logits and partners → files that Neuronpedia's own importer and the upload (neuronpedia_upload) read
-
 What SAEDashboard does and this repeats: a window is a whole sequence without its first token; the top group holds the
 largest activations (bin_min = bin_contains = −1, bin_max the largest of all); intervals cut 0 … max into equal
 lengths, both ends in, bin_contains being the share of all tokens in one, silent tokens counted in the lowest; values
@@ -17,16 +14,16 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from cosae.errors import CosaeError
 from cosae.interop.cached_codes import Array, CachedCodes, cache_codes
-from cosae.interop.neuronpedia.correlations import Partners, correlated_features, correlated_neurons
+from cosae.interop.neuronpedia.correlations import correlated_features, correlated_neurons
 from cosae.interop.neuronpedia.settings import Dashboard
 from cosae.interop.neuronpedia.unembed import head_shares, residual_directions, spellings, unembedding
 from cosae.interop.neuronpedia.windows import histogram, rounded, windows
@@ -64,22 +61,17 @@ def write_dashboards(
     if not 3 <= context <= 1025:
         raise CosaeError(f"sequences must have 3 to 1025 tokens (Neuronpedia shows 1024). Got {context} instead.")
     with filled(out, MARK) as staged, tempfile.TemporaryDirectory(prefix=".codes.", dir=staged) as work:
-        ignored = None if settings.ignore_norm_above is None else _high_norms(settings.ignore_norm_above)
-        codes = cache_codes(
-            model, site, sae, sequences, Path(work), ignored=ignored, batch_sequences=batch_sequences, log=log
-        )
+        factor = settings.ignore_norm_above
+        ignored = None if factor is None else lambda norm_N: norm_N > factor * norm_N.median()
+        options: dict[str, Any] = {"ignored": ignored, "batch_sequences": batch_sequences, "log": log}
+        codes = cache_codes(model, site, sae, sequences, Path(work), **options)
         log("correlations")
-        tables = _Tables.of(model, tokenizer, site, sae, codes)
+        tables = _Tables(model, tokenizer, site, sae, codes)
         ranges = batches(sae.d_sae, settings.features_per_batch)
+        named = {"model_id": settings.model_id, "layer": settings.layer, "sae_set": settings.set_name}
         for number, (first, stop) in enumerate(ranges):
             features = list(_features(codes, tables, settings, first, stop))
-            batch = {
-                "model_id": settings.model_id,
-                "layer": settings.layer,
-                "sae_set": settings.set_name,
-                "sae_id_suffix": None,
-                "features": features,
-            }
+            batch = {**named, "sae_id_suffix": None, "features": features}
             (staged / f"batch-{number}.json").write_text(json.dumps(batch, allow_nan=False), encoding="utf-8")
             log(f"wrote {number + 1} of {len(ranges)} batches")
         _write_settings(staged, settings, sequences, codes, metadata or {})
@@ -92,39 +84,22 @@ def batches(d_sae: int, size: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def _high_norms(factor: float) -> Callable[[Tensor], Tensor]:
-    return lambda norm_N: norm_N > factor * norm_N.median()
-
-
-@dataclass(frozen=True)
 class _Tables:
     """What is known of all features before any window is looked for."""
 
-    spelled: list[str]
-    row_tokens: list[list[str]]
-    neurons: Partners
-    features: Partners
-    decoder_FD: Array
-    direction_FD: Tensor | None
-    unembedding_VD: Tensor | None
-    heads_FH: Array | None
-
-    @classmethod
-    def of(cls, model: nn.Module, tokenizer: Any, site: Site, sae: SAE, codes: CachedCodes) -> _Tables:
-        unembedding_VD = unembedding(model)
-        largest = int(codes.ids_ST.max()) + 1
-        spelled = spellings(tokenizer, max(largest, 0 if unembedding_VD is None else len(unembedding_VD)))
+    def __init__(self, model: nn.Module, tokenizer: Any, site: Site, sae: SAE, codes: CachedCodes) -> None:
+        self.unembedding_VD = unembedding(model)
+        n_spelled = max(int(codes.ids_ST.max()) + 1, 0 if self.unembedding_VD is None else len(self.unembedding_VD))
+        self.spelled = spellings(tokenizer, n_spelled)
+        self.row_tokens = [[self.spelled[i] for i in row] for row in codes.ids_ST[:, 1:].tolist()]
+        self.partners = {
+            "neurons": correlated_neurons(codes, PARTNERS),
+            "features": correlated_features(codes, PARTNERS),
+        }
+        self.decoder_FD: Array = sae.W_dec.detach().float().cpu().numpy().astype(np.float64)
+        self.direction_FD = residual_directions(model, site, sae.W_dec)
         shares = head_shares(model, site, sae.W_dec)
-        return cls(
-            spelled=spelled,
-            row_tokens=[[spelled[i] for i in row] for row in codes.ids_ST[:, 1:].tolist()],
-            neurons=correlated_neurons(codes, PARTNERS),
-            features=correlated_features(codes, PARTNERS),
-            decoder_FD=sae.W_dec.detach().float().cpu().numpy().astype(np.float64),
-            direction_FD=residual_directions(model, site, sae.W_dec),
-            unembedding_VD=unembedding_VD,
-            heads_FH=None if shares is None else shares.double().numpy(),
-        )
+        self.heads_FH: Array | None = None if shares is None else shares.double().numpy()
 
 
 def _features(
@@ -149,17 +124,17 @@ def _feature(
     heights, centres = histogram(value_e)
     row_D, logits = tables.decoder_FD[feature], _logits(feature, tables)
     aligned = np.argsort(-row_D, kind="stable")[:PARTNERS]
+    correlated: dict[str, Any] = {}
+    for kind, found in tables.partners.items():
+        correlated[f"correlated_{kind}_indices"] = found.id_Fk[feature].tolist()
+        correlated[f"correlated_{kind}_l1"] = rounded(found.cosine_Fk[feature])
+        correlated[f"correlated_{kind}_pearson"] = rounded(found.pearson_Fk[feature])
     return {
         "feature_index": feature,
         "neuron_alignment_indices": aligned.tolist(),
         "neuron_alignment_values": rounded(row_D[aligned]),
         "neuron_alignment_l1": rounded(np.abs(row_D[aligned]) / max(np.abs(row_D).sum(), 1e-30)),
-        "correlated_neurons_indices": tables.neurons.id_Fk[feature].tolist(),
-        "correlated_neurons_l1": rounded(tables.neurons.cosine_Fk[feature]),
-        "correlated_neurons_pearson": rounded(tables.neurons.pearson_Fk[feature]),
-        "correlated_features_indices": tables.features.id_Fk[feature].tolist(),
-        "correlated_features_l1": rounded(tables.features.cosine_Fk[feature]),
-        "correlated_features_pearson": rounded(tables.features.pearson_Fk[feature]),
+        **correlated,
         **{name: value for name, value in logits.items() if "hist" not in name},
         "frac_nonzero": len(token_e) / codes.n_tokens,
         "freq_hist_data_bar_values": rounded(centres),
@@ -176,10 +151,9 @@ def _feature(
 
 def _logits(feature: int, tables: _Tables) -> dict[str, Any]:
     """The tokens the direction raises and lowers most; empty where it does not lie in the residual stream."""
-    names = ("neg_str", "neg_values", "pos_str", "pos_values", "logits_hist_data_bar_heights")
-    if tables.direction_FD is None or tables.unembedding_VD is None:
-        return {key: [] for key in (*names, "logits_hist_data_bar_values")}
-    logit_V = (tables.unembedding_VD @ tables.direction_FD[feature]).double().numpy()
+    logit_V = np.zeros(0)
+    if tables.direction_FD is not None and tables.unembedding_VD is not None:
+        logit_V = (tables.unembedding_VD @ tables.direction_FD[feature]).double().numpy()
     order = np.argsort(logit_V, kind="stable")
     low, high = order[:LOGITS], order[::-1][:LOGITS]
     heights, centres = histogram(logit_V)
@@ -211,13 +185,8 @@ def _write_settings(
         "quantile_group_size": settings.per_quantile,
         "ignore_high_activation_norm_multiple": settings.ignore_norm_above,
     }
-    skipped: dict[str, Any] = {
-        "model_id": settings.model_id,
-        "layer": str(settings.layer),
-        "sae_set": settings.set_name,
-        "log_sparsity": None,
-        "skipped_indexes": [],
-    }
+    skipped: dict[str, Any] = {"model_id": settings.model_id, "layer": str(settings.layer)}
+    skipped |= {"sae_set": settings.set_name, "log_sparsity": None, "skipped_indexes": []}
     mark = {
         "format": FORMAT,
         "version": VERSION,

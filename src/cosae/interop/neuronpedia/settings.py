@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_least
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class Dashboard(Options):
             if not value or any(c.isspace() or c in "/\\?#" for c in value):
                 raise CosaeError(f"{name} must be a name without spaces or slashes, part of an address. Got {value!r}.")
         for name, least in (("top", 1), ("n_quantiles", 0), ("per_quantile", 1), ("layer", 0)):
-            if getattr(self, name) < least:
-                raise CosaeError(f"{name} must be at least {least}. Got {getattr(self, name)} instead.")
+            check_least(name, getattr(self, name), least)
         if not 1 <= self.features_per_batch <= 128:
             raise CosaeError(f"features_per_batch must be between 1 and 128. Got {self.features_per_batch} instead.")
         if self.ignore_norm_above is not None and not self.ignore_norm_above > 1:

@@ -29,10 +29,9 @@ def residual_directions(model: nn.Module, site: Site, rows_FD: Tensor) -> Tensor
     if site.hook_name.startswith("blocks.") and site.hook_name.endswith(ON_STREAM):
         return rows_FD
     weight_OI = _linear_weight(model, site)
-    if weight_OI is None or weight_OI.shape != (_width(model), rows_FD.shape[1]):
+    if weight_OI is None or weight_OI.shape != (int(_text_config(model).hidden_size), rows_FD.shape[1]):
         return None
-    directions_FD: Tensor = rows_FD @ weight_OI.T
-    return directions_FD
+    return rows_FD @ weight_OI.T
 
 
 def head_shares(model: nn.Module, site: Site, rows_FD: Tensor) -> Tensor | None:
@@ -47,14 +46,12 @@ def head_shares(model: nn.Module, site: Site, rows_FD: Tensor) -> Tensor | None:
     if _linear_weight(model, site) is None or not heads or rows_FD.shape[1] % heads:
         return None
     length_FH: Tensor = rows_FD.detach().float().cpu().reshape(len(rows_FD), heads, -1).norm(dim=-1)
-    total_F: Tensor = length_FH.sum(1, keepdim=True)
-    return length_FH.div(total_F.clamp_min(torch.finfo(torch.float32).tiny))
+    return length_FH / length_FH.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def unembedding(model: nn.Module) -> Tensor | None:
     """(V, d_model) fp32 unembedding; None for a model without one."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(head, "weight", None)
+    weight = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
     return weight.detach().float().cpu() if isinstance(weight, Tensor) else None
 
 
@@ -90,7 +87,3 @@ def _linear_weight(model: nn.Module, site: Site) -> Tensor | None:
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _width(model: nn.Module) -> int:
-    return int(_text_config(model).hidden_size)

@@ -23,7 +23,7 @@ from cosae.errors import CosaeError
 from cosae.interop.neuronpedia.dashboards import FORMAT, MARK
 from cosae.interop.neuronpedia.settings import Dashboard
 from cosae.io.atomic import write_text
-from cosae.io.untrusted import read_json
+from cosae.io.untrusted import one_line, read_json
 
 SENT = "upload.json"
 KEY = "NEURONPEDIA_API_KEY"
@@ -33,11 +33,7 @@ MAX_BATCH_BYTES = 2**31
 
 @dataclass(frozen=True)
 class Plan:
-    """What an upload sends.
-
-    source    LAYER-SET, the source's id; batches: file names with how many features of each are sent
-    features  how many in all; dead: how many are left out
-    """
+    """What an upload sends: batches are file names with their numbers of features; dead features are left out."""
 
     model_id: str
     set_name: str
@@ -55,10 +51,8 @@ class Plan:
 
     def __str__(self) -> str:
         left_out = f"; {self.dead:,} dead features have nothing to show and are left out" if self.dead else ""
-        return (
-            f"{self.features:,} features in {len(self.batches)} batches for source {self.source} of model "
-            f"{self.model_id}{left_out}"
-        )
+        to = f"source {self.source} of model {self.model_id}"
+        return f"{self.features:,} features in {len(self.batches)} batches for {to}{left_out}"
 
 
 def check_ready() -> None:
@@ -109,11 +103,10 @@ def check_feature(feature: Mapping[str, Any], path: Path) -> None:
         if len(feature[f"{side}_str"]) != len(feature[f"{side}_values"]) or len(feature[f"{side}_str"]) > MAX_LOGITS:
             raise CosaeError(f"{where}: up to {MAX_LOGITS} logits a side, each with its token, are allowed.")
     for one in feature["activations"]:
-        if len(one["tokens"]) != len(one["values"]) or not 1 <= len(one["tokens"]) <= MAX_TOKENS:
-            raise CosaeError(
-                f"{where}: an activation must have 1 to {MAX_TOKENS} tokens and as many values. Got "
-                f"{len(one['tokens'])} tokens and {len(one['values'])} values instead."
-            )
+        n, values = len(one["tokens"]), len(one["values"])
+        if n != values or not 1 <= n <= MAX_TOKENS:
+            needs = f"1 to {MAX_TOKENS} tokens and as many values"
+            raise CosaeError(f"{where}: an activation must have {needs}. Got {n} tokens and {values} values instead.")
         if not all(math.isfinite(value) for value in one["values"]):
             raise CosaeError(f"{where}: an activation holds a value that is not a finite number.")
 
@@ -125,10 +118,8 @@ def upload(out: Path, plan: Plan, log: Callable[[str], None] = lambda _: None) -
     arrived are not sent again.
     """
     check_ready()
-    client = _client()
-    place = out / SENT
-    target = [plan.model_id, plan.source]
-    sent: list[str] = []
+    client, place = _client(), out / SENT
+    target, sent = [plan.model_id, plan.source], list[str]()
     if place.is_file():
         before = read_json(place)
         sent = list(before.get("batches", [])) if before.get("target") == target else []
@@ -172,24 +163,13 @@ def _source(client: Any, plan: Plan) -> Any:
 def _feature(client: Any, feature: Mapping[str, Any], plan: Plan) -> Any:
     """A feature of a batch file as the client's object. The top group has no interval: its −1 stay here."""
     logit, activation = client.np_feature.Logit, client.np_activation.Activation
-    index = feature["feature_index"]
-    shown = [
-        activation(
-            modelId=plan.model_id,
-            source=plan.source,
-            index=index,
-            tokens=one["tokens"],
-            values=one["values"],
-            quantileMin=one["bin_min"] if one["bin_contains"] >= 0 else None,
-            quantileMax=one["bin_max"] if one["bin_contains"] >= 0 else None,
-            quantileFraction=one["bin_contains"] if one["bin_contains"] >= 0 else None,
-        )
-        for one in feature["activations"]
-    ]
+    where = {"modelId": plan.model_id, "source": plan.source, "index": feature["feature_index"]}
+    keys, shown = {"quantileMin": "bin_min", "quantileMax": "bin_max", "quantileFraction": "bin_contains"}, []
+    for one in feature["activations"]:
+        interval = {theirs: one[ours] if one["bin_contains"] >= 0 else None for theirs, ours in keys.items()}
+        shown.append(activation(**where, tokens=one["tokens"], values=one["values"], **interval))
     return client.np_feature.Feature(
-        modelId=plan.model_id,
-        source=plan.source,
-        index=index,
+        **where,
         density=feature["frac_nonzero"],
         top_logits=[logit(t, v) for t, v in zip(feature["pos_str"], feature["pos_values"], strict=True)],
         bottom_logits=[logit(t, v) for t, v in zip(feature["neg_str"], feature["neg_values"], strict=True)],
@@ -203,20 +183,16 @@ def _ask(question: Callable[[], Any], progress: str) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             return question()
     except Exception as error:  # the client and requests raise errors of many kinds
-        words = " ".join(str(error).split()) or type(error).__name__
         told = {"NPUnauthorizedError": "the key is not accepted", "ConnectionError": "the server could not be reached"}
-        words = told.get(type(error).__name__, words[:200])
-        raise CosaeError(
-            f"Neuronpedia did not take the upload ({words}); {progress}: run the same command again."
-        ) from None
+        words = told.get(type(error).__name__, one_line(error, 200))
+        raise CosaeError(f"Neuronpedia did not take the upload ({words}); {progress}: run the command again.") from None
 
 
 def _read_batch(path: Path) -> dict[str, Any]:
     """A batch file, checked to be one."""
     try:
-        batch = json.loads(path.read_text(encoding="utf-8"))
+        batch: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         batch["features"][0]["activations"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise CosaeError(f"{path} is not a batch of features: make the export again.") from None
-    found: dict[str, Any] = batch
-    return found
+    return batch

@@ -1,7 +1,6 @@
 """Which stretches of text show a feature, and histograms: the parts of a dashboard that are drawn from codes.
 
-A window is a whole sequence without its first token. The top group: the largest activations, each of another sequence.
-Intervals: 0 … the largest, cut into equal lengths, windows drawn at random from the tokens inside.
+A window is a whole sequence without its first token; of a group each is of another sequence.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.interop.saelens.folds import fold_decoder_norm, fold_input_scale
 from cosae.io.legacy import upgrade
 from cosae.sae import file
@@ -57,9 +57,7 @@ def assemble(
     convention (whitening, runtime normalisation, no centre) that cosae cannot represent.
     """
     dtype = torch.float64 if getattr(state.get("W_dec"), "dtype", None) == torch.float64 else torch.float32
-    weights = {
-        name: value.detach().cpu().to(dtype) if value.is_floating_point() else value for name, value in state.items()
-    }
+    weights = {n: value.detach().cpu().to(dtype) if value.is_floating_point() else value for n, value in state.items()}
     try:
         if config["architecture"] == GENERIC or config["architecture"] in OWN_ARCHITECTURES:
             cfg = own_config(config)
@@ -81,27 +79,17 @@ def own_config(config: Mapping[str, Any]) -> SAEConfig:
         raise CosaeError(f"architecture {config.get('architecture')!r} needs its section 'sae', which is not there.")
     cfg = SAEConfig(**{**section, "prefixes": tuple(section.get("prefixes", ()))})
     if (cfg.d_in, cfg.d_sae) != (config.get("d_in"), config.get("d_sae")):
-        raise CosaeError(
-            f"d_in and d_sae must agree with section 'sae', which says {cfg.d_in} and {cfg.d_sae}. "
-            f"Got {config.get('d_in')!r} and {config.get('d_sae')!r} instead."
-        )
+        got = f"{config.get('d_in')!r} and {config.get('d_sae')!r}"
+        raise CosaeError(f"d_in and d_sae must be section 'sae''s {cfg.d_in} and {cfg.d_sae}. Got {got} instead.")
     return cfg
 
 
 def check_conventions(config: Mapping[str, Any], allowed: tuple[str, ...] = ("none",)) -> None:
     """Raises CosaeError where SAELens' fields ask for what a cosine score cannot express."""
-    norm = config.get("normalize_activations", "none")
-    if norm not in allowed:
-        raise CosaeError(
-            f"normalize_activations must be {' or '.join(allowed)} for {config.get('architecture')}: a cosine score "
-            f"takes the norm out by its own exponent a, and a map of x that is not a scale cannot be folded into it. "
-            f"Got {norm!r} instead."
-        )
+    kind = config.get("architecture")
+    check_choice(f"normalize_activations of {kind}", config.get("normalize_activations", "none"), allowed)
     if not config.get("apply_b_dec_to_input", True):
-        raise CosaeError(
-            f"apply_b_dec_to_input must be true for {config.get('architecture')}: the cosine is taken around b_dec. "
-            "Got false instead."
-        )
+        raise CosaeError(f"apply_b_dec_to_input must be true for {kind}: its cosine is around b_dec. Got false.")
 
 
 def _cosine(
@@ -110,19 +98,15 @@ def _cosine(
     """SAEConfig and weights by cosae's names on disk, every fold made."""
     architecture = config["architecture"]
     check_conventions(config, ("none", "expected_average_only_in"))
-    score = config.get("score")
-    if score not in SCORES:
-        raise CosaeError(f"score must be one of {', '.join(SCORES)}. Got {score!r} instead.")
+    score = config.get("score", "")
+    check_choice("score", score, SCORES)
     _check_names(architecture, score, weights)
     if config.get("rescale_acts_by_decoder_norm", False):
         kept = {name: value for name, value in weights.items() if name != "threshold"}
         weights = {**weights, **fold_decoder_norm(kept, score)}  # thresholds are in units of the scaled scores already
     if config.get("normalize_activations") == "expected_average_only_in":
         if scaling_factor is None:
-            raise CosaeError(
-                f"normalize_activations is 'expected_average_only_in' and no scaling factor is there ({SCALER}): "
-                "save the SAE after SAELens' training has folded it in, or copy the whole checkpoint."
-            )
+            raise CosaeError(f"activations were rescaled, and {SCALER} does not say by how much: copy all of it.")
         weights = {**weights, **fold_input_scale(weights, score, scaling_factor)}
     d_sae = weights["W_dec"].shape[0]
     step = weights.pop("topk_threshold", None)
@@ -176,8 +160,9 @@ def _owners(score: str, weights: dict[str, Tensor], config: Mapping[str, Any]) -
     if owner in ("feature", "base_delta", "group"):
         a, b = a.expand(d_sae), b.expand(d_sae)
     if owner == "group":
-        size = max(d_sae // max(int(config.get("n_groups", 4)), 1), 1)
-        group_F = (torch.arange(d_sae) // size).clamp_max(int(config.get("n_groups", 4)) - 1)
+        groups = int(config.get("n_groups", 4))
+        size = max(d_sae // max(groups, 1), 1)
+        group_F = (torch.arange(d_sae) // size).clamp_max(groups - 1)
         if not bool((a[group_F * size] == a).all()):
             score = "cosine_per_feature"
     weights = {**weights, "scale_a": a, "scale_b": b}

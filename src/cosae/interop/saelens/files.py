@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.interop.linear import Linear, linear_sae
 from cosae.interop.saelens import cosine
 from cosae.io.untrusted import number, read_json, read_safetensors, take, transposed, whole
@@ -46,17 +46,19 @@ def read(folder: str | Path) -> SAE:
     if kind in cosine.ARCHITECTURES and config.get("format") == own.FORMAT:
         return own.load(folder)
     if kind not in (*ARCHITECTURES, *cosine.ARCHITECTURES):
-        raise CosaeError(
-            f"{folder}: SAELens architectures that cosae reads are {', '.join(ARCHITECTURES)} and cosae's own. "
-            f"Got {kind!r} instead."
-        )
+        known = ", ".join(ARCHITECTURES)
+        raise CosaeError(f"{folder}: the architecture must be {known} or one of cosae's own. Got {kind!r} instead.")
     path = folder / own.WEIGHTS
     state = read_safetensors(path)
     if kind in cosine.ARCHITECTURES:
         return cosine.assemble(config, state, str(path), _scaling_factor(folder))
     _check_conventions(config, kind, folder)
     sae = linear_sae(_linear(kind, config, state, path), str(path), _metadata(config, kind))
-    scale = _training_scale(config, kind, folder)
+    if config.get("normalize_activations") != "expected_average_only_in":
+        return sae
+    scale = _scaling_factor(folder)
+    if scale is None and kind in TRAINING:
+        raise CosaeError(f"{folder}: activations were rescaled, and {cosine.SCALER} does not say by what: copy it all.")
     return sae if scale is None else fold_input_scale(sae, scale)
 
 
@@ -80,26 +82,8 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _training_scale(config: dict[str, Any], kind: str, folder: Path) -> float | None:
-    """What a checkpoint's activations were multiplied by; None where the weights are for activations as they are."""
-    if config.get("normalize_activations") != "expected_average_only_in":
-        return None
-    scale = _scaling_factor(folder)
-    if scale is None and kind in TRAINING:
-        raise CosaeError(
-            f"{folder} is a checkpoint of activations that were rescaled, and {cosine.SCALER} does not say by "
-            "how much: copy the whole checkpoint."
-        )
-    return scale
-
-
 def _check_conventions(config: dict[str, Any], kind: str, folder: Path) -> None:
-    normalisation = config.get("normalize_activations", "none")
-    if normalisation not in EXPRESSED:
-        raise CosaeError(
-            f"{folder}: normalize_activations {normalisation!r} rescales every token inside the SAE in a way that no "
-            f"frame of cosae's repeats exactly; those read are {', '.join(EXPRESSED)}."
-        )
+    check_choice(f"{folder}: normalize_activations", config.get("normalize_activations", "none"), EXPRESSED)
     for name in ("finetuning_scaling_factor", "use_error_term"):
         if config.get(name):
             raise CosaeError(f"{folder}: {name} is set, which cosae does not express.")
@@ -127,9 +111,8 @@ def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: P
     k = whole(config.get("k"), "k", path)
     if config.get("rescale_acts_by_decoder_norm", kind in TRAINING):
         if decoder_FD.shape != rows_FD.shape or bias_F.shape != rows_FD.shape[:1]:
-            raise CosaeError(
-                f"{path}: W_dec and b_enc do not fit W_enc: {tuple(decoder_FD.shape)}, {tuple(bias_F.shape)}."
-            )
+            shapes = f"{tuple(decoder_FD.shape)}, {tuple(bias_F.shape)}"
+            raise CosaeError(f"{path}: W_dec and b_enc do not fit W_enc: {shapes}; the file is damaged.")
         length_F = decoder_FD.double().norm(dim=-1)
         if not bool((length_F > 0).all()):
             raise CosaeError(f"{path}: decoder rows of length 0 cannot be rescaled to length 1; the file is damaged.")
@@ -150,11 +133,8 @@ def _metadata(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """Metadata of training under cosae's names; SAELens keeps them in `metadata`, older versions beside the rest."""
     metadata = config.get("metadata")
     known = {**config, **(metadata if isinstance(metadata, dict) else {})}
-    names = {"model_name": "model", "hook_name": "hook_name", "hf_hook_name": "hf_hook_name"}
-    names |= {"dataset_path": "dataset", "context_size": "context", "seed": "seed", "neuronpedia_id": "neuronpedia_id"}
+    names = {**cosine.OUR_NAMES, "context_size": "context", "seed": "seed", "neuronpedia_id": "neuronpedia_id"}
     found = {ours: known.get(theirs) for theirs, ours in names.items()}
     found |= {"format": "saelens", "saelens_architecture": kind}
-    for name in ("normalize_activations", "reshape_activations"):
-        if config.get(name) not in (None, "none"):
-            found[name] = config[name]
-    return found
+    changed = ("normalize_activations", "reshape_activations")
+    return found | {name: config[name] for name in changed if config.get(name) not in (None, "none")}

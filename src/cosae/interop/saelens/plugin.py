@@ -42,27 +42,7 @@ try:
     TRAINING = registry.SAE_TRAINING_CLASS_REGISTRY
 except (ImportError, AttributeError) as error:
     version = getattr(sae_lens, "__version__", "of unknown version")
-    raise CosaeError(
-        f"this SAELens ({version}) lacks what the plug-in builds on ({error}): it was written for sae-lens 6.54."
-    ) from None
-
-__all__ = [
-    "CosaeSAE",
-    "CosaeSAEConfig",
-    "CosineBatchTopKTrainingSAE",
-    "CosineBatchTopKTrainingSAEConfig",
-    "CosineJumpReLUSAE",
-    "CosineJumpReLUSAEConfig",
-    "CosineJumpReLUTrainingSAE",
-    "CosineJumpReLUTrainingSAEConfig",
-    "CosineMatryoshkaBatchTopKTrainingSAE",
-    "CosineMatryoshkaBatchTopKTrainingSAEConfig",
-    "CosineTopKTrainingSAE",
-    "CosineTopKTrainingSAEConfig",
-    "from_cosae",
-    "register",
-    "to_cosae",
-]
+    raise CosaeError(f"this SAELens ({version}) lacks what the plug-in needs ({error}): use sae-lens 6.54.") from None
 
 
 def register() -> None:
@@ -93,8 +73,7 @@ def to_cosae(sae: Any) -> SAE:
 def from_cosae(sae: SAE) -> Any:
     """A cosae.SAE → SAELens' inference object with the same codes, on the CPU."""
     with tempfile.TemporaryDirectory() as place:
-        folder = file.save(sae, Path(place) / "sae")
-        return sae_lens.SAE.load_from_disk(folder)
+        return sae_lens.SAE.load_from_disk(file.save(sae, Path(place) / "sae"))
 
 
 register()
