@@ -1,6 +1,5 @@
 """A model card written from an SAE's own metadata: what it is, how it was trained, what was measured, how to load it.
 
-In: SAEs by their folder in the repository, the numbers of their run's evaluation where there is one. Out: Markdown.
 Nothing is claimed that the files do not say; what they do not say is called unknown.
 """
 
@@ -30,19 +29,15 @@ def card(repo: str, saes: Mapping[str, SAE], metrics: Mapping[str, Any], license
     """
     front = ["---", "library_name: cosae", f"license: {license}", "tags:", *(f"- {tag}" for tag in TAGS), "---"]
     parts = ["\n".join(front), f"# {_plain(title or repo.split('/')[-1])}"]
-    some = next(iter(saes.values()))
-    parts.append(
-        f"Sparse autoencoders (SAEs) for activations of {_where(some)}, trained side by side."
-        if len(saes) > 1
-        else f"A sparse autoencoder (SAE) for activations of {_where(some)}."
-    )
-    if len(saes) > 1:
+    some, several = next(iter(saes.values())), len(saes) > 1
+    where = f"{_model(some.metadata)} at {_site(some)}"
+    if several:
+        parts.append(f"Sparse autoencoders (SAEs) for activations of {where}, trained side by side.")
         parts.append(_overview(saes, metrics))
-    for path, sae in saes.items():
-        parts.append(_one(path, sae, metrics.get(path), alone=len(saes) == 1))
-    parts.append(_loading(repo, next(iter(saes))))
-    parts.append(_warning(some))
-    return "\n\n".join(parts) + "\n"
+    else:
+        parts.append(f"A sparse autoencoder (SAE) for activations of {where}.")
+    parts += [_one(path, sae, metrics.get(path), alone=not several) for path, sae in saes.items()]
+    return "\n\n".join([*parts, _loading(repo, next(iter(saes))), _warning(some)]) + "\n"
 
 
 def arm_metrics(evaluation: Mapping[str, Any], arm: str) -> dict[str, Any]:
@@ -59,8 +54,7 @@ def arm_metrics(evaluation: Mapping[str, Any], arm: str) -> dict[str, Any]:
 
 def histogram_text(value_n: Sequence[float] | np.ndarray, bins: int = 24) -> str:
     """Bars of equal bins between the least and the largest value, as one line of block characters."""
-    values = np.asarray(value_n, np.float64)
-    counts, edges = np.histogram(values, bins)
+    counts, edges = np.histogram(np.asarray(value_n, np.float64), bins)
     return f"{edges[0]:.3g} |{_bars(counts)}| {edges[-1]:.3g}"
 
 
@@ -98,7 +92,6 @@ def _one(path: str, sae: SAE, metrics: Mapping[str, Any] | None, alone: bool) ->
 
 
 def _score_words(sae: SAE) -> str:
-    """The formula with what is fixed put in."""
     owner = sae.score.family.exponent_owner
     if sae.cfg.score == "inner":
         return "⟨x − c, w⟩ + β"
@@ -109,7 +102,6 @@ def _score_words(sae: SAE) -> str:
 
 
 def _exponents(sae: SAE) -> str:
-    """The exponent a: its value, or its distribution over features."""
     if sae.score.is_plain:
         return "The exponent a of the norm is 1: every code scales with the length of the activation."
     a_F = sae.scale_a.detach().float().cpu().reshape(-1).numpy()
@@ -132,25 +124,16 @@ def _measured(metadata: Mapping[str, Any], metrics: Mapping[str, Any] | None) ->
         one = metrics.get(name)
         if isinstance(one, Mapping):
             values = " | ".join(_number(one.get(key)) for key in ("fve", "fve_per_batch", "median_token_fve", "l0"))
-            lines.append(f"| {_number(one.get('tokens'))} ({words}) | {values} | {_number(_dead(one))} |")
+            dead = _number(one.get("dead_frac", one.get("dead")))
+            lines.append(f"| {_number(one.get('tokens'))} ({words}) | {values} | {dead} |")
     note = (
         "FVE is 1 − Σ|x − x̂|² / Σ|x − mean x|² about the mean of all these tokens; the second column averages FVEs of "
         "batches, each about its own mean, as other libraries report it."
     )
-    return "\n".join(lines) + "\n\n" + note + _active(metrics["sinks_out"])
-
-
-def _active(one: Mapping[str, Any]) -> str:
-    """How many features fire per token, as a line of bars."""
-    counts = _reach(one, "l0_histogram", "counts")
-    edges = _reach(one, "l0_histogram", "edges")
-    if not isinstance(counts, Sequence) or not isinstance(edges, Sequence) or not sum(counts):
-        return ""
-    return f"\n\n```\nactive features per token: {edges[0]:g} |{_bars(counts)}| {edges[-1]:g}\n```"
-
-
-def _dead(one: Mapping[str, Any]) -> Any:
-    return next((one[name] for name in ("dead_frac", "dead") if name in one), None)
+    counts, edges = (_reach(metrics["sinks_out"], "l0_histogram", name) for name in ("counts", "edges"))
+    if isinstance(counts, Sequence) and isinstance(edges, Sequence) and sum(counts):
+        note += f"\n\n```\nactive features per token: {edges[0]:g} |{_bars(counts)}| {edges[-1]:g}\n```"
+    return "\n".join(lines) + "\n\n" + note
 
 
 def _norms(metadata: Mapping[str, Any]) -> str:
@@ -166,7 +149,7 @@ def _norms(metadata: Mapping[str, Any]) -> str:
     quantiles = norm.get("quantiles")
     if isinstance(quantiles, Sequence) and len(quantiles) == 9:
         levels = "0, 1, 5, 25, 50, 75, 95, 99, 100 %"
-        rows.append((f"\\|x\\| at {levels}", ", ".join(_number(q) for q in quantiles)))
+        rows.append((f"\\|x\\| at {levels}", ", ".join(map(_number, quantiles))))
     rows.append(("training filter", _filter(metadata)))
     return _table(rows)
 
@@ -187,6 +170,8 @@ def _filter(metadata: Mapping[str, Any]) -> str:
 def _training(metadata: Mapping[str, Any]) -> str:
     recipe = metadata.get("recipe") if isinstance(metadata.get("recipe"), Mapping) else {}
     training, data = _reach(recipe, "training") or {}, _reach(recipe, "data") or {}
+    kind = _reach(metadata, "perturbation", "kind")
+    perturbed = "none" if kind in (None, "none") else f"{_plain(kind)}, put on the activations on purpose"
     rows = [
         ("model", _model(metadata)),
         ("text", _plain(_name_of(str(data.get("corpus") or metadata.get("dataset") or "unknown")))),
@@ -194,14 +179,13 @@ def _training(metadata: Mapping[str, Any]) -> str:
         ("tokens", _number(metadata.get("tokens"))),
         ("steps × tokens per step", f"{_number(training.get('steps'))} × {_number(training.get('batch_tokens'))}"),
         ("learning rate", _number(_reach(training, "optimizer", "lr"))),
-        ("norm perturbation", _perturbation(metadata)),
+        ("norm perturbation", perturbed),
         ("seed", _plain(metadata.get("seed", "unknown"))),
         ("commit", f"`{_plain(metadata['commit'])}`" if metadata.get("commit") else "unknown"),
     ]
     text = _table(rows)
     if recipe:
-        hidden = {k: v for k, v in recipe.items() if k != "arms"}
-        hidden = json.loads(json.dumps(hidden, default=str))
+        hidden = json.loads(json.dumps({k: v for k, v in recipe.items() if k != "arms"}, default=str))
         for name in ("model", "corpus", "activations"):
             where = _reach(hidden, "data", name)
             if isinstance(where, str):
@@ -211,16 +195,10 @@ def _training(metadata: Mapping[str, Any]) -> str:
     return text
 
 
-def _perturbation(metadata: Mapping[str, Any]) -> str:
-    kind = _reach(metadata, "perturbation", "kind")
-    return "none" if kind in (None, "none") else f"{_plain(kind)}, put on the activations on purpose"
-
-
 def _loading(repo: str, path: str) -> str:
-    place = f"{repo}:{path}" if path else repo
-    theirs = (
-        f"SAE.from_pretrained({repo!r}, {path!r})" if path else "SAE.load_from_disk('sae')  # the folder pulled above"
-    )
+    place, theirs = repo, "SAE.load_from_disk('sae')  # the folder pulled above"
+    if path:
+        place, theirs = f"{repo}:{path}", f"SAE.from_pretrained({repo!r}, {path!r})"
     return (
         "## How to load it\n\nWith cosae:\n\n"
         f"```python\nimport cosae\nfrom cosae.interop.hub import pull\n\n"
@@ -232,8 +210,7 @@ def _loading(repo: str, path: str) -> str:
 
 
 def _warning(sae: SAE) -> str:
-    norm = sae.metadata.get("norm_summary")
-    median = _reach(norm, "median_norm")
+    median = _reach(sae.metadata, "norm_summary", "median_norm")
     known = f" (median {_number(median)} in training)" if isinstance(median, int | float) else ""
     if sae.score.is_plain and sae.cfg.frame == "raw":
         body = (
@@ -249,10 +226,6 @@ def _warning(sae: SAE) -> str:
         f"## If norms differ from training\n\n{body} Compare the norms of your activations{known} with the table above "
         "before you rely on its codes; `cosae audit` does that and says what changes."
     )
-
-
-def _where(sae: SAE) -> str:
-    return f"{_model(sae.metadata)} at {_site(sae)}"
 
 
 def _model(metadata: Mapping[str, Any]) -> str:

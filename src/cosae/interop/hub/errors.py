@@ -1,4 +1,4 @@
-"""What the hub's client raises, in one sentence each: who may not, what is not there, what broke off."""
+"""What the hub's client raises, in one sentence each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def plainly(hub: Any, what: str, *, writing: bool) -> Iterator[None]:
     except CosaeError:
         raise
     except Exception as error:  # the client, its HTTP library and the system raise errors of many kinds
-        raise CosaeError(f"{what}: {reason(hub.errors, error, writing)}.") from None
+        raise CosaeError(f"{what}: {_reason(hub.errors, error, writing)}.") from None
 
 
-def reason(errors: Any, error: BaseException, writing: bool) -> str:
+def _reason(errors: Any, error: BaseException, writing: bool) -> str:
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # the client's own wrapping
-        return reason(errors, error.__cause__, writing)
+        return _reason(errors, error.__cause__, writing)
     login = "set HF_TOKEN or run `hf auth login`"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
@@ -32,9 +32,7 @@ def reason(errors: Any, error: BaseException, writing: bool) -> str:
         return "the repository has no such revision: name a branch, tag or commit that is there"
     if isinstance(error, errors.RepositoryNotFoundError):
         may = "write to" if writing else "see"
-        return (
-            f"there is no such repository, or it is private and no token given may {may} it: check the name, or {login}"
-        )
+        return f"there is no such repository, or none that the token may {may}: check the name, or {login}"
     if isinstance(error, errors.EntryNotFoundError) and status == 404:
         return "a file is no longer there: run the command again"
     if status == 401:

@@ -3,10 +3,9 @@
     REPO[:PATH]   OWNER/NAME, and a folder in it: me/saes, me/saes:layer_5/cosine
 
 A push is one commit: all of it arrives or none, and folders of this machine named in an SAE's metadata are cut to their
-last part. A pull downloads into a folder of its own, reads the SAE as
-`cosae.load` does (digests, shapes, stored probes) and only then puts it in place. Only here is huggingface_hub
-imported, when called. Tokens come from the argument, HF_TOKEN or `hf auth login`; the server from the argument or
-HF_ENDPOINT.
+last part. A pull downloads into a folder of its own, reads the SAE as `cosae.load` does (digests, shapes, stored
+probes) and only then puts it in place. Tokens come from the argument, HF_TOKEN or `hf auth login`; the server from the
+argument or HF_ENDPOINT.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cosae.errors import CosaeError
+from cosae.interop import cosine_paper, gemma_scope, sparsify
+from cosae.interop.dictionary_learning import read as dictionary_learning
 from cosae.interop.hub import card as cards
 from cosae.interop.hub.errors import plainly
 from cosae.interop.read import read_sae
@@ -33,14 +34,8 @@ from cosae.sae import file
 from cosae.sae.model import SAE
 
 CARD, METRICS, EVALUATION = "README.md", "metrics.json", "evaluation.json"
-WEIGHTS = (
-    "sae_weights.safetensors",
-    "sae.safetensors",
-    "ae.pt",
-    "params.npz",
-    "params.safetensors",
-    "sae_final.pt",
-)
+_OTHERS = (gemma_scope.ARCHIVE, gemma_scope.WEIGHTS, cosine_paper.NAME)
+WEIGHTS = (file.WEIGHTS, sparsify.WEIGHTS, dictionary_learning.WEIGHTS, *_OTHERS)
 BESIDE = ("cfg.json", "config.json", "self_check.safetensors", METRICS, CARD)
 """What a pull takes beside the weights; everything else in a repository stays there."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,95}")
@@ -101,9 +96,7 @@ def push(
     saes, metrics = _read_source(source)
     hub, api = _api(token, endpoint)
     if (token or hub.get_token()) is None:
-        raise CosaeError(
-            "pushing needs a token that may write: set HF_TOKEN, run `hf auth login`, or give token=; nothing was sent."
-        )
+        raise CosaeError("pushing needs a token that may write: set HF_TOKEN, run `hf auth login`, or give token=.")
     try:
         with tempfile.TemporaryDirectory() as staged:
             files = _stage(saes, metrics, place, license, Path(staged))
@@ -113,15 +106,9 @@ def push(
                 if place.path and _may_write_root_card(api, hub, place, revision):
                     files.setdefault(CARD, files[place.inside(CARD)])
                 log(f"{len(files)} files")
-                operations = [
-                    hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()
-                ]
-                done = api.create_commit(
-                    place.repo,
-                    operations,
-                    commit_message=message or f"cosae: {', '.join(n or place.path or 'SAE' for n in saes)}",
-                    revision=revision,
-                )
+                added = [hub.CommitOperationAdd(name, str(path)) for name, path in files.items()]
+                message = message or f"cosae: {', '.join(n or place.path or 'SAE' for n in saes)}"
+                done = api.create_commit(place.repo, added, commit_message=message, revision=revision)
     except OSError as error:
         raise CosaeError(f"{place} was not pushed: a file could not be staged ({error.strerror or error}).") from None
     return str(getattr(done, "commit_url", None) or done)
@@ -158,8 +145,14 @@ def pull(
             target.parent.mkdir(parents=True, exist_ok=True)
             (staged / ".download" / name).rename(target)
         shutil.rmtree(staged / ".download", ignore_errors=True)
-        for folder in _sae_folders(chosen.values()):
-            _check(staged / folder, place, folder)
+        for folder in sorted(
+            {str(path.parent) for path in map(PurePosixPath, chosen.values()) if path.name in WEIGHTS}
+        ):
+            try:
+                read_sae(staged / folder)
+            except CosaeError as error:
+                said = str(error).replace(str(staged / folder), f"{place}" if folder == "." else f"{place}/{folder}")
+                raise CosaeError(f"what was pulled is no sound SAE: {said}") from None
     return out
 
 
@@ -177,10 +170,9 @@ def _read_source(source: SAE | str | Path) -> tuple[dict[str, SAE], dict[str, An
             raise CosaeError(f"{path} is a run without finished SAEs: let it finish, or resume it.")
         evaluation = _evaluation(path)
         return found, {name: cards.arm_metrics(evaluation, name) for name in found}
-    sae = read_sae(path)
     whole = path.resolve()
     evaluation = _evaluation(whole.parents[1]) if whole.parent.name == "arms" else {}
-    return {"": sae}, {"": cards.arm_metrics(evaluation, whole.name)}
+    return {"": read_sae(path)}, {"": cards.arm_metrics(evaluation, whole.name)}
 
 
 def _evaluation(run: Path) -> dict[str, Any]:
@@ -190,7 +182,6 @@ def _evaluation(run: Path) -> dict[str, Any]:
 def _stage(
     saes: Mapping[str, SAE], metrics: Mapping[str, Any], place: Place, license: str, staged: Path
 ) -> dict[str, Path]:
-    """All files of the push, by their name in the repository."""
     files: dict[str, Path] = {}
     for name, sae in saes.items():
         sent = copy.copy(sae)
@@ -199,8 +190,8 @@ def _stage(
         for path in sorted(folder.iterdir()):
             files[place.inside(name, path.name)] = path
         if metrics.get(name):
-            files[place.inside(name, METRICS)] = staged / f"{len(files)}.json"
-            files[place.inside(name, METRICS)].write_text(json.dumps(metrics[name], indent=1) + "\n", "utf-8")
+            files[place.inside(name, METRICS)] = path = staged / f"{len(files)}.json"
+            path.write_text(json.dumps(metrics[name], indent=1) + "\n", "utf-8")
     by_folder = {place.inside(name): sae for name, sae in saes.items()}
     measured = {place.inside(name): one for name, one in metrics.items()}
     text = cards.card(place.repo, by_folder, measured, license, title=str(place).replace(":", " "))
@@ -235,11 +226,9 @@ def _choose(place: Place, names: list[str]) -> dict[str, str]:
     """Files of the repository to take, with their place below `out`. Raises CosaeError where there is no SAE."""
     below: dict[PurePosixPath, list[PurePosixPath]] = {}
     root = PurePosixPath(place.path)
-    for name in names:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.is_relative_to(root):
-            continue
-        below.setdefault(path.parent, []).append(path)
+    for path in map(PurePosixPath, names):
+        if not path.is_absolute() and ".." not in path.parts and path.is_relative_to(root):
+            below.setdefault(path.parent, []).append(path)
     folders = {parent for parent, paths in below.items() if any(path.name in WEIGHTS for path in paths)}
     if root in folders:
         folders = {root}  # an SAE is asked for by name: what lies below it is others' business
@@ -247,25 +236,8 @@ def _choose(place: Place, names: list[str]) -> dict[str, str]:
         there = sorted({str(path.parent) for path in map(PurePosixPath, names) if path.name in WEIGHTS})
         hint = f"SAEs lie in {', '.join(there[:8])}" if there else "it holds none at all"
         raise CosaeError(f"{place} holds no SAE of a format that cosae reads: {hint}.")
-    chosen = {}
-    for parent in sorted(folders | {root}):
-        for path in below.get(parent, []):
-            if path.name in (*WEIGHTS, *BESIDE):
-                chosen[str(path)] = str(path.relative_to(root))
-    return chosen
-
-
-def _sae_folders(names: Any) -> list[str]:
-    return sorted({str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in WEIGHTS})
-
-
-def _check(folder: Path, place: Place, name: str) -> None:
-    """Reads the SAE as data. Raises CosaeError with its place on the hub in place of the staged folder's."""
-    try:
-        read_sae(folder)
-    except CosaeError as error:
-        where = f"{place}" if name == "." else f"{place}/{name}"
-        raise CosaeError(f"what was pulled is no sound SAE: {str(error).replace(str(folder), where)}") from None
+    paths = (path for parent in sorted(folders | {root}) for path in below.get(parent, []))
+    return {str(path): str(path.relative_to(root)) for path in paths if path.name in (*WEIGHTS, *BESIDE)}
 
 
 def _api(token: str | None, endpoint: str | None) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cosae.errors import CosaeError
 from cosae.interop.sae_probes.datasets import ProbeDataset
@@ -50,7 +51,12 @@ def write_activations(
             x_ND = last_token_activations(
                 model, tokenizer, hook_name, dataset.texts, max_tokens=max_tokens, batch_texts=batch_texts
             )
-            _save(x_ND, place)
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with replaced(place) as staged:
+                    torch.save(x_ND, staged)
+            except OSError as error:
+                raise CosaeError(f"{place} cannot be written ({error.strerror}); choose another folder.") from None
         written.append(place)
     return written
 
@@ -98,12 +104,9 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[lis
 
 def _padded(ids: list[list[int]]) -> Sequences:
     """Right-padded (S, T) sequences, a document each."""
-    longest = max(len(tokens) for tokens in ids)
-    ids_ST = torch.zeros(len(ids), longest, dtype=torch.int64)
-    mask_ST = torch.zeros(len(ids), longest, dtype=torch.bool)
-    for row, tokens in enumerate(ids):
-        ids_ST[row, : len(tokens)] = torch.tensor(tokens)
-        mask_ST[row, : len(tokens)] = True
+    ids_ST = pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
+    longest = ids_ST.shape[1]
+    mask_ST = torch.arange(longest) < torch.tensor([len(tokens) for tokens in ids])[:, None]
     doc_ST = torch.arange(len(ids), dtype=torch.int32)[:, None].expand(-1, longest)
     index_ST = torch.arange(longest, dtype=torch.int32).expand(len(ids), -1)
     return Sequences(
@@ -116,19 +119,8 @@ def _padded(ids: list[list[int]]) -> Sequences:
 
 
 def _is_there(place: Path, n_rows: int) -> bool:
-    if not place.is_file():
-        return False
     try:
         found = torch.load(place, weights_only=True)
-    except Exception:  # whatever is wrong with it, it is written again
+    except Exception:  # absent, or whatever is wrong with it: it is written
         return False
     return isinstance(found, Tensor) and found.ndim == 2 and len(found) == n_rows
-
-
-def _save(x_ND: Tensor, place: Path) -> None:
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(place) as staged:
-            torch.save(x_ND, staged)
-    except OSError as error:
-        raise CosaeError(f"{place} cannot be written ({error.strerror}); choose a folder you can write to.") from None

@@ -51,17 +51,13 @@ def data_folder(path: str | os.PathLike[str] | None = None) -> Path:
             if (folder / MASTER).is_file():
                 return folder
         raise CosaeError(
-            f"path must be sae-probes' data folder, with {MASTER} in it. Got {given}, which has none: give the folder "
-            "`sae_probes/data` of an unpacked sae-probes wheel."
+            f"path must be sae-probes' data folder (sae_probes/data of its wheel), with {MASTER} in it. Got {given}."
         )
     spec = importlib.util.find_spec(PACKAGE)
     for place in (spec.submodule_search_locations or []) if spec else []:
         if (Path(place) / "data" / MASTER).is_file():
             return Path(place) / "data"
-    raise CosaeError(
-        "sae-probes' data sets are not installed here: pip install --no-deps sae-probes, or give the path of an "
-        "unpacked wheel."
-    )
+    raise CosaeError("sae-probes' data are not here: pip install --no-deps sae-probes, or give a wheel's path.")
 
 
 def names(path: str | os.PathLike[str] | None = None) -> list[str]:
@@ -85,10 +81,8 @@ def datasets(
     wanted = list(files) if only is None else [only] if isinstance(only, str) else list(only)
     unknown = [name for name in wanted if name not in files]
     if unknown:
-        raise CosaeError(
-            f"only must name binary data sets of sae-probes, such as {', '.join(list(files)[:3])}. "
-            f"Got {unknown[0]!r} instead: cosae.interop.sae_probes.datasets.names() lists all {len(files)}."
-        )
+        some = ", ".join(list(files)[:3])
+        raise CosaeError(f"only must name data sets, as {some}. Got {unknown[0]!r}: names() lists all {len(files)}.")
     return [_dataset(name, folder / files[name], n_rows) for name in wanted]
 
 
@@ -117,9 +111,8 @@ def split(labels: NDArray[np.int64], n_train: int | None = None, seed: int = 42)
     stream = np.random.RandomState(seed)  # the generator that sae-probes' splits come from
     sides: list[list[Rows]] = []
     for n in (n_train, n_test):
-        drawn = [
-            stream.choice(rows, size, replace=False) for rows, size in ((positives, -(-n // 2)), (negatives, n // 2))
-        ]
+        sizes = ((positives, -(-n // 2)), (negatives, n // 2))
+        drawn = [stream.choice(rows, size, replace=False) for rows, size in sizes]
         positives, negatives = np.setdiff1d(positives, drawn[0]), np.setdiff1d(negatives, drawn[1])
         sides.append(drawn)
     train, test = (stream.permutation(np.concatenate(side)) for side in sides)
@@ -128,9 +121,8 @@ def split(labels: NDArray[np.int64], n_train: int | None = None, seed: int = 42)
 
 def _files(folder: Path) -> dict[str, str]:
     """Relative file of every binary data set, by name."""
-    saved = [
-        row["Dataset save name"] for row in _rows(folder / MASTER) if row.get("Data type") == "Binary Classification"
-    ]
+    binary = [row for row in _rows(folder / MASTER) if row.get("Data type") == "Binary Classification"]
+    saved = [row["Dataset save name"] for row in binary]
     files = {Path(name).name.removesuffix(".csv"): f"{name}.zst" for name in saved}
     outside = [name for name in files.values() if Path(name).is_absolute() or ".." in Path(name).parts]
     if not files or outside:
@@ -143,19 +135,14 @@ def _dataset(name: str, file: Path, n_rows: int | None) -> ProbeDataset:
     if not rows or not {"prompt", "target"} <= set(rows[0]) or any(row["target"] is None for row in rows):
         raise CosaeError(f"{file} must have rows with the columns prompt and target: unpack the wheel again.")
     targets = [row["target"] for row in rows]
-    kinds = _in_order(set(targets))
+    try:  # numbers by size, anything else as text: how the labels of a parsed column sort
+        kinds = sorted(set(targets), key=float)
+    except ValueError:
+        kinds = sorted(set(targets))
     if len(kinds) != 2:
         raise CosaeError(f"{file} must have two targets. Got {len(kinds)} instead: unpack the wheel again.")
     labels = np.array([kinds.index(target) for target in targets], dtype=np.int64)
     return ProbeDataset(name, [row["prompt"] for row in rows][:n_rows], labels[:n_rows])
-
-
-def _in_order(targets: set[str]) -> list[str]:
-    """Numbers by size, anything else as text: how the labels of a parsed column sort."""
-    try:
-        return sorted(targets, key=float)
-    except ValueError:
-        return sorted(targets)
 
 
 def _rows(file: Path) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.sae.fold import fold_decoder_norm
 from cosae.sae.model import SAE
 
@@ -49,10 +49,7 @@ class SAEBenchMetadata:
 
 @dataclass
 class SAEBenchConfig:
-    """The `cfg` SAEBench reads and writes into its results; not frozen, because SAEBench sets fields on it.
-
-    `cosae` is what the SAE is made of (cosae's own configuration) and its metadata.
-    """
+    """The `cfg` SAEBench reads, writes into its results and sets fields on. `cosae`: our configuration and metadata."""
 
     model_name: str
     hook_name: str
@@ -121,10 +118,7 @@ class SAEBenchSAE(nn.Module):
     ) -> None:
         super().__init__()
         if not sae.calibrated:
-            raise CosaeError(
-                "SAEBench encodes token by token, and this batch_topk SAE has no threshold yet: calibrate it first "
-                "(cosae.sae.calibrate)."
-            )
+            raise CosaeError("SAEBench encodes token by token: this SAE has no threshold yet: calibrate it first.")
         scored = fold_decoder_norm(sae).requires_grad_(False).eval()
         scored.to(sae.device if device is None else torch.device(device))
         self._scored = (scored,)  # in a tuple, so that .to(bfloat16) does not reach its weights
@@ -159,10 +153,8 @@ class SAEBenchSAE(nn.Module):
         Raises CosaeError for a frame or decoder that needs more than codes (`decodes_alone`).
         """
         if not self.decodes_alone:
-            raise CosaeError(
-                f"SAEBench decodes from codes alone, and this SAE (frame {self.sae.cfg.frame}, norm_restoring "
-                f"{self.sae.cfg.norm_restoring}) also needs the length of each token: use an eval that only encodes."
-            )
+            kind = f"frame {self.sae.cfg.frame}, norm_restoring {self.sae.cfg.norm_restoring}"
+            raise CosaeError(f"this SAE ({kind}) also needs the length of each token: use an eval that only encodes.")
         return self._outward(self.sae.decode(feature_acts.to(self.sae.dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,10 +195,7 @@ def _config(
     model_name = model_name or sae.metadata.get("model")
     hook_name = hook_name or sae.metadata.get("hook_name") or sae.metadata.get("site")
     if not model_name or not hook_name:
-        raise CosaeError(
-            "SAEBench needs the model and the place an SAE reads, and this one's metadata names none: pass model_name "
-            'and hook_name ("blocks.12.hook_resid_post").'
-        )
+        raise CosaeError("the SAE's metadata names no model or site: pass model_name and hook_name (resid_post.12).")
     hook_name = tl_hook_name(hook_name)
     digits = re.search(r"\d+", hook_name)
     if hook_layer is None and digits is None:
@@ -230,8 +219,5 @@ def _config(
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
-        return dtype
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return DTYPES[dtype]
-    raise CosaeError(f"dtype must be one of {', '.join(DTYPES)}. Got {dtype!r} instead.")
+    check_choice("dtype", str(dtype).removeprefix("torch."), DTYPES)
+    return DTYPES[str(dtype).removeprefix("torch.")]

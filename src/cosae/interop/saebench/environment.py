@@ -1,8 +1,7 @@
 """SAEBench in another environment: a job goes out as a file, SAEs as cosae folders, and an answer comes back as a file.
 
 SAEBench 0.6 pins numpy < 2 and datasets < 4, so it rarely lives where cosae does. The other environment needs SAEBench
-(and sae-probes) alone: this cosae is lent to it, by a folder on PYTHONPATH that holds a link to the package and nothing
-else.
+(and sae-probes) alone: a folder on its PYTHONPATH links to this cosae.
 """
 
 from __future__ import annotations
@@ -55,9 +54,7 @@ def run_elsewhere(
     place = folder / ANSWER
     if not place.is_file():
         last = ([line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()] or ["nothing"])[-1]
-        raise CosaeError(
-            f"{python} ended with status {done.returncode} and no answer; it said last: {last.strip()[:300]}"
-        )
+        raise CosaeError(f"{python} ended with status {done.returncode}, without answer; last: {last.strip()[:300]}")
     answer = json.loads(place.read_text("utf-8"))
     if "error" in answer:
         raise CosaeError(answer["error"])

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.interop.sae_probes.activations import write_activations
 from cosae.interop.sae_probes.datasets import datasets
 from cosae.interop.saebench.adapter import SAEBenchSAE
@@ -71,7 +71,8 @@ def call(name: str, job: Job, saes: Named) -> dict[str, dict[str, Any]]:
     random.seed(settings.seed)
     np.random.seed(settings.seed)  # noqa: NPY002  # SAEBench draws from the global generators
     torch.manual_seed(settings.seed)
-    _without_shape_checks()
+    # SAEBench's sparse_probing gives two sizes one name, which newer jaxtyping and beartype refuse.
+    import_module("jaxtyping").config.update("jaxtyping_disable", True)
     results = job.out / name
     results.mkdir(parents=True, exist_ok=True)  # absorption writes into it without making it
     gradients = torch.is_grad_enabled()
@@ -83,11 +84,6 @@ def call(name: str, job: Job, saes: Named) -> dict[str, dict[str, Any]]:
             torch.set_grad_enabled(gradients)  # absorption switches them on for good
             if not any(results.iterdir()):
                 results.rmdir()
-
-
-def _without_shape_checks() -> None:
-    """SAEBench's sparse_probing gives two sizes one name, which newer jaxtyping and beartype refuse."""
-    import_module("jaxtyping").config.update("jaxtyping_disable", True)
 
 
 @contextlib.contextmanager
@@ -132,9 +128,8 @@ def _configured(name: str, kind: str, options: Mapping[str, Any], given: Mapping
 
 
 def _check_options(name: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    unknown = [key for key in options if key not in allowed]
-    if unknown:
-        raise CosaeError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(sorted(allowed))}.")
+    for key in options:
+        check_choice(f"an option of {name}", key, sorted(allowed))
 
 
 def _core(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
@@ -156,19 +151,18 @@ def _core(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
             **settings,
         )
     theirs = {one["sae_set"]: one["metrics"]["reconstruction_quality"]["explained_variance"] for one in found}
-    empty = VarianceTally()
-    return {
-        name: {"explained_variance": measured.get(id(sae), empty).report(theirs[name])}
-        for name, sae in saes
-        if name in theirs
-    }
+    tallies = {name: measured.get(id(sae), VarianceTally()) for name, sae in saes if name in theirs}
+    return {name: {"explained_variance": tally.report(theirs[name])} for name, tally in tallies.items()}
 
 
 def _run_eval(
     name: str, kind: str, job: Job, saes: Named, options: dict[str, Any], package: str = "", **arguments: Any
 ) -> dict[str, Any]:
     """An eval whose main is `run_eval` and whose configuration names the model."""
-    config = _configured(name, kind, options, _model_settings(job), package)
+    settings = job.settings
+    given = {"model_name": settings.model_name, "random_seed": settings.seed}
+    given |= {"llm_batch_size": settings.llm_batch_size, "llm_dtype": settings.dtype}
+    config = _configured(name, kind, options, given, package)
     return _call_main(name, config, job, saes, package, **arguments)
 
 
@@ -223,15 +217,6 @@ def _sae_probes(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any
 def _meta_structure(job: Job, saes: Named, options: dict[str, Any]) -> dict[str, Any]:
     config = _configured("meta_structure", "MetaStructureEvalConfig", options, {"random_seed": job.settings.seed})
     return _call_main("meta_structure", config, job, saes)
-
-
-def _model_settings(job: Job) -> dict[str, Any]:
-    return {
-        "model_name": job.settings.model_name,
-        "random_seed": job.settings.seed,
-        "llm_batch_size": job.settings.llm_batch_size,
-        "llm_dtype": job.settings.dtype,
-    }
 
 
 PAIRS = "LabHC/bias_in_bios and canrager/amazon_reviews_mcauley_1and5"

@@ -1,7 +1,6 @@
 """Why an eval of SAEBench did not end: one sentence from an exception, or from what SAEBench only logs.
 
-Enters: exceptions and log records. Leaves: text for a CosaeError; files that could not be downloaded are told from
-everything else by the packages the exception chain went through.
+Files that could not be downloaded are told from everything else by the packages the exception chain went through.
 """
 
 from __future__ import annotations
@@ -13,29 +12,20 @@ from collections.abc import Iterator, Sequence
 from cosae.interop.saebench.evals import EVALS
 from cosae.interop.saebench.settings import Job
 
-OFFLINE = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "socket", "datasets.exceptions")
-OFFLINE_WORDS = (
-    "couldn't connect",
-    "couldn't reach",
-    "is not cached",
-    "cannot find the requested files",
-    "offline mode",
-)
+_PACKAGES = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "socket", "datasets.exceptions")
+_WORDS = ("couldn't connect", "couldn't reach", "is not cached", "cannot find the requested files", "offline mode")
 
 
 def one_sentence(name: str, job: Job, said: Sequence[str]) -> str:
     """One sentence from what an exception chain, or SAEBench's log, said."""
     first = next((line.strip() for text in said for line in text.splitlines() if line.strip()), "nothing was said")
     first = first[:300].rstrip(".")
-    lowered = " ".join(said).lower()
-    if any(word in lowered for word in (*OFFLINE, *OFFLINE_WORDS)):
+    if any(word in " ".join(said).lower() for word in (*_PACKAGES, *_WORDS)):
         from_hub = EVALS[name].reads_model and not job.settings.model_path
         model = f"the model {job.settings.model_name}" if from_hub else ""
         needs = " and ".join(filter(None, [model, EVALS[name].data])) or "files"
-        return (
-            f"{name} needs {needs}, which could not be downloaded here ({first}): run it where the hub can "
-            f"be reached or with its cache filled (HF_HOME), give copies as data, or leave {name} out."
-        )
+        why = f"{name} needs {needs}, which could not be downloaded here ({first})"
+        return f"{why}: run it where the hub can be reached or HF_HOME is filled, give copies as data, or leave it out."
     return f"{name} failed in SAEBench: {first}; the whole story is in {job.out / 'saebench.log'}."
 
 

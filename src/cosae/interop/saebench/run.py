@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.interop.read import read_sae
 from cosae.interop.saebench.adapter import DTYPES, SAEBenchSAE
 from cosae.interop.saebench.environment import run_elsewhere
@@ -112,8 +112,7 @@ def evaluate_here(
     ]
     if missing:
         raise CosaeError(
-            f"SAEBench's evals need {missing[0]}, which is not installed here: pip install sae-bench=={VERSION} in an "
-            "environment of its own, and give that environment's interpreter as python."
+            f"{missing[0]} is not installed here: pip install sae-bench=={VERSION} elsewhere, and give its python."
         )
     answer: dict[str, Any] = {"results": {}, "numbers": {}, "failed": {}}
     for name in evals:
@@ -131,10 +130,8 @@ def _evaluate(name: str, job: Job, saes: Named) -> tuple[dict[str, str], dict[st
     """One eval: files and metrics by SAE. Raises CosaeError with one sentence on whatever went wrong."""
     for sae_name, sae in saes:
         if EVALS[name].decodes and not sae.decodes_alone:
-            raise CosaeError(
-                f"{name} decodes from codes alone, and {sae_name} (frame {sae.sae.cfg.frame}, norm_restoring "
-                f"{sae.sae.cfg.norm_restoring}) also needs each token's length: leave {name} out for it."
-            )
+            kind = f"frame {sae.sae.cfg.frame}, norm_restoring {sae.sae.cfg.norm_restoring}"
+            raise CosaeError(f"{name} decodes from codes alone: leave it out for {sae_name} ({kind}).")
     with errors_logged() as said:
         try:
             ours = call(name, job, saes)
@@ -147,9 +144,7 @@ def _evaluate(name: str, job: Job, saes: Named) -> tuple[dict[str, str], dict[st
     missing = [sae_name for sae_name, file in files.items() if not file.is_file()]
     if missing:
         raise CosaeError(one_sentence(name, job, said or why_nothing(name)))
-    numbers = {
-        sae_name: _finish(file, dict(saes)[sae_name], ours.get(sae_name, {})) for sae_name, file in files.items()
-    }
+    numbers = {sae_name: _finish(files[sae_name], sae, ours.get(sae_name, {})) for sae_name, sae in saes}
     return {sae_name: str(file) for sae_name, file in files.items()}, numbers
 
 
@@ -158,9 +153,8 @@ def _finish(file: Path, sae: SAEBenchSAE, ours: Mapping[str, Any]) -> dict[str, 
     result = json.loads(file.read_text("utf-8"))
     result["cosae"] = {**ours, "sae": sae.sae.cfg.to_dict()}
     write_text(file, json.dumps(result, indent=2))
-    numbers: dict[str, Any] = {}
-    for group in result["eval_result_metrics"].values():
-        numbers |= {key: value for key, value in group.items() if value is not None}
+    groups = result["eval_result_metrics"].values()
+    numbers = {key: value for group in groups for key, value in group.items() if value is not None}
     if "explained_variance" in ours:
         numbers["cosae_fve"] = ours["explained_variance"]["fve"]
     return numbers
@@ -168,14 +162,8 @@ def _finish(file: Path, sae: SAEBenchSAE, ours: Mapping[str, Any]) -> dict[str, 
 
 def _adapt(name: str, sae: SAE, settings: Settings) -> SAEBenchSAE:
     try:
-        return SAEBenchSAE(
-            sae,
-            model_name=settings.model_name,
-            hook_name=settings.hook_name,
-            hook_layer=settings.hook_layer,
-            device=settings.device,
-            dtype=settings.dtype,
-        )
+        given = ("model_name", "hook_name", "hook_layer", "device", "dtype")
+        return SAEBenchSAE(sae, **{field: getattr(settings, field) for field in given})
     except CosaeError as error:
         raise CosaeError(f"{name}: {error}") from None
 
@@ -189,8 +177,7 @@ def _check(saes: Mapping[str, SAE], evals: Sequence[str], out: Path, asked: Sett
     odd = [name for name in saes if not re.fullmatch(r"[\w+=,-][\w.+=,-]*", name)]
     if odd:
         raise CosaeError(f"names of SAEs become file names: letters, digits and . _ + = , - only. Got {odd[0]!r}.")
-    if asked.dtype not in DTYPES:
-        raise CosaeError(f"dtype must be one of {', '.join(DTYPES)}. Got {asked.dtype!r} instead.")
+    check_choice("dtype", asked.dtype, DTYPES)
     job = Job(out, out, asked)
     there = [file for name in evals for sae in saes if (file := job.result_file(name, sae)).exists()]
     if there and not asked.force:
@@ -229,10 +216,9 @@ def _plain_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
     if unknown or not all(isinstance(one, Mapping) for one in options.values()):
         raise CosaeError(f"options must be a mapping for each eval of {', '.join(EVALS)}. Got {unknown or options!r}.")
     try:
-        plain: dict[str, dict[str, Any]] = json.loads(json.dumps({name: dict(one) for name, one in options.items()}))
+        return dict(json.loads(json.dumps({name: dict(one) for name, one in options.items()})))
     except (TypeError, ValueError):
         raise CosaeError("options must be plain numbers, texts, lists and mappings, as JSON has them.") from None
-    return plain
 
 
 @contextlib.contextmanager

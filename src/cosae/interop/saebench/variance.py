@@ -1,6 +1,5 @@
 """Explained variance: what SAEBench 0.6's core computes, and what the word means, from the same tokens.
 
-Enters: batches of activations x and their reconstructions x̂, as core's eval meets them. Leaves: plain float64 numbers.
 With S = mean |x|², R = mean |x − x̂|², m = mean x, d = width, and means over batches of each batch's mean:
 
     fve                 1 − Σ|x − x̂|² / Σ|x − m|²             about the global mean m of all tokens: ours
@@ -71,11 +70,9 @@ def _one_minus(part: float, whole: float) -> float | None:
 
 @contextlib.contextmanager
 def tallied(core: Any) -> Iterator[dict[int, VarianceTally]]:
-    """While open, core's variance pass also fills a tally for each SAE: {id(sae): tally}.
+    """While open, the variance pass of `core` (sae_bench.evals.core.main) also fills a tally for each SAE, by id(sae).
 
-    `core` is the module sae_bench.evals.core.main. Its `get_sparsity_and_variance_metrics` is called as ever; only
-    what passes through the SAE and the token store meanwhile is looked at, and core's own mask of special tokens is
-    applied.
+    Only what passes through SAE and token store is looked at; core's own mask of special tokens is applied.
     """
     measured: dict[int, VarianceTally] = {}
     original = core.get_sparsity_and_variance_metrics

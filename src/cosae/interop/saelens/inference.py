@@ -23,7 +23,7 @@ import sae_lens  # type: ignore[import-not-found]
 import torch
 from torch import Tensor, nn
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.interop.saelens import cosine, folds
 from cosae.interop.saelens.dense import HALF, dense_codes, dense_scores
 from cosae.io.legacy import upgrade
@@ -69,28 +69,24 @@ class Precise(Mixin):
         """Refuses tensors that were rounded on the way in. Raises CosaeError."""
         rounded = sorted(name for name, value in state_dict.items() if name not in WIDE and value.dtype in HALF)
         if rounded:
-            raise CosaeError(
-                f"{', '.join(rounded)} came in half precision, which moves codes: load this SAE with "
-                'dtype="float32" and call .to(torch.bfloat16) afterwards, which keeps them in float32.'
-            )
+            names = ", ".join(rounded)
+            raise CosaeError(f'{names} came in half precision: load with dtype="float32", then .to(torch.bfloat16).')
         super().process_state_dict_for_loading(state_dict)
 
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """As SAELens saves; cfg.json says float32 for half-precision weights, so that reading rounds nothing more."""
         with self._read_back_as_float32():
-            files: tuple[Path, Path] = super().save_model(path)
-        return files
+            return super().save_model(path)
 
     @contextlib.contextmanager
     def _read_back_as_float32(self) -> Iterator[None]:
-        cfg = self.cfg
-        dtype = cfg.dtype
+        dtype = self.cfg.dtype
         if "16" in dtype:
-            cfg.dtype = "float32"
+            self.cfg.dtype = "float32"
         try:
             yield
         finally:
-            cfg.dtype = dtype
+            self.cfg.dtype = dtype
 
     @torch.no_grad()
     def _change(self, changed: Mapping[str, Tensor]) -> None:
@@ -105,10 +101,7 @@ class Precise(Mixin):
 
     def fold_activation_whitening(self, *_: Any, **__: Any) -> None:
         """Always raises CosaeError: a whitening changes angles."""
-        raise CosaeError(
-            "whitened activations cannot be folded into a cosine score, which is not affine in x: train with "
-            'normalize_activations="none".'
-        )
+        raise CosaeError('a whitening cannot be folded into a cosine score: train with normalize_activations="none".')
 
 
 class CosineScored(Precise):
@@ -207,8 +200,7 @@ class CosineJumpReLUSAEConfig(sae_lens.JumpReLUSAEConfig):
 
 def check(cfg: Any, allowed: tuple[str, ...], scores: tuple[str, ...] = tuple(SCORES)) -> None:
     """Raises CosaeError for a score that is not there or a convention a cosine score cannot express."""
-    if cfg.score not in scores:
-        raise CosaeError(f"score must be one of {', '.join(scores)}. Got {cfg.score!r} instead.")
+    check_choice("score", cfg.score, scores)
     cosine.check_conventions(vars(cfg) | {"architecture": cfg.architecture()}, allowed)
 
 
@@ -220,8 +212,7 @@ class CosineJumpReLUSAE(CosineScored, sae_lens.JumpReLUSAE):
     def encode(self, x: Tensor) -> Tensor:
         """x (..., d_in) → feature_acts (..., d_sae) in the SAE's dtype; all-zero rows give zeros."""
         score, live = self._scores(x)
-        acts = torch.where((score > self.threshold) & live, score, 0.0)
-        acts = self.activation_fn(acts)
+        acts = self.activation_fn(torch.where((score > self.threshold) & live, score, 0.0))
         return self.hook_sae_acts_post(acts.to(self.dtype))
 
 
@@ -324,10 +315,9 @@ class CosaeSAE(Precise, sae_lens.SAE):
         if own.frame != "raw" or own.norm_restoring:
             norm_stats, self._taken = self._taken, None
             if norm_stats is None or len(norm_stats.r_B) != len(acts_BF):
+                before = "no encode" if norm_stats is None else f"an encode of {len(norm_stats.r_B)}"
                 raise CosaeError(
-                    "this SAE puts back the norm that `encode` took out: call encode on the same tokens right before "
-                    f"each decode. Got {len(acts_BF)} rows to decode after "
-                    f"{'no encode' if norm_stats is None else f'an encode of {len(norm_stats.r_B)}'}."
+                    f"encode the same tokens right before each decode. Got {len(acts_BF)} rows after {before}."
                 )
         if own.norm_restoring:
             assert norm_stats is not None

@@ -47,8 +47,7 @@ def check_training(cfg: Any) -> None:
     check(cfg, ("none", "expected_average_only_in"), TRAINED_SCORES)
     if cfg.dtype.removeprefix("torch.") not in ("float32", "float64"):
         raise CosaeError(
-            f"dtype must be float32 or float64 to train {cfg.architecture()} (a, b and thresholds stop moving in half "
-            f"precision): set autocast=True for bfloat16 products. Got {cfg.dtype!r} instead."
+            f"dtype must be float32 or float64 to train: set autocast=True for bfloat16 products. Got {cfg.dtype!r}."
         )
 
 
@@ -67,9 +66,7 @@ class CosineTraining(CosineScored):
         """`b += ln n; b_enc · n; W_dec / n`. Raises CosaeError where that would change what top-k chooses."""
         if not self.cfg.rescale_acts_by_decoder_norm:
             raise CosaeError(
-                f"decoder norms of a {self.cfg.architecture()} in training cannot be folded unless "
-                "rescale_acts_by_decoder_norm is true, because top-k would choose other features: fold the saved "
-                "inference SAE instead."
+                "without rescale_acts_by_decoder_norm a fold changes what top-k chooses: fold the saved inference SAE."
             )
         return super().fold_and_get_W_dec_norm()
 
@@ -89,8 +86,7 @@ class CosineTraining(CosineScored):
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """As SAELens saves, with the numbers of the metadata that JSON can hold."""
         with self._read_back_as_float32():
-            files: tuple[Path, Path] = super().save_inference_model(path)
-        return files
+            return super().save_inference_model(path)
 
 
 @dataclass
