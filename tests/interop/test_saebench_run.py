@@ -200,7 +200,7 @@ class TestFailures:
     def test_saes_that_codes_alone_cannot_decode(self, bench, tmp_path):
         saes = {"one": make(frame="unit")}
         found = run_evals(saes, ["tpp", "meta_structure"], tmp_path, **PLACE)
-        assert "leave tpp out for it" in found["failed"]["tpp"]
+        assert "leave tpp out for one" in found["failed"]["tpp"]
         assert "meta_structure" in found["results"]
 
     def test_absorption_reads_one_kind_of_hook(self, bench, tmp_path):

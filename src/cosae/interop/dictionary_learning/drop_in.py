@@ -1,14 +1,5 @@
 """`cosae.load_dictionary`: dictionary_learning's function of that name, for every format that cosae reads.
 
-Enters a folder and a device; leaves (dictionary, config). The dictionary is a cosae SAE behind their methods and
-their options:
-
-    encode   use_threshold=, return_active=   BatchTopKSAE, MatryoshkaBatchTopKSAE
-             use_threshold=, return_topk=     AutoEncoderTopK
-             output_pre_jump=                 JumpReluAutoEncoder
-             return_gate=, normalize_decoder= GatedAutoEncoder
-    forward  output_features=, normalize_decoder=
-
 One difference is meant: an all-zero row of x is padding, encodes to nothing and reconstructs to the centre.
 """
 
@@ -98,12 +89,12 @@ class Dictionary(nn.Module):
         """x (..., activation_dim) → features (..., dict_size), by the rule that decides at inference.
 
         use_threshold     True: positive scores above `threshold`; False: the k·B best of the batch (batch_topk), or
-                          the k best of each row. None, the default: what the SAE's own selector does
-        return_active     (features, (dict_size,) bool of those that fired, positive scores)
-        return_topk       (features, k best values, their ids, positive scores)
-        return_gate       (features, ReLU of the gate's score), gated only
+                          the k best of each row; top-k classes. None, the default: what the SAE's own selector does
+        return_active     (features, (dict_size,) bool of those that fired, positive scores); batch top-k classes
+        return_topk       (features, k best values, their ids, positive scores); AutoEncoderTopK
+        return_gate       (features, ReLU of the gate's score); GatedAutoEncoder
         normalize_decoder features times decoder lengths
-        output_pre_jump   (features, scores)
+        output_pre_jump   (features, scores); JumpReluAutoEncoder
 
         Raises CosaeError where an option is not this SAE's.
         """

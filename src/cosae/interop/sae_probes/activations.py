@@ -96,8 +96,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[lis
         ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
     finally:
         tokenizer.truncation_side = side
-    empty = [row for row, tokens in enumerate(ids) if not tokens]
-    if empty:
+    if empty := [row for row, tokens in enumerate(ids) if not tokens]:
         raise CosaeError(f"every text must have a token. Text {empty[0]} has none: {texts[empty[0]]!r}; drop it.")
     return ids
 

@@ -79,8 +79,7 @@ def datasets(
     folder = data_folder(path)
     files = _files(folder)
     wanted = list(files) if only is None else [only] if isinstance(only, str) else list(only)
-    unknown = [name for name in wanted if name not in files]
-    if unknown:
+    if unknown := [name for name in wanted if name not in files]:
         some = ", ".join(list(files)[:3])
         raise CosaeError(f"only must name data sets, as {some}. Got {unknown[0]!r}: names() lists all {len(files)}.")
     return [_dataset(name, folder / files[name], n_rows) for name in wanted]
@@ -97,8 +96,7 @@ def split(labels: NDArray[np.int64], n_train: int | None = None, seed: int = 42)
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.isin(labels, (0, 1)).all():
         raise CosaeError(f"labels must be a vector of 0 and 1. Got shape {labels.shape} of {labels.dtype} instead.")
-    if n_train is None:
-        n_train = min(len(labels) - TEST_ROWS, TRAIN_ROWS)
+    n_train = min(len(labels) - TEST_ROWS, TRAIN_ROWS) if n_train is None else n_train
     labels = labels[:USED_ROWS]
     n_test = len(labels) - n_train - 1
     positives, negatives = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
@@ -153,18 +151,14 @@ def _rows(file: Path) -> list[dict[str, str]]:
         raise CosaeError("reading sae-probes' data needs pyarrow: pip install 'cosae[lm]'.") from None
     if not file.is_file():
         raise CosaeError(f"{file} is missing: unpack the sae-probes wheel again.")
+    limit = csv.field_size_limit(LARGEST_FILE)
     try:
         with pyarrow.input_stream(str(file), compression="zstd") as stream:
             content = stream.read(LARGEST_FILE + 1)
-        text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CosaeError(f"{file} cannot be read ({error}): unpack the sae-probes wheel again.") from None
-    if len(content) > LARGEST_FILE:
-        raise CosaeError(f"{file} decompresses to more than {LARGEST_FILE} bytes: it is no data set of sae-probes.")
-    limit = csv.field_size_limit(LARGEST_FILE)
-    try:
-        return list(csv.DictReader(io.StringIO(text, newline="")))
-    except csv.Error as error:
+        if len(content) > LARGEST_FILE:
+            raise CosaeError(f"{file} decompresses to more than {LARGEST_FILE} bytes: it is no data set of sae-probes.")
+        return list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CosaeError(f"{file} cannot be read ({error}): unpack the sae-probes wheel again.") from None
     finally:
         csv.field_size_limit(limit)

@@ -1,7 +1,6 @@
 """A cosae SAE as SAEBench 0.6 wants to see one.
 
-Enters: a cosae SAE, and where it reads. Leaves: an `nn.Module` with W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc,
-b_dec, device, dtype, cfg, and dense `encode`, `decode`, `forward`: what SAEBench's evals read.
+It has W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc, b_dec, device, dtype, cfg, dense `encode`, `decode`, `forward`.
 
 SAEBench asks for decoder rows of unit length and casts an SAE to the model's dtype. Here cosae's own fold makes the
 rows unit, in a copy: the SAE that was handed in stays as it is. What `.to(dtype)` casts are the tensors SAEBench looks
@@ -80,9 +79,7 @@ class SAEBenchConfig:
     cosae: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples as lists, as JSON gives them back
-        return plain
+        return dict(json.loads(json.dumps(asdict(self))))  # tuples as lists, as JSON gives them back
 
 
 class SAEBenchSAE(nn.Module):
@@ -137,7 +134,7 @@ class SAEBenchSAE(nn.Module):
 
     @property
     def decodes_alone(self) -> bool:
-        """True where codes are all a reconstruction needs: raw frame, no norm restoring."""
+        """Whether codes are all a reconstruction needs: raw frame, no norm restoring."""
         return self.sae.cfg.frame == "raw" and not self.sae.cfg.norm_restoring
 
     def encode(self, x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def run_elsewhere(
     place = folder / ANSWER
     if not place.is_file():
         last = ([line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()] or ["nothing"])[-1]
-        raise CosaeError(f"{python} ended with status {done.returncode}, without answer; last: {last.strip()[:300]}")
+        raise CosaeError(f"{python} ended with status {done.returncode} and no answer; last: {last.strip()[:300]}")
     answer = json.loads(place.read_text("utf-8"))
     if "error" in answer:
         raise CosaeError(answer["error"])

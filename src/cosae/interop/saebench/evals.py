@@ -3,13 +3,6 @@
 Enters: adapted SAEs and a `Job`. Leaves: SAEBench's result files. Nothing of SAEBench is copied (it declares no
 licence): every eval's configuration class and `run_eval` are imported from the installed package when they are called.
 
-    core                       model, a text data set         encodes and decodes
-    sparse_probing             model, 8 data sets             encodes
-    sparse_probing_sae_probes  model                          encodes; the texts ship with sae-probes
-    scr, tpp                   model, 2 data sets             encode and decode
-    absorption                 model                          encodes; only blocks.N.hook_resid_post
-    meta_structure             nothing                        looks at W_dec
-
 A model in a local folder is enough: TransformerLens reads one once the folder is among the names it knows, and
 sae-probes finds activations that were written beforehand.
 """
@@ -223,9 +216,9 @@ PAIRS = "LabHC/bias_in_bios and canrager/amazon_reviews_mcauley_1and5"
 EVALS: dict[str, Eval] = {
     "core": Eval(_core, decodes=True, data="Skylion007/openwebtext, unless its option dataset names a local folder"),
     "sparse_probing": Eval(_sparse_probing, data="eight data sets such as LabHC/bias_in_bios and fancyzhx/ag_news"),
-    "sparse_probing_sae_probes": Eval(_sae_probes),
+    "sparse_probing_sae_probes": Eval(_sae_probes),  # the texts ship with sae-probes
     "scr": Eval(partial(_scr_or_tpp, "scr"), decodes=True, data=PAIRS),
     "tpp": Eval(partial(_scr_or_tpp, "tpp"), decodes=True, data=PAIRS),
     "absorption": Eval(_absorption),
-    "meta_structure": Eval(_meta_structure, reads_model=False),
+    "meta_structure": Eval(_meta_structure, reads_model=False),  # looks at W_dec alone
 }

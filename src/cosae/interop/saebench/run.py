@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,11 @@ def run_evals(
         with tempfile.TemporaryDirectory(prefix=".saebench.", dir=out) as folder:
             log = out / "saebench.log"
             if asked.python is None:
-                with _logged(log):
+                with (  # what SAEBench prints, and its progress bars
+                    log.open("a", encoding="utf-8") as printed,
+                    contextlib.redirect_stdout(printed),
+                    contextlib.redirect_stderr(printed),
+                ):
                     answer = evaluate_here(loaded, evals, out.resolve(), asked, plain)
             else:
                 answer = run_elsewhere(loaded, evals, out.resolve(), asked, plain, Path(folder), log)
@@ -112,7 +116,7 @@ def evaluate_here(
     ]
     if missing:
         raise CosaeError(
-            f"{missing[0]} is not installed here: pip install sae-bench=={VERSION} elsewhere, and give its python."
+            f"SAEBench needs {missing[0]}, not installed here: pip install sae-bench=={VERSION} and give its python."
         )
     answer: dict[str, Any] = {"results": {}, "numbers": {}, "failed": {}}
     for name in evals:
@@ -131,7 +135,7 @@ def _evaluate(name: str, job: Job, saes: Named) -> tuple[dict[str, str], dict[st
     for sae_name, sae in saes:
         if EVALS[name].decodes and not sae.decodes_alone:
             kind = f"frame {sae.sae.cfg.frame}, norm_restoring {sae.sae.cfg.norm_restoring}"
-            raise CosaeError(f"{name} decodes from codes alone: leave it out for {sae_name} ({kind}).")
+            raise CosaeError(f"{name} decodes without tokens' lengths: leave {name} out for {sae_name} ({kind}).")
     with errors_logged() as said:
         try:
             ours = call(name, job, saes)
@@ -219,14 +223,3 @@ def _plain_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
         return dict(json.loads(json.dumps({name: dict(one) for name, one in options.items()})))
     except (TypeError, ValueError):
         raise CosaeError("options must be plain numbers, texts, lists and mappings, as JSON has them.") from None
-
-
-@contextlib.contextmanager
-def _logged(log: Path) -> Iterator[None]:
-    """What SAEBench prints, and its progress bars, go to the log."""
-    with (
-        log.open("a", encoding="utf-8") as printed,
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(printed),
-    ):
-        yield

@@ -99,6 +99,10 @@ class Precise(Mixin):
                 learned = old is None or old.requires_grad
                 setattr(self, name, nn.Parameter(value.to(self.b_dec.device), requires_grad=learned))
 
+    def fold_W_dec_norm(self) -> None:
+        """Unit decoder rows; the same reconstructions. Raises what fold_and_get_W_dec_norm raises."""
+        self.fold_and_get_W_dec_norm()
+
     def fold_activation_whitening(self, *_: Any, **__: Any) -> None:
         """Always raises CosaeError: a whitening changes angles."""
         raise CosaeError('a whitening cannot be folded into a cosine score: train with normalize_activations="none".')
@@ -112,17 +116,14 @@ class CosineScored(Precise):
         super().initialize_weights()
         family = SCORES[self.cfg.score]
         if family.row_power == 0:
-            start_a, start_b = _starts(self.cfg)
-            self._own_scale("scale_a", family.exponent_owner, start_a)
-            self._own_scale("scale_b", family.gain_owner, start_b)
+            owners = (family.exponent_owner, family.gain_owner)
+            for name, owner, start in zip(("scale_a", "scale_b"), owners, _starts(self.cfg), strict=True):
+                shape = () if owner in ("fixed", "shared") else (self.cfg.d_sae,)
+                value = torch.full(shape, start, dtype=at_least_fp32(self.b_dec).dtype, device=self.device)
+                setattr(self, name, nn.Parameter(value, requires_grad=owner != "fixed"))
         for name, value in self._parameters.items():
             if name not in WIDE and value.dtype in HALF:
                 value.data = value.data.float()
-
-    def _own_scale(self, name: str, owner: str, start: float) -> None:
-        shape = () if owner in ("fixed", "shared") else (self.cfg.d_sae,)
-        value = torch.full(shape, start, dtype=at_least_fp32(self.b_dec).dtype, device=self.device)
-        setattr(self, name, nn.Parameter(value, requires_grad=owner != "fixed"))
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Takes scale_a and scale_b in either of their shapes, () or (d_sae,): a fold changes it."""
@@ -160,10 +161,6 @@ class CosineScored(Precise):
         self._change(folds.fold_decoder_norm(self._parameters, self.cfg.score))
         return norm_F
 
-    def fold_W_dec_norm(self) -> None:
-        """Unit decoder rows; the same reconstructions."""
-        self.fold_and_get_W_dec_norm()
-
 
 def _starts(cfg: Any) -> tuple[float, float]:
     """(a, b) that training starts from: fixed ones, else cfg.a_init and cfg.b_init, b_init None being ½ ln d."""
@@ -176,17 +173,14 @@ def _starts(cfg: Any) -> tuple[float, float]:
 
 @dataclass
 class CosineJumpReLUSAEConfig(sae_lens.JumpReLUSAEConfig):
-    """Configuration of CosineJumpReLUSAE. Raises CosaeError on a value that is not allowed.
-
-    Args:
-        score: one of cosae.sae.score.SCORES.
-        k: mean active features per token it was trained for, where known.
-        n_groups: blocks of features that share a and b, for cosine_grouped.
-    """
+    """Configuration of CosineJumpReLUSAE. Raises CosaeError on a value that is not allowed."""
 
     score: str = "cosine"
+    """One of cosae.sae.score.SCORES."""
     k: float | None = None
+    """Mean active features per token it was trained for, where known."""
     n_groups: int = 4
+    """Blocks of features that share a and b, for cosine_grouped."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,7 +188,6 @@ class CosineJumpReLUSAEConfig(sae_lens.JumpReLUSAEConfig):
 
     @classmethod
     def architecture(cls) -> str:
-        """The registered name."""
         return cosine.JUMPRELU
 
 
@@ -220,10 +213,7 @@ class CosineJumpReLUSAE(CosineScored, sae_lens.JumpReLUSAE):
 class CosaeSAEConfig(sae_lens.SAEConfig):
     """Configuration of CosaeSAE: the sections of cosae's own cfg.json. Raises CosaeError on a damaged one.
 
-    Args:
-        sae: every field of cosae.SAEConfig.
-        provenance: what cosae knows of the SAE's training.
-        facts: the same, as files of cosae 0.1 call it; becomes `provenance`.
+    sae: every field of cosae.SAEConfig; facts: `provenance` as files of cosae 0.1 call it.
     """
 
     sae: dict[str, Any] = field(default_factory=dict)
@@ -330,14 +320,10 @@ class CosaeSAE(Precise, sae_lens.SAE):
         return self.reshape_fn_out(x_hat.to(self.dtype), self.d_head)
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
-        """cosae's own fold (cosae.sae.fold); returns the old lengths (d_sae,), fp32."""
+        """cosae's own fold (cosae.sae.fold): old lengths (d_sae,), fp32. Raises CosaeError for a zero row."""
         norm_F: Tensor = torch.linalg.vector_norm(at_least_fp32(self.W_dec.data), dim=-1)
         self._change(file.to_disk(fold.fold_decoder_norm(self._whole())))
         return norm_F
-
-    def fold_W_dec_norm(self) -> None:
-        """Unit decoder rows; the same reconstructions. Raises CosaeError for a zero row."""
-        self.fold_and_get_W_dec_norm()
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """An SAE for x out of one of s · x (cosae.sae.fold)."""

@@ -1,7 +1,7 @@
 """SAELens training classes with cosine scores. Imports sae_lens: come in through `cosae.interop.saelens.plugin`.
 
-Enters what SAELens' trainers hand over; leaves feature_acts and hidden_pre (B, d_sae), fp32. Losses, selectors,
-threshold averages and decoders are SAELens' own; only the score is ours (cosae.interop.saelens.inference.CosineScored):
+Leaves feature_acts and hidden_pre (B, d_sae), fp32. Losses, selectors, threshold averages and decoders are SAELens'
+own; only the score is ours (cosae.interop.saelens.inference.CosineScored):
 
     CosineBatchTopKTrainingSAE             cosine_batchtopk              saved for inference as cosine_jumprelu
     CosineMatryoshkaBatchTopKTrainingSAE   cosine_matryoshka_batchtopk   saved for inference as cosine_jumprelu
@@ -93,11 +93,7 @@ class CosineTraining(CosineScored):
 class CosineTrainingConfig(Mixin):
     """What every configuration here adds to SAELens' own. A mixin; raises CosaeError on a value that is not allowed.
 
-    Args:
-        score: one of TRAINED_SCORES: who owns the exponent a and the log-gain b.
-        a_init: where a learned a starts.
-        b_init: where a learned b starts; None is ln(d_in) / 2.
-        decoder_init_norm: length of decoder rows at the start.
+    score is one of TRAINED_SCORES; a learned b starts at b_init, None being ln(d_in) / 2.
     """
 
     score: str = "cosine"
@@ -113,11 +109,9 @@ class CosineTrainingConfig(Mixin):
 
     @classmethod
     def architecture(cls) -> str:
-        """The registered name."""
         return cls.registered
 
     def get_inference_config_class(self) -> type[Any]:
-        """cosine_jumprelu."""
         return CosineJumpReLUSAEConfig
 
 
@@ -131,21 +125,16 @@ class CosineBatchTopKTrainingSAEConfig(CosineTrainingConfig, BatchTopKTrainingSA
 
 @dataclass
 class CosineMatryoshkaBatchTopKTrainingSAEConfig(CosineTrainingConfig, MatryoshkaBatchTopKTrainingSAEConfig):
-    """As CosineBatchTopKTrainingSAEConfig."""
-
     rescale_acts_by_decoder_norm: bool = False
     registered = cosine.MATRYOSHKA
 
 
 @dataclass
 class CosineTopKTrainingSAEConfig(CosineTrainingConfig, TopKTrainingSAEConfig):
-    """As CosineBatchTopKTrainingSAEConfig."""
-
     rescale_acts_by_decoder_norm: bool = False
     registered = cosine.TOPK
 
     def get_inference_config_class(self) -> type[Any]:
-        """cosae, whose section `sae` says topk."""
         return CosaeSAEConfig
 
     @property
@@ -153,12 +142,7 @@ class CosineTopKTrainingSAEConfig(CosineTrainingConfig, TopKTrainingSAEConfig):
         """Section `sae` of the inference configuration."""
         return SAEConfig(self.d_in, self.d_sae, score=self.score, selector="topk", k=self.k).to_dict()
 
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Nothing that SAELens' metadata does not say."""
-        return {}
-
-    facts = provenance
+    provenance = facts = property(lambda _: {})  # nothing that SAELens' metadata does not say
 
 
 @dataclass
