@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,13 @@ def check_least(name: str, value: float, least: float) -> None:
     """Raises CosaeError for a value below the least one."""
     if value < least:
         raise CosaeError(f"{name} must be at least {least}. Got {value!r} instead.")
+
+
+def check_positive(name: str, value: float, *, zero: bool = False) -> None:
+    """Raises CosaeError for what is not a finite number above 0 (with `zero`: of at least 0)."""
+    if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        allowed = "finite number of at least 0" if zero else "positive number"
+        raise CosaeError(f"{name} must be a {allowed}. Got {value!r} instead.")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -21,13 +21,13 @@ from cosae.activations.stream import ActivationStream
 from cosae.activations.synthetic import SyntheticSource
 from cosae.errors import CosaeError
 from cosae.io import atomic as durable
-from cosae.io import lock
+from cosae.io import lines, lock, staged
 from cosae.recipe import Recipe
 from cosae.run import execute as module
 from cosae.run import folder
 from cosae.run.execute import Logs, execute, resume
 from cosae.sae import file as sae_file
-from cosae.train import checkpoint, log
+from cosae.train import checkpoint
 from cosae.train.loop import Interrupted
 from cosae.types import Activations
 from tests.support.tiny_runs import ARMS, QUIET, assert_same_run, recipe
@@ -60,8 +60,8 @@ WRITES: dict[str, tuple[Any, str, Callable[..., bool], str]] = {
     "run.json": (folder, "write_text", lambda path, text: '"interrupted"' in text or '"running"' in text, "run.json"),
     "evaluation.json": (folder, "write_text", lambda path, text: path.name == "evaluation.json", "evaluation.json"),
     "an SAE": (sae_file, "save_file", lambda tensors, path, *_: "cosine" in str(path), "arms/cosine could not be"),
-    "checkpoint record": (checkpoint, "sync_file", lambda path: "00012" in str(path), "the one before it"),
-    "checkpoint folder": (checkpoint, "sync_folder", lambda path: "00012" in str(path), "the one before it"),
+    "checkpoint record": (staged, "sync_file", lambda path: "00012" in str(path), "the one before it"),
+    "checkpoint folder": (staged, "sync_folder", lambda path: "00012" in str(path), "the one before it"),
 }
 
 
@@ -92,10 +92,10 @@ def test_a_log_that_cannot_be_written_stops_the_run_which_goes_on_later(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     out = tmp_path / "run"
-    real = log.Lines.sync
+    real = lines.Lines.sync
     synced: list[str] = []
 
-    def sync(self: log.Lines) -> None:
+    def sync(self: lines.Lines) -> None:
         synced.append(self.path.name)
         if self.path.name == file and synced.count(file) == 2:
             self._file.close()
@@ -103,7 +103,7 @@ def test_a_log_that_cannot_be_written_stops_the_run_which_goes_on_later(
             self.write({"step": 1})
         real(self)
 
-    monkeypatch.setattr(log.Lines, "sync", sync)
+    monkeypatch.setattr(lines.Lines, "sync", sync)
     with pytest.raises(CosaeError, match=rf"{file} cannot be written .*Saved up to step_"):
         execute(small(), out, logs=QUIET)
     monkeypatch.undo()
@@ -118,12 +118,12 @@ def test_a_crash_while_resuming_loses_no_line(tmp_path: Path, monkeypatch: pytes
     def dying(handle: int) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(log.os, "fsync", dying)
+    monkeypatch.setattr(lines.os, "fsync", dying)
     with pytest.raises(MemoryError):
-        log.Lines(path, 2)
+        lines.Lines(path, 2)
     monkeypatch.undo()
     assert path.read_text().count("\n") == 3
-    log.Lines(path, 2).close()
+    lines.Lines(path, 2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -43,18 +43,19 @@ print("opening", flush=True)
 from cosae.activations.stream import ActivationStream
 from cosae.recipe import Recipe
 from cosae.run import execute as run
-from cosae.train import checkpoint, log
+from cosae.io import lines, staged
+from cosae.train import checkpoint
 
 told(ActivationStream, "_begin_round", "refill")
 told(ActivationStream, "next_batch", "step")
 told(run, "write_checkpoint", "checkpoint")
 told(checkpoint, "save_file", "checkpoint file", after=True)
-told(checkpoint, "sync_folder", "checkpoint flushed", after=True)
+told(staged, "sync_folder", "checkpoint flushed", after=True)
 told(run, "calibrate", "calibration")
 told(run, "save", "sae")
 told(run, "evaluate", "evaluation")
 told(run, "write_json", "record")
-told(log.Lines, "__init__", "lines")
+told(lines.Lines, "__init__", "lines")
 logs = run.Logs(progress=False)
 out = Path(sys.argv[2])
 if out.exists():

@@ -239,9 +239,9 @@ def test_aux_k_revives_dead_features(score: str, selector: str) -> None:
 def test_values_that_are_not_allowed() -> None:
     for named, message in (
         ({"space": "unit"}, "space .*raw, frame.*Got 'unit'"),
-        ({"normalise": "d"}, "variance or none. Got 'd'"),
+        ({"normalise": "d"}, "variance, none. Got 'd'"),
         ({"aux_coefficient": -1.0}, "at least 0"),
-        ({"aux_k": 0}, "aux_k at least 1"),
+        ({"aux_k": 0}, "aux_k must be at least 1"),
         ({"reweight": math.nan}, "reweight"),
         ({"aux_coefficient": math.nan}, "aux_coefficient"),
     ):

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cosae.errors import CosaeError
-from cosae.train.log import JsonLines, Progress, TensorBoard, WandB, describe, finite, scalars
+from cosae.io.lines import finite
+from cosae.train.log import JsonLines, Progress, TensorBoard, WandB, describe, scalars
 
 
 def record(step: int, **numbers: Any) -> dict[str, Any]:

@@ -333,7 +333,7 @@ def test_a_thread_trains_without_touching_signals() -> None:
         ({"log_every": 0}, "log_every must be at least 1"),
         ({"dead_after_tokens": 0}, "dead_after_tokens must be at least 1"),
         ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),
-        ({"store_dtype": "float16"}, "store_dtype must be float32 or bfloat16"),
+        ({"store_dtype": "float16"}, "store_dtype must be one of float32, bfloat16"),
         ({"seed": -1}, "seed must be a whole number"),
         ({"seed": 2**64}, "seed must be a whole number"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cosae.errors import CosaeError
+from cosae.io.atomic import sync_file, sync_folder
 
 
 def check_place(out: Path, mark: str) -> None:
@@ -38,8 +39,8 @@ def filled(out: Path, mark: str) -> Iterator[Path]:
 def staged(out: Path) -> Iterator[Path]:
     """A fresh folder beside `out` to write into; it becomes `out` when the block ends well, else it is removed.
 
-    What `out` held before stays until then. Raises CosaeError, with the place and the system's word, where the disk
-    refuses.
+    What `out` held before stays until then; what was written survives a power cut once it stands. Raises CosaeError,
+    with the place and the system's word, where the disk refuses.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,10 @@ def staged(out: Path) -> Iterator[Path]:
         raise CosaeError(f"{out} cannot be written ({error.strerror}): choose another place.") from None
     try:
         yield folder
+        for path in (*folder.rglob("*"), folder):
+            sync_folder(path) if path.is_dir() else sync_file(path)
         swap_in(folder, out)
+        sync_folder(out.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CosaeError(f"{out} could not be written ({reason}); what was there before is kept.") from None

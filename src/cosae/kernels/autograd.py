@@ -38,6 +38,12 @@ class Sums(Protocol):
     def entries_by_token_sum(self, value_E: Tensor, entries: Entries, n_tokens: int) -> Tensor: ...
 
 
+def apply(function: Any, *inputs: Any) -> Tensor:
+    """function.apply, which torch leaves untyped."""
+    out: Tensor = function.apply(*inputs)
+    return out
+
+
 def _summed_to(sums: Sums, shape: torch.Size, value_E: Tensor, entries: Entries, n_features: int) -> Tensor:
     """Gradient of a () or (F,) parameter that entry e sees through its feature."""
     if len(shape) == 0:

@@ -1,7 +1,4 @@
-"""The same mathematics, fast: one visible place, `choose`, decides which path serves.
-
-`kernel="auto"` takes the sparse path of the device; `kernel="reference"` forces the dense definition.
-"""
+"""Which path serves: the sparse one of the device, or the dense definition."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.kernels import reference
 from cosae.kernels.cpu import native, sums
 from cosae.kernels.path import SparsePath
@@ -43,7 +40,7 @@ CPU = SparsePath("cpu", search.CPU, sums)
 
 
 def choose(kernel: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Kernel:
-    """The path that serves; the one place where that is decided.
+    """The path that serves.
 
         kernel=      cpu tensors                     cuda tensors
         reference    reference                       reference
@@ -56,30 +53,25 @@ def choose(kernel: str, device: torch.device | str, dtype: torch.dtype = torch.f
     scores wanted, nothing to score) the selection is the definition's, the sums stay sparse, and the reason is logged
     once. Raises CosaeError for a name that is not one of KERNELS, and for `triton` where it cannot run.
     """
-    if kernel not in KERNELS:
-        raise CosaeError(f"kernel must be one of {', '.join(KERNELS)}. Got {kernel!r} instead.")
+    check_choice("kernel", kernel, KERNELS)
     if kernel == "reference":
         return reference
     on_cuda = torch.device(device).type == "cuda"
     if kernel == "cpu" or (kernel == "auto" and not on_cuda):
         return CPU
-    reason = _no_triton(on_cuda, dtype)
-    path = _triton() if reason is None else reason
+    path: SparsePath | str
+    if dtype != torch.float32:
+        path = f"it computes in float32 and the SAE is {str(dtype).removeprefix('torch.')}"
+    elif not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        path = "the tensors are not on a CUDA device (and TRITON_INTERPRET=1 is not set)"
+    else:
+        path = _triton()
     if isinstance(path, SparsePath):
         return path
     if kernel == "triton":
         raise CosaeError(f"kernel triton cannot run, because {path}: use kernel auto, cpu or reference.")
     search.log_once(f"the plain path serves on {torch.device(device).type}", path, logging.WARNING)
     return CPU
-
-
-def _no_triton(on_cuda: bool, dtype: torch.dtype) -> str | None:
-    """Why the Triton path cannot serve these tensors, or None."""
-    if dtype != torch.float32:
-        return f"it computes in float32 and the SAE is {str(dtype).removeprefix('torch.')}"
-    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return "the tensors are not on a CUDA device (and TRITON_INTERPRET=1 is not set)"
-    return None
 
 
 @lru_cache(maxsize=1)

@@ -3,13 +3,12 @@ gradients. Each method's definition is its twin in `reference`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from cosae.kernels import autograd
+from cosae.kernels.autograd import apply
 from cosae.kernels.select import search, topk
 from cosae.kernels.terms import Entries, ScoreTerms
 
@@ -31,18 +30,13 @@ class SparsePath:
 
     def entry_content(self, terms: ScoreTerms, entries: Entries) -> Tensor:
         inputs = (terms.z_BD, terms.rows_FD, terms.exponent, terms.log_gain)
-        return _apply(autograd.Content, *inputs, terms, entries, self.sums)
+        return apply(autograd.Content, *inputs, terms, entries, self.sums)
 
     def at_feature(self, parameter_F: Tensor, entries: Entries) -> Tensor:
-        return _apply(autograd.AtFeature, parameter_F, entries, self.sums)
+        return apply(autograd.AtFeature, parameter_F, entries, self.sums)
 
     def decode(self, value_E: Tensor, entries: Entries, decoder_FD: Tensor, n_tokens: int) -> Tensor:
-        return _apply(autograd.Decode, value_E, decoder_FD, entries, n_tokens, self.sums)
+        return apply(autograd.Decode, value_E, decoder_FD, entries, n_tokens, self.sums)
 
     def squared_errors(self, z_BD: Tensor, recon_BD: Tensor, centre_only: bool = False) -> Tensor:
-        return _apply(autograd.SquaredErrors, z_BD, recon_BD, centre_only, self.sums)
-
-
-def _apply(function: Any, *inputs: Any) -> Tensor:
-    apply: Callable[..., Tensor] = function.apply
-    return apply(*inputs)
+        return apply(autograd.SquaredErrors, z_BD, recon_BD, centre_only, self.sums)

@@ -72,14 +72,19 @@ class ScoreTerms:
 
     def detached(self) -> ScoreTerms:
         """The same numbers without a graph: what selection looks at."""
-        return replace(
-            self,
-            z_BD=self.z_BD.detach(),
-            rows_FD=self.rows_FD.detach(),
-            bias_F=None if self.bias_F is None else self.bias_F.detach(),
-            exponent=self.exponent.detach(),
-            log_gain=self.log_gain.detach(),
-        )
+        bias_F = None if self.bias_F is None else self.bias_F.detach()
+        tensors = {name: getattr(self, name).detach() for name in ("z_BD", "rows_FD", "exponent", "log_gain")}
+        return replace(self, bias_F=bias_F, **tensors)
+
+    def of_tokens(self, token_S: Tensor) -> ScoreTerms:
+        """Terms of some tokens alone."""
+        return replace(self, z_BD=self.z_BD[token_S], live_B=self.live_B[token_S])
+
+    def of_features(self, feature_S: Tensor, rows_SD: Tensor) -> ScoreTerms:
+        """Terms of some features alone, whose rows are given."""
+        bias_S = None if self.bias_F is None else self.bias_F[feature_S]
+        exponent, log_gain = (x[feature_S] if x.dim() else x for x in (self.exponent, self.log_gain))
+        return replace(self, rows_FD=rows_SD, bias_F=bias_S, exponent=exponent, log_gain=log_gain)
 
 
 @dataclass(frozen=True)

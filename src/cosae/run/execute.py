@@ -22,6 +22,7 @@ from torch import Tensor
 from cosae.activations.stream import ActivationStream
 from cosae.errors import CosaeError
 from cosae.io.generators import generator_state, restore_generators
+from cosae.io.lines import Lines
 from cosae.io.lock import hold
 from cosae.io.signals import Stop, stop_on_signals
 from cosae.io.values import from_plain, to_plain
@@ -50,7 +51,7 @@ from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
 from cosae.train.checkpoint import checkpoints, has_checkpoints, quarantine, read_latest, write_checkpoint
-from cosae.train.log import JsonLines, Lines, Logger, Progress, TensorBoard, WandB
+from cosae.train.log import JsonLines, Logger, Progress, TensorBoard, WandB
 from cosae.train.loop import Interrupted, train
 from cosae.train.step import ArmState
 

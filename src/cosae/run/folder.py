@@ -13,9 +13,9 @@ from typing import Any
 from cosae.errors import CosaeError
 from cosae.io.atomic import replaced, write_text
 from cosae.io.legacy import upgrade
+from cosae.io.lines import finite
 from cosae.io.lock import LOCK
 from cosae.recipe import Recipe
-from cosae.train.log import finite
 
 RUN, RECIPE, METRICS, EVALUATION, ARMS = "run.json", "recipe.json", "metrics.jsonl", "evaluation.json", "arms"
 EVENTS = "events.jsonl"

@@ -79,8 +79,7 @@ def _order_statistic(sae: SAE, x_ND: Tensor, target: float) -> float:
 def _largest(sae: SAE, terms: ScoreTerms, n: int, hint: float | None) -> tuple[Tensor, float | None]:
     """The n largest positive statistics of a chunk, by the kernel's own search."""
     kernel = sae._kernel()
-    gain_F = sae.selector.margin_gain_F.to(terms.z_BD.dtype)
-    ranked = terms.detached() if bool((gain_F == 1).all()) else divided(terms.detached(), gain_F)
+    ranked = divided(terms, sae.selector.margin_gain_F)
     entries, hint = kernel.select_batch_topk(ranked, n, hint)
     m = kernel.entry_content(ranked, entries)
     return m if ranked.bias_F is None else m + ranked.bias_F[entries.feature_E], hint

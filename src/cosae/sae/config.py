@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.sae.frame import FRAMES
 from cosae.sae.score import SCORES
 from cosae.sae.selector import SELECTORS
@@ -57,15 +57,12 @@ class SAEConfig:
             if (value is None and name != "n_groups") or (type(value) is int and value >= 1):
                 continue
             raise CosaeError(f"{name} must be a whole number of at least 1. Got {value!r} instead.")
-        _one_of("score", self.score, tuple(SCORES))
-        _one_of("selector", self.selector, SELECTORS)
-        _one_of("frame", self.frame, FRAMES)
+        check_choice("score", self.score, SCORES)
+        check_choice("selector", self.selector, SELECTORS)
+        check_choice("frame", self.frame, FRAMES)
         width = math.inf if self.d_sae is None else self.d_sae
         if (self.k or 1) > width:
-            raise CosaeError(
-                f"k must be at most d_sae: an SAE of {self.d_sae} features cannot keep {self.k} of them. "
-                "Lower k or raise d_sae."
-            )
+            raise CosaeError(f"k must be at most d_sae = {self.d_sae}. To keep {self.k} features, raise d_sae.")
         if self.selector == "gated" and not self.bias:
             raise CosaeError("the gated selector needs the score's bias for its gates: leave bias=True.")
         if self.score == "cosine_grouped" and self.n_groups > width:
@@ -73,10 +70,8 @@ class SAEConfig:
         prefixes = tuple(int(p) for p in self.prefixes)
         if prefixes:
             if list(prefixes) != sorted(set(prefixes)) or prefixes[0] < 1 or prefixes[-1] > width:
-                raise CosaeError(
-                    f"prefixes must be ascending feature counts between 1 and d_sae = {self.d_sae}. "
-                    f"Got {list(prefixes)} instead."
-                )
+                limits = f"between 1 and d_sae = {self.d_sae}"
+                raise CosaeError(f"prefixes must be ascending feature counts {limits}. Got {list(prefixes)} instead.")
             prefixes = prefixes if self.d_sae in (None, prefixes[-1]) else (*prefixes, int(width))
         object.__setattr__(self, "prefixes", prefixes)
         if not 0.0 < self.bandwidth < 2.0:
@@ -86,9 +81,7 @@ class SAEConfig:
     def sizes(self) -> tuple[int, int, int]:
         """(d_in, d_sae, k). Raises CosaeError where one is open."""
         if self.d_in is None or self.d_sae is None or self.k is None:
-            raise CosaeError(
-                f"an SAE needs d_in, d_sae and k. Got {self.d_in}, {self.d_sae} and {self.k}: give those that are None."
-            )
+            raise CosaeError(f"an SAE needs d_in, d_sae and k. Got {self.d_in}, {self.d_sae} and {self.k}.")
         return self.d_in, self.d_sae, self.k
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,17 +106,10 @@ class InitConfig:
                 object.__setattr__(self, "b_init", float(self.b_init))
         number = isinstance(self.b_init, int | float) and not isinstance(self.b_init, bool)
         if not (math.isfinite(self.b_init) if number else self.b_init in B_INITS):  # type: ignore[arg-type]
-            raise CosaeError(
-                f"b_init must be a finite number, or one of {', '.join(B_INITS)}. Got {self.b_init!r} instead."
-            )
+            raise CosaeError(f"b_init must be a finite number or one of {', '.join(B_INITS)}. Got {self.b_init!r}.")
         if not math.isfinite(self.a_init):
             raise CosaeError(f"a_init must be a finite number. Got {self.a_init!r} instead.")
-        _one_of("centre", self.centre, CENTRES)
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise CosaeError(f"{name} must be one of {', '.join(allowed)}. Got {value!r} instead.")
+        check_choice("centre", self.centre, CENTRES)
 
 
 def check_activations(x: Tensor, d_in: int) -> Tensor:
@@ -133,9 +119,7 @@ def check_activations(x: Tensor, d_in: int) -> Tensor:
     """
     if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.ndim < 1 or x.shape[-1] != d_in:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise CosaeError(
-            f"x must be a float16, bfloat16, float32 or float64 tensor of shape (..., {d_in}). Got {got} instead."
-        )
+        raise CosaeError(f"x must be a float16, bfloat16, float32 or float64 tensor of shape (..., {d_in}). Got {got}.")
     flat = x.reshape(-1, d_in)
     if not bool(torch.isfinite(flat.sum())):
         bad = (~torch.isfinite(flat)).nonzero()

@@ -9,6 +9,7 @@ stored probe activations still give their stored codes.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.io.atomic import sync_file
 from cosae.io.digest import file_digest
 from cosae.io.legacy import upgrade
 from cosae.io.staged import staged
@@ -36,49 +36,45 @@ PROBE_ROWS = 8
 
 def to_disk(sae: SAE) -> dict[str, Tensor]:
     """All state by on-disk name, contiguous fp32 (or float64) CPU tensors that share no memory."""
-    score, selector = sae.score, sae.selector
-    gated = sae.cfg.selector == "gated"
-    state: dict[str, Tensor] = {
-        "W_enc": score.rows_FD.T,
-        "W_dec": sae.decoder.rows_FD,
-        "b_dec": sae.centre_D,
-    }
-    if score.bias_F is not None:
-        state["b_gate" if gated else "b_enc"] = score.bias_F
-    if not score.is_plain:
-        state["scale_a"] = score.a
-        state["scale_b"] = score.b
-    if score.family.exponent_owner == "base_delta":
-        state["scale_a_base"] = score.exponent_base
-        state["scale_a_delta"] = score.exponent_delta_F
-    if sae.cfg.selector == "jumprelu":
-        state["threshold"] = selector.log_threshold_F.exp()
-        state["log_threshold"] = selector.log_threshold_F
-    elif not bool(selector.threshold.isnan().any()):
-        state["threshold"] = selector.threshold.expand(sae.d_sae)
-    if gated:
-        state["r_mag"], state["b_mag"] = selector.r_mag_F, selector.b_mag_F
-    if not bool((selector.rank_gain_F == 1).all()):
-        state["rank_gain"] = selector.rank_gain_F
+    state = _own_tensors(sae)
+    if not sae.score.is_plain:
+        state |= {"scale_a": sae.score.a, "scale_b": sae.score.b}
+    if not bool(sae.threshold.isnan().any()):
+        state["threshold"] = sae.threshold.expand(sae.d_sae)
+    if not bool((sae.selector.rank_gain_F == 1).all()):
+        state["rank_gain"] = sae.selector.rank_gain_F
     return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+
+
+def _own_tensors(sae: SAE) -> dict[str, Tensor]:
+    """The SAE's own tensors (or views of them) that are always kept, and just as they are, by on-disk name."""
+    score, selector = sae.score, sae.selector
+    own: dict[str, Tensor] = {"W_enc": score.rows_FD.T, "W_dec": sae.decoder.rows_FD, "b_dec": sae.centre_D}
+    if score.bias_F is not None:
+        own["b_gate" if sae.cfg.selector == "gated" else "b_enc"] = score.bias_F
+    if score.family.exponent_owner == "base_delta":
+        own |= {"scale_a_base": score.exponent_base, "scale_a_delta": score.exponent_delta_F}
+    if sae.cfg.selector == "jumprelu":
+        own["log_threshold"] = selector.log_threshold_F
+    if sae.cfg.selector == "gated":
+        own |= {"r_mag": selector.r_mag_F, "b_mag": selector.b_mag_F}
+    return own
 
 
 @torch.no_grad()
 def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
     """The inverse of `to_disk`. Raises CosaeError naming `source` on missing, unknown or ill-shaped tensors."""
-    decoder = state.get("W_dec")
-    if decoder is not None and tuple(decoder.shape) != (cfg.d_sae, cfg.d_in):  # before memory is taken for the SAE
-        raise CosaeError(
-            f"{source}: W_dec must have shape {(cfg.d_sae, cfg.d_in)}. Got {tuple(decoder.shape)} instead."
-        )
+    came = tuple(state["W_dec"].shape) if "W_dec" in state else None
+    if came not in (None, (cfg.d_sae, cfg.d_in)):  # before memory is taken for the SAE
+        raise CosaeError(f"{source}: W_dec must have shape {(cfg.d_sae, cfg.d_in)}. Got {came} instead.")
     sae = SAE(cfg)
     wanted = shapes(sae)
     missing = sorted(name for name, (_, needed) in wanted.items() if needed and name not in state)
     unknown = sorted(set(state) - set(wanted))
     if missing or unknown:
         raise CosaeError(
-            f"{source}: tensors do not fit the configuration (missing: {', '.join(missing) or 'none'}; "
-            f"unknown: {', '.join(unknown) or 'none'}). The file is not a complete cosae SAE of this kind."
+            f"{source} is not a complete cosae SAE of this kind: its tensors do not fit the configuration "
+            f"(missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'})."
         )
     for name, value in state.items():
         if tuple(value.shape) not in wanted[name][0]:
@@ -86,40 +82,24 @@ def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
             raise CosaeError(f"{source}: {name} must have shape {allowed}. Got {tuple(value.shape)} instead.")
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             raise CosaeError(f"{source}: {name} holds values that are not finite numbers; the file is damaged.")
-    dtype = state["W_dec"].dtype
-    sae.to(dtype)
-    score, selector = sae.score, sae.selector
-    score.rows_FD.copy_(state["W_enc"].T)
-    sae.decoder.rows_FD.copy_(state["W_dec"])
-    sae.centre_D.copy_(state["b_dec"])
-    bias = state.get("b_enc", state.get("b_gate"))
-    if score.bias_F is not None and bias is not None:
-        score.bias_F.copy_(bias)
-    if not score.is_plain:
-        _load_score(sae, state)
-    if cfg.selector == "jumprelu":
-        selector.log_threshold_F.copy_(state["log_threshold"])
-    elif "threshold" in state:
+    sae.to(state["W_dec"].dtype)
+    for name, tensor in _own_tensors(sae).items():
+        tensor.copy_(state[name])
+    if not sae.score.is_plain:
+        _load_score(sae, state["scale_a"], state["scale_b"])
+    if cfg.selector != "jumprelu" and "threshold" in state:
         value = state["threshold"]
-        selector.threshold = value[0].clone() if bool((value == value[0]).all()) else value.clone()
-    if cfg.selector == "gated":
-        selector.r_mag_F.copy_(state["r_mag"])
-        selector.b_mag_F.copy_(state["b_mag"])
+        sae.selector.threshold = value[0].clone() if bool((value == value[0]).all()) else value.clone()
     if "rank_gain" in state:
-        selector.rank_gain_F = state["rank_gain"].clone()
+        sae.selector.rank_gain_F = state["rank_gain"].clone()
     return sae
 
 
-def _load_score(sae: SAE, state: dict[str, Tensor]) -> None:
+def _load_score(sae: SAE, exponent: Tensor, gain: Tensor) -> None:
     score = sae.score
-    if score.family.exponent_owner == "base_delta":
-        score.exponent_base.copy_(state["scale_a_base"])
-        score.exponent_delta_F.copy_(state["scale_a_delta"])
-    elif score.family.exponent_owner == "group":
-        score.exponent.copy_(_group_values(sae, state["scale_a"]))
-    else:
-        score.exponent.copy_(state["scale_a"])
-    gain = state["scale_b"]
+    if score.family.exponent_owner != "base_delta":
+        by_group = score.family.exponent_owner == "group"
+        score.exponent.copy_(_group_values(sae, exponent) if by_group else exponent)
     if score.family.gain_owner == "group":
         per_group = _group_values(sae, gain)
         if bool((per_group[score.group_F] == gain).all()):
@@ -135,29 +115,13 @@ def _group_values(sae: SAE, value_F: Tensor) -> Tensor:
 
 def shapes(sae: SAE) -> dict[str, tuple[tuple[tuple[int, ...], ...], bool]]:
     """On-disk name → (allowed shapes, whether it must be there)."""
-    d, f = sae.d_in, sae.d_sae
-    score = sae.score
-    gated, jumprelu = sae.cfg.selector == "gated", sae.cfg.selector == "jumprelu"
-    found: dict[str, tuple[tuple[tuple[int, ...], ...], bool]] = {
-        "W_enc": (((d, f),), True),
-        "W_dec": (((f, d),), True),
-        "b_dec": (((d,),), True),
-        "threshold": (((f,),), jumprelu),
-        "rank_gain": (((f,),), False),
-    }
-    if score.bias_F is not None:
-        found["b_gate" if gated else "b_enc"] = (((f,),), True)
-    if not score.is_plain:
-        scalar_a = score.family.exponent_owner in ("fixed", "shared")
-        found["scale_a"] = (((),) if scalar_a else ((f,),), True)
-        found["scale_b"] = (((), (f,)), True)
-    if score.family.exponent_owner == "base_delta":
-        found["scale_a_base"] = (((),), True)
-        found["scale_a_delta"] = (((f,),), True)
-    if jumprelu:
-        found["log_threshold"] = (((f,),), True)
-    if gated:
-        found["r_mag"] = found["b_mag"] = (((f,),), True)
+    found: dict[str, tuple[tuple[tuple[int, ...], ...], bool]]
+    found = {name: ((tuple(tensor.shape),), True) for name, tensor in _own_tensors(sae).items()}
+    wide = (sae.d_sae,)
+    found |= {"threshold": ((wide,), sae.cfg.selector == "jumprelu"), "rank_gain": ((wide,), False)}
+    if not sae.score.is_plain:
+        scalar_a = sae.score.family.exponent_owner in ("fixed", "shared")
+        found |= {"scale_a": (((),) if scalar_a else (wide,), True), "scale_b": (((), wide), True)}
     return found
 
 
@@ -177,16 +141,14 @@ def save(sae: SAE, path: str | Path, probes: Tensor | None = None) -> Path:
 
 def _replaceable(path: Path) -> bool:
     """True where nothing is lost but an SAE of ours: other libraries' folders have a cfg.json too."""
-    if not path.exists():
-        return True
     if not path.is_dir():
-        return False
-    if {file.name for file in path.iterdir()} - {CONFIG, WEIGHTS, SELF_CHECK}:
-        return False
-    try:
-        return not any(path.iterdir()) or bool(read_config(path))
-    except CosaeError:
-        return False
+        return not path.exists()
+    there = {file.name for file in path.iterdir()}
+    if not there or there - {CONFIG, WEIGHTS, SELF_CHECK}:
+        return not there
+    with suppress(CosaeError):
+        return bool(read_config(path))
+    return False
 
 
 def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
@@ -209,8 +171,6 @@ def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
     except (TypeError, ValueError) as error:
         raise CosaeError(f"sae.metadata must be plain finite numbers, texts, lists and mappings: {error}.") from None
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    for file in folder.iterdir():
-        sync_file(file)
 
 
 def _jsonable(value: object) -> object:
@@ -249,13 +209,9 @@ def _probe(sae: SAE, probes: Tensor | None) -> dict[str, Tensor]:
         probes = sae.centre_D.cpu() + noise * (length / sae.d_in**0.5)
     x = probes[:PROBE_ROWS].detach().to(sae.device, sae.dtype)
     codes = sae.encode(x)
-    return {
-        "x": x.cpu().contiguous(),
-        "token": codes.token_E.cpu().contiguous(),
-        "feature": codes.feature_E.cpu().contiguous(),
-        "value": codes.value_E.cpu().contiguous(),
-        "x_hat": sae.decode(codes).cpu().contiguous(),
-    }
+    stored = {"x": x, "token": codes.token_E, "feature": codes.feature_E, "value": codes.value_E}
+    stored["x_hat"] = sae.decode(codes)
+    return {name: value.cpu().contiguous() for name, value in stored.items()}
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "auto") -> SAE:
@@ -270,9 +226,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "au
         if not (path / name).is_file():
             raise CosaeError(f"{path} lacks {name}: the SAE is incomplete, copy the whole folder again.")
         if file_digest(path / name) != config["sha256"].get(name):
-            raise CosaeError(
-                f"{path / name} is not the file that was saved (its digest differs): truncated or altered."
-            )
+            raise CosaeError(f"{path / name} was truncated or altered since it was saved (its digest differs).")
     state = read_safetensors(path / WEIGHTS)
     probe = read_safetensors(path / SELF_CHECK)
     try:
@@ -320,9 +274,8 @@ def _check_probe(sae: SAE, probe: dict[str, Tensor], path: Path) -> None:
         dense = sae.encode(probe["x"]).to_dense()
         stored = torch.zeros_like(dense).index_put((entries.token_E, entries.feature_E), want)
     except (KeyError, IndexError, RuntimeError, CosaeError) as error:
-        raise CosaeError(
-            f"{path / SELF_CHECK} does not fit the SAE ({one_line(error)}): the folder mixes two SAEs."
-        ) from None
+        reason = one_line(error)
+        raise CosaeError(f"{path / SELF_CHECK} does not fit the SAE ({reason}): the folder mixes two SAEs.") from None
     largest = float(want.abs().max()) if len(want) else 1.0
     off = float((got - want).abs().max()) if len(want) else 0.0
     flipped = int(((dense != 0) != (stored != 0)).sum())

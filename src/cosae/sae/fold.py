@@ -6,11 +6,10 @@ Scaling encoder rows cannot fold a cosine score, which normalises them. Here eve
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_positive
 from cosae.sae.model import SAE
 
 
@@ -45,8 +44,7 @@ def fold_input_scale(sae: SAE, s: float) -> SAE:
     raw: `b += a ln s` (inner product: rows · s), decoder and centre divided by s. unit: only the centre is divided.
     layer_norm: nothing changes. Raises CosaeError unless s is finite and positive.
     """
-    if not (math.isfinite(s) and s > 0):
-        raise CosaeError(f"the input scale must be a positive number. Got {s!r} instead.")
+    check_positive("the input scale", s)
     folded = copy.deepcopy(sae)
     if sae.cfg.frame == "layer_norm":
         return folded

@@ -10,16 +10,17 @@ not only out of the score; layer-normed inputs are what OpenAI's TopK autoencode
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
+from cosae.kernels.autograd import apply
 from cosae.types import Framed, NormStats, at_least_fp32
 
 FRAMES = ("raw", "unit", "layer_norm")
+NORMS_HINT = "decode codes that `encode` returned, or pass norm_stats=codes.norm_stats."
 SCALE_MIN = 1e-8
 """Smallest length or standard deviation that is divided by."""
 
@@ -52,8 +53,7 @@ def less_centre(x_BD: Tensor, centre_D: Tensor) -> Tensor:
     """(B, D) x − c, differentiable."""
     if x_BD.requires_grad or not centre_D.requires_grad:
         return x_BD - centre_D
-    apply: Callable[..., Tensor] = _LessCentre.apply
-    return apply(x_BD, centre_D)
+    return apply(_LessCentre, x_BD, centre_D)
 
 
 def normalize(frame: str, x_BD: Tensor, centre_D: Tensor, live_B: Tensor | None = None) -> Framed:
@@ -90,10 +90,7 @@ def denormalize(frame: str, recon_BD: Tensor, norm_stats: NormStats | None, cent
     if frame == "raw":
         return recon_BD + centre_D
     if norm_stats is None:
-        raise CosaeError(
-            f"the {frame!r} frame puts a norm back that these codes do not carry: decode codes that `encode` "
-            "returned, or pass norm_stats=codes.norm_stats."
-        )
+        raise CosaeError(f"the {frame!r} frame puts a norm back that these codes do not carry: {NORMS_HINT}")
     if frame == "unit":
         return norm_stats.scale_B[:, None] * recon_BD + centre_D
     return norm_stats.scale_B[:, None] * (recon_BD + centre_D) + norm_stats.shift_B[:, None]

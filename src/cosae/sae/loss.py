@@ -12,15 +12,14 @@ Weights q = |x − c|^−p, detached, divided by their batch mean (paper §5.1).
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from cosae.errors import CosaeError
-from cosae.kernels import ScoreTerms, reference
+from cosae.errors import CosaeError, check_choice, check_positive
+from cosae.kernels import reference
 from cosae.sae.model import SAE, TrainOutput
 from cosae.types import at_least_fp32
 
@@ -44,18 +43,12 @@ class LossConfig:
     """Weight of aux_k; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        if self.space not in SPACES:
-            raise CosaeError(f"loss space must be one of {', '.join(SPACES)}. Got {self.space!r} instead.")
-        if self.normalise not in ("variance", "none"):
-            raise CosaeError(f"loss normalise must be variance or none. Got {self.normalise!r} instead.")
-        if not (math.isfinite(self.reweight) and self.reweight >= 0):
-            raise CosaeError(f"reweight must be a finite power of at least 0. Got {self.reweight!r} instead.")
-        weighs = math.isfinite(self.aux_coefficient) and self.aux_coefficient >= 0
-        if not weighs or (self.aux_k is not None and self.aux_k < 1):
-            raise CosaeError(
-                "aux_coefficient must be a finite number of at least 0 and aux_k at least 1; to turn aux off, set the "
-                "first to 0."
-            )
+        check_choice("loss space", self.space, SPACES)
+        check_choice("loss normalise", self.normalise, ("variance", "none"))
+        check_positive("reweight", self.reweight, zero=True)
+        check_positive("aux_coefficient", self.aux_coefficient, zero=True)
+        if self.aux_k is not None and self.aux_k < 1:
+            raise CosaeError("aux_k must be at least 1; to turn aux off, set aux_coefficient to 0.")
 
 
 def token_weights(output: TrainOutput, power: float) -> Tensor:
@@ -93,17 +86,8 @@ def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig, spa
     """
     dead = dead_F.nonzero()[:, 0]
     terms = output.terms
-    exponent, log_gain = terms.exponent.detach(), terms.log_gain.detach()
-    dead_terms = ScoreTerms(
-        terms.z_BD.detach(),
-        embedding(dead, terms.rows_FD, sparse=sparse_gradients),
-        None if terms.bias_F is None else terms.bias_F[dead],
-        exponent[dead] if exponent.ndim == 1 else exponent,
-        log_gain[dead] if log_gain.ndim == 1 else log_gain,
-        terms.row_power,
-        terms.live_B,
-        terms.plain,
-    )
+    still = {name: getattr(terms, name).detach() for name in ("z_BD", "exponent", "log_gain")}
+    dead_terms = replace(terms, **still).of_features(dead, embedding(dead, terms.rows_FD, sparse=sparse_gradients))
     score_BF = reference.content(dead_terms)
     if dead_terms.bias_F is not None:
         score_BF = score_BF + dead_terms.bias_F

@@ -108,17 +108,12 @@ class SAE(nn.Module):
         Raises CosaeError on a value that is not allowed.
         """
         if dtype not in (torch.float32, torch.float64):
-            raise CosaeError(
-                f"dtype must be torch.float32 or torch.float64 (weights are never kept in half precision). "
-                f"Got {dtype} instead."
-            )
+            raise CosaeError(f"dtype must be torch.float32 or torch.float64: weights are never halves. Got {dtype}.")
         choose(kernel, device, dtype)
         sae = cls(cfg)
         sae.kernel = kernel
         initialise(cfg, init, sae.centre_D, sae.score, sae.selector, sae.decoder, seed=seed, sample=sample)
         return sae.to(device=device, dtype=dtype)
-
-    # ------------------------------------------------------------------ what it is
 
     @property
     def d_in(self) -> int:
@@ -185,8 +180,6 @@ class SAE(nn.Module):
     def _kernel(self) -> Kernel:
         return choose(self.kernel, self.device, self.dtype)
 
-    # ------------------------------------------------------------------ inference
-
     def encode(self, x: Tensor) -> Codes:
         """x (..., d_in), any float dtype → sparse Codes. All-zero rows encode to nothing.
 
@@ -207,20 +200,15 @@ class SAE(nn.Module):
         """
         codes = codes if isinstance(codes, Codes) else Codes.from_dense(codes)
         if codes.d_sae != self.d_sae:
-            raise CosaeError(
-                f"codes must have d_sae = {self.d_sae} features, as this SAE has. Got {codes.d_sae} instead."
-            )
+            raise CosaeError(f"codes must have this SAE's d_sae = {self.d_sae} features. Got {codes.d_sae} instead.")
         norm_stats = codes.norm_stats if norm_stats is None else norm_stats
         if self.cfg.norm_restoring and norm_stats is None:
             raise CosaeError(
-                "a norm-restoring decoder needs the length it restores, which these codes do not carry: decode "
-                "codes that `encode` returned, or pass norm_stats=codes.norm_stats."
+                f"a norm-restoring decoder needs a length that these codes do not carry: {frames.NORMS_HINT}"
             )
         if norm_stats is not None and len(norm_stats.r_B) != codes.n_tokens:
-            raise CosaeError(
-                f"norm_stats must be of the tokens that are decoded: they are of {len(norm_stats.r_B)} tokens, the "
-                f"codes of {codes.n_tokens}; slice both alike (norm_stats[rows])."
-            )
+            came = f"{len(norm_stats.r_B)} tokens, the codes of {codes.n_tokens}"
+            raise CosaeError(f"norm_stats are of {came}: slice both alike (norm_stats[rows]).")
         entries = Entries(codes.token_E, codes.feature_E)
         kernel = self._kernel()
         value_E = codes.value_E.to(at_least_fp32(self.centre_D).dtype)
@@ -237,8 +225,6 @@ class SAE(nn.Module):
 
     def _framed(self, flat_BD: Tensor, live_B: Tensor | None = None) -> Framed:
         return frames.normalize(self.cfg.frame, flat_BD.to(self.device), self.centre_D, live_B)
-
-    # ------------------------------------------------------------------ training
 
     def train_forward(
         self, x_BD: Tensor, hint: float | None = None, live_B: Tensor | None = None, cache: StepCache | None = None

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.kernels import Entries, Kernel, ScoreTerms
+from cosae.kernels.autograd import apply
 
 SELECTORS = ("batch_topk", "topk", "abs_topk", "jumprelu", "gated")
 CALIBRATED_SELECTORS = ("batch_topk", "jumprelu", "gated")
@@ -57,7 +58,10 @@ class Selection:
 
 
 def divided(terms: ScoreTerms, gain_F: Tensor) -> ScoreTerms:
-    """Terms whose scores are s / gain, gain (F,) > 0."""
+    """Terms without a graph whose scores are s / gain, gain (F,) > 0: what top-k compares."""
+    terms, gain_F = terms.detached(), gain_F.to(terms.z_BD.dtype)
+    if bool((gain_F == 1).all()):
+        return terms
     return replace(
         terms,
         rows_FD=terms.rows_FD / gain_F[:, None] if terms.plain else terms.rows_FD,
@@ -95,11 +99,6 @@ class _JumpCount(torch.autograd.Function):
         return None, -grads[0] * window_E / ctx.bandwidth, None
 
 
-def _jump(function: Any, score_E: Tensor, log_theta_E: Tensor, bandwidth: float) -> Tensor:
-    out: Tensor = function.apply(score_E, log_theta_E, bandwidth)
-    return out
-
-
 class Selector(nn.Module):
     """Owns k and what the rule needs.
 
@@ -131,13 +130,6 @@ class Selector(nn.Module):
         """True where inference needs no batch: top-k per token, own thresholds, or a calibrated one."""
         return self.name != "batch_topk" or not bool(self.threshold.isnan().any())
 
-    def _ranked(self, terms: ScoreTerms) -> ScoreTerms:
-        """Terms whose scores are s / rank_gain: what top-k compares."""
-        terms = terms.detached()
-        if bool((self.rank_gain_F == 1).all()):
-            return terms
-        return divided(terms, self.rank_gain_F.to(terms.z_BD.dtype))
-
     def train_select(self, terms: ScoreTerms, kernel: Kernel, hint: float | None = None) -> Selection:
         """The training rule; differentiable. `hint` is what the last batch's Selection carried."""
         if self.name == "jumprelu":
@@ -145,8 +137,8 @@ class Selector(nn.Module):
             entries = kernel.select_above(terms.detached(), theta_F * (1 - 0.5 * self.bandwidth))
             score_E = self._scores(terms, kernel, entries)[0]
             log_theta_E = kernel.at_feature(self.log_threshold_F.to(score_E.dtype), entries)
-            value_E = _jump(_JumpValue, score_E, log_theta_E, self.bandwidth)
-            on_E = _jump(_JumpCount, score_E.detach(), log_theta_E, self.bandwidth)
+            value_E = apply(_JumpValue, score_E, log_theta_E, self.bandwidth)
+            on_E = apply(_JumpCount, score_E.detach(), log_theta_E, self.bandwidth)
             count_B = on_E.new_zeros(terms.n_tokens).index_add(0, entries.token_E, on_E)
             return Selection(entries, score_E, value_E, count_B)
         if self.name == "gated":
@@ -154,23 +146,22 @@ class Selector(nn.Module):
             return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), zero))
         if self.name == "batch_topk":
             n_keep = self.k * int(terms.live_B.sum())
-            entries, found = kernel.select_batch_topk(self._ranked(terms), n_keep, hint)
+            entries, found = kernel.select_batch_topk(divided(terms, self.rank_gain_F), n_keep, hint)
             return self._evaluate(terms, kernel, entries, found)
-        absolute = self.name == "abs_topk"
-        return self._evaluate(terms, kernel, kernel.select_topk(self._ranked(terms), self.k, absolute))
+        ranked, absolute = divided(terms, self.rank_gain_F), self.name == "abs_topk"
+        return self._evaluate(terms, kernel, kernel.select_topk(ranked, self.k, absolute))
 
     def infer_select(self, terms: ScoreTerms, kernel: Kernel) -> Selection:
         """The inference rule."""
+        dtype = terms.z_BD.dtype
         if self.name == "jumprelu":
-            theta_F = self.log_threshold_F.to(terms.z_BD.dtype).exp()
-            return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), theta_F.detach()))
-        if self.name == "gated":
-            threshold = torch.nan_to_num(self.threshold, nan=0.0).to(terms.z_BD.dtype)
-            return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), threshold)).fired()
-        if self.name == "batch_topk" and self.calibrated:
-            threshold = self.threshold.to(terms.z_BD.dtype)
-            return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), threshold))
-        return self.train_select(terms, kernel)
+            threshold = self.log_threshold_F.detach().to(dtype).exp()
+        elif self.name == "gated" or (self.name == "batch_topk" and self.calibrated):
+            threshold = torch.nan_to_num(self.threshold, nan=0.0).to(dtype)
+        else:
+            return self.train_select(terms, kernel)
+        selection = self._evaluate(terms, kernel, kernel.select_above(terms.detached(), threshold))
+        return selection.fired() if self.name == "gated" else selection
 
     def _scores(self, terms: ScoreTerms, kernel: Kernel, entries: Entries) -> tuple[Tensor, Tensor]:
         content_E = kernel.entry_content(terms, entries)

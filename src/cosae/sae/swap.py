@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.kernels.terms import R_MIN, ROW_MIN
 from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate, measure_l0
@@ -42,8 +42,7 @@ def swap_score(sae: SAE, score: str, *, sample: Tensor | None = None, refit: boo
     Raises CosaeError for an unknown score, a missing or unusable sample, or an SAE without an inference threshold where
     one is to be matched.
     """
-    if score not in SCORES:
-        raise CosaeError(f"score must be one of {', '.join(SCORES)}. Got {score!r} instead.")
+    check_choice("score", score, SCORES)
     if refit and sample is None:
         raise CosaeError("refitting a swapped score needs a sample of activations: pass sample=, or refit=False.")
     swapped = _with_score(sae, score, a_init)

@@ -1,8 +1,8 @@
 """One parameter's part of an Adam step, by three paths. Enters a gradient; leaves a moved parameter and its moments.
 
-`Plain` is the definition, in PyTorch. `Compiled` (fp32 matrices on the CPU, where numba is installed) and
-`cosae.kernels.triton.adam` (fp32 matrices on a GPU) do projection, clip, Adam and renormalisation in one sweep after
-one reading sweep for the global norm; they agree with the definition to rounding, and with themselves to the bit.
+`Plain` is the definition, in PyTorch. `Compiled` (on the CPU, with numba) and `cosae.kernels.triton.adam` (on a GPU)
+step fp32 matrices in one sweep after one reading sweep for the global norm; they agree with the definition to rounding,
+and with themselves to the bit.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_positive
 from cosae.io.generators import keyed_generator
 from cosae.io.values import from_text
 from cosae.sae.config import InitConfig, SAEConfig
@@ -60,17 +60,11 @@ class Arm:
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
-            raise CosaeError(
-                f"an arm's name must be letters, digits, dots, '_', '-', '+' or '=' (at most 80). Got {self.name!r}."
-            )
-        for name in ("a_lr", "b_lr", "threshold_lr"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise CosaeError(f"{name} must be a multiple of the learning rate, at least 0. Got {value!r} instead.")
-        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
-            raise CosaeError(f"lr must be a positive number. Got {self.lr!r} instead.")
-        if not (math.isfinite(self.sparsity_weight) and self.sparsity_weight >= 0):
-            raise CosaeError(f"sparsity_weight must be a number of at least 0. Got {self.sparsity_weight!r} instead.")
+            raise CosaeError(f"an arm's name must be letters, digits or ._-+= (at most 80). Got {self.name!r} instead.")
+        for name in ("a_lr", "b_lr", "threshold_lr", "sparsity_weight"):
+            check_positive(name, getattr(self, name), zero=True)
+        if self.lr is not None:
+            check_positive("lr", self.lr)
         if self.seed is not None:
             check_seed(self.seed)
         if not (math.isfinite(self.input_noise) and self.input_noise >= 1.0):
@@ -119,10 +113,8 @@ class Arm:
         saved = load(folder, kernel=self.kernel)
         for name in ("d_in", "d_sae", "k", "selector", "frame", "norm_restoring", "bias"):
             if getattr(saved.cfg, name) != getattr(cfg, name):
-                raise CosaeError(
-                    f"the arm {self.name} asks for {name} {getattr(cfg, name)}, and the SAE in {folder} that it starts "
-                    f"from has {getattr(saved.cfg, name)}: make them agree."
-                )
+                asked, has = getattr(cfg, name), getattr(saved.cfg, name)
+                raise CosaeError(f"the arm {self.name} asks for {name} {asked}; {folder}, its start, has {has}.")
         saved.metadata = {}
         if saved.cfg.score != cfg.score:
             refit = sample_ND is not None

@@ -7,8 +7,7 @@
         random.safetensors     the process' global generators
         arm.NAME.safetensors   parameters, optimiser moments, feature ages
 
-Written to a hidden folder, flushed, then renamed, and the folder above flushed. The one before stays until the new one
-is complete.
+The one before stays until the new one is complete (cosae.io.staged).
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.io.atomic import sync_file, sync_folder
 from cosae.io.digest import file_digest
 from cosae.io.legacy import upgrade
+from cosae.io.staged import staged
 
 FOLDER = "checkpoints"
 RECORD = "checkpoint.json"
@@ -43,39 +42,26 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], 
     """
     root = run / FOLDER
     place = root / f"step_{step:09d}"
-    staged = root / f".step_{step:09d}.partial"
+    for partial in root.glob(".step_*"):
+        shutil.rmtree(partial, ignore_errors=True)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        for partial in root.glob(".step_*"):
-            shutil.rmtree(partial)
-        staged.mkdir()
-        digests = {}
-        for stem, tensors in parts.items():
-            file = staged / f"{stem}.safetensors"
-            save_file(_apart(tensors), file)
-            digests[file.name] = file_digest(file)
-        record = {"version": VERSION, "step": step, "files": digests, **record}
-        text = json.dumps({"sha256": _record_digest(record), "record": record})
-        (staged / RECORD).write_text(text, encoding="utf-8")
-        for file in staged.iterdir():
-            sync_file(file)
-        sync_folder(staged)
-        if place.exists():
-            place.rename(staged.with_suffix(".old"))
-        staged.rename(place)
-        sync_folder(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(staged, ignore_errors=True)
+        with staged(place) as folder:
+            digests = {}
+            for stem, tensors in parts.items():
+                file = folder / f"{stem}.safetensors"
+                save_file(_apart(tensors), file)
+                digests[file.name] = file_digest(file)
+            record = {"version": VERSION, "step": step, "files": digests, **record}
+            text = json.dumps({"sha256": _record_digest(record), "record": record})
+            (folder / RECORD).write_text(text, encoding="utf-8")
+    except CosaeError as error:
         earlier = checkpoints(run)
         before = f"the one before it ({earlier[-1].name}) is kept" if earlier else "there is none before it"
         raise CosaeError(
-            f"the checkpoint at step {step} could not be written to {root} ({error}); {before}. Make room, then go on "
-            f"with `cosae resume {run}`."
+            f"the checkpoint at step {step} could not be written: {error} Make room, then go on with "
+            f"`cosae resume {run}`; {before}."
         ) from None
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    for old in (*checkpoints(run)[:-KEEP], *root.glob(".step_*.old")):
+    for old in checkpoints(run)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return place
 

@@ -5,19 +5,14 @@ A logger reads numbers and changes nothing: with it or without, weights are bit-
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from cosae.errors import CosaeError
-from cosae.io.atomic import replaced
+from cosae.io.lines import Lines
 
 TIMING = "timing.jsonl"
 
@@ -27,54 +22,6 @@ class Logger(Protocol):
 
     def log(self, record: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
-
-
-class Lines:
-    """A file of JSON lines that each hold a "step", flushed one by one.
-
-    Opening it to go on after `resume_step` steps drops the lines after that step, and what a crash tore; a run that
-    starts (0) starts an empty file. The file is replaced in one step: a crash while resuming loses no line.
-    """
-
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        self.path = path
-        with self._disk_errors():
-            with replaced(path) as staged, staged.open("w", encoding="utf-8") as kept:
-                if path.exists() and resume_step > 0:
-                    with path.open(encoding="utf-8", errors="replace") as before:
-                        kept.writelines(line for line in before if _until(line, resume_step))
-            self._file = path.open("a", encoding="utf-8")
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CosaeError(f"{self.path} cannot be written ({error}): make room and resume the run.") from None
-
-    def write(self, record: dict[str, Any]) -> None:
-        """One more line; NaN and infinity become null. Raises CosaeError where the disk refuses."""
-        with self._disk_errors():
-            self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-            self._file.flush()
-
-    def sync(self) -> None:
-        """All lines so far survive a power cut: before a checkpoint is written. Raises CosaeError."""
-        with self._disk_errors():
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        with suppress(OSError):  # a full disk was reported when the line was written
-            self._file.close()
-
-
-def _until(line: str, last_step: int) -> bool:
-    """Whether a line is complete and of a step up to the last."""
-    try:
-        return line.endswith("\n") and bool(json.loads(line)["step"] <= last_step)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 class JsonLines:
@@ -99,17 +46,6 @@ class JsonLines:
         self._timing.close()
 
 
-def finite(value: Any) -> Any:
-    """The same record with None where a float is NaN or infinite: JSON has neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
-
-
 class TensorBoard:
     """Scalars under ARM/METRIC in the run's folder tensorboard/. Needs the extra `cosae[tensorboard]`."""
 
@@ -117,9 +53,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise CosaeError(
-                "TensorBoard is not installed: pip install 'cosae[tensorboard]', or leave it out."
-            ) from None
+            hint = "pip install 'cosae[tensorboard]', or leave it out"
+            raise CosaeError(f"TensorBoard is not installed: {hint}.") from None
         self._writer = SummaryWriter(str(run / "tensorboard"))
 
     def log(self, record: dict[str, Any]) -> None:
@@ -141,9 +76,8 @@ class WandB:
         try:
             self._run = wandb.init(project=project, name=run.name, dir=str(run), config=recipe)
         except Exception as error:
-            raise CosaeError(
-                f"W&B could not start ({error}): log in, set WANDB_MODE=offline, or leave it out."
-            ) from None
+            hint = "log in, set WANDB_MODE=offline, or leave it out"
+            raise CosaeError(f"W&B could not start ({error}): {hint}.") from None
 
     def log(self, record: dict[str, Any]) -> None:
         self._run.log({f"{n}/{m}": v for n, m, v in scalars(record)}, step=record["step"])
@@ -178,11 +112,10 @@ class Progress:
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             position=0,
         )
-        self._lines: dict[str, Any] = {}
-        if self._terminal:
-            self._lines = {
-                name: tqdm(total=0, bar_format="{desc}", position=i + 1, leave=True) for i, name in enumerate(arms)
-            }
+        self._lines: dict[str, Any] = {
+            name: tqdm(total=0, bar_format="{desc}", position=i + 1, leave=True)
+            for i, name in enumerate(arms if self._terminal else ())
+        }
         self._next_line = 0.0
         self._n_events = 0
 
@@ -195,9 +128,8 @@ class Progress:
             self._bar.set_postfix_str(f"{rate * self._tokens:,.0f} tokens/s{self._events()}")
         for name, line in self._lines.items():
             numbers = record["arms"].get(name)
-            line.set_description_str(
-                f"  {name:<{self._width}}  {describe(numbers)}" if numbers else f"  {name}: stopped"
-            )
+            text = f"{name:<{self._width}}  {describe(numbers)}" if numbers else f"{name}: stopped"
+            line.set_description_str(f"  {text}")
         if self._shown and not self._terminal and record["seconds"] >= self._next_line:
             self._next_line = record["seconds"] + 15
             rate = record["tokens"] / max(record["seconds"], 1e-9)

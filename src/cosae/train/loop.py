@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from cosae.activations.digest import chain, fingerprint
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io.signals import Interrupted, Stop, stop_on_signals
 from cosae.kernels import Workspace
 from cosae.train.arm import check_seed
@@ -52,13 +52,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "dead_after_tokens", "log_every"):
-            if getattr(self, name) < 1:
-                raise CosaeError(f"{name} must be at least 1. Got {getattr(self, name)!r} instead.")
+            check_least(name, getattr(self, name), 1)
         check_seed(self.seed)
-        if self.checkpoint_every < 0:
-            raise CosaeError(f"checkpoint_every must be at least 0. Got {self.checkpoint_every!r} instead.")
-        if self.store_dtype not in ("float32", "bfloat16"):
-            raise CosaeError(f"store_dtype must be float32 or bfloat16. Got {self.store_dtype!r} instead.")
+        check_least("checkpoint_every", self.checkpoint_every, 0)
+        check_choice("store_dtype", self.store_dtype, ("float32", "bfloat16"))
 
 
 class Stream(Protocol):
@@ -85,9 +82,9 @@ def train(
 
     save(step, seconds) is called every `checkpoint_every` steps and on interruption; on_event(event) with whatever the
     stream's or an arm's monitor noticed: {"step", "kind", "arm" (None: the stream), numbers, "text"}. stop: who
-    listens for Ctrl-C and SIGTERM; None listens here. An arm whose loss turns
-    non-finite stops with a reason in `ArmState.stopped`; the others go on. Raises Interrupted after saving, CosaeError
-    when no arm is left, and what the stream raises, after saving.
+    listens for Ctrl-C and SIGTERM; None listens here. An arm whose loss turns non-finite stops with a reason in
+    `ArmState.stopped`; the others go on. Raises Interrupted after saving, CosaeError when no arm is left, and what the
+    stream raises, after saving.
     """
     with stop_on_signals() if stop is None else nullcontext(stop) as stop:
         notify = on_event or (lambda event: None)
@@ -117,9 +114,8 @@ def train(
                 state.digest = chain(state.digest, print_)
                 measured = _advance(state, batch, rows, step, scale, config, log)
                 if measured is None:
-                    notify(
-                        {"step": done, "arm": state.arm.name, "kind": "stopped", "text": f"stopped: {state.stopped}"}
-                    )
+                    stopped = {"kind": "stopped", "text": f"stopped: {state.stopped}"}
+                    notify({"step": done, "arm": state.arm.name, **stopped})
                     continue
                 for event in state.monitor.look(measured):
                     notify({"step": done, "arm": state.arm.name, **event})
@@ -174,15 +170,11 @@ def _record(
 ) -> dict[str, Any]:
     """Plain numbers of one arm for the log. Reads, changes no training state."""
     numbers: dict[str, Any] = {key: float(value) for key, value in measured.items()}
-    numbers["lr"] = state.optimizer.lr * scale
-    exponent = state.exponent
-    numbers["a"] = exponent
-    numbers["a_quantiles"] = None
-    if exponent is not None:
-        a = state.sae.scale_a.detach().float().flatten()
-        if a.numel() > 1:
-            marks = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=a.device)
-            numbers["a_quantiles"] = torch.quantile(a[:1_000_000], marks).tolist()
+    numbers |= {"lr": state.optimizer.lr * scale, "a": state.exponent, "a_quantiles": None}
+    a = state.sae.scale_a.detach().float().flatten()
+    if numbers["a"] is not None and a.numel() > 1:
+        marks = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=a.device)
+        numbers["a_quantiles"] = torch.quantile(a[:1_000_000], marks).tolist()
     numbers["b"] = float(state.sae.scale_b.detach().mean())
     if state.sae.cfg.selector in ("jumprelu", "gated"):
         numbers["sparsity_weight"] = state.weight

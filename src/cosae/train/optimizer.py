@@ -1,10 +1,8 @@
 """Adam with unit rows: parameters with gradients enter, stepped parameters leave.
 
 Order of one step (paper §3): from each gradient row of the unit-row parameters take its component along the row →
-clip the global L2 norm over all parameters (the norm after that projection) → Adam → renormalise the unit rows.
-
-`cosae.train.adam` holds the arithmetic of one parameter, by several paths; the norm is that of this very step (one
-reading sweep before the writing one), never a lagged one.
+clip the global L2 norm over all parameters (of this very step, after that projection) → Adam → renormalise the unit
+rows. `cosae.train.adam` holds the arithmetic of one parameter.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice, check_positive
 from cosae.kernels import StepCache
 from cosae.kernels.moments import STATE_DTYPES, Moment, Task, key_of
 from cosae.train import adam
@@ -71,16 +69,13 @@ class UnitRowAdam:
                 raise CosaeError(f"unit_rows and lr_multipliers must name parameters ({known}). Got {name!r} instead.")
         for name in self.unit_rows:
             if self.parameters[name].dim() != 2:
-                shape = tuple(self.parameters[name].shape)
-                raise CosaeError(f"unit_rows must be matrices, rows first. Got {name!r} of shape {shape} instead.")
-        if not (math.isfinite(self.lr) and self.lr >= 0):
-            raise CosaeError(f"lr must be a number ≥ 0. Got {self.lr} instead.")
+                raise CosaeError(f"unit_rows must be matrices, rows first. Got {name!r}, which is none.")
+        check_positive("lr", self.lr, zero=True)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise CosaeError(f"betas must lie in [0, 1). Got {self.betas} instead.")
         if self.clip is not None and not self.clip > 0:
             raise CosaeError(f"clip must be > 0, or None for no clip. Got {self.clip} instead.")
-        if self.state_dtype not in STATE_DTYPES:
-            raise CosaeError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}. Got {self.state_dtype!r} instead.")
+        check_choice("state_dtype", self.state_dtype, STATE_DTYPES)
 
     @torch.no_grad()
     def step(self, lr_scale: float = 1.0, cache: StepCache | None = None) -> float:
@@ -98,19 +93,15 @@ class UnitRowAdam:
             weight, unit = self.parameters[name].detach(), name in self.unit_rows
             along[name], square = paths[name].measure(grad, weight, unit, cache)
             squares.append(square)
-        norm = self._norm(dict(zip(grads, torch.stack(squares).tolist() if squares else [], strict=True)))
+        numbers = torch.stack(squares).tolist() if squares else []
+        for name, value in zip(grads, numbers, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the gradient of {name} is not finite")
+        norm = math.sqrt(sum(numbers))
         clip = 1.0 if self.clip is None else min(1.0, self.clip / (norm + 1e-6))
         for name, grad in grads.items():
             paths[name].step(self._task(name, grad, along[name], clip, self.lr * lr_scale, cache))
         return norm
-
-    @staticmethod
-    def _norm(square: Mapping[str, float]) -> float:
-        """The global norm from each parameter's square."""
-        for name, value in square.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the gradient of {name} is not finite")
-        return math.sqrt(sum(square.values()))
 
     def _task(
         self, name: str, grad: Tensor, along_R: Tensor | None, clip: float, lr: float, cache: StepCache | None
@@ -148,10 +139,9 @@ class UnitRowAdam:
 
     def _tensors(self) -> dict[str, Tensor]:
         """The moments' own tensors by the names of `state_dict`."""
-        kinds = {"mean": self._mean, "square": self._square}
         return {
             f"{what}{part}.{name}": value
-            for what, moments in kinds.items()
+            for what, moments in (("mean", self._mean), ("square", self._square))
             for name, moment in moments.items()
             for part, value in moment.tensors().items()
         }
@@ -163,19 +153,15 @@ class UnitRowAdam:
         changed then.
         """
         own = self._tensors()
-        names = set(own) | {f"count.{name}" for name in self.parameters}
-        if names != set(state):
-            odd = sorted(names ^ set(state))[0]
-            raise CosaeError(f"the optimiser's state must hold exactly its own parameters. {odd!r} is in only one.")
+        if odd := sorted((set(own) | {f"count.{name}" for name in self.parameters}) ^ set(state)):
+            raise CosaeError(f"the optimiser's state must hold exactly its own parameters. {odd[0]!r} is in only one.")
         for key, value in own.items():
             if state[key].shape != value.shape:
                 came = tuple(state[key].shape)
                 raise CosaeError(f"state {key!r} must have shape {tuple(value.shape)}. Got {came} instead.")
             if state[key].dtype != value.dtype:
-                raise CosaeError(
-                    f"state {key!r} must be {value.dtype}, as state_dtype {self.state_dtype} asks. Got "
-                    f"{state[key].dtype} instead: go on with the state_dtype the run was begun with."
-                )
+                asked = f"{value.dtype}, as state_dtype {self.state_dtype} asks"
+                raise CosaeError(f"state {key!r} must be {asked}. Got {state[key].dtype}: keep the run's state_dtype.")
         for name in self.parameters:
             self._count[name] = int(state[f"count.{name}"])
         for key, value in own.items():

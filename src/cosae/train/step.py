@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice, check_least, check_positive
 from cosae.kernels import StepCache
 from cosae.kernels.moments import STATE_DTYPES
 from cosae.kernels.select.search import carried
@@ -32,6 +32,8 @@ SHIFT_MEMORY = 0.9
 WEIGHT_GAIN = 1.0
 WEIGHT_CLIP = 0.05
 WEIGHT_RANGE = (1e-6, 1e2)
+PLAIN_NUMBERS = ("weight", "hint", "typical_gate", "seconds", "stopped")
+"""What a checkpoint keeps of an arm's state just as it is."""
 
 
 class NonFiniteError(CosaeError):
@@ -56,16 +58,14 @@ class OptimizerConfig:
     """What Adam's moments of the matrices are kept in: float32, bfloat16 or int8 (cosae.kernels.moments)."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise CosaeError(f"lr must be a positive number. Got {self.lr!r} instead.")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
-            raise CosaeError("betas must lie in [0, 1) and eps above 0.")
+        check_positive("lr", self.lr)
+        check_positive("eps", self.eps)
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.decay_frac <= 1):
+            raise CosaeError("betas must lie in [0, 1) and decay_frac between 0 and 1.")
         if self.clip is not None and not self.clip > 0:
             raise CosaeError(f"clip must be above 0, or null for none. Got {self.clip!r} instead.")
-        if self.warmup_steps < 0 or not 0 <= self.decay_frac <= 1:
-            raise CosaeError("warmup_steps must be at least 0 and decay_frac between 0 and 1.")
-        if self.state_dtype not in STATE_DTYPES:
-            raise CosaeError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}. Got {self.state_dtype!r} instead.")
+        check_least("warmup_steps", self.warmup_steps, 0)
+        check_choice("state_dtype", self.state_dtype, STATE_DTYPES)
 
 
 def lr_scale(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -138,28 +138,19 @@ class ArmState:
 
     def numbers(self) -> dict[str, Any]:
         """State for a checkpoint, plain numbers."""
-        return {
-            "weight": self.weight,
-            "hint": self.hint,
-            "shift_mean": None if math.isnan(self.shift_mean) else self.shift_mean,
-            "typical_gate": self.typical_gate,
-            "seconds": self.seconds,
-            "stopped": self.stopped,
-            "digest": self.digest.hex(),
-            "monitor": asdict(self.monitor),
-        }
+        shift_mean = None if math.isnan(self.shift_mean) else self.shift_mean
+        special = {"shift_mean": shift_mean, "digest": self.digest.hex(), "monitor": asdict(self.monitor)}
+        return {name: getattr(self, name) for name in PLAIN_NUMBERS} | special
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Put back what `tensors` and `numbers` gave, to the bit."""
-        sae = {k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")}
-        self.sae.load_state_dict(sae)
+        self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
         optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
         self.optimizer.load_state_dict(optimizer)
         self.age_F = tensors["age_F"].to(self.age_F.device)
-        self.weight, self.hint, self.seconds = numbers["weight"], numbers["hint"], numbers["seconds"]
+        for name in PLAIN_NUMBERS:
+            setattr(self, name, numbers[name])
         self.shift_mean = math.nan if numbers["shift_mean"] is None else numbers["shift_mean"]
-        self.typical_gate = numbers["typical_gate"]
-        self.stopped = numbers["stopped"]
         self.digest = bytes.fromhex(numbers["digest"])
         self.monitor = LossMonitor(**numbers.get("monitor", {}))
 

@@ -48,11 +48,6 @@ def log_once(what: str, reason: str, level: int = logging.INFO) -> None:
     _log.log(level, "kernels: %s, because %s", what, reason)
 
 
-def log_dense(reason: str) -> None:
-    """Log once that the definition selects, and why."""
-    log_once("the dense definition serves", reason)
-
-
 @dataclass(frozen=True)
 class Finder:
     """How a path finds the entries above a threshold; the search around it is the same on every device.
@@ -65,6 +60,15 @@ class Finder:
     unserved: Callable[[ScoreTerms], str | None]
     survivors: Callable[[ScoreTerms, Tensor, int, Tensor | None], Survivors | None]
     guess_dtype: torch.dtype = torch.float32
+
+    def serves(self, terms: ScoreTerms, n_wanted: int = 0) -> bool:
+        """Whether a search for so many entries serves; where the definition does, the reason is logged once."""
+        reason = self.unserved(terms)
+        if reason is None and n_wanted * DENSE_SHARE > terms.n_tokens * terms.n_features:
+            reason = "a large share of all scores is wanted"
+        if reason is not None:
+            log_once("the dense definition serves", reason)
+        return reason is None
 
 
 CPU = Finder(screen.unserved, survivors)
@@ -123,8 +127,7 @@ def _sampled_threshold(terms: ScoreTerms, n_keep: int) -> float:
         return 0.0
     spread = torch.linspace(0, len(live) - 1, min(SAMPLE, len(live)), device=live.device).long()
     few = live[spread]
-    part = replace(terms, z_BD=terms.z_BD[few], live_B=terms.live_B[few])
-    flat = reference.scores(part).reshape(-1)
+    flat = reference.scores(terms.of_tokens(few)).reshape(-1)
     rank = min(flat.numel(), max(1, math.ceil(1.2 * n_keep * len(few) / len(live))))
     return max(0.0, 0.95 * float(flat.topk(rank).values[-1]))
 
@@ -182,11 +185,7 @@ def select_batch_topk(
     hint: the last batch's smallest kept score, where there is one; any value gives the same result.
     """
     terms = terms.detached()
-    reason = finder.unserved(terms)
-    if reason is None and n_keep * DENSE_SHARE > terms.n_tokens * terms.n_features:
-        reason = "a large share of all scores is wanted"
-    if reason is not None:
-        log_dense(reason)
+    if not finder.serves(terms, n_keep):
         entries, smallest = reference.select_batch_topk(terms, n_keep, hint)
         return grouped(entries, terms), smallest
     found = _search(terms, n_keep, hint, finder) if n_keep > 0 else None
@@ -208,9 +207,7 @@ def select_batch_topk(
 def select_above(terms: ScoreTerms, threshold: Tensor, *, finder: Finder = CPU) -> Entries:
     """Every entry with s > threshold; threshold () or (F,)."""
     terms = terms.detached()
-    reason = finder.unserved(terms)
-    if reason is not None:
-        log_dense(reason)
+    if not finder.serves(terms):
         return grouped(reference.select_above(terms, threshold), terms)
     everything = terms.n_tokens * terms.n_features
     threshold_F = threshold.detach().float().expand(terms.n_features).contiguous()

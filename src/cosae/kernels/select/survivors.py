@@ -1,6 +1,6 @@
 """Survivors: every entry above its threshold, found by the screen chunk by chunk and scored exactly.
 
-Enters: `ScoreTerms` and thresholds; leaves: `Survivors`, feature by feature. No (B, F) tensor is made.
+No (B, F) tensor is made.
 """
 
 from __future__ import annotations

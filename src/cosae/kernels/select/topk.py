@@ -14,51 +14,22 @@ from torch import Tensor
 from cosae.kernels import reference
 from cosae.kernels.cpu.sums import grouped
 from cosae.kernels.select import search
-from cosae.kernels.select.survivors import Survivors
 from cosae.kernels.terms import Entries, ScoreTerms
 
 SAMPLE_SHARE = 4
 """One feature in four is scored densely for the guess."""
 
 
-def _part(terms: ScoreTerms, tokens: Tensor | None = None, features: Tensor | None = None) -> ScoreTerms:
-    """Terms of some tokens and features."""
-    if tokens is not None:
-        terms = replace(terms, z_BD=terms.z_BD[tokens], live_B=terms.live_B[tokens])
-    if features is None:
-        return terms
-    return replace(
-        terms,
-        rows_FD=terms.rows_FD[features],
-        bias_F=None if terms.bias_F is None else terms.bias_F[features],
-        exponent=terms.exponent[features] if terms.exponent.dim() else terms.exponent,
-        log_gain=terms.log_gain[features] if terms.log_gain.dim() else terms.log_gain,
-    )
-
-
 def _guess(terms: ScoreTerms, k: int, absolute: bool, dtype: torch.dtype) -> Tensor:
     """(B,) ≥ 0: scores that a little more than k of each token's probably exceed, from a product in `dtype`."""
-    part = _part(terms, features=torch.arange(0, terms.n_features, SAMPLE_SHARE, device=terms.z_BD.device))
+    feature_S = torch.arange(0, terms.n_features, SAMPLE_SHARE, device=terms.z_BD.device)
+    part = terms.of_features(feature_S, terms.rows_FD[feature_S])
     dot_BS = (part.z_BD.to(dtype) @ part.rows_FD.T.to(dtype)).to(part.z_BD.dtype)
     score_BS = reference.scores(part, dot_BS)
     rank_BS = torch.where(terms.live_B[:, None], score_BS.abs(), 0.0) if absolute else score_BS
     expected = k / SAMPLE_SHARE
     rank = math.ceil(expected + 2.0 * math.sqrt(expected)) + 1
     return rank_BS.topk(min(rank, rank_BS.shape[1]), dim=1, sorted=True).values[:, -1].clamp_min(0.0) * (1 - 1e-6)
-
-
-def _negated(terms: ScoreTerms) -> ScoreTerms:
-    """Terms whose scores are exactly −s."""
-    return replace(terms, z_BD=-terms.z_BD, bias_F=None if terms.bias_F is None else -terms.bias_F)
-
-
-def _flat_and_rank(terms: ScoreTerms, found: list[Survivors]) -> tuple[Tensor, Tensor]:
-    """Flat index and rank value of all survivors, token-major."""
-    parts = [
-        part.token_S * terms.n_features + torch.repeat_interleave(part.count_F, output_size=len(part)) for part in found
-    ]
-    flat_S, order = torch.cat(parts).sort()
-    return flat_S, torch.cat([part.score_S for part in found])[order]
 
 
 def _best(flat_S: Tensor, rank_S: Tensor, n_tokens: int, n_features: int, k: int) -> tuple[Tensor, Tensor]:
@@ -83,27 +54,26 @@ def _best(flat_S: Tensor, rank_S: Tensor, n_tokens: int, n_features: int, k: int
 def select_topk(terms: ScoreTerms, k: int, absolute: bool = False, *, finder: search.Finder = search.CPU) -> Entries:
     """Per token the k largest scores among those > 0; with `absolute`, the k largest |s| among those ≠ 0."""
     terms = terms.detached()
-    reason = finder.unserved(terms)
-    if reason is None and k * search.DENSE_SHARE > terms.n_features:
-        reason = "a large share of all scores is wanted"
-    if reason is not None or k < 1:
-        search.log_dense(reason or "nothing is wanted")
+    if not finder.serves(terms, k * terms.n_tokens) or k < 1:
         return grouped(reference.select_topk(terms, k, absolute), terms)
     floor_B = _guess(terms, k, absolute, finder.guess_dtype)
     zero_F = terms.z_BD.new_zeros(terms.n_features)
     room = 8 * k * terms.n_tokens + 4096
-    sides_of = [terms, _negated(terms)] if absolute else [terms]
-    found = [finder.survivors(side, zero_F, room, floor_B) for side in sides_of]
-    sides = [part for part in found if part is not None]
-    if len(sides) < len(found):
-        search.log_dense("more scores than expected pass the guessed thresholds")
+    sides = [terms]
+    if absolute:  # the scores of the other side are exactly −s
+        sides.append(replace(terms, z_BD=-terms.z_BD, bias_F=None if terms.bias_F is None else -terms.bias_F))
+    answers = [finder.survivors(side, zero_F, room, floor_B) for side in sides]
+    found = [part for part in answers if part is not None]
+    if len(found) < len(sides):
+        search.log_once("the dense definition serves", "more scores than expected pass the guessed thresholds")
         return grouped(reference.select_topk(terms, k, absolute), terms)
     n_tokens, n_features = terms.n_tokens, terms.n_features
-    flat_S, rank_S = _flat_and_rank(terms, sides)
+    flat_S, order = torch.cat([search.flat(part, n_features) for part in found]).sort()
+    rank_S = torch.cat([part.score_S for part in found])[order]
     flat_E, count_B = _best(flat_S, rank_S, n_tokens, n_features, k)
     short = ((count_B < k) & (floor_B > 0) & terms.live_B).nonzero()[:, 0]
     if len(short):
-        dense = reference.select_topk(_part(terms, tokens=short), k, absolute)
+        dense = reference.select_topk(terms.of_tokens(short), k, absolute)
         keep = ~torch.isin(flat_E // n_features, short)
         flat_E = torch.cat([flat_E[keep], short[dense.token_E] * n_features + dense.feature_E]).sort().values
     return grouped(Entries(flat_E // n_features, flat_E % n_features), terms)

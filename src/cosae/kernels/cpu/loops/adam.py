@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from cosae.kernels.cpu.loops.shared import compile_loop, measure_row, row_norm
+from cosae.kernels.cpu.loops.shared import compile_loop, measure_row, row_norm, share
 
 
 @compile_loop
 def measure_rows(part, n_parts, grad_RD, weight_RD, unit, along_R, square_R):
     """along and square of every row (`measure_row`)."""
-    n_rows = grad_RD.shape[0]
-    for r in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
+    first, last = share(part, n_parts, grad_RD.shape[0])
+    for r in range(first, last):
         along_R[r], square_R[r] = measure_row(grad_RD, weight_RD, r, unit)
 
 
