@@ -74,7 +74,7 @@ def _parse(given: list[str]) -> Any:
         {name: options for name, (options, _) in VERBS.items()},
         args=given or ["--help"],
         prog="cosae",
-        description="Train and judge sparse autoencoders with inner-product and cosine scores, side by side.",
+        description="Train and evaluate sparse autoencoders with inner-product and cosine scores, side by side.",
         use_underscores=False,
     )
 

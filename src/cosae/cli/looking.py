@@ -1,4 +1,4 @@
-"""The verbs of `cosae` that look at what exists: inspect, audit, eval."""
+"""The commands of `cosae` for SAEs and stores that exist: inspect, audit, eval."""
 
 from __future__ import annotations
 
@@ -16,47 +16,48 @@ from cosae.run.requests import EvalOptions, EvalRequest
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what a saved SAE is (score, selector, width, training facts), or a store of activations."""
+    """Print as JSON what a saved SAE is (score, selector, width, provenance), or a store of activations."""
 
     sae: Annotated[Path, tyro.conf.Positional]
-    """Folder of a saved SAE, or of a store."""
+    """Folder of a saved SAE or of a store."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Is this SAE fooled by norm? For SAEs that exist already; nothing is trained.
+    """Test whether the features of saved SAEs follow content or norm. Nothing is trained.
 
-    Reads cosae's own folders and those of SAELens, dictionary_learning, Gemma Scope, sparsify and the paper. Answers on
-    the screen; audit.json and audit.html in --out. Example: cosae audit runs/first/arms/standard
+    Reads SAEs of cosae, SAELens, dictionary_learning, sparsify, Gemma Scope and the paper. Prints the answers, and
+    writes audit.json and audit.html to --out. Example: cosae audit runs/first/arms/standard
     """
 
     saes: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders or files of SAEs; those of one site are audited on the same tokens."""
+    """Folders or files of SAEs. SAEs of one site are audited on the same tokens."""
     request: tyro.conf.OmitArgPrefixes[EvalRequest] = field(default_factory=EvalRequest)
     out: Path = Path("audit")
     """Folder for audit.json and audit.html."""
     quiet: bool = False
-    """No progress display."""
+    """Do not print progress."""
 
 
 @dataclass(frozen=True)
 class Eval:
-    """One measurement of SAEs that exist already, side by side; nothing is trained.
+    """Measure saved SAEs side by side. Nothing is trained.
 
-    MEASUREMENT is reconstruction, norms, sinks, geometry, exponents, probing, matching, discovery, splice, causal,
-    patching, gradients or recovery; an SAE is [NAME=]PATH[,PATH…], several paths being SAEs of several seeds. Example:
-    cosae eval probing A=run/arms/standard B=run/arms/cosine --texts reviews.jsonl
+    The measurement is one of reconstruction, norms, sinks, geometry, exponents, probing, matching, discovery, splice,
+    causal, patching, gradients, recovery. An SAE is [NAME=]PATH[,PATH…]; several paths are SAEs of different seeds.
+    Example: cosae eval probing A=run/arms/standard B=run/arms/cosine --texts reviews.jsonl
     """
 
     measurement: Annotated[str, tyro.conf.Positional]
+    """What to measure."""
     saes: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Of one site; any format that `audit` reads. The first is what the others are compared with."""
+    """SAEs of one site, of any format that `audit` reads. The others are compared with the first."""
     options: tyro.conf.OmitArgPrefixes[EvalOptions] = field(default_factory=EvalOptions)
     request: tyro.conf.OmitArgPrefixes[EvalRequest] = field(default_factory=EvalRequest)
     out: Path | None = None
-    """A JSON file for everything that was measured."""
+    """JSON file for all numbers."""
     quiet: bool = False
-    """No progress display."""
+    """Do not print progress."""
 
 
 def inspect(command: Inspect) -> int:

@@ -1,4 +1,4 @@
-"""What several verbs do with their options."""
+"""Options that several commands share, and what they do with them."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ class RecipeOptions:
     """A recipe to start from, and what is most often changed in it; the fields themselves are those of cosae.recipe."""
 
     preset: str = "embedded"
-    """Recipe to start from: embedded, demo, demo-injected or paper."""
+    """Preset to start from: embedded, demo, demo-injected or paper."""
     recipe: Path | None = None
-    """A recipe file (.json, .yaml) to start from instead of a preset."""
+    """Recipe file (.json, .yaml) to start from, instead of a preset."""
     model: str | None = None
-    """embedded, a folder with a Hugging Face causal language model, or a repository of the hub."""
+    """Model: embedded, a folder with a Hugging Face causal language model, or a repository of the hub."""
     corpus: tuple[str, ...] = ()
-    """pylib, a folder, a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG][:SPLIT]; several, as in code/:0.7
-    notes.jsonl:0.3, are mixed by weight."""
+    """Text: pylib, a folder, a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG][:SPLIT]. Several are mixed by
+    weight: code/:0.7 notes.jsonl:0.3."""
     dtype: str | None = None
-    """Precision the model runs in: float32, bfloat16 or float16. SAEs are always trained in float32."""
+    """Precision in which the model runs: float32, bfloat16 or float16. SAEs are always float32."""
     context: int | None = None
     """Tokens per sequence."""
     seed: int | None = None
-    """Of the order of the data, and of arms that name none."""
+    """Seed of the data order, and of arms that have none of their own."""
     device: str | None = None
-    """cpu, cuda or cuda:N."""
+    """Device: cpu, cuda or cuda:N."""
     set: tuple[str, ...] = ()
     """Any other field of the recipe, by dotted path: training.log_every=50 data.packing=document."""
     quiet: bool = False
-    """No progress display."""
+    """Do not print progress."""
     dry_run: bool = False
-    """Print what this would take in memory, disk and time, as `cosae plan` does, and stop."""
+    """Print the memory, disk and time that this needs, as `cosae plan` does, and stop."""
 
     def changed_recipe(self, more: Mapping[str, Any]) -> Recipe:
         """The recipe with the options given, `more` by dotted path, and --set on it. Raises CosaeError."""

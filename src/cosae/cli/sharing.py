@@ -1,4 +1,4 @@
-"""The verbs of `cosae` that hand SAEs and their features to others: export, bench, push, pull."""
+"""The commands of `cosae` for other tools: export, bench, push, pull."""
 
 from __future__ import annotations
 
@@ -17,43 +17,45 @@ from cosae.run.reading import Reading
 
 @dataclass(frozen=True)
 class ExportNeuronpedia:
-    """Feature dashboards as SAEDashboard writes them for Neuronpedia; with --upload, sent to its server.
+    """Write feature dashboards for Neuronpedia, as SAEDashboard does; with --upload, also send them to its server.
 
-    Without --upload nothing leaves this machine: what would be sent is said. The key is read from the environment
-    variable NEURONPEDIA_API_KEY. Example: cosae export neuronpedia runs/first/arms/cosine --out dashboards
+    Without --upload nothing leaves this machine; the command prints what would be sent. The key is read from the
+    environment variable NEURONPEDIA_API_KEY. Example: cosae export neuronpedia runs/first/arms/cosine --out dashboards
     """
 
     sae: Annotated[Path, tyro.conf.Positional]
-    """Folder or file of an SAE, of any format cosae reads."""
+    """Folder or file of an SAE, of any format that cosae reads."""
     out: Path
-    """Folder for the batches; an earlier export there is replaced."""
+    """Folder for the dashboards; an earlier export there is replaced."""
     upload: bool = False
-    """Send the batches to Neuronpedia."""
+    """Send the dashboards to Neuronpedia."""
     quiet: bool = False
+    """Do not print progress."""
     reading: Reading = field(default_factory=Reading)
     shown: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True)
 class ExportDelphi:
-    """The cache of latent activations that delphi explains and scores features from; examples are cut from sequences.
+    """Write the cache of activations from which delphi explains and scores features.
 
     Example: cosae export delphi runs/first/arms/cosine --out latents
     """
 
     sae: Annotated[Path, tyro.conf.Positional]
-    """Folder or file of an SAE, of any format cosae reads."""
+    """Folder or file of an SAE, of any format that cosae reads."""
     out: Path
     """Folder for the cache; an earlier one there is replaced."""
     n_splits: int | None = None
-    """Files that the latents are divided into; default: five, more for many activations."""
+    """Number of files over which the features are divided. Default: five, more for many activations."""
     quiet: bool = False
+    """Do not print progress."""
     reading: Reading = field(default_factory=lambda: Reading(context=256))
 
 
 @dataclass(frozen=True)
 class Export:
-    """Files for readers of features: Neuronpedia's dashboards, delphi's cache."""
+    """Write files for feature browsers: dashboards for Neuronpedia, a cache for delphi."""
 
     to: tyro.conf.OmitArgPrefixes[
         Annotated[ExportNeuronpedia, tyro.conf.subcommand("neuronpedia")]
@@ -63,59 +65,62 @@ class Export:
 
 @dataclass(frozen=True)
 class Bench:
-    """SAEBench's evals of SAEs, results under its own keys and file names.
+    """Run SAEBench's evals on SAEs; the results have SAEBench's keys and file names.
 
-    SAEBench is called in an environment of its own (--python) or in this one. What fails stops none of the others.
+    SAEBench runs in an environment of its own (--python) or in this one. An eval that fails does not stop the others.
     Example: cosae bench runs/first/arms/cosine --evals meta_structure --python saebench/bin/python --out evals
     """
 
     saes: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders or files of SAEs of one model and site, of any format cosae reads."""
+    """Folders or files of SAEs of one model and site, of any format that cosae reads."""
     evals: tuple[str, ...]
-    """core, sparse_probing, sparse_probing_sae_probes, scr, tpp, absorption, meta_structure."""
+    """Evals: core, sparse_probing, sparse_probing_sae_probes, scr, tpp, absorption, meta_structure."""
     out: Path
-    """Folder for results, summary.json and SAEBench's log; what is there stays unless --force."""
+    """Folder for results, summary.json and SAEBench's log. Existing results are kept unless --force is given."""
     set: tuple[str, ...] = ()
-    """Fields of SAEBench's own configurations: meta_structure.train_steps=200 core.eval_batch_size_prompts=4."""
+    """Fields of SAEBench's configurations: meta_structure.train_steps=200 core.eval_batch_size_prompts=4."""
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
 
 
 @dataclass(frozen=True)
 class Push:
-    """Push an SAE, or all arms of a run, to the Hugging Face hub with a model card.
+    """Push an SAE, or all SAEs of a run, to the Hugging Face hub, with a model card.
 
-    Needs a token that may write: HF_TOKEN or `hf auth login`. Example: cosae push runs/first/arms/cosine me/saes:cosine
+    Needs a token with write access: HF_TOKEN or `hf auth login`.
+    Example: cosae push runs/first/arms/cosine me/saes:cosine
     """
 
     source: Annotated[Path, tyro.conf.Positional]
-    """Folder of an SAE (of any format cosae reads) or of a run."""
+    """Folder of an SAE (of any format that cosae reads) or of a run."""
     to: Annotated[str, tyro.conf.Positional]
-    """OWNER/NAME, or OWNER/NAME:FOLDER; the repository is made where there is none."""
+    """OWNER/NAME or OWNER/NAME:FOLDER. The repository is created if there is none."""
     license: str = "mit"
-    """Identifier for the card, as the hub knows them."""
+    """License in the card, by the hub's identifiers."""
     private: bool = False
-    """Make the repository, if it has to be made, a private one."""
+    """If the repository is created, make it private."""
     revision: str | None = None
-    """An existing branch; default: main."""
+    """Existing branch. Default: main."""
     message: str | None = None
-    """Of the commit."""
+    """Message of the commit."""
     quiet: bool = False
+    """Do not print progress."""
 
 
 @dataclass(frozen=True)
 class Pull:
-    """Pull an SAE, or all of a run's, from the Hugging Face hub, as data and checked; of any format cosae reads.
+    """Download an SAE, or all SAEs of a run, from the Hugging Face hub, and check it. Any format that cosae reads.
 
     Example: cosae pull me/saes:cosine --out cosine
     """
 
     source: Annotated[str, tyro.conf.Positional]
-    """OWNER/NAME, or OWNER/NAME:FOLDER."""
+    """OWNER/NAME or OWNER/NAME:FOLDER."""
     out: Path
-    """Folder for it; must not hold anything yet."""
+    """Folder for it; it must be new or empty."""
     revision: str | None = None
-    """Branch, tag or commit."""
+    """Branch, tag or commit. Default: main."""
     quiet: bool = False
+    """Do not print progress."""
 
 
 def export(command: Export) -> int:

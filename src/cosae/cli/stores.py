@@ -1,4 +1,4 @@
-"""The verbs of `cosae` that are about stores of activations: capture, verify."""
+"""The commands of `cosae` for stores of activations: capture, verify."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from cosae.errors import CosaeError
 
 @dataclass(frozen=True, kw_only=True)
 class Capture(RecipeOptions):
-    """Write a model's activations to disk, once, to train on them many times with `cosae train --store`.
+    """Write a model's activations to disk once, to train on them many times with `cosae train --store`.
 
-    Interrupted at any moment, the same command goes on and ends in the same bytes.
+    After an interruption the same command continues, and ends with the same bytes.
     Example: cosae capture --site resid_post.3 resid_post.5 --tokens 2000000 --out stores/embedded
     """
 
     out: Path
-    """Folder of the store; with several sites, of one store each below it."""
+    """Folder for the store; with several sites, each gets a store in it."""
     tokens: int
-    """Train rows to capture."""
+    """Number of training tokens to capture."""
     held_out_tokens: int = 196_608
-    """Rows of held-out documents beside them, for thresholds and evaluation."""
+    """Number of tokens of held-out documents to capture, for thresholds and evaluation."""
     site: tuple[str, ...] = ()
-    """One or several: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3 …"""
+    """One or several sites: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3, …"""
     store_dtype: str = "bfloat16"
-    """Of the rows on disk: float32, bfloat16, float16, or int8 with a scale per row."""
+    """Precision on disk: float32, bfloat16, float16, or int8 with a scale per row."""
     shard_tokens: int | None = None
-    """Rows per file; default: about 128 MB."""
+    """Tokens per file. Default: about 128 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCapture(Capture):
-    """What a capture would take in memory, disk and time; nothing is written. Takes the options of capture."""
+    """Print the memory, disk and time that a capture needs; nothing is written. Takes the options of capture."""
 
     out: Path = Path("stores/plan")
-    """Where the store would be written: whose disk is looked at."""
+    """Folder to which the store would be written; its disk is checked."""
     tokens: int = 1_000_000
-    """Train rows to capture."""
+    """Number of training tokens to capture."""
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Read every byte of a store and say what is not as it was written. Exit status 1 where something is not."""
+    """Read every byte of a store and name damaged files. The exit status is 1 if there are any."""
 
     store: Annotated[Path, tyro.conf.Positional]
-    """Folder of a store, or of one store for each of several sites."""
+    """Folder of a store, or of several."""
 
 
 def build_capture(command: Capture) -> Any:

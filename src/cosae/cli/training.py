@@ -20,84 +20,85 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(RecipeOptions):
-    """Train several SAEs in lockstep on one stream of activations, measure them, and write a report.
+    """Train several SAEs on the same batches of activations, measure them, and write a report.
 
     Example: cosae train --arms standard cosine,k=64 standard,frame=unit --steps 2000 --out runs/first
     """
 
     out: Path
-    """Folder for the run; must not hold one yet."""
+    """Folder for the run; it must be new or empty."""
     arms: tuple[str, ...] = ()
-    """SAEs to train: NAME or NAME,field=value,…; names: standard, standard_unit_frame, standard_layer_norm, unit_rows,
-    cosine_fixed, cosine, cosine_per_feature, cosine_base_delta, cosine_grouped."""
+    """SAEs to train, each as NAME or NAME,field=value,… Names: standard, standard_unit_frame, standard_layer_norm,
+    unit_rows, cosine_fixed, cosine, cosine_per_feature, cosine_base_delta, cosine_grouped."""
     site: str | None = None
-    """Where activations are read: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3 …"""
+    """Site at which activations are read: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3, …"""
     activations: str | None = None
-    """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
+    """File of N × d vectors (.safetensors, .npy, .parquet), instead of a model."""
     store: str | None = None
-    """A folder written by `cosae capture` instead of a model."""
+    """Folder written by `cosae capture`, instead of a model."""
     world: str | None = None
-    """A synthetic world instead of a model, e.g. log_normal:sigma=0.5 or none:n_features=512,d_in=128."""
+    """Synthetic world, instead of a model: log_normal:sigma=0.5 or none:n_features=512,d_in=128."""
     inject: str | None = None
-    """Norm perturbation put on the activations: log_normal:sigma=1.0 or sinks:frac=0.006,factor=160 (recorded)."""
+    """Perturbation of the norms, recorded in the run: log_normal:sigma=1.0 or sinks:frac=0.006,factor=160."""
     inject_into: str | None = None
-    """Which tokens get it: both (default), training, or evaluation (a shift at deployment)."""
+    """Which tokens are perturbed: both (default), training, or evaluation (a shift at deployment)."""
     filter: str | None = None
-    """Tokens left out of training: none, position_0 or norm (≥ 10 × the median of the first window)."""
+    """Tokens left out of training: none, position_0, or norm (those of at least 10 × the median norm)."""
     d_sae: int | None = None
-    """Number of features of arms that name none; default 16 × d."""
+    """Number of features, where an arm does not set it. Default: 16 × d."""
     k: int | None = None
-    """Mean active features per token of arms that name none."""
+    """Mean number of active features per token, where an arm does not set it."""
     steps: int | None = None
     """Training steps."""
     batch: int | None = None
     """Tokens per step."""
     lr: float | None = None
-    """Learning rate of arms that name none."""
+    """Learning rate, where an arm does not set it."""
     kernel: str | None = None
-    """auto; reference for the dense definition; cpu or triton to insist on that path."""
+    """Which implementation computes: auto, reference (the dense definition), cpu or triton."""
     tensorboard: bool = False
     """Also write TensorBoard events to the run's folder."""
     wandb: str | None = None
-    """Also log to this W&B project."""
+    """Also log to this Weights & Biases project."""
     show: bool = False
-    """Print the recipe that would run, as JSON, and stop."""
+    """Print the recipe as JSON, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Train):
-    """What a run would take in memory, disk and time; nothing is written. `cosae plan capture …` asks for a capture.
+    """Print the memory, disk and time that a run needs; nothing is written. For a capture: `cosae plan capture`.
 
-    Memory and disk are told from configurations, time from a short sample of the run. Takes the options of train, and
-    refuses what cannot fit, saying what to lower to what. Example: cosae plan --d-sae 65536 --steps 20000
+    Memory and disk follow from the recipe; the time is estimated from a short sample of the run. Takes the options of
+    train. A run that cannot fit is refused, with the number to lower. Example: cosae plan --d-sae 65536 --steps 20000
     """
 
     out: Path = Path("runs/plan")
-    """Where the run would be written: whose disk is looked at."""
+    """Folder to which the run would be written; its disk is checked."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Six arms on the embedded model, with its norms as they are and with injected ones; a table and a report.
+    """Train six SAEs on the embedded model, with unchanged and with perturbed norms; print a table, write a report.
 
-    A few minutes on two cores, no network.
+    Takes a few minutes on two cores and needs no network.
     """
 
     out: Path = Path("runs/demo")
     """Folder for the two runs and the report."""
     steps: int | None = None
-    """Training steps of each arm, instead of the demo's own number."""
+    """Training steps of each SAE, instead of 500."""
     quiet: bool = False
-    """No progress display."""
+    """Do not print progress."""
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on with an interrupted run from its last checkpoint."""
+    """Continue an interrupted run from its last checkpoint."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     quiet: bool = False
+    """Do not print progress."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Report:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of runs."""
     out: Path | None = None
-    """The page; default: report.html in the first run's folder."""
+    """File for the page. Default: report.html in the first run's folder."""
 
 
 def build_recipe(command: Train) -> Recipe:

@@ -1,4 +1,4 @@
-"""What an export runs the model on."""
+"""Model, site and text of an export."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reading:
-    """Model, site and text. Fields left None: what the SAE's file says, then DataConfig's defaults."""
+    """Model, site and text. Options that are not given come from the SAE's file, then from DataConfig's defaults."""
 
     model: str | None = None
-    """embedded, a folder of a Hugging Face model or a repository; default: what the SAE's file says."""
+    """Model: embedded, a folder of a Hugging Face model, or a repository. Default: from the SAE's file."""
     site: str | None = None
-    """Where the SAE reads, such as resid_post.5; default: what its file says."""
+    """Site that the SAE reads, such as resid_post.5. Default: from its file."""
     corpus: str | None = None
-    """Text to run the model on, as for train; default: what the SAE's file says, else pylib."""
+    """Text on which the model runs, as for train. Default: from the SAE's file, else pylib."""
     prompts: int = 4096
-    """Sequences of text; all there are where it has fewer."""
+    """Number of sequences of text; all, where the text has fewer."""
     context: int = 128
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     format: str = "auto"
-    """Whose file the SAE is: auto tells by the files' names."""
+    """Format of the SAE file. auto: recognised by the files."""
     device: str = "cpu"
     seed: int = 0
-    """Of the order in which documents are read, and of the windows that are drawn."""
+    """Seed of the order of documents, and of the windows that are drawn."""

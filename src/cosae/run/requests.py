@@ -11,30 +11,30 @@ from cosae.errors import CosaeError
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to measure SAEs on. What is left out is taken from each SAE's own file, then from the defaults."""
+    """What SAEs are measured on. Options that are not given come from each SAE's own file, then from the defaults."""
 
     model: str | None = None
-    """embedded, a folder of a Hugging Face model or a repository; default: what the SAE's file says."""
+    """Model: embedded, a folder of a Hugging Face model, or a repository. Default: from the SAE's file."""
     site: str | None = None
-    """Where the SAE reads, such as resid_post.5; default: what its file says."""
+    """Site that the SAE reads, such as resid_post.5. Default: from its file."""
     corpus: str | None = None
-    """Text to run the model on, as for train; default: what the SAE's file says, else pylib."""
+    """Text on which the model runs, as for train. Default: from the SAE's file, else pylib."""
     activations: str | None = None
-    """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
+    """File of N × d vectors (.safetensors, .npy, .parquet), instead of a model."""
     store: str | None = None
-    """A folder of stored activations (cosae capture) instead of a model."""
+    """Folder written by `cosae capture`, instead of a model."""
     store_site: str | None = None
-    """Which of the stores in that folder, where it holds several."""
+    """Which store of that folder, where it has several."""
     tokens: int | None = None
-    """Held-out tokens; default 32 768, for splice, causal and patching 4096."""
+    """Number of held-out tokens. Default: 32 768; 4096 for splice, causal and patching."""
     context: int | None = None
-    """Tokens per sequence; of a labelled text its first 128 by default."""
+    """Tokens per sequence. Default for labelled texts: their first 128."""
     inject: str | None = None
-    """Norm perturbation put on the activations first, such as log_normal:sigma=0.5: what if norms varied so?"""
+    """Perturbation of the norms before measuring, such as log_normal:sigma=0.5."""
     sink_factor: float = 10.0
-    """Tokens of at least this multiple of the median norm are sinks, beside position 0 and special ids."""
+    """Sinks are tokens of at least this multiple of the median norm, position 0, and special ids."""
     format: str = "auto"
-    """Format of the SAE files; auto looks at them."""
+    """Format of the SAE files. auto: recognised by the files."""
     device: str = "cpu"
     seed: int = 0
 
@@ -59,24 +59,26 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What single measurements are asked beside the SAEs."""
+    """Options of single measurements."""
 
     texts: tuple[str, ...] = ()
-    """probing: labelled sets: .jsonl, .parquet, a folder of datasets' save_to_disk, hf:DATASET[:CONFIG][:SPLIT], or
-    sae-probes[:NAME]; default: the token-level concepts of the embedded corpus."""
+    """For probing: labelled sets, each a .jsonl or .parquet file, a folder written by save_to_disk of datasets,
+    hf:DATASET[:CONFIG][:SPLIT], or sae-probes[:NAME]. Default: the token-level concepts of the embedded corpus."""
     text_column: str = "text"
+    """For probing texts: column with the text."""
     label_column: str = "label"
+    """For probing texts: column with the label."""
     seeds: int = 3
-    """probing texts: splits drawn."""
+    """For probing texts: number of random splits."""
     max_texts: int = 2000
-    """probing texts: of one question, train and test together."""
+    """For probing texts: number of texts per question, training and test together."""
     top: tuple[int, ...] = ()
-    """probing: features of a probe; default 1 2 5 for texts, 1 for token-level concepts, where each other number is a
-    regression for every concept and rule."""
+    """For probing: numbers of features per probe. Default: 1 2 5 for texts, 1 for token-level concepts, where every
+    other number means a regression for each concept and rule."""
     pooling: str = "mean"
-    """probing texts: mean over tokens, or last."""
+    """For probing texts: mean over tokens, or last."""
     features: tuple[int, ...] = ()
-    """causal: features to ablate and steer; default: the eight that fire most."""
+    """For causal: ids of the features to ablate and steer. Default: the eight that fire most."""
 
     def check(self) -> None:
         """Raises CosaeError for values that are not allowed."""

@@ -1,4 +1,4 @@
-"""What a dashboard shows of each feature, and under which names: options of a person, and all that is settled."""
+"""What a dashboard shows of each feature, and under which names: the options, and all settings of an export."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from cosae.errors import CosaeError, check_least
 
 @dataclass(frozen=True)
 class Options:
-    """What may be left to the model, the site and the SAE."""
+    """Names and sizes of the dashboards. Names that are not given come from the model, the site and the SAE."""
 
     model_id: str | None = None
-    """Neuronpedia's name of the model, such as gemma-2-2b; default: the model's own."""
+    """Neuronpedia's name of the model, such as gemma-2-2b. Default: the model's own name."""
     set_name: str | None = None
-    """Neuronpedia's name of the source set, the source being LAYER-SET; default: cosae-PLACE-WIDTH."""
+    """Neuronpedia's name of the source set; the source is LAYER-SET. Default: cosae-PLACE-WIDTH."""
     top: int = 20
-    """Windows of the largest activations of each feature."""
+    """Number of windows with the largest activations of each feature."""
     n_quantiles: int = 5
-    """Intervals between 0 and a feature's largest activation."""
+    """Number of intervals between 0 and the largest activation of a feature."""
     per_quantile: int = 5
-    """Windows of each interval."""
+    """Number of windows per interval."""
     ignore_norm_above: float | None = None
-    """Tokens of more than so many times the median norm (of each chunk of tokens) have no codes: attention sinks.
-    Default: all tokens have."""
+    """Leave out tokens (attention sinks) above this multiple of the median norm of their chunk. Default: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,25 +13,25 @@ class Settings:
     """How SAEs are evaluated; paths may be given as text."""
 
     python: Path | None = None
-    """Interpreter of an environment with sae-bench 0.6; default: this one."""
+    """Python of an environment with sae-bench 0.6. Default: this one."""
     model_name: str | None = None
-    """embedded, a folder, or a name TransformerLens knows; default: what the SAEs' files say."""
+    """Model: embedded, a folder, or a name that TransformerLens knows. Default: from the SAEs' files."""
     model_path: Path | None = None
-    """Folder of a Hugging Face model: then no hub is needed for the model."""
+    """Folder of a Hugging Face model; the model is then not downloaded."""
     hook_name: str | None = None
-    """Where the SAEs read; default: what their files say."""
+    """Hook at which the SAEs read. Default: from their files."""
     hook_layer: int | None = None
-    """Block of the hook; default: the number in its name."""
+    """Block of the hook. Default: the number in its name."""
     data: Path | None = None
-    """Folder with copies of the data sets the hub would give, under their names there: LabHC/bias_in_bios/train.jsonl …
-    What is not in it is downloaded."""
+    """Folder with copies of data sets of the hub, under their names: LabHC/bias_in_bios/train.jsonl. Other data sets
+    are downloaded."""
     dtype: str = "float32"
-    """Of the model, and of what goes in and out of the SAEs: float32, bfloat16, float16, float64."""
+    """Precision of the model and of the SAEs' inputs and outputs: float32, bfloat16, float16, float64."""
     llm_batch_size: int = 32
     device: str = "cpu"
     seed: int = 42
     force: bool = False
-    """Replace results that are there."""
+    """Replace existing results."""
 
     def __post_init__(self) -> None:
         for name in ("python", "model_path", "data"):
