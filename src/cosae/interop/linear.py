@@ -93,7 +93,7 @@ def linear_sae(weights: Linear, source: str, metadata: dict[str, Any]) -> SAE:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is text or a number: what is taken over of other libraries' metadata."""
+    """Whether it is text or a number, which is taken over of other libraries' metadata."""
     return isinstance(value, str | int | float)
 
 

@@ -123,9 +123,7 @@ def _affine_rows(sae: SAE) -> Tensor:
             f"jumprelu and gated only. Got {cfg.score} × {cfg.selector}, frame {cfg.frame}: keep it in cosae's format."
         )
     rows_FD: Tensor = sae.score.rows_FD.double()
-    if cfg.score == "inner":
-        return rows_FD
-    gain_F: Tensor = sae.scale_b.double().exp().expand(sae.d_sae)
-    length_F = rows_FD.norm(dim=-1).clamp_min(ROW_MIN)
-    scaled_FD: Tensor = rows_FD * (gain_F / length_F)[:, None]
-    return scaled_FD
+    if cfg.score != "inner":
+        gain_F: Tensor = sae.scale_b.double().exp().expand(sae.d_sae)
+        rows_FD = rows_FD * (gain_F / rows_FD.norm(dim=-1).clamp_min(ROW_MIN))[:, None]
+    return rows_FD

@@ -44,7 +44,7 @@ def correlated_features(codes: CachedCodes, k: int = 3) -> Partners:
             pearson, cosine = _compare(sums.n, product[rows], sums.v_F[pair], sums.vv_F[pair], sums.v_F, sums.vv_F)
             pearson[np.arange(len(pair)), pair] = -np.inf
             found.append(_best(pearson, cosine, min(k, codes.d_sae - 1)))
-    return _joined(found)
+    return Partners(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def correlated_neurons(codes: CachedCodes, k: int = 3) -> Partners:
@@ -54,7 +54,7 @@ def correlated_neurons(codes: CachedCodes, k: int = 3) -> Partners:
     for rows in (slice(start, start + 1024) for start in range(0, codes.d_sae, 1024)):
         pearson, cosine = _compare(sums.n, sums.vx_FD[rows], sums.v_F[rows], sums.vv_F[rows], sums.x_D, sums.xx_D)
         found.append(_best(pearson, cosine, min(k, len(sums.x_D))))
-    return _joined(found)
+    return Partners(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def _compare(n: int, vw_PF: Array, v_P: Array, vv_P: Array, w_F: Array, ww_F: Array) -> tuple[Array, Array]:
@@ -72,7 +72,3 @@ def _best(pearson_PF: Array, cosine_PF: Array, k: int) -> Partners:
     order = np.argsort(-np.take_along_axis(pearson_PF, some, 1), axis=1, kind="stable")
     id_Pk = np.take_along_axis(some, order, 1)
     return Partners(id_Pk, np.take_along_axis(pearson_PF, id_Pk, 1), np.take_along_axis(cosine_PF, id_Pk, 1))
-
-
-def _joined(parts: list[Partners]) -> Partners:
-    return Partners(*map(np.concatenate, zip(*parts, strict=True)))

@@ -150,14 +150,14 @@ def _source(client: Any, plan: Plan) -> Any:
 
     def find() -> Any:
         try:
-            return sets.get(plan.model_id, plan.set_name)
+            found = sets.get(plan.model_id, plan.set_name)
         except Exception as error:  # an HTTPError of requests, told from others by its words
             if "not found" not in str(error).lower():
                 raise
-            return sets.new(plan.set_name, plan.model_id)
+            found = sets.new(plan.set_name, plan.model_id)
+        return found.get_source_for_layer_number(plan.layer)
 
-    found = _ask(find, "nothing was sent")
-    return _ask(lambda: found.get_source_for_layer_number(plan.layer), "nothing was sent")
+    return _ask(find, "nothing was sent")
 
 
 def _feature(client: Any, feature: Mapping[str, Any], plan: Plan) -> Any:

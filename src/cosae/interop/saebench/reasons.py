@@ -39,12 +39,6 @@ def chain(error: BaseException) -> list[str]:
     return said
 
 
-def why_nothing(name: str) -> list[str]:
-    if name == "absorption":
-        return ["the model tells too few first letters apart (options min_GT_probe_f1 and min_feats_for_eval)"]
-    return ["it ended without a result"]
-
-
 @contextlib.contextmanager
 def errors_logged() -> Iterator[list[str]]:
     """Errors that SAEBench only logs before it goes on: core does so for a model or data set it cannot read."""

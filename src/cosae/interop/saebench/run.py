@@ -25,7 +25,7 @@ from cosae.interop.read import read_sae
 from cosae.interop.saebench.adapter import DTYPES, SAEBenchSAE
 from cosae.interop.saebench.environment import run_elsewhere
 from cosae.interop.saebench.evals import EVALS, Named, call
-from cosae.interop.saebench.reasons import chain, errors_logged, one_sentence, why_nothing
+from cosae.interop.saebench.reasons import chain, errors_logged, one_sentence
 from cosae.interop.saebench.settings import Job, Settings
 from cosae.io.atomic import write_text
 from cosae.models.embedded import model_path as embedded_path
@@ -145,9 +145,10 @@ def _evaluate(name: str, job: Job, saes: Named) -> tuple[dict[str, str], dict[st
             traceback.print_exc()  # into the log
             raise CosaeError(one_sentence(name, job, [*said, *chain(error)])) from error
     files = {sae_name: job.result_file(name, sae_name) for sae_name, _ in saes}
-    missing = [sae_name for sae_name, file in files.items() if not file.is_file()]
-    if missing:
-        raise CosaeError(one_sentence(name, job, said or why_nothing(name)))
+    if not all(file.is_file() for file in files.values()):
+        letters = "the model tells too few first letters apart (options min_GT_probe_f1 and min_feats_for_eval)"
+        silent = [letters if name == "absorption" else "it ended without a result"]
+        raise CosaeError(one_sentence(name, job, said or silent))
     numbers = {sae_name: _finish(files[sae_name], sae, ours.get(sae_name, {})) for sae_name, sae in saes}
     return {sae_name: str(file) for sae_name, file in files.items()}, numbers
 
@@ -173,13 +174,11 @@ def _adapt(name: str, sae: SAE, settings: Settings) -> SAEBenchSAE:
 
 
 def _check(saes: Mapping[str, SAE], evals: Sequence[str], out: Path, asked: Settings) -> None:
-    unknown = [name for name in evals if name not in EVALS]
-    if unknown or not evals:
+    if (unknown := [name for name in evals if name not in EVALS]) or not evals:
         raise CosaeError(f"evals must be one or more of {', '.join(EVALS)}. Got {(unknown or ['none'])[0]!r} instead.")
     if not saes:
         raise CosaeError("there must be at least one SAE to evaluate. Got none.")
-    odd = [name for name in saes if not re.fullmatch(r"[\w+=,-][\w.+=,-]*", name)]
-    if odd:
+    if odd := [name for name in saes if not re.fullmatch(r"[\w+=,-][\w.+=,-]*", name)]:
         raise CosaeError(f"names of SAEs become file names: letters, digits and . _ + = , - only. Got {odd[0]!r}.")
     check_choice("dtype", asked.dtype, DTYPES)
     job = Job(out, out, asked)

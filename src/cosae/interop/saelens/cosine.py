@@ -136,8 +136,7 @@ def _check_names(architecture: str, score: str, weights: Mapping[str, Tensor]) -
         needed["threshold"] = (1,)
     if architecture in (BATCHTOPK, MATRYOSHKA):
         needed["topk_threshold"] = (0,)
-    missing = sorted(set(needed) - set(weights))
-    if missing:
+    if missing := sorted(set(needed) - set(weights)):
         raise CosaeError(f"{architecture} needs the tensors {', '.join(missing)}, which are not there.")
     d_in, d_sae = (*weights["W_enc"].shape, 0)[:2]
     for name, ranks in needed.items():

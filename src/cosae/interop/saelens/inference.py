@@ -68,8 +68,7 @@ class Precise(Mixin):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Refuses tensors that were rounded on the way in. Raises CosaeError."""
         rounded = sorted(name for name, value in state_dict.items() if name not in WIDE and value.dtype in HALF)
-        if rounded:
-            names = ", ".join(rounded)
+        if names := ", ".join(rounded):
             raise CosaeError(f'{names} came in half precision: load with dtype="float32", then .to(torch.bfloat16).')
         super().process_state_dict_for_loading(state_dict)
 
@@ -156,8 +155,7 @@ class CosineScored(Precise):
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """`b += ln n; b_enc, threshold · n; W_dec / n`; returns n (d_sae,), fp32."""
-        length_F: Tensor = torch.linalg.vector_norm(at_least_fp32(self.W_dec.data), dim=-1)
-        norm_F = length_F.clamp_min(folds.NORM_MIN)
+        norm_F = torch.linalg.vector_norm(at_least_fp32(self.W_dec.data), dim=-1).clamp_min(folds.NORM_MIN)
         self._change(folds.fold_decoder_norm(self._parameters, self.cfg.score))
         return norm_F
 
