@@ -45,14 +45,6 @@ def geometric_median(x_ND: Tensor, max_iterations: int = 100, tolerance: float =
     return point_D
 
 
-def _centre(frame: str, sample_ND: Tensor, centre: str) -> Tensor:
-    zero_D = sample_ND.new_zeros(sample_ND.shape[1])
-    if centre == "zero":
-        return zero_D
-    inside_ND = frames.normalize("layer_norm", sample_ND, zero_D).z_BD if frame == "layer_norm" else sample_ND
-    return geometric_median(inside_ND) if centre == "geometric_median" else inside_ND.mean(0)
-
-
 def _log_gain(b_init: str | float, d_in: int, a: float, z_ND: Tensor | None) -> float:
     if not isinstance(b_init, str):
         return float(b_init)
@@ -105,7 +97,11 @@ def initialise(
         if len(sample) == 0:
             raise CosaeError("sample must have at least one row that is not all zero (masked). Got none.")
         sample_ND = sample[:SAMPLE_ROWS].to(centre_D)
-        centre_D.copy_(_centre(cfg.frame, sample_ND, init.centre))
+        centre_D.zero_()
+        if init.centre != "zero":
+            layered = cfg.frame == "layer_norm"
+            inside_ND = frames.normalize("layer_norm", sample_ND, centre_D).z_BD if layered else sample_ND
+            centre_D.copy_(geometric_median(inside_ND) if init.centre == "geometric_median" else inside_ND.mean(0))
         framed = frames.normalize(cfg.frame, sample_ND, centre_D)
         z_ND = framed.z_BD[framed.live_B]
     score.set_log_gain(_log_gain(init.b_init, d_in, float(score.a.mean()), z_ND))

@@ -95,8 +95,7 @@ def quarantine(run: Path, step: int) -> None:
     for place in checkpoints(run):
         if place.name > f"step_{step:09d}":
             aside = place.with_name(f"damaged_{place.name}")
-            if aside.is_dir():
-                shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
             place.rename(aside)
 
 

@@ -1,9 +1,8 @@
 """Survivors by Triton: one tiled product whose epilogue appends what passes its threshold; exact scores follow.
 
-Enters: `ScoreTerms` and thresholds; leaves: `Survivors`, as from `survivors.survivors`. No (B, F) tensor is made: the
-product's tile is compared in registers, and (token, feature) pairs that the bound does not exclude are appended through
-an atomic counter into a buffer of bounded room. The counter goes on counting where the room ends, which is how an
-overflow is seen; the order of the appended pairs is not repeatable, so they are sorted before anything reads them.
+No (B, F) tensor is made: the product's tile is compared in registers, and pairs that the bound does not exclude are
+appended through an atomic counter into a buffer of bounded room. The counter goes on counting where the room ends,
+which is how an overflow is seen; the appended pairs are in no repeatable order, and are sorted before anything else.
 
 **Bound.** As in `screen`: s > t ⇔ κ > θ_bi = (t − β_i)·exp(−g_i − a_i l_b)·|w_i|^{−u}. Here no line stands in for θ:
 the epilogue computes θ = ±2^(power_i + slope_i·l_b), power_i = (ln|t − β_i| − g_i − u ln|w_i|)/ln 2 (float64, rounded
