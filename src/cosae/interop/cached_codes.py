@@ -151,9 +151,7 @@ def cache_codes(
                 part = sequences[first : first + rows]
                 found = capture(model, part, site, batch_sequences=batch_sequences)[site.name]
                 if (width := found.x_ND.shape[1]) != sae.d_in:
-                    raise CosaeError(
-                        f"site {site.name} has width {width}, the SAE d_in = {sae.d_in}: name the site it was made for."
-                    )
+                    raise CosaeError(f"{site.name} has width {width}, the SAE d_in = {sae.d_in}: name its own site.")
                 kept_N = ~part.special_ST.reshape(-1)
                 if ignored is not None:
                     kept_N &= ~ignored(found.norm_N)

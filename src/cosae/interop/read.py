@@ -68,7 +68,6 @@ def detect(path: Path) -> str:
     if found := next((name for name, needed in signs if needed <= there), None):
         return found
     raise CosaeError(
-        f"{path} holds no SAE of a known format; looked for cfg.json with sae_weights.safetensors (cosae, SAELens) or "
-        "sae.safetensors (sparsify), ae.pt with config.json (dictionary_learning), params.npz or params.safetensors "
-        f"(Gemma Scope), {cosine_paper.NAME} (the paper)."
+        f"{path} holds no SAE of a known format: cfg.json with sae_weights.safetensors or sae.safetensors, config.json "
+        f"with ae.pt, params.npz, params.safetensors or {cosine_paper.NAME}."
     )

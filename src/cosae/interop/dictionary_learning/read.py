@@ -86,7 +86,6 @@ def _linear(kind: str, state: dict[str, Tensor], trainer: dict[str, Any], path: 
 
 
 def _prefixes(state: dict[str, Tensor], path: Path) -> tuple[int, ...]:
-    """Feature counts of the groups, summed up."""
     (sizes,) = take(state, ("group_sizes",), path)
     d_sae = state["W_dec"].shape[0] if state["W_dec"].ndim else 0
     if sizes.ndim != 1 or sizes.is_floating_point() or sizes.numel() > max(d_sae, 1):
@@ -106,7 +105,6 @@ def _k(state: dict[str, Tensor], trainer: dict[str, Any], path: Path) -> int:
 
 
 def _metadata(config: dict[str, Any], trainer: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Metadata of training under cosae's names."""
     buffer, layer, module = config.get("buffer"), trainer.get("layer"), trainer.get("submodule_name")
     residual = (f"resid_post_layer_{layer}", f"model.layers.{layer}")  # the stream after that block, as they name it
     return {

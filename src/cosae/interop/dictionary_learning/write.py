@@ -120,7 +120,7 @@ def _affine_rows(sae: SAE) -> Tensor:
     if not affine or cfg.frame != "raw" or cfg.norm_restoring or cfg.selector == "abs_topk":
         raise CosaeError(
             "dictionary_learning has classes for inner-product SAEs on raw activations under batch_topk, topk, "
-            f"jumprelu and gated only. Got {cfg.score} × {cfg.selector}, frame {cfg.frame}: keep it in cosae's format."
+            f"jumprelu and gated. Got {cfg.score} × {cfg.selector}, frame {cfg.frame}: keep it in cosae's format."
         )
     rows_FD: Tensor = sae.score.rows_FD.double()
     if cfg.score != "inner":

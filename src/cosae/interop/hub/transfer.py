@@ -157,7 +157,6 @@ def pull(
 
 
 def _read_source(source: SAE | str | Path) -> tuple[dict[str, SAE], dict[str, Any]]:
-    """SAEs by their folder below PATH, and what was measured of them."""
     if isinstance(source, SAE):
         return {"": source}, {}
     path = Path(source)

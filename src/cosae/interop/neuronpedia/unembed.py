@@ -75,9 +75,7 @@ def spellings(tokenizer: Any, n_rows: int) -> list[str]:
 
 def _linear_weight(model: nn.Module, site: Site) -> Tensor | None:
     """(out, in) weights of the linear layer whose input the site is."""
-    if site.reads != "input":
-        return None
-    module = model.get_submodule(site.module_path)
+    module = model.get_submodule(site.module_path) if site.reads == "input" else None
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
         return None

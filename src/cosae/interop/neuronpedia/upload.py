@@ -189,7 +189,6 @@ def _ask(question: Callable[[], Any], progress: str) -> Any:
 
 
 def _read_batch(path: Path) -> dict[str, Any]:
-    """A batch file, checked to be one."""
     try:
         batch: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         batch["features"][0]["activations"]

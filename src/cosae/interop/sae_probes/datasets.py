@@ -50,9 +50,7 @@ def data_folder(path: str | os.PathLike[str] | None = None) -> Path:
         for folder in (given, given / "data", given / PACKAGE / "data"):
             if (folder / MASTER).is_file():
                 return folder
-        raise CosaeError(
-            f"path must be sae-probes' data folder (sae_probes/data of its wheel), with {MASTER} in it. Got {given}."
-        )
+        raise CosaeError(f"path must be sae-probes' data folder (its wheel's), with {MASTER} in it. Got {given}.")
     spec = importlib.util.find_spec(PACKAGE)
     for place in (spec.submodule_search_locations or []) if spec else []:
         if (Path(place) / "data" / MASTER).is_file():
@@ -102,10 +100,8 @@ def split(labels: NDArray[np.int64], n_train: int | None = None, seed: int = 42)
     positives, negatives = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
     need_positive, need_negative = -(-n_train // 2) + -(-n_test // 2), n_train // 2 + n_test // 2
     if n_train < 2 or n_test < 2 or len(positives) < need_positive or len(negatives) < need_negative:
-        raise CosaeError(
-            f"a split of {n_train} train and {n_test} test rows needs {need_positive} positive and {need_negative} "
-            f"negative labels. Got {len(positives)} and {len(negatives)}: balance the classes or change n_train."
-        )
+        needs, got = f"{need_positive} positive and {need_negative} negative", f"{len(positives)} and {len(negatives)}"
+        raise CosaeError(f"a split of {n_train} + {n_test} rows needs {needs} labels. Got {got}: change n_train.")
     stream = np.random.RandomState(seed)  # the generator that sae-probes' splits come from
     sides: list[list[Rows]] = []
     for n in (n_train, n_test):
@@ -118,7 +114,6 @@ def split(labels: NDArray[np.int64], n_train: int | None = None, seed: int = 42)
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Relative file of every binary data set, by name."""
     binary = [row for row in _rows(folder / MASTER) if row.get("Data type") == "Binary Classification"]
     saved = [row["Dataset save name"] for row in binary]
     files = {Path(name).name.removesuffix(".csv"): f"{name}.zst" for name in saved}

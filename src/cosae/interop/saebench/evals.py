@@ -110,7 +110,6 @@ def model_digest(folder: Path) -> str:
 
 
 def _configured(name: str, kind: str, options: Mapping[str, Any], given: Mapping[str, Any], package: str = "") -> Any:
-    """SAEBench's configuration dataclass, or a sentence on the option that does not fit."""
     made = getattr(import_module(f"sae_bench.evals.{package or name}.eval_config"), kind)
     _check_options(name, options, [f.name for f in dataclasses.fields(made)])
     try:

@@ -115,9 +115,8 @@ def evaluate_here(
         name for name in ("sae_bench", "sae_probes", "transformer_lens") if importlib.util.find_spec(name) is None
     ]
     if missing:
-        raise CosaeError(
-            f"SAEBench needs {missing[0]}, not installed here: pip install sae-bench=={VERSION} and give its python."
-        )
+        install = f"pip install sae-bench=={VERSION} in an environment of its own, and give its interpreter as python"
+        raise CosaeError(f"SAEBench needs {missing[0]}, which is not installed here: {install}.")
     answer: dict[str, Any] = {"results": {}, "numbers": {}, "failed": {}}
     for name in evals:
         adapted = [(sae, _adapt(sae, saes[sae], settings)) for sae in saes]

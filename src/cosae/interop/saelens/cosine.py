@@ -95,7 +95,6 @@ def check_conventions(config: Mapping[str, Any], allowed: tuple[str, ...] = ("no
 def _cosine(
     config: Mapping[str, Any], weights: dict[str, Tensor], scaling_factor: float | None
 ) -> tuple[SAEConfig, dict[str, Tensor]]:
-    """SAEConfig and weights by cosae's names on disk, every fold made."""
     architecture = config["architecture"]
     check_conventions(config, ("none", "expected_average_only_in"))
     score = config.get("score", "")

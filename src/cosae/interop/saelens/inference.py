@@ -304,9 +304,7 @@ class CosaeSAE(Precise, sae_lens.SAE):
             norm_stats, self._taken = self._taken, None
             if norm_stats is None or len(norm_stats.r_B) != len(acts_BF):
                 before = "no encode" if norm_stats is None else f"an encode of {len(norm_stats.r_B)}"
-                raise CosaeError(
-                    f"encode the same tokens right before each decode. Got {len(acts_BF)} rows after {before}."
-                )
+                raise CosaeError(f"encode the same tokens before each decode. Got {len(acts_BF)} rows after {before}.")
         if own.norm_restoring:
             assert norm_stats is not None
             norm_F = torch.linalg.vector_norm(rows_FD, dim=-1).clamp_min(LENGTH_MIN)

@@ -46,9 +46,7 @@ def check_training(cfg: Any) -> None:
     """Raises CosaeError for a score, dtype or convention that cannot be trained here."""
     check(cfg, ("none", "expected_average_only_in"), TRAINED_SCORES)
     if cfg.dtype.removeprefix("torch.") not in ("float32", "float64"):
-        raise CosaeError(
-            f"dtype must be float32 or float64 to train: set autocast=True for bfloat16 products. Got {cfg.dtype!r}."
-        )
+        raise CosaeError(f"dtype must be float32 or float64 (autocast=True for bfloat16 products). Got {cfg.dtype!r}.")
 
 
 class CosineTraining(CosineScored):
@@ -65,9 +63,7 @@ class CosineTraining(CosineScored):
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """`b += ln n; b_enc · n; W_dec / n`. Raises CosaeError where that would change what top-k chooses."""
         if not self.cfg.rescale_acts_by_decoder_norm:
-            raise CosaeError(
-                "without rescale_acts_by_decoder_norm a fold changes what top-k chooses: fold the saved inference SAE."
-            )
+            raise CosaeError("a fold would change what top-k chooses: fold the saved inference SAE instead.")
         return super().fold_and_get_W_dec_norm()
 
     def decode(self, feature_acts: Tensor) -> Tensor:
