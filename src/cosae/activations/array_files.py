@@ -1,8 +1,7 @@
 """Files of N × d values, opened: safetensors, NumPy and Parquet.
 
-In: a path and perhaps a key. Out: an (N, d) array that rows can be taken from, floating point, at least one
-row and one column. An unreadable file raises one sentence; whether its values are finite is
-checked by the reader.
+In: a path and perhaps a key. Out: an (N, d) array that rows can be taken from, floating point, at least one row and one
+column. An unreadable file raises one sentence; whether its values are finite is checked by the reader.
 """
 
 from __future__ import annotations

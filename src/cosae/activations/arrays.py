@@ -1,8 +1,7 @@
 """Activations from N × d vectors, in a file or a tensor: vision, embeddings, anything that needs no language model.
 
-In: `.safetensors` (a 2-D tensor), `.npy` (memory-mapped) or `.parquet` (a column of equally long lists, or
-floating point columns side by side); or a tensor in memory. Out: `Activations` without tokens or documents, and a
-held-out part.
+In: `.safetensors` (a 2-D tensor), `.npy` (memory-mapped) or `.parquet` (a column of equally long lists, or floating
+point columns side by side); or a tensor in memory. Out: `Activations` without tokens or documents, and a held-out part.
 
 Neighbouring rows of such files tend to be alike (patches of one image, tokens of one text), so train and
 held-out are split by whole blocks of consecutive rows, drawn by a seeded permutation of the blocks.

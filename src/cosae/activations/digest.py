@@ -24,9 +24,8 @@ def chain(digest: bytes, batch: Activations | bytes) -> bytes:
 def fingerprint(batch: Activations) -> bytes:
     """What a batch adds to a digest: the hashes of its rows, then its ids. Arms in lockstep take it once.
 
-    A row's hash is Σ_j w_j · bits_j mod 2⁶⁴ over its fp32 bits, w fixed odd numbers (multilinear hashing):
-    the same on every device, a tenth of the cost of hashing every byte, and only 8 bytes a row leave the
-    device.
+    A row's hash is Σ_j w_j · bits_j mod 2⁶⁴ over its fp32 bits, w fixed odd numbers (multilinear hashing): the same on
+    every device, a tenth of the cost of hashing every byte, and only 8 bytes a row leave the device.
     """
     bits_BJ = torch.nn.functional.pad(batch.x_ND, (0, batch.x_ND.shape[1] % 2)).contiguous().view(torch.int64)
     row_B = (bits_BJ * _weights(bits_BJ.shape[1], batch.x_ND.device)).sum(-1)

@@ -75,8 +75,7 @@ class Perturbation:
 
     @classmethod
     def parse(cls, text: str) -> Perturbation:
-        """From the command line: `none`, `log_normal:sigma=1.0`,
-        `sinks:frac=0.006,factor=160,direction=massive`.
+        """From the command line: `none`, `log_normal:sigma=1.0`, `sinks:frac=0.006,factor=160,direction=massive`.
 
         Raises CosaeError for anything else, and for settings the kind does not read.
         """

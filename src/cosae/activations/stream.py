@@ -12,8 +12,7 @@ costs the same; when half of the rows are handed out, the new ones join the rest
 half of the buffer is live at any time, and a row stays for a geometric number of rounds: long enough to meet rows from
 far away in the source.
 
-Stateless upstream, small state here: what is live in the buffer, one generator, and how far the source was
-read.
+Stateless upstream, small state here: what is live in the buffer, one generator, and how far the source was read.
 """
 
 from __future__ import annotations

@@ -241,12 +241,8 @@ def _bernoulli_cells(rate_F: Tensor, n_tokens: int, generator: torch.Generator) 
 
 
 def _correlate(fired_E: Tensor, world: World, generator: torch.Generator) -> Tensor:
-    """Feature 2j + 1 copies feature 2j where a coin of probability `correlation` says so, and is itself
-    elsewhere.
-
-    With equal rates the correlation of the two is exactly the coin's probability, and the rates stay as they
-    were.
-    """
+    """Feature 2j + 1 copies feature 2j where a coin of probability `correlation` says so, and is itself elsewhere. With
+    equal rates the correlation of the two is exactly the coin's probability, and the rates stay as they were."""
     n_features = world.n_features
     feature_E = fired_E % n_features
     leads_E = (feature_E % 2 == 0) & (feature_E + 1 < n_features)

@@ -1,9 +1,8 @@
 """Tokens → activations at one or many sites of a frozen Hugging Face model.
 
-In: a causal language model and `Sequences`. Out: `Activations` per site, one row per real token, padding
-dropped, in the order of the sequences. Hooks sit on the asked modules for one forward pass of the model's
-body (the head is never run), and the pass is cut short by a private exception as soon as the last site has
-been read.
+In: a causal language model and `Sequences`. Out: `Activations` per site, one row per real token, padding dropped, in
+the order of the sequences. Hooks sit on the asked modules for one forward pass of the model's body (the head is never
+run), and the pass is cut short by a private exception as soon as the last site has been read.
 
 Captured residuals equal the model's own `output_hidden_states` to the bit, with one exception that is not
 ours: its last entry has the final norm applied, `resid_post` of the last block has not. Documents packed into
@@ -44,9 +43,8 @@ def capture(
     store_device     where the activations are kept
     allow_non_finite leave rows that are not finite to the caller (cosae.activations.monitor)
 
-    `position_N` counts real tokens from 0, and is the position the model was told. The tensors are ordinary
-    ones, usable in autograd even when the caller is under `torch.inference_mode`. Hooks are removed whatever
-    happens.
+    `position_N` counts real tokens from 0, and is the position the model was told. The tensors are ordinary ones,
+    usable in autograd even when the caller is under `torch.inference_mode`. Hooks are removed whatever happens.
 
     Raises `CosaeError` for an unknown site, a model in training mode, no tokens, a token id outside the
     model's vocabulary, sequences longer than the model's context, an unsupported `store_dtype`, activations

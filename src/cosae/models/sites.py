@@ -11,11 +11,10 @@ A site has up to three names, all accepted:
     attn_out.3    blocks.3.hook_attn_out         what block 3's attention adds to the residual stream
     mlp_out.3     blocks.3.hook_mlp_out          what block 3's MLP adds to the residual stream
 
-and the module path (`model.layers.3`, `transformer.h.3.mlp`, or any other module inside a block), meaning
-that module's output. Gemma 2 and 3, OLMo 2 and GLM-4 normalise a sublayer's output once more before adding
-it: there `attn_out` and `mlp_out` are taken after that post-norm, as TransformerLens and Gemma Scope do, and
-the module paths `….self_attn` and `….mlp` give the vectors before it. Granite's residual multiplier is not
-included.
+and the module path (`model.layers.3`, `transformer.h.3.mlp`, or any other module inside a block), meaning that module's
+output. Gemma 2 and 3, OLMo 2 and GLM-4 normalise a sublayer's output once more before adding it: there `attn_out` and
+`mlp_out` are taken after that post-norm, as TransformerLens and Gemma Scope do, and the module paths `….self_attn` and
+`….mlp` give the vectors before it. Granite's residual multiplier is not included.
 """
 
 from __future__ import annotations
@@ -114,9 +113,8 @@ def _path_site(model: nn.Module, path: str, blocks_path: str, n_blocks: int) -> 
     inside = re.fullmatch(rf"{re.escape(blocks_path)}\.(\d+)(?:\.(.+))?", path)
     if inside is None or (int(inside[1]) < n_blocks and not _has_module(model, path)):
         raise CosaeError(
-            f"Site '{path}' is unknown: {type(model).__name__} has "
-            f"{', '.join(f'{kind}.N' for kind in KINDS)} for N = 0 to {n_blocks - 1}, and any module under "
-            f"{blocks_path}.N, such as {_example_path(model, blocks_path)}."
+            f"Site '{path}' is unknown: {type(model).__name__} has {', '.join(f'{kind}.N' for kind in KINDS)} for N = "
+            f"0 to {n_blocks - 1}, and any module under {blocks_path}.N, such as {_example_path(model, blocks_path)}."
         )
     block = int(inside[1])
     if inside[2] is None:

@@ -73,10 +73,9 @@ class _SiteSource:
 class ModelSource(_SiteSource):
     """Endless chunks of activations at one site, from a finite set of sequences.
 
-    Chunk c of epoch e holds the sequences `epoch_order(S, seed, e)[c·chunk_sequences : (c +
-    1)·chunk_sequences]`, so every epoch sees each sequence once in an order of its own, and the last chunk of
-    an epoch may be shorter. Any chunk can be made again to the bit, by this object or by another made with
-    the same arguments on the same machine.
+    Chunk c of epoch e holds the sequences `epoch_order(S, seed, e)[c·chunk_sequences : (c + 1)·chunk_sequences]`, so
+    every epoch sees each sequence once in an order of its own, and the last chunk of an epoch may be shorter. Any chunk
+    can be made again to the bit, by this object or by another made with the same arguments on the same machine.
 
     model, sequences, site, batch_sequences, store_dtype, store_device, allow_non_finite   as in `capture`
     chunk_sequences  sequences per chunk

@@ -123,10 +123,9 @@ def _scan(root: Path) -> tuple[SourceFile, ...]:
         found.append(SourceFile(name, text, part, split))
     if sum(len(f.text) for f in found if f.part == "library") < 1_000_000:
         raise CosaeError(
-            "The embedded corpus must find the source of Python's standard library. Got almost none under "
-            f"{root}: install the package of your system that holds it (libpython3-stdlib or python3-full "
-            "on Debian and Ubuntu, python3-libs on Fedora), use a Python from python.org, conda, uv or "
-            "pyenv, or name another corpus."
+            f"The embedded corpus must find the source of Python's standard library. Got almost none under {root}: "
+            "install the package of your system that holds it (libpython3-stdlib or python3-full on Debian and Ubuntu, "
+            "python3-libs on Fedora), use a Python from python.org, conda, uv or pyenv, or name another corpus."
         )
     held_out = {f.text for f in found if f.split == "held_out"}
     return tuple(f for f in found if f.split == "held_out" or f.text not in held_out)

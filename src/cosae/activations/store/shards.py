@@ -62,10 +62,7 @@ class ShardRows:
 
 
 def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> Shard:
-    """Write one shard.
-
-    Raises OSError or SafetensorError where the disk refuses; nothing of the shard is left then.
-    """
+    """Write one shard. Raises OSError or SafetensorError where the disk refuses; nothing of the shard is left then."""
     x_ND, scale_N = round_rows(rows.activations.x_ND, dtype)
     mean_D, squares = _moments(x_ND, scale_N)
     # rows from nowhere in particular share one tensor among their ids, which a file must not

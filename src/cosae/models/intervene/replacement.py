@@ -97,10 +97,8 @@ class Replacement:
         self._encodes = read or not error_term or self._changes_codes
 
     def __call__(self, x: Tensor, window: Window) -> Replaced:
-        """x (S, T, D), or (S·T, D) from modules that flatten the batch → x′ of the same shape, dtype and device.
-
-        Raises CosaeError for another width or shape, and for non-finite vectors at tokens the SAE stands in for.
-        """
+        """x (S, T, D), or (S·T, D) from modules that flatten the batch → x′ of the same shape, dtype and device. Raises
+        CosaeError for another width or shape, and for non-finite vectors at tokens the SAE stands in for."""
         self._check(x, window)
         window = window.to(x.device)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):

@@ -3,11 +3,10 @@
 Enters: the text of a document and the character offsets of its model tokens. Leaves: one column of labels per
 concept of `concept_table.CONCEPTS`, from Python's own `tokenize` and `ast`.
 
-Which part of a model token counts. Model tokens and Python tokens need not line up: " return", ".append",
-"):\\n". A model token takes its labels from ONE character: its first letter, digit or underscore; without one
-its first character that is not white space; without one its first character. So ".append" is the attribute,
-"):\\n" is the closing parenthesis, and a run of white space is what stands where the run begins. A token of
-no characters (BOS) has no label.
+Which part of a model token counts. Model tokens and Python tokens need not line up: " return", ".append", "):\\n". A
+model token takes its labels from ONE character: its first letter, digit or underscore; without one its first character
+that is not white space; without one its first character. So ".append" is the attribute, "):\\n" is the closing
+parenthesis, and a run of white space is what stands where the run begins. A token of no characters (BOS) has no label.
 """
 
 from __future__ import annotations

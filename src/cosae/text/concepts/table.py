@@ -1,8 +1,7 @@
 """The table of concepts: everything a token of Python source can be, or stand in.
 
 Two groups. `lexical` concepts are plain from the characters of the token alone, so they flatter every method;
-`contextual` ones need what stands around it. `python_tokens` and `python_tree` find the regions of these
-names.
+`contextual` ones need what stands around it. `python_tokens` and `python_tree` find the regions of these names.
 """
 
 from __future__ import annotations
