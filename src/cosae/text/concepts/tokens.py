@@ -47,13 +47,15 @@ abs all any bool bytes bytearray callable classmethod dict dir enumerate filter 
 hasattr hash id int isinstance issubclass iter len list map max min next object open ord print property range
 repr reversed set setattr sorted staticmethod str sum super tuple type vars zip
 """
-_BUILTINS = frozenset(_BUILTIN_NAMES.split())
 _NAME_SHAPES = (
     ("name_dunder", re.compile(r"__\w+__$")),
     ("name_private", re.compile(r"_(?!_)\w+$")),
     ("name_constant", re.compile(r"_*[A-Z][A-Z0-9_]+$")),
     ("name_capitalised", re.compile(r"[A-Z]+[a-z0-9]\w*$")),
     ("name_error", re.compile(r"[A-Z]\w*(?:Error|Exception|Warning)$")),
+    ("name_self", re.compile(r"(?:self|cls)$")),
+    ("name_builtin", re.compile(rf"(?:{'|'.join(_BUILTIN_NAMES.split())})$")),
+    ("name_one_letter", re.compile(r".$")),
 )
 _STRING_OPENING = re.compile(r"([A-Za-z]*)('''|\"\"\"|'|\")")
 _NEWLINES = re.compile(r"\r\n|\r|\n")
@@ -64,63 +66,53 @@ _DEPTHS = 4
 
 def paint_tokens(source: Source, regions: Regions) -> None:
     """Add every region of this module to `regions`."""
-    _paint_names(source.words, regions)
-    _paint_numbers_and_operators(source.words, regions)
-    _paint_strings(source.words, regions)
+    _paint_words(source.words, regions)
     _paint_lines(source, regions)
     _paint_blocks(source, regions)
     _paint_brackets(source.words, regions)
 
 
-def _paint_names(words: tuple[Word, ...], regions: Regions) -> None:
+def _paint_words(words: tuple[Word, ...], regions: Regions) -> None:
+    """Names, numbers, operators and strings."""
     shapes_of: dict[str, list[str]] = {}
-    for kind, text, start, end in words:
-        if kind != tokenize.NAME:
-            continue
-        if text not in shapes_of:
-            shapes_of[text] = _name_regions(text)
-            if not keyword.iskeyword(text):
-                regions["first_mention"].append((start, end))
-        for name in shapes_of[text]:
-            regions[name].append((start, end))
+    for word in words:
+        kind, text, start, end = word
+        if kind == tokenize.NAME:
+            if text not in shapes_of:
+                shapes_of[text] = _name_regions(text)
+                if not keyword.iskeyword(text):
+                    regions["first_mention"].append((start, end))
+            for name in shapes_of[text]:
+                regions[name].append((start, end))
+        elif kind == tokenize.NUMBER:
+            regions["number"].append((start, end))
+        elif kind == tokenize.OP and text in _REGION_OF_OPERATOR:
+            regions[_REGION_OF_OPERATOR[text]].append((start, end))
+        elif kind == tokenize.STRING:
+            _paint_string(word, regions)
 
 
 def _name_regions(text: str) -> list[str]:
     if keyword.iskeyword(text):
         return [_REGION_OF_KEYWORD[text]] if text in _REGION_OF_KEYWORD else []
-    found = [name for name, shape in _NAME_SHAPES if shape.match(text)]
-    if text in ("self", "cls"):
-        found.append("name_self")
-    if text in _BUILTINS:
-        found.append("name_builtin")
-    if len(text) == 1:
-        found.append("name_one_letter")
-    return found
+    return [name for name, shape in _NAME_SHAPES if shape.match(text)]
 
 
-def _paint_numbers_and_operators(words: tuple[Word, ...], regions: Regions) -> None:
-    for kind, text, start, end in words:
-        if kind == tokenize.NUMBER:
-            regions["number"].append((start, end))
-        elif kind == tokenize.OP and text in _REGION_OF_OPERATOR:
-            regions[_REGION_OF_OPERATOR[text]].append((start, end))
-
-
-def _paint_strings(words: tuple[Word, ...], regions: Regions) -> None:
-    for kind, text, start, end in words:
-        opening = _STRING_OPENING.match(text) if kind == tokenize.STRING else None
-        if opening is None:
-            continue
-        prefix, quote = opening.group(1).lower(), opening.group(2)
-        inner, close = start + opening.end(), end - len(quote)
-        regions["string"].append((start, end))
-        regions["string_quote"] += [(start, inner), (close, end)]
-        for letter, name in (("b", "bytes_string"), ("r", "raw_string"), ("f", "f_string")):
-            if letter in prefix:
-                regions[name].append((start, end))
-        if "f" in prefix:
-            fields = fstring_fields(text, inner - start, close - start, "r" in prefix)
-            regions["f_string_field"] += [(start + first, start + last) for first, last in fields]
+def _paint_string(word: Word, regions: Regions) -> None:
+    _, text, start, end = word
+    opening = _STRING_OPENING.match(text)
+    if opening is None:
+        return
+    prefix, quote = opening.group(1).lower(), opening.group(2)
+    inner, close = start + opening.end(), end - len(quote)
+    regions["string"].append((start, end))
+    regions["string_quote"] += [(start, inner), (close, end)]
+    for letter, name in (("b", "bytes_string"), ("r", "raw_string"), ("f", "f_string")):
+        if letter in prefix:
+            regions[name].append((start, end))
+    if "f" in prefix:
+        fields = fstring_fields(text, inner - start, close - start, "r" in prefix)
+        regions["f_string_field"] += [(start + first, start + last) for first, last in fields]
 
 
 def _paint_lines(source: Source, regions: Regions) -> None:

@@ -39,22 +39,17 @@ def paint_tree(source: Source, regions: Regions) -> None:
     painter.docstring(source.tree.body)
     while stack:
         node, place = stack.pop()
-        if isinstance(node, ast.expr):
-            painter.expression(node, place)
-        elif isinstance(node, ast.stmt | ast.arg):
-            painter.definition(node, place)
-            painter.statement(node, place)
+        painter.roles(node)
+        painter.definition(node, place)
+        painter.statement(node, place)
+        painter.expression(node, place)
         if isinstance(node, _FORMATTED):
             continue
         inner = _inside(node, place)
-        outside = _evaluated_outside(node) if isinstance(node, Function) else ()
-        stack += [(child, inner) for child in ast.iter_child_nodes(node) if child not in outside]
-        stack += [(child, place) for child in outside]
-
-
-def _evaluated_outside(node: Function) -> list[ast.AST]:
-    """What a definition computes in the scope around it, not in its own."""
-    return [*node.decorator_list, node.args, *([] if node.returns is None else [node.returns])]
+        outside: list[ast.AST | None] = []  # what a definition computes in the scope around it, not in its own
+        if isinstance(node, Function):
+            outside = [*node.decorator_list, node.args, node.returns]
+        stack += [(child, place if child in outside else inner) for child in ast.iter_child_nodes(node)]
 
 
 def _inside(node: ast.AST, place: Place) -> Place:
@@ -94,6 +89,12 @@ class _Painter:
         start = self.source.start(node)
         self.regions[name].append((start, start + length))
 
+    def roles(self, node: ast.AST) -> None:
+        """What `ROLES` says of the node and its parts."""
+        for region, part in ROLES.get(type(node), ()):
+            found = getattr(node, part) if part else node
+            self.add(region, *(found if isinstance(found, list) else [found]))
+
     def add_last(self, name: str, node: ast.AST, length: int) -> None:
         """The last characters of a node."""
         end = self.source.end(node)
@@ -127,15 +128,12 @@ class _Painter:
                 self._head(node, "method_name" if place.in_class else "function_name")
                 for name in _kinds_of_body(node, place):
                     self.add_body(name, node.body)
-                self.add("annotation", node.returns)
                 self.add("default_value", *node.args.defaults, *node.args.kw_defaults)
             case ast.ClassDef():
                 self._head(node, "class_name")
                 self.add_body("class_body", node.body)
-                self.add("base_class", *node.bases)
             case ast.arg():
                 self.add_first("parameter_name", node, len(node.arg))
-                self.add("annotation", node.annotation)
             case ast.Import():
                 for alias in node.names:
                     self.add_first("imported_module", alias, len(alias.name))
@@ -159,15 +157,12 @@ class _Painter:
         self.docstring(node.body)
 
     def statement(self, node: ast.AST, place: Place) -> None:
-        """Loops, conditions, other blocks, assignments and what statements give away."""
+        """The bodies of loops, conditions and other blocks."""
         match node:
-            case ast.For() | ast.AsyncFor():
-                self.add("loop_variable", node.target)
-                self.add("loop_iterable", node.iter)
-                self._loop(node.body, place)
-            case ast.While():
-                self.add("condition", node.test)
-                self._loop(node.body, place)
+            case ast.For() | ast.AsyncFor() | ast.While():
+                self.add_body("loop_body", node.body)
+                if place.loops:
+                    self.add_body("nested_loop_body", node.body)
             case ast.If():
                 self._if(node, place)
             case ast.Try() | ast.TryStar():
@@ -175,27 +170,10 @@ class _Painter:
                 self.add_body("finally_body", node.finalbody)
                 for handler in node.handlers:
                     self.add_body("except_body", handler.body)
-                    self.add("caught_exception", handler.type)
             case ast.With() | ast.AsyncWith():
-                self.add("with_context", *(item.context_expr for item in node.items))
                 self.add_body("with_body", node.body)
-            case ast.Assign() | ast.AugAssign() | ast.AnnAssign():
-                self.add("assigned_value", node.value)
-                self.add("annotation", getattr(node, "annotation", None))
-            case ast.Return():
-                self.add("return_value", node.value)
-            case ast.Raise():
-                self.add("raised_exception", node.exc)
-            case ast.Assert():
-                self.add("assertion", node)
-
-    def _loop(self, body: Sequence[ast.stmt], place: Place) -> None:
-        self.add_body("loop_body", body)
-        if place.loops:
-            self.add_body("nested_loop_body", body)
 
     def _if(self, node: ast.If, place: Place) -> None:
-        self.add("condition", node.test)
         self.add_body("conditional_body", node.body)
         if self._is_elif(node):
             self.regions["elif_branch"].append((self.source.start(node), self.source.end(node.body[-1])))
@@ -208,7 +186,7 @@ class _Painter:
         return self.source.text.startswith("elif", self.source.start(node))
 
     def expression(self, node: ast.AST, place: Place) -> None:
-        """Expressions by their role."""
+        """Names, calls, attributes, and what `ROLES` cannot say."""
         match node:
             case ast.Name(ctx=ast.Store()):
                 local = place.functions and not place.in_class
@@ -225,29 +203,10 @@ class _Painter:
                 if isinstance(node.ctx, ast.Store):
                     self.add_last("assigned_attribute", node, len(node.attr))
             case ast.Subscript():
-                self.add("subscripted", node.value)
                 self.add("slice" if isinstance(node.slice, ast.Slice) else "subscript_index", node.slice)
-            case ast.ListComp() | ast.SetComp() | ast.DictComp():
-                self.add("comprehension", node)
-            case ast.GeneratorExp():
-                self.add("comprehension", node)
-                self.add("generator_expression", node)
-            case ast.Compare():
-                self.add("comparison", node)
-                self.add("compared_right", *node.comparators)
-            case ast.BinOp(op=ast.Mod(), left=ast.Constant(value=str())):
-                self.add("percent_format", node)
-            case ast.Dict():
-                self.add("dict_literal", node)
-                self.add("dict_key", *node.keys)
-            case ast.NamedExpr():
-                self.add("assigned_value", node.value)
-            case ast.Yield() | ast.YieldFrom():
-                self.add("yielded_value", node.value)
-            case ast.Await():
-                self.add("awaited_value", node.value)
-            case _ if type(node) in _WHOLE:
-                self.add(_WHOLE[type(node)], node)
+            case ast.BinOp():
+                percent = isinstance(node.op, ast.Mod) and _is_string(node.left)
+                self.add("percent_format" if percent else "arithmetic", node)
 
     def _call(self, node: ast.Call, place: Place) -> None:
         if isinstance(node.func, ast.Name):
@@ -259,22 +218,49 @@ class _Painter:
         if place.calls:
             self.add("nested_call_argument", *arguments)
         self.add("first_argument", *node.args[:1])
-        strings = [arg for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-        self.add("string_argument", *strings)
+        self.add("string_argument", *filter(_is_string, node.args))
         for pair in node.keywords:
             if pair.arg is not None:
                 self.add_first("keyword_argument_name", pair, len(pair.arg))
                 self.add("keyword_argument_value", pair.value)
 
 
-_WHOLE: dict[type[ast.AST], str] = {
-    ast.BinOp: "arithmetic",
-    ast.BoolOp: "boolean_expression",
-    ast.IfExp: "conditional_expression",
-    ast.Lambda: "lambda",
-    ast.List: "list_literal",
-    ast.Tuple: "tuple_literal",
+_ROLES = """
+FunctionDef AsyncFunctionDef: annotation=returns
+ClassDef: base_class=bases
+arg: annotation=annotation
+For AsyncFor: loop_variable=target loop_iterable=iter
+While If: condition=test
+ExceptHandler: caught_exception=type
+withitem: with_context=context_expr
+Assign AugAssign NamedExpr: assigned_value=value
+AnnAssign: assigned_value=value annotation=annotation
+Return: return_value=value
+Raise: raised_exception=exc
+Assert: assertion
+Subscript: subscripted=value
+ListComp SetComp DictComp: comprehension
+GeneratorExp: comprehension generator_expression
+Compare: comparison compared_right=comparators
+Dict: dict_literal dict_key=keys
+Yield YieldFrom: yielded_value=value
+Await: awaited_value=value
+BoolOp: boolean_expression
+IfExp: conditional_expression
+Lambda: lambda
+List: list_literal
+Tuple: tuple_literal
+"""
+ROLES: dict[type[ast.AST], list[tuple[str, str]]] = {
+    getattr(ast, kind): [(region, part) for region, _, part in (role.partition("=") for role in roles.split())]
+    for kinds, roles in (line.split(": ") for line in _ROLES.strip().split("\n"))
+    for kind in kinds.split()
 }
+"""Node → regions, and for each the field whose nodes are in it; none: the node itself."""
+
+
+def _is_string(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def _kinds_of_body(node: Function, place: Place) -> list[str]:
