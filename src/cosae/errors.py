@@ -11,9 +11,9 @@ class CosaeError(ValueError):
     """A mistake of the user's that one sentence can put right: what came, what is allowed, what to do."""
 
 
-def check_least(name: str, value: float, least: float) -> None:
-    """Raises CosaeError for a value below the least one."""
-    if value < least:
+def check_least(name: str, value: float | None, least: float) -> None:
+    """Raises CosaeError for a value below the least one; None is no value."""
+    if value is not None and value < least:
         raise CosaeError(f"{name} must be at least {least}. Got {value!r} instead.")
 
 
@@ -28,3 +28,12 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises CosaeError for a value that is not among the choices."""
     if value not in (listed := tuple(choices)):
         raise CosaeError(f"{name} must be one of {', '.join(map(str, listed))}. Got {value!r} instead.")
+
+
+def check_range(name: str, value: float, allowed: str) -> None:
+    """Raises CosaeError for a value outside an interval written as "[0, 1)" or "(0, inf)"."""
+    low, high = (float(end) for end in allowed[1:-1].split(","))
+    above = value >= low if allowed[0] == "[" else value > low
+    below = value <= high if allowed[-1] == "]" else value < high
+    if not (above and below):
+        raise CosaeError(f"{name} must lie in {allowed}. Got {value!r} instead.")

@@ -1,7 +1,6 @@
 """Files of N × d values, opened: safetensors, NumPy and Parquet.
 
-In: a path and perhaps a key. Out: an (N, d) array that rows can be taken from, floating point, at least one row and one
-column. An unreadable file raises one sentence; whether its values are finite is checked by the reader.
+An unreadable file raises one sentence; whether its values are finite is checked by the reader.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cosae.errors import CosaeError
+from cosae.io.untrusted import one_line
 
 Array = Tensor | NDArray[Any]
 ALLOWED = "float32, float16, bfloat16 or float64"
@@ -35,17 +35,15 @@ def open_array(path: Path, key: str | None = None) -> tuple[Array, str | None, s
     dtype = {"f2": "float16", "f4": "float32", "f8": "float64"}.get(dtype, dtype)
     if dtype not in ("float32", "float16", "bfloat16", "float64"):
         raise CosaeError(f"'{path}' holds {dtype} values; save them as {ALLOWED}.")
-    shape = tuple(array.shape)
-    if array.ndim != 2:
-        raise CosaeError(f"'{path}' must hold an N × d array. Got shape {shape} instead; reshape it.")
-    if 0 in shape:
-        raise CosaeError(f"'{path}' is empty: its shape is {shape}; give at least one row and column.")
+    if array.ndim != 2 or 0 in array.shape:
+        raise CosaeError(
+            f"'{path}' must hold an N × d array that is not empty. Got shape {tuple(array.shape)} instead."
+        )
     return array, found, dtype
 
 
 def _damaged(path: Path, kind: str, error: Exception) -> CosaeError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return CosaeError(f"'{path}' is damaged, cut short or no {kind} file ({first}); write it again.")
+    return CosaeError(f"'{path}' is damaged, cut short or no {kind} file ({one_line(error)}); write it again.")
 
 
 def _choose(path: Path, key: str | None, available: dict[str, str], what: str) -> str:
@@ -89,17 +87,14 @@ def _read_parquet(path: Path, key: str | None) -> tuple[Array, str | None]:
     try:
         schema = pq.read_schema(path)
         kinds = {field.name: str(field.type) for field in schema}
-        lists = {f.name: str(f.type) for f in schema if pa.types.is_list(f.type) or _is_fixed(pa, f.type)}
+        of_lists = (pa.types.is_list, pa.types.is_fixed_size_list, pa.types.is_large_list)
+        lists = {f.name: str(f.type) for f in schema if any(is_kind(f.type) for is_kind in of_lists)}
         if key is None and not lists:
             return _side_by_side(pa, path, kinds, pq.read_table(path)), None
         key = _choose(path, key, lists, "list column")
         return _list_column(pa, path, key, pq.read_table(path, columns=[key])[key]), key
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, "Parquet", error) from error
-
-
-def _is_fixed(pa: Any, kind: Any) -> bool:
-    return bool(pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind))
 
 
 def _side_by_side(pa: Any, path: Path, kinds: dict[str, str], table: Any) -> Array:

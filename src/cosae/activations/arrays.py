@@ -1,8 +1,5 @@
 """Activations from N × d vectors, in a file or a tensor: vision, embeddings, anything that needs no language model.
 
-In: `.safetensors` (a 2-D tensor), `.npy` (memory-mapped) or `.parquet` (a column of equally long lists, or floating
-point columns side by side); or a tensor in memory. Out: `Activations` without tokens or documents, and a held-out part.
-
 Neighbouring rows of such files tend to be alike (patches of one image, tokens of one text), so train and
 held-out are split by whole blocks of consecutive rows, drawn by a seeded permutation of the blocks.
 """
@@ -21,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cosae.activations.array_files import open_array
-from cosae.errors import CosaeError, check_least
+from cosae.errors import CosaeError, check_least, check_range
 from cosae.io.digest import file_digest
 from cosae.io.generators import epoch_order, seeded
 from cosae.types import Activations
@@ -80,15 +77,16 @@ class _RowSource:
             "seed": self.seed,
         }
 
-    def _first_not_finite(self) -> tuple[int, int, float] | None:
-        """Row, column and value."""
+    def _check_finite(self, what: str) -> None:
         step = max(1, SCAN_ELEMENTS // self.d_in)
         for start in range(0, self.n_rows, step):
             block = self._read(torch.arange(start, min(start + step, self.n_rows)))
             if not bool(block.isfinite().all()):
-                row, column = (int(i) for i in (~block.isfinite()).nonzero()[0])
-                return start + row, column, float(block[row, column])
-        return None
+                row, column = (~block.isfinite()).nonzero()[0].tolist()
+                raise CosaeError(
+                    f"{what} must be finite. Got {float(block[row, column])} at row {start + row}, column {column} "
+                    "(counted from 0): remove or repair such rows, or leave them out with data.non_finite=drop."
+                )
 
 
 class ArraySource(_RowSource):
@@ -116,26 +114,16 @@ class ArraySource(_RowSource):
         held_out_frac: float = 0.1,
         allow_non_finite: bool = False,
     ) -> None:
-        check_least("chunk_tokens", chunk_tokens, 1)
-        if not 0 <= held_out_frac < 1:
-            raise CosaeError(f"held_out_frac must be at least 0 and below 1. Got {held_out_frac} instead.")
+        check_range("held_out_frac", held_out_frac, "[0, 1)")
         self.path = Path(path)
         self._array, self.key, self.file_dtype = open_array(self.path, key)
         n_rows, d_in = (int(size) for size in self._array.shape)
         if n_rows == 1 and held_out_frac > 0:
-            raise CosaeError(
-                f"'{self.path}' has a single row, which cannot be split; give more rows or held_out_frac 0."
-            )
+            raise CosaeError(f"'{self.path}' has a single row: give more rows, or held_out_frac 0 for no split.")
         block_rows = max(1, min(MAX_BLOCK_ROWS, n_rows // 100))
         super().__init__(n_rows, d_in, block_rows, held_out_frac, chunk_tokens, seed)
-        if not allow_non_finite and (found := self._first_not_finite()) is not None:
-            row, column, value = found
-            what = "NaN" if math.isnan(value) else "infinite"
-            wide = " as float32" if self.file_dtype == "float64" else ""
-            raise CosaeError(
-                f"'{self.path}' is {what}{wide} at row {row}, column {column} (counted from 0); "
-                "remove or repair such rows, or leave them out with data.non_finite=drop."
-            )
+        if not allow_non_finite:
+            self._check_finite(f"'{self.path}'" + (" as float32" if self.file_dtype == "float64" else ""))
         self.sha256 = file_digest(self.path)
 
     def describe(self) -> dict[str, Any]:
@@ -187,16 +175,11 @@ class TensorSource(_RowSource):
             raise CosaeError(
                 f"activations must be a float tensor of shape (N, d) with N of at least 2. Got {got} instead."
             )
-        if not 0 < held_out_frac < 1:
-            raise CosaeError(f"held_out_frac must lie between 0 and 1, neither of them. Got {held_out_frac} instead.")
+        check_range("held_out_frac", held_out_frac, "(0, 1)")
         self._x_ND = x_ND.detach().cpu().float()
         super().__init__(len(x_ND), int(x_ND.shape[1]), 1, held_out_frac, chunk_tokens, seed)
-        if not allow_non_finite and (found := self._first_not_finite()) is not None:
-            row, column, value = found
-            raise CosaeError(
-                f"activations must be finite in float32. Got {value} at row {row}, column {column}: repair those rows, "
-                "or leave them out with data.non_finite=drop."
-            )
+        if not allow_non_finite:
+            self._check_finite("activations in float32")
         self.sha256 = hashlib.sha256(self._x_ND.contiguous().numpy().tobytes()).hexdigest()
 
     def describe(self) -> dict[str, Any]:

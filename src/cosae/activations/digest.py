@@ -8,6 +8,7 @@ One digest per batch and chained, so that the state of the hash is 32 bytes whic
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,18 +29,13 @@ def fingerprint(batch: Activations) -> bytes:
     every device, a tenth of the cost of hashing every byte, and only 8 bytes a row leave the device.
     """
     bits_BJ = torch.nn.functional.pad(batch.x_ND, (0, batch.x_ND.shape[1] % 2)).contiguous().view(torch.int64)
-    row_B = (bits_BJ * _weights(bits_BJ.shape[1], batch.x_ND.device)).sum(-1)
+    row_B = (bits_BJ * _weights(bits_BJ.shape[1], str(batch.x_ND.device))).sum(-1)
     parts = (row_B, batch.token_N, batch.doc_N, batch.position_N, batch.index_N)
     return b"".join(part.cpu().numpy().tobytes() for part in parts)
 
 
-def _weights(n: int, device: torch.device) -> Tensor:
+@cache
+def _weights(n: int, device: str) -> Tensor:
     """(n,) int64, odd, the same in every process."""
-    key = (n, str(device))
-    if key not in _WEIGHTS:
-        draw = torch.randint(-(2**62), 2**62, (n,), generator=keyed_generator(0, "digest"))
-        _WEIGHTS[key] = (2 * draw + 1).to(device)
-    return _WEIGHTS[key]
-
-
-_WEIGHTS: dict[tuple[int, str], Tensor] = {}
+    draw = torch.randint(-(2**62), 2**62, (n,), generator=keyed_generator(0, "digest"))
+    return (2 * draw + 1).to(device)

@@ -1,8 +1,5 @@
 """Which tokens take part: one declared policy, shared by training and evaluation.
 
-Enters: a window of activations, as they will be trained on (after any injected perturbation).
-Leaves: a fitted filter that says which tokens to keep, and the norm summary of the window.
-
     norm:        drop tokens with |x| >= factor · median |x|        (paper §3: factor 10)
     position_0:  drop the first token of every sequence, where attention sinks sit
     none:        keep everything
@@ -15,14 +12,13 @@ filtered sinks, most analyses did not).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cosae.activations.sinks import median_norm, quantiles
-from cosae.errors import CosaeError, check_choice, check_least
+from cosae.errors import CosaeError, check_choice, check_least, check_range
 from cosae.types import Activations, NormSummary
 
 FilterKind = Literal["none", "position_0", "norm"]
@@ -48,11 +44,7 @@ class FilterPolicy:
 
     def __post_init__(self) -> None:
         check_choice("filter kind", self.kind, get_args(FilterKind))
-        if not (isfinite(self.factor) and self.factor > 1):
-            raise CosaeError(
-                "filter factor must be a finite number above 1 (a multiple of the median norm). "
-                f"Got {self.factor} instead."
-            )
+        check_range("filter factor", self.factor, "(1, inf)")
         check_least("filter window_tokens", self.window_tokens, 1)
 
 

@@ -1,7 +1,5 @@
 """Norm perturbations put on purpose onto real activations, so that what a score does with norm can be seen.
 
-Enters: activations. Leaves: the same tokens with other norms, x in fp32, norms recomputed.
-
     log_normal:  x ← x · exp(σ g),  g one standard normal per token, independent of content
     sinks:       x ← factor · x                       direction `own`
                  x ← factor · median|x| · u           direction `massive`, one fixed random unit vector u
@@ -16,13 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError, check_choice
+from cosae.errors import CosaeError, check_choice, check_least, check_range
 from cosae.io import values
 from cosae.io.generators import keyed_generator
 from cosae.types import Activations
@@ -64,14 +61,10 @@ class Perturbation:
     def __post_init__(self) -> None:
         check_choice("perturbation", self.kind, SETTINGS)
         check_choice("perturbation direction", self.direction, get_args(Direction))
-        if not (isfinite(self.sigma) and self.sigma >= 0):
-            raise CosaeError(f"perturbation sigma must be 0 or more. Got {self.sigma} instead.")
-        if not 0 <= self.frac <= 1:
-            raise CosaeError(f"perturbation frac must lie between 0 and 1. Got {self.frac} instead.")
-        if not (isfinite(self.factor) and self.factor > 0):
-            raise CosaeError(f"perturbation factor must be a finite number above 0. Got {self.factor} instead.")
-        if self.position is not None and self.position < 0:
-            raise CosaeError(f"perturbation position must be 0 or more. Got {self.position} instead.")
+        check_range("perturbation sigma", self.sigma, "[0, inf)")
+        check_range("perturbation frac", self.frac, "[0, 1]")
+        check_range("perturbation factor", self.factor, "(0, inf)")
+        check_least("perturbation position", self.position, 0)
 
     @classmethod
     def parse(cls, text: str) -> Perturbation:

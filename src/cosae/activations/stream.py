@@ -1,8 +1,6 @@
 """Activations, shuffled and filtered, in batches: what every arm of a run is trained on.
 
-Enters: a `Source`, chunks of activations in the order a model made them.
-Leaves: batches from a shuffle buffer, every row uniform over the rows that are live in it. A digest of everything
-handed out proves that two runs, or two arms, saw the same.
+A digest of everything handed out proves that two runs, or two arms, saw the same.
 
     source chunk → finite? → perturbation → norms as before? → filter → buffer → batch
 
@@ -51,17 +49,13 @@ class Source(Protocol):
     """
 
     @property
-    def d_in(self) -> int:
-        """Dimensions of the activations."""
-        ...
+    def d_in(self) -> int: ...
 
     def describe(self) -> dict[str, Any]:
         """Plain values that identify this source; written into records and checked on restoring."""
-        ...
 
     def chunks(self, start: int = 0) -> Iterator[Activations]:
         """Chunk `start`, `start + 1`, ..."""
-        ...
 
 
 @runtime_checkable
@@ -70,11 +64,9 @@ class Seekable(Protocol):
 
     def cursor(self, chunk: int) -> dict[str, Any] | None:
         """Plain values for `seek`, of a chunk that was made here; None where there are none."""
-        ...
 
     def seek(self, chunk: int, cursor: dict[str, Any]) -> None:
         """Keep where a chunk is."""
-        ...
 
 
 class ActivationStream:

@@ -1,7 +1,5 @@
 """Worlds whose true features are known, with a norm perturbation of one's choosing.
 
-Enters: a World, a handful of numbers. Leaves: activations, and the true codes they were made of.
-
     x = |x| · unit(Σ_{i active} m_i f_i),   f_i unit vectors, more of them than dimensions (superposition)
 
 What fires is exactly Bernoulli(p_i) for every token and feature, drawn as points of a Poisson process with
@@ -15,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError, check_choice, check_least
+from cosae.errors import CosaeError, check_choice, check_least, check_range
 from cosae.io import values
 from cosae.io.generators import keyed_generator
 from cosae.types import Activations, Codes
@@ -77,15 +75,11 @@ class World:
         for name, low in (("d_in", 1), ("n_features", 2), ("hierarchy", 0), ("spread_steps", 0)):
             check_least(f"world {name}", getattr(self, name), low)
         for name in ("magnitude_std", "sigma"):
-            if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise CosaeError(f"world {name} must be 0 or more. Got {getattr(self, name)} instead.")
+            check_range(f"world {name}", getattr(self, name), "[0, inf)")
         for name in ("correlation", "sink_frac"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise CosaeError(f"world {name} must lie between 0 and 1. Got {getattr(self, name)} instead.")
-        for name in ("sink_factor", "length"):
-            if not (isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                shown = "norm_median" if name == "length" else name
-                raise CosaeError(f"world {shown} must be a finite number above 0. Got {getattr(self, name)} instead.")
+            check_range(f"world {name}", getattr(self, name), "[0, 1]")
+        check_range("world sink_factor", self.sink_factor, "(0, inf)")
+        check_range("world norm_median", self.length, "(0, inf)")
         if not 0 < self.l0 < self.n_features * MAX_RATE:
             raise CosaeError(
                 f"world l0 must lie above 0 and below half of n_features ({self.n_features}). Got {self.l0} instead."

@@ -46,7 +46,8 @@ def choose_batch(
     check_least("context", context, 1)
     asked = (sites,) if isinstance(sites, str | Site) else tuple(sites)
     places = [resolve_site(model, site) for site in asked]
-    budget = int(BUDGET_FRAC * device_bytes(_device_of(model))) if budget_bytes is None else budget_bytes
+    device = next(model.parameters()).device
+    budget = int(BUDGET_FRAC * device_bytes(device)) if budget_bytes is None else budget_bytes
     one, two = (measure_pass(model, places, n, context, store_dtype) for n in (1, 2))
     fits = 1 + max(budget - one, 0) // max(two - one, 1)
     most = max(1, min(fits, ENOUGH_TOKENS // context))
@@ -74,10 +75,6 @@ def device_bytes(device: torch.device) -> int:
     limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
     given = [path.read_text().strip() for path in limits if path.is_file()]
     return min([physical, *(int(text) for text in given if text.isdigit())])
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cosae.errors import CosaeError, check_least
+from cosae.errors import CosaeError, check_choice, check_least
 from cosae.models.hooks import body_of, positions, read_sites
 from cosae.models.sites import resolve_site
 from cosae.types import Activations, Sequences, Site
@@ -50,7 +50,10 @@ def capture(
     model's vocabulary, sequences longer than the model's context, an unsupported `store_dtype`, activations
     that are not finite (naming site, sequence and position), and a site that the forward pass never reaches.
     """
-    by_name = _named_sites(model, sites)
+    asked = (sites,) if isinstance(sites, str | Site) else tuple(sites)
+    if not asked:
+        raise CosaeError("No site was given to capture; name at least one, such as 'resid_post.3'.")
+    by_name = {site.name if isinstance(site, Site) else site: resolve_site(model, site) for site in asked}
     check_request(model, sequences, batch_sequences, store_dtype)
     # Whatever the caller's mode: inference tensors cannot be trained on afterwards.
     with torch.inference_mode(False):
@@ -68,27 +71,19 @@ def capture(
         return {name: Activations.cat(parts[site]) for name, site in by_name.items()}
 
 
-def _named_sites(model: nn.Module, sites: str | Site | Sequence[str | Site]) -> dict[str, Site]:
-    asked = (sites,) if isinstance(sites, str | Site) else tuple(sites)
-    if not asked:
-        raise CosaeError("No site was given to capture; name at least one, such as 'resid_post.3'.")
-    return {site.name if isinstance(site, Site) else site: resolve_site(model, site) for site in asked}
-
-
 def check_request(model: nn.Module, sequences: Sequences, batch_sequences: int, store_dtype: torch.dtype) -> None:
     """Raises CosaeError for what `capture` would refuse before a forward pass."""
     if model.training:
         raise CosaeError("The model is in training mode, where dropout is on; call model.eval() first.")
     check_least("batch_sequences", batch_sequences, 1)
-    if store_dtype not in STORE_DTYPES:
-        raise CosaeError(f"store_dtype must be float32, bfloat16 or float16. Got {store_dtype} instead.")
+    check_choice("store_dtype", store_dtype, STORE_DTYPES)
     real = sequences.ids_ST[sequences.mask_ST]
     if real.numel() == 0:
         raise CosaeError("There are no tokens to capture: the corpus is empty.")
-    embeddings = body_of(model).get_input_embeddings()
-    n_vocabulary = int(embeddings.weight.shape[0])
-    if int(real.min()) < 0 or int(real.max()) >= n_vocabulary:
-        worst = int(real.min()) if int(real.min()) < 0 else int(real.max())
+    n_vocabulary = int(body_of(model).get_input_embeddings().weight.shape[0])
+    lowest, highest = int(real.min()), int(real.max())
+    if lowest < 0 or highest >= n_vocabulary:
+        worst = lowest if lowest < 0 else highest
         raise CosaeError(
             f"Token id {worst} is outside the model's vocabulary of {n_vocabulary}; "
             "use the tokenizer that belongs to the model."

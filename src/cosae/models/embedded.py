@@ -1,8 +1,6 @@
 """The embedded model: a small Qwen3 with its tokenizer, trained on the embedded corpus, in the package.
 
-Enters: nothing. Leaves: a frozen model with its tokenizer, and what is known about them (`metadata`): how
-studies/embedded_model made it, its bits per byte beside the baselines', and its norms block by block.
-Documents start with BOS; the context is 256 tokens.
+studies/embedded_model made it. Documents start with BOS; the context is 256 tokens.
 """
 
 from __future__ import annotations
@@ -59,5 +57,4 @@ def metadata() -> Mapping[str, Any]:
 
 @cache
 def _read_metadata() -> dict[str, Any]:
-    metadata: dict[str, Any] = json.loads((model_path() / "provenance.json").read_text("utf-8"))
-    return metadata
+    return dict(json.loads((model_path() / "provenance.json").read_text("utf-8")))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cosae.errors import CosaeError, check_choice
+from cosae.io.untrusted import one_line
 
 MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -108,9 +109,8 @@ def _try(failure: str, load: Any, name: str, **options: Any) -> Any:
     try:
         return load(name, **options)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         advice = "" if Path(name).is_dir() else " (no such directory here; the hub may be unreachable)"
-        raise CosaeError(f"{failure}{advice}: {lines[0].rstrip('.')}.") from error
+        raise CosaeError(f"{failure}{advice}: {one_line(error)}.") from error
     finally:
         hub.setLevel(level)
 

@@ -49,10 +49,9 @@ def resolve_site(model: nn.Module, site: str | Site) -> Site:
         return site
     blocks_path, n_blocks = find_blocks(model)
     kinds = "|".join(KINDS)
-    if short := re.fullmatch(rf"({kinds})\.(\d+)", site):
-        return _named_site(model, short[1], int(short[2]), blocks_path, n_blocks, site)
-    if lens := re.fullmatch(rf"blocks\.(\d+)\.hook_({kinds})", site):
-        return _named_site(model, lens[2], int(lens[1]), blocks_path, n_blocks, site)
+    short = re.fullmatch(rf"(?P<kind>{kinds})\.(?P<block>\d+)", site)
+    if found := short or re.fullmatch(rf"blocks\.(?P<block>\d+)\.hook_(?P<kind>{kinds})", site):
+        return _named_site(model, found["kind"], int(found["block"]), blocks_path, n_blocks, site)
     return _path_site(model, site, blocks_path, n_blocks)
 
 
@@ -62,9 +61,7 @@ def find_blocks(model: nn.Module) -> tuple[str, int]:
     It is the outermost `ModuleList` whose length is the configuration's `num_hidden_layers`; lists inside
     vision, audio or encoder towers do not count. Raises `CosaeError` where there is none.
     """
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    n_blocks = getattr(text_config, "num_hidden_layers", None)
+    n_blocks = getattr(text_config(model), "num_hidden_layers", None)
     found = [
         path
         for path, module in model.named_modules()
@@ -78,6 +75,12 @@ def find_blocks(model: nn.Module) -> tuple[str, int]:
             "use a decoder-only transformer from Hugging Face transformers."
         )
     return min(found, key=lambda path: path.count(".")), int(n_blocks)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the model's language part; None where the model has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _named_site(model: nn.Module, kind: str, block: int, blocks_path: str, n_blocks: int, asked: str) -> Site:
@@ -111,10 +114,13 @@ def _check_block(model: nn.Module, block: int, n_blocks: int, asked: str) -> Non
 
 def _path_site(model: nn.Module, path: str, blocks_path: str, n_blocks: int) -> Site:
     inside = re.fullmatch(rf"{re.escape(blocks_path)}\.(\d+)(?:\.(.+))?", path)
-    if inside is None or (int(inside[1]) < n_blocks and not _has_module(model, path)):
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    if inside is None or (int(inside[1]) < n_blocks and path not in modules):
+        children = [name for name, _ in model.get_submodule(f"{blocks_path}.0").named_children()]
+        example = ".".join([blocks_path, "0", *children[-1:]])
         raise CosaeError(
             f"Site '{path}' is unknown: {type(model).__name__} has {', '.join(f'{kind}.N' for kind in KINDS)} for N = "
-            f"0 to {n_blocks - 1}, and any module under {blocks_path}.N, such as {_example_path(model, blocks_path)}."
+            f"0 to {n_blocks - 1}, and any module under {blocks_path}.N, such as {example}."
         )
     block = int(inside[1])
     if inside[2] is None:
@@ -140,16 +146,3 @@ def _sublayer(block: nn.Module, kind: str) -> str | None:
     if name is None or "residual" in inspect.signature(children[name].forward).parameters:
         return None
     return name
-
-
-def _has_module(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _example_path(model: nn.Module, blocks_path: str) -> str:
-    children = [name for name, _ in model.get_submodule(f"{blocks_path}.0").named_children()]
-    return f"{blocks_path}.0.{children[-1]}" if children else f"{blocks_path}.0"

@@ -1,7 +1,4 @@
-"""How large a model is, from its configuration alone: no weight is read.
-
-In: what `load_model` takes. Out: bytes of the weights, and the sizes that decide what a forward pass needs.
-"""
+"""How large a model is, from its configuration alone: no weight is read."""
 
 from __future__ import annotations
 

@@ -34,16 +34,10 @@ class _SiteSource:
         first: Sequences,
         batch_sequences: int = 8,
         store_dtype: torch.dtype = torch.float32,
-        store_device: str = "cpu",
-        allow_non_finite: bool = False,
+        **options: Any,
     ) -> None:
         self.model, self.site = model, resolve_site(model, site)
-        self._options: dict[str, Any] = {
-            "batch_sequences": batch_sequences,
-            "store_dtype": store_dtype,
-            "store_device": store_device,
-            "allow_non_finite": allow_non_finite,
-        }
+        self._options = {**options, "batch_sequences": batch_sequences, "store_dtype": store_dtype}
         check_request(model, first, batch_sequences, store_dtype)
         one = first[first.mask_ST.any(dim=1)][:1]
         self.d_in = int(capture(model, one, self.site)[self.site.name].x_ND.shape[1])
@@ -133,15 +127,10 @@ class ModelSource(_SiteSource):
 
 
 class EndlessText(Protocol):
-    """Chunks of sequences without end, each made again from its cursor (`mixture.Text`)."""
+    """Chunks of sequences without end, each with the cursor (plain values) it is made again from: `mixture.Text`."""
 
-    def chunks(self, cursor: dict[str, Any] | None = None) -> Iterator[tuple[Sequences, dict[str, Any]]]:
-        """Chunks from a cursor on (None: the beginning), each with its own cursor, of plain values."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What decides which sequences come."""
-        ...
+    def chunks(self, cursor: dict[str, Any] | None = None) -> Iterator[tuple[Sequences, dict[str, Any]]]: ...
+    def describe(self) -> dict[str, Any]: ...
 
 
 class _Repeated:
@@ -161,10 +150,9 @@ class _Repeated:
             for sequences in self._make_chunks():
                 empty = False
                 yield sequences
-            if empty and turn:
-                raise CosaeError("The corpus gave sequences at first and none on a later epoch.")
             if empty:
-                raise CosaeError("There are no tokens to capture: the corpus is empty.")
+                later = "it gave sequences at first and none on a later epoch" if turn else "the corpus is empty"
+                raise CosaeError(f"There are no tokens to capture: {later}.")
 
     def describe(self) -> dict[str, Any]:
         return {}
@@ -200,7 +188,7 @@ class StreamedModelSource(_SiteSource):
         """Chunk `start`, `start + 1`, ... without end."""
         nearest = max(number for number in self._cursors if number <= start)
         for number, (sequences, cursor) in enumerate(self.text.chunks(self._cursors[nearest]), nearest):
-            self._remember(number, cursor)
+            self.seek(number, cursor)
             self._names.append((sequences.first_doc, sequences.doc_names))
             if number >= start:
                 yield self._capture(sequences)
@@ -216,9 +204,6 @@ class StreamedModelSource(_SiteSource):
 
     def seek(self, chunk: int, cursor: dict[str, Any]) -> None:
         """Keep a cursor, as `cursor(chunk)` gave it."""
-        self._remember(chunk, cursor)
-
-    def _remember(self, chunk: int, cursor: dict[str, Any]) -> None:
         self._cursors[chunk] = cursor
         if len(self._cursors) > CURSORS:
             del self._cursors[min(number for number in self._cursors if number)]  # the first is always kept
@@ -236,16 +221,9 @@ class StreamedModelSource(_SiteSource):
 
 def digest_sequences(sequences: Sequences) -> str:
     """SHA-256 of shape, ids, documents, indices, masks and document names."""
-    head: tuple[Any, ...] = (tuple(sequences.ids_ST.shape), sequences.doc_names)
-    if sequences.first_doc:
-        head = (*head, sequences.first_doc)
-    digest = hashlib.sha256(repr(head).encode())
-    for values, dtype in (
-        (sequences.ids_ST, torch.int64),
-        (sequences.doc_ST, torch.int32),
-        (sequences.index_ST, torch.int32),
-        (sequences.mask_ST, torch.bool),
-        (sequences.special_ST, torch.bool),
-    ):
-        digest.update(values.to("cpu", dtype).contiguous().numpy().tobytes())
+    first_doc = (sequences.first_doc,) if sequences.first_doc else ()
+    digest = hashlib.sha256(repr((tuple(sequences.ids_ST.shape), sequences.doc_names, *first_doc)).encode())
+    dtypes = {"ids_ST": torch.int64, "doc_ST": torch.int32, "index_ST": torch.int32}
+    for name, dtype in {**dtypes, "mask_ST": torch.bool, "special_ST": torch.bool}.items():
+        digest.update(getattr(sequences, name).to("cpu", dtype).contiguous().numpy().tobytes())
     return digest.hexdigest()

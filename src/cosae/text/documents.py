@@ -1,8 +1,7 @@
-"""A corpus by name → documents of one of its splits.
+"""A corpus by name → documents (name, text) of one of its splits, lazily.
 
-Enters: "pylib", a folder, a .txt, .jsonl or .parquet file, a data set saved to disk, or "hf:DATASET[:CONFIG][:SPLIT]".
-Leaves: documents (name, text), lazily. A document's side is a function of its text alone, so train and held-out are
-disjoint by construction: whatever the order, the place, or what else is read beside it.
+A document's side is a function of its text alone, so train and held-out are disjoint by construction: whatever the
+order, the place, or what else is read beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice, check_range
 from cosae.text import pylib
 from cosae.text.files import Reading, Tally, document_of, read_path
 from cosae.text.pylib import Document, Split
@@ -67,32 +66,38 @@ def read_documents(
     `split_of(document, held_out_frac, seed)`, on the text as `reading.max_chars` leaves it. Raises CosaeError at the
     call for a spec that names nothing, and while reading for a row without text or a split that turns out empty.
     """
-    if split not in ("train", "held_out", "all"):
-        raise CosaeError(f"split must be 'train', 'held_out' or 'all'. Got {split!r} instead.")
-    if not 0 <= held_out_frac <= 1:
-        raise CosaeError(f"held_out_frac must be between 0 and 1. Got {held_out_frac} instead.")
+    check_choice("split", split, ("train", "held_out", "all"))
+    check_range("held_out_frac", held_out_frac, "[0, 1]")
     reading, tally = reading or Reading(), tally or Tally()
     if spec == "pylib":
         return _cut(iter(pylib.documents(split, include_tests)), reading.max_chars)
     if spec.startswith("hf:") or is_saved_dataset(Path(spec)):
-        read = _read_dataset(spec, reading)
+        name = spec.removeprefix("hf:").split(":")[0]
+        rows = enumerate(open_dataset(spec))
+        read: Iterator[Document] = (
+            document_of(row, f"{spec}, row {n}", f"{name}:{n}", reading.text_field) for n, row in rows
+        )
     else:
         read = read_path(Path(spec), reading, tally, order_key)
-    read = _cut(read, reading.max_chars)
-    return _chosen(read, spec, split, held_out_frac, seed, sides or {}, tally)
+    cut = _cut(read, reading.max_chars)
 
+    def chosen() -> Iterator[Document]:
+        for document in cut:
+            tally.read += 1
+            if not document.text or document.text.isspace():
+                tally.blank += 1
+                continue
+            known = sides.get(_key(document)) if sides else None
+            if split in ("all", known or split_of(document, held_out_frac, seed)):
+                tally.chosen += 1
+                yield document
+        if not tally.chosen:
+            raise _empty(spec, split, tally)
 
-def _read_dataset(spec: str, reading: Reading) -> Iterator[Document]:
-    name, rows = spec.removeprefix("hf:").split(":")[0], open_dataset(spec)
-    return (
-        document_of(row, f"{spec}, row {number}", f"{name}:{number}", reading.text_field)
-        for number, row in enumerate(rows)
-    )
+    return chosen()
 
 
 def _cut(documents: Iterator[Document], max_chars: int | None) -> Iterator[Document]:
-    if max_chars is None:
-        return documents
     return (Document(d.name, d.text[:max_chars]) for d in documents)
 
 
@@ -100,34 +105,15 @@ def _key(document: Document) -> bytes:
     return hashlib.sha256(document.text.encode()).digest()
 
 
-def _chosen(
-    documents: Iterator[Document],
-    spec: str,
-    split: str,
-    held_out_frac: float,
-    seed: int,
-    sides: Mapping[bytes, Split],
-    tally: Tally,
-) -> Iterator[Document]:
-    """Documents of one split; an error where there are none."""
-    for document in documents:
-        tally.read += 1
-        if not document.text or document.text.isspace():
-            tally.blank += 1
-            continue
-        known = sides.get(_key(document)) if sides else None
-        if split in ("all", known or split_of(document, held_out_frac, seed)):
-            tally.chosen += 1
-            yield document
-    if not tally.chosen:
-        passed = f", passed over {tally.warning}" if tally.warning else ""
-        if tally.read == tally.blank:
-            raise CosaeError(
-                f"The corpus {spec} must hold at least one document with text. Got {tally.read} documents, "
-                f"none with text{passed}: name another corpus."
-            )
-        raise CosaeError(
-            f"The corpus {spec} must hold at least one document in its {split!r} split. Got {tally.read} documents, "
-            f"none of them there{passed}: give more documents (a .txt file is one, unless data.txt_unit is paragraph "
-            "or line) or change data.held_out_frac."
+def _empty(spec: str, split: str, tally: Tally) -> CosaeError:
+    passed = f", passed over {tally.warning}" if tally.warning else ""
+    if tally.read == tally.blank:
+        return CosaeError(
+            f"The corpus {spec} must hold at least one document with text. Got {tally.read} documents, none with "
+            f"text{passed}: name another corpus."
         )
+    return CosaeError(
+        f"The corpus {spec} must hold at least one document in its {split!r} split. Got {tally.read} documents, "
+        f"none of them there{passed}: give more documents (a .txt file is one, unless data.txt_unit is paragraph "
+        "or line) or change data.held_out_frac."
+    )

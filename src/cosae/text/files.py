@@ -1,11 +1,9 @@
-"""Local files → documents: .txt, .jsonl, .parquet, and folders of text or source files.
-
-Everything is read lazily, one document at a time; a row or file that cannot be read is one CosaeError naming it.
-"""
+"""Local files → documents, lazily; a row or file that cannot be read is one CosaeError naming it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +47,7 @@ class Reading:
         if wrong := [s for s in self.suffixes if not s.startswith(".") or len(s) < 2]:
             raise CosaeError(f"suffixes must be file endings such as .py. Got {wrong[0]!r} instead.")
         check_choice("txt_unit", self.txt_unit, TXT_UNITS)
-        if self.max_chars is not None:
-            check_least("max_chars", self.max_chars, 1)
+        check_least("max_chars", self.max_chars, 1)
 
 
 @dataclass
@@ -82,30 +79,35 @@ def read_path(path: Path, reading: Reading, tally: Tally, order_key: Sequence[in
             f"Got {str(path)!r}, which does not exist, instead."
         )
     suffix = path.suffix.lower()
-    if suffix not in _READERS and suffix not in reading.suffixes:
+    if suffix not in (".txt", *ROW_SUFFIXES, *reading.suffixes):
         raise CosaeError(
             f"A corpus file must be .txt, .jsonl or .parquet, or end as data.suffixes says. Got {path.name!r} instead."
         )
-    try:
+    with _readable(path):
         path.open("rb").close()
+    return (_read_rows if suffix in ROW_SUFFIXES else _read_text)(path, path.name, reading)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CosaeError(f"The corpus file {str(path)!r} cannot be read: {error.strerror}.") from None
-    return _READERS.get(suffix, _read_text)(path, path.name, reading)
 
 
 def _read_folder(folder: Path, paths: list[Path], reading: Reading, tally: Tally) -> Iterator[Document]:
     for path in paths:
         name = path.relative_to(folder).as_posix()
         if path.suffix.lower() in ROW_SUFFIXES:
-            yield from _READERS[path.suffix.lower()](path, name, reading)
+            yield from _read_rows(path, name, reading)
             continue
         try:
-            text = path.read_text("utf-8")
+            with _readable(path):
+                text = path.read_text("utf-8")
         except UnicodeDecodeError:
             tally.undecodable.append(name)  # a folder may hold a stray binary under a text file's name
             continue
-        except OSError as error:
-            raise CosaeError(f"The corpus file {str(path)!r} cannot be read: {error.strerror}.") from None
         yield Document(name, text)
 
 
@@ -152,23 +154,14 @@ def _units(path: Path, name: str, by_line: bool) -> Iterator[Document]:
         yield Document(f"{name}:{start}", "".join(lines))
 
 
-def _read_jsonl(path: Path, name: str, reading: Reading) -> Iterator[Document]:
-    for number, row in read_jsonl(path, name):
-        yield document_of(row, f"{name}, line {number}", f"{name}:{number}", reading.text_field)
-
-
-def _read_parquet(path: Path, name: str, reading: Reading) -> Iterator[Document]:
-    field = reading.text_field
-    rows = read_parquet(path, name, [field], ["name", "id"], "name the column with data.text_field")
-    for number, row in enumerate(rows):
-        yield document_of(row, f"{name}, row {number}", f"{name}:{number}", field)
-
-
-_READERS: dict[str, Callable[[Path, str, Reading], Iterator[Document]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+def _read_rows(path: Path, name: str, reading: Reading) -> Iterator[Document]:
+    field, unit = reading.text_field, "line"
+    rows: Iterator[tuple[int, Any]] = read_jsonl(path, name)
+    if path.suffix.lower() == ".parquet":
+        advice, unit = "name the column with data.text_field", "row"
+        rows = enumerate(read_parquet(path, name, [field], ["name", "id"], advice))
+    for number, row in rows:
+        yield document_of(row, f"{name}, {unit} {number}", f"{name}:{number}", field)
 
 
 def document_of(row: Any, where: str, name: str, text_field: str) -> Document:

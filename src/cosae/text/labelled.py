@@ -1,8 +1,7 @@
 """Labelled texts by name → texts and the class of each, as data for probing.
 
-Enters: a .jsonl or .parquet file, a folder written by `datasets`' save_to_disk, or "hf:DATASET[:CONFIG][:SPLIT]".
-Leaves: `LabelledTexts`. Any set with a text and a label in every row will do: labels are strings, whole numbers or
-booleans, and a class is whatever label occurs.
+Any set with a text and a label in every row will do: labels are strings, whole numbers or booleans, and a class is
+whatever label occurs.
 """
 
 from __future__ import annotations
@@ -51,18 +50,14 @@ class LabelledTexts:
                 f"{name} must have between 2 and {MOST_CLASSES} different labels to be probed. Got {len(classes)} "
                 f"in {len(listed)} rows: name the column that holds the class."
             )
-        place = {label: i for i, label in enumerate(classes)}
-        return cls(name, listed, classes, np.array([place[label] for label in named], dtype=np.int64))
+        return cls(name, listed, classes, np.array([classes.index(label) for label in named], dtype=np.int64))
 
 
 def read_labelled(spec: str, *, text: str = "text", label: str = "label", n_rows: int | None = None) -> LabelledTexts:
     """The labelled texts that `spec` names.
 
-    spec is one of
-        FILE.jsonl      one object a line
-        FILE.parquet    one row a text
-        FOLDER          a data set or one split of it, written by `datasets`' save_to_disk (of several splits: train)
-        hf:DATASET[:CONFIG][:SPLIT]   streamed from the Hugging Face hub; SPLIT is train if unsaid
+    spec          as for `read_documents`: FILE.jsonl, FILE.parquet, a FOLDER that `save_to_disk` wrote or
+                  hf:DATASET[:CONFIG][:SPLIT]
     text, label   the columns that hold them
     n_rows        read at most the first n_rows; all by default (a set sorted by label needs all)
 

@@ -157,14 +157,8 @@ class Text:
             document, skip = int(chunk.doc_ST[0, 0]), int(chunk.index_ST[0, 0])
             while starts[0][0] != document:
                 starts.popleft()
-            yield (
-                chunk,
-                {
-                    "sources": [[c.passes, c.documents, c.tokens] for c in starts[0][1]],
-                    "document": document,
-                    "skip": skip,
-                },
-            )
+            stood = [[c.passes, c.documents, c.tokens] for c in starts[0][1]]
+            yield chunk, {"sources": stood, "document": document, "skip": skip}
 
     def _documents(
         self, cursor: dict[str, Any], starts: deque[tuple[int, tuple[Cursor, ...]]]

@@ -1,8 +1,5 @@
 """documents → token sequences.
 
-Enters: documents (name, text) as `read_documents` gives them, and a fast tokenizer.
-Leaves: `types.Sequences`, every token knowing its document and its place in it.
-
 Two packings. `packed`: documents one after the other, cut into full rows of `context` tokens; a document that
 does not fit goes on in the next row, without a second BOS; only the very last row is padded. `document`: one
 document a row, cut at `context`, padded on the right.
@@ -11,13 +8,13 @@ document a row, cut at `context`, padded on the right.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cosae.errors import CosaeError, check_least
+from cosae.errors import CosaeError, check_choice, check_least
 from cosae.text.tokenization import TokenizedDocument
 from cosae.types import Sequences
 
@@ -74,12 +71,12 @@ def iterate_sequences(
     Raises CosaeError at the call for a bad setting, and while reading for an empty corpus.
     """
     check_least("context", context, 2)
-    if packing not in ("packed", "document"):
-        raise CosaeError(f"packing must be 'packed' or 'document'. Got {packing!r} instead.")
+    check_choice("packing", packing, get_args(Packing))
     check_least("rows_per_chunk", rows_per_chunk, 1)
     special = np.unique(np.fromiter(special_ids, dtype=np.int64))
-    packer = _Packer(context, packing == "packed", pad_id, special, first_doc)
-    return packer.chunks(tokenized, rows_per_chunk, first_index)
+    return _Packer(context, packing == "packed", pad_id, special, first_doc).chunks(
+        tokenized, rows_per_chunk, first_index
+    )
 
 
 class _Packer:
@@ -109,8 +106,8 @@ class _Packer:
                     yield self._rows(flat[:, start : start + chunk_tokens])
         if empty:
             raise CosaeError(
-                "The corpus must hold at least one token. Got none: the documents are empty, too short for "
-                "min_chars, or all on the other side of the split."
+                "The corpus must hold at least one token. Got none: the documents are empty, too short for min_chars, "
+                "or all on the other side of the split."
             )
         if self._n_waiting:
             padding = np.tile([[self._pad_id], [-1], [-1]], (1, -self._n_waiting % self._context))

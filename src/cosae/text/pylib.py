@@ -1,9 +1,6 @@
 """The embedded corpus: the source of the standard library of the Python that runs.
 
-Enters: nothing but the interpreter, whose own source `sysconfig` finds; site-packages are never read.
-Leaves: documents, split by file into train and held-out, and a digest that ties a result to the text.
-
-Rules, in the order they apply:
+`sysconfig` finds it; site-packages are never read. Rules, in the order they apply:
 
 1. Two parts. `test`: files under a folder named test, tests, idle_test or testmock. `library`: the rest.
    Some distributions ship no test suite, so nothing may depend on it; it is extra training text only.
@@ -30,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 
 Part = Literal["library", "test"]
 Split = Literal["train", "held_out"]
@@ -83,8 +80,7 @@ def library_files(include_tests: bool = False) -> list[SourceFile]:
 
 def documents(split: Split | Literal["all"] = "all", include_tests: bool = False) -> list[Document]:
     """The files of one split (or all of them) as documents, sorted by name."""
-    if split not in ("train", "held_out", "all"):
-        raise CosaeError(f"split must be 'train', 'held_out' or 'all'. Got {split!r} instead.")
+    check_choice("split", split, ("train", "held_out", "all"))
     return [Document(f.name, f.text) for f in library_files(include_tests) if split in ("all", f.split)]
 
 

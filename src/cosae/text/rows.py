@@ -1,8 +1,6 @@
 """Rows of .jsonl and .parquet files and of Hugging Face data sets, as mappings, one at a time.
 
-hf:DATASET[:CONFIG][:SPLIT]   a data set of the hub, streamed
-hf:FOLDER[:CONFIG][:SPLIT]    a folder that `load_dataset` reads, streamed, or one that `save_to_disk` wrote
-FOLDER                        one that `save_to_disk` wrote is known by its files
+What their specs mean: cosae.text.documents.read_documents.
 """
 
 from __future__ import annotations
@@ -24,9 +22,7 @@ def read_jsonl(path: Path, name: str) -> Iterator[tuple[int, Any]]:
                 try:
                     value = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise CosaeError(
-                        f"each line must be one JSON object. Got {name}, line {number}: {error}."
-                    ) from None
+                    raise CosaeError(f"each line must be JSON. Got {name}, line {number}: {error}.") from None
                 yield number, value
 
 

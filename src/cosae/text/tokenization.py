@@ -71,11 +71,7 @@ def tokenize_documents(
             "add_bos must be False for a tokenizer without a BOS token. "
             f"Got {type(tokenizer).__name__}, whose bos_token is None, instead."
         )
-    cut = (
-        Document(d.name, d.text if max_chars is None else d.text[:max_chars])
-        for d in documents
-        if len(d.text) >= min_chars
-    )
+    cut = (Document(d.name, d.text[:max_chars]) for d in documents if len(d.text) >= min_chars)
     tokenized = _tokenize(cut, tokenizer, bos_id if add_bos else None, workers)
     return _limited((d for d in tokenized if keep_empty or len(d.ids_T)), max_tokens)
 

@@ -18,7 +18,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any
 
 from cosae.errors import CosaeError, check_least
@@ -64,7 +63,7 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _start(self) -> None:
@@ -74,13 +73,9 @@ class Workers:
         processes: list[subprocess.Popen[bytes]] = []
         self._end = weakref.finalize(self, _end, processes, self._jobs)
         for _ in range(self.n_workers):
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,  # out of reach of the terminal's Ctrl-C, which is the run's to answer
-            )
+            pipe = subprocess.PIPE
+            # a session of its own: out of reach of the terminal's Ctrl-C, which is the run's to answer
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True)
             processes.append(process)
             # no reference to the pool: its threads must not keep it from being collected
             work = (process, self._tokenizer, self._jobs)

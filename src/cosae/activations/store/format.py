@@ -42,12 +42,7 @@ INDEX, CAPTURE, JOURNAL = "index.json", "capture.json", "journal.jsonl"
 FORMAT, VERSION = "cosae-store", 1
 SIDES: tuple[Literal["held_out", "train"], ...] = ("held_out", "train")
 MAX_FLOAT16 = 65504.0
-STORE_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
-}
+STORE_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8")}
 LEVELS = 127
 _FLOAT32 = torch.finfo(torch.float32)
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -77,27 +72,12 @@ def restore_rows(stored_ND: Tensor, scale_N: Tensor | None) -> Tensor:
     return stored_ND if scale_N is None else stored_ND.float() * scale_N[:, None]
 
 
-COLUMNS = {
-    "norm": "norm_N",
-    "token": "token_N",
-    "document": "doc_N",
-    "position": "position_N",
-    "index": "index_N",
-    "special": "special_N",
-}
+COLUMNS = {name: f"{name}_N" for name in ("norm", "token", "document", "position", "index", "special")}
+COLUMNS["document"] = "doc_N"
 """Name in a shard → field of Activations."""
 _X_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
-# bfloat16 is read as int16 and viewed: NumPy has no such dtype
-NUMPY_DTYPES = {
-    "F32": "<f4",
-    "BF16": "<i2",
-    "F16": "<f2",
-    "I8": "|i1",
-    "I32": "<i4",
-    "BOOL": "|b1",
-    "U8": "|u1",
-    "F64": "<f8",
-}
+NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "|i1", "I32": "<i4", "BOOL": "|b1", "U8": "|u1", "F64": "<f8"}
+NUMPY_DTYPES["BF16"] = "<i2"  # read as int16 and viewed: NumPy has no such dtype
 
 
 @dataclass(frozen=True)

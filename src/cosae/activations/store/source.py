@@ -53,15 +53,11 @@ class StoreSource:
     def chunks_per_epoch(self) -> int:
         return math.ceil(self.n_blocks / self._chunk_blocks)
 
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """The store's own."""
-        return self.store.statistics
-
     def norm_reference(self) -> NormReference:
         """Norm quantiles of all train rows, against which a stream holds what it reads."""
-        found = dict(self.statistics["norm"]["quantiles"])
-        return NormReference(tuple(float(found[mark]) for mark in MARKS), int(self.statistics["rows"]), "the store")
+        known = self.store.statistics
+        found = dict(known["norm"]["quantiles"])
+        return NormReference(tuple(float(found[mark]) for mark in MARKS), int(known["rows"]), "the store")
 
     def document_name(self, doc: int) -> str | None:
         """The name of document `doc` of the train rows' `doc_N`."""
@@ -101,9 +97,7 @@ class StoreSource:
             shards = torch.randperm(len(self._rows), generator=generator).tolist()
             groups = []
             for first in range(0, len(shards), MIX_SHARDS):
-                group_N2 = torch.cat(
-                    [_blocks_of(shard, self._rows[shard]) for shard in shards[first : first + MIX_SHARDS]]
-                )
+                group_N2 = torch.cat([_blocks_of(s, self._rows[s]) for s in shards[first : first + MIX_SHARDS]])
                 groups.append(group_N2[torch.randperm(len(group_N2), generator=generator)])
             self._order = epoch, torch.cat(groups)
         return self._order[1]

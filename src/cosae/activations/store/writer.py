@@ -100,7 +100,11 @@ class StoreWriter:
         self._check(rows)
         assert self.label_bytes == (0 if rows.labels_NL is None else rows.labels_NL.shape[1])
         self._waiting[side].append(rows)
-        self._write_full(side)
+        while sum(len(part) for part in self._waiting[side]) >= self.shard_tokens:
+            rows = ShardRows.cat(self._waiting[side])
+            rest = rows[self.shard_tokens :]
+            self._waiting[side] = [rest] if len(rest) else []
+            self._write(side, rows[: self.shard_tokens])
 
     def end(self, side: str) -> None:
         """No more rows of a side: what waits becomes its last shard."""
@@ -183,14 +187,6 @@ class StoreWriter:
 
     def _next_tag(self, side: str) -> ShardTag:
         return ShardTag(value_digest(self.request), side, len(self._shards[side]))
-
-    def _write_full(self, side: str) -> None:
-        """Write as many full shards as there are rows for."""
-        while sum(len(part) for part in self._waiting[side]) >= self.shard_tokens:
-            rows = ShardRows.cat(self._waiting[side])
-            rest = rows[self.shard_tokens :]
-            self._waiting[side] = [rest] if len(rest) else []
-            self._write(side, rows[: self.shard_tokens])
 
     def _write(self, side: str, rows: ShardRows) -> None:
         tag = self._next_tag(side)

@@ -1,15 +1,14 @@
 """Tensors of a running model, replaced at sites: the hooks, and their removal.
 
-In: a model, sites and for each a rule (x, window) → x′. Out: nothing; while the context is open every forward pass of
-the model, inside `generate` as well, goes through the rules, and afterwards the model is as it was, however it was
-left. Several may be open at once; at one site the one opened first acts first.
+While the context is open every forward pass of the model, inside `generate` as well, goes through the rules
+(x, window) → x′, and afterwards the model is as it was, however it was left. Several may be open at once; at one site
+the one opened first acts first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,9 +57,7 @@ class Intervention:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._leave()
 
     def _leave(self) -> None:

@@ -14,8 +14,8 @@ With gradients (`grad=True`) the error term is a constant: what reaches earlier 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ class SplicedSAE(Protocol):
     def decode(self, codes: Codes, /) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Replaced:
+class Replaced(NamedTuple):
     """What one replacement leaves: x′ as it goes on through the model, and the codes before and after the edits.
 
     Codes are None where the replacement does not read them and needs none.
@@ -54,14 +53,9 @@ class Replaced:
 class Replacement:
     """The rule x → x′ of one SAE.
 
-    sae          anything with d_in, d_sae, W_dec, encode and decode
-    error_term   put back what the SAE misses
-    edits        changes to its features, in order
-    tokens       the tokens it stands in for: "all", "filter" (those its training's filter keeps), "sinks_out", a
-                 Filter, an (S, T) boolean tensor, or a function of Activations
-    grad         let gradients through, where the caller has them on
-    read         encode even where x′ needs no codes
-    special_ids  token ids that count as special for filters and sinks
+    sae   anything with d_in, d_sae, W_dec, encode and decode
+    read  encode even where x′ needs no codes
+    name  of the site, for messages; all else as in `cosae.models.intervene.splice.spliced`
 
     Raises CosaeError for an SAE whose codes depend on the batch (no threshold yet), edits of features it does not
     have, and a policy that it cannot follow.

@@ -1,9 +1,8 @@
 """SAEs put into a Hugging Face causal model, for as long as a `with` block lasts.
 
-In: a model, SAEs by site, edits to their features. Out: while the block is open every forward pass (inside `generate`
-too) runs on x′ instead of x at those sites; the run holds the features of each token. Afterwards the model is as it
-was. What x′ is: cosae.models.intervene.replacement. `hook` is the same as a plain function x → x′, for nnsight,
-TransformerLens and hooks of one's own.
+While the block is open every forward pass (inside `generate` too) runs on x′ instead of x at those sites, and the run
+holds the features of each token. What x′ is: cosae.models.intervene.replacement. `hook` is the same as a plain function
+x → x′, for nnsight, TransformerLens and hooks of one's own.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from cosae.models.intervene.edits import Edit
 from cosae.models.intervene.hooks import Intervention, Rule, find_site
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
 from cosae.models.intervene.window import Policy, Window
+from cosae.models.sites import text_config
 from cosae.types import Codes, Site
 
 KEEP = ("latest", "history", "none")
@@ -96,12 +96,10 @@ class Spliced(Intervention):
 
     def _rule(self, name: str, replacement: Replacement) -> Rule:
         def rule(x: Tensor, window: Window) -> Tensor:
-            replaced = replacement(x, window)
-            if self._keep != "none" and self._step is not None:
-                assert replaced.codes is not None
-                assert replaced.edited is not None
-                self._step.codes[name], self._step.edited[name] = replaced.codes, replaced.edited
-            return replaced.x
+            new, codes, edited = replacement(x, window)
+            if self._keep != "none" and self._step is not None and codes is not None and edited is not None:
+                self._step.codes[name], self._step.edited[name] = codes, edited
+            return new
 
         return rule
 
@@ -158,8 +156,9 @@ def spliced(
     _check_sites(model, sites, named)
     by_site = _edits_by_site(edits, tuple(sites))
     shared: dict[str, Any] = {"error_term": error_term, "tokens": tokens, "grad": grad, "special_ids": ids}
+    shared["read"] = keep != "none"
     replacements = {
-        name: (sites[name], Replacement(sae, edits=by_site.get(name, ()), read=keep != "none", name=name, **shared))
+        name: (sites[name], Replacement(sae, edits=by_site.get(name, ()), name=name, **shared))
         for name, sae in named.items()
     }
     return Spliced(model, replacements, keep, on_step)
@@ -189,7 +188,7 @@ def hook(
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise CosaeError(f"x must be a tensor of shape (sequences, tokens, width). Got {got} instead.")
             mask_ST = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return replacement(x, Window.of(mask_ST, ids_ST)).x
+        return replacement(x, Window.of(mask_ST, ids_ST))[0]
 
     return replace_with_sae
 
@@ -205,9 +204,7 @@ def _check_sites(model: nn.Module, sites: Mapping[str, Site], saes: Mapping[str,
         other = taken.setdefault((site.module_path, site.reads), name)
         if other != name:
             raise CosaeError(f"'{other}' and '{name}' are the same place in this model: give one SAE for it.")
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = getattr(text_config, "hidden_size", None)
+    width = getattr(text_config(model), "hidden_size", None)
     for name, site in sites.items():
         on_stream = site.hook_name.startswith("blocks.")
         d_in = getattr(saes[name], "d_in", width)
@@ -250,14 +247,12 @@ def _join(parts: Sequence[Codes]) -> Codes:
         raise CosaeError("passes of different numbers of sequences cannot be joined: read run.history one by one.")
     n_tokens = sum(part.shape[1] for part in parts)
     starts = itertools.accumulate((part.shape[1] for part in parts), initial=0)
-    token_E = torch.cat([_moved(part, start, n_tokens) for part, start in zip(parts, starts, strict=False)])
+    moved = []  # flat tokens of each part as flat tokens of the whole
+    for part, start in zip(parts, starts, strict=False):
+        row_E = torch.div(part.token_E, part.shape[1], rounding_mode="floor")
+        moved.append(row_E * n_tokens + part.token_E % part.shape[1] + start)
+    token_E = torch.cat(moved)
     feature_E = torch.cat([part.feature_E for part in parts])
     order = torch.argsort(token_E, stable=True)
     value_E = torch.cat([part.value_E for part in parts])[order]
     return Codes.from_entries(token_E[order], feature_E[order], value_E, parts[0].d_sae, (n_sequences, n_tokens))
-
-
-def _moved(part: Codes, start: int, n_tokens: int) -> Tensor:
-    """(E,) the part's flat tokens as flat tokens of the whole."""
-    row_E = torch.div(part.token_E, part.shape[1], rounding_mode="floor")
-    return row_E * n_tokens + part.token_E % part.shape[1] + start

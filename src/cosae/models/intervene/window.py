@@ -1,7 +1,6 @@
 """The tokens of one forward pass: which are real, where each stands, and which of them something is done to.
 
-In: the arguments a transformers model was called with, or plain masks. Out: a `Window`, and (S, T) boolean masks of
-its tokens. A pass of `generate` with a key-value cache holds the new tokens only; their positions go on counting from
+A pass of `generate` with a key-value cache holds the new tokens only; their positions go on counting from
 those in the cache, so that a position means the same with and without a cache.
 """
 

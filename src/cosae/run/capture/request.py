@@ -35,10 +35,8 @@ class Capture:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("held_out_tokens", 0)):
+        for name, least in (("tokens", 1), ("held_out_tokens", 0), ("shard_tokens", 1)):
             check_least(name, getattr(self, name), least)
-        if self.shard_tokens is not None:
-            check_least("shard_tokens", self.shard_tokens, 1)
         if not self.sites:
             raise CosaeError("capture needs at least one site, such as resid_post.5.")
         if self.data.activations is not None or self.data.world is not None or self.data.store is not None:

@@ -34,18 +34,8 @@ from cosae.run.dataset.model import batch_size, open_model
 from cosae.run.plan.check import check_capture
 from cosae.types import Activations, Site
 
-NO_SAY_IN_IT = (
-    "site",
-    "activations",
-    "activations_key",
-    "world",
-    "store",
-    "store_site",
-    "n_workers",
-    "prefetch_chunks",
-)
+UNRELATED = ["site", "activations", "activations_key", "world", "store", "store_site", "n_workers", "prefetch_chunks"]
 """Fields of a recipe's data that decide nothing of what is captured."""
-
 
 Progress = Callable[[int], None]
 """Gets how many more rows are done; those found on disk first."""
@@ -99,7 +89,6 @@ def _write(
     """The stores' folders, written to their end."""
     from cosae.models.capture import capture
 
-    sites = list(widths)
     writers = _writers(request, out, model, text, widths, log)
     folders = [writer.folder for writer in writers.values()]
     if all(writer.finished for writer in writers.values()):
@@ -119,7 +108,7 @@ def _write(
                 n = part.n_rows
                 missing = [w for w in writers.values() if not w.finished and w.n_rows(side) < done + n]
                 if missing:
-                    found = capture(model, part.sequences, sites, **options)
+                    found = capture(model, part.sequences, list(widths), **options)
                     for site, writer in writers.items():
                         if writer in missing:
                             writer.append(side, done, _rows(found[site.name], part)[:n])
@@ -133,9 +122,9 @@ def _write(
     for side, asked in (("train", request.tokens), ("held_out", request.held_out_tokens)):
         if text.n_rows[side] < asked:
             log(f"the {side} side of the corpus ended after {text.n_rows[side]} of {asked} tokens")
-    for warning in text.warnings:
+    for warning in text.corpus.warnings:
         log(warning)
-    text.close()
+    text.corpus.close()
     for writer in writers.values():
         if not writer.finished:
             writer.finish(documents)
@@ -150,8 +139,7 @@ def started_with(out: Path, setting: str) -> Any:
 def _rows(found: Activations, part: Part) -> ShardRows:
     """Captured rows with their labels, documents numbered across both sides."""
     doc_N = torch.where(found.doc_N >= 0, found.doc_N + part.first_document, found.doc_N)
-    labels = part.labels(found)
-    return ShardRows(replace(found, doc_N=doc_N.to(torch.int32)), *labels)
+    return ShardRows(replace(found, doc_N=doc_N.to(torch.int32)), *part.labels(found))
 
 
 def _writers(
@@ -162,31 +150,29 @@ def _writers(
     widths: Mapping[Site, int],
     log: Callable[[str], None],
 ) -> dict[Site, StoreWriter]:
-    data = {k: v for k, v in to_plain(request.data).items() if k not in NO_SAY_IN_IT}
+    data = {k: v for k, v in to_plain(request.data).items() if k not in UNRELATED}
     record = {
         **data,
         "revision": getattr(model.config, "_commit_hash", None) or data["revision"],
         "model_sha256": _digest_of(request.data.model),
         "model_type": getattr(model.config, "model_type", type(model).__name__),
         "attention": getattr(model.config, "_attn_implementation", None),
-        "add_bos": text.add_bos,
+        "add_bos": text.corpus.add_bos,
         "seed": request.seed,
         "tokens": request.tokens,
         "held_out_tokens": request.held_out_tokens,
     }
     written_by = {"commit": provenance.commit(), "packages": provenance.packages(), "threads": torch.get_num_threads()}
-    concepts = text.concepts
-    label_bytes = -(-len(concepts or ()) // 8)
-    several = len(widths) > 1
+    label_bytes = -(-len(text.concepts or ()) // 8)
     return {
         site: StoreWriter(
-            out / site.name if several else out,
+            out / site.name if len(widths) > 1 else out,
             {**record, "site": asdict(site)},
             written_by,
             d_in=d_in,
             dtype=request.dtype,
             shard_tokens=request.rows_per_shard(d_in, label_bytes),
-            concepts=concepts,
+            concepts=text.concepts,
             log=log,
         )
         for site, d_in in widths.items()
@@ -195,12 +181,9 @@ def _writers(
 
 def _digest_of(model: str) -> str | None:
     """SHA-256 over a local model's weights; None for one of the hub, which its revision names."""
-    if model == "embedded":
-        from cosae.models.embedded import model_path
+    from cosae.models.embedded import model_path
 
-        folder = Path(model_path())
-    else:
-        folder = Path(model)
+    folder = model_path() if model == "embedded" else Path(model)
     if not folder.is_dir():
         return None
     running = hashlib.sha256()

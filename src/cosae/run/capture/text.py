@@ -39,31 +39,21 @@ class Part:
 class CaptureText:
     """The sides of a recipe's corpus through a tokenizer. Nothing of the train side is held but names.
 
+    corpus    the text itself
     concepts  names of the label bits; None where the corpus has no concepts
-    add_bos   whether documents start with BOS
     n_rows    rows by side, as far as its parts were taken
     """
 
     def __init__(self, data: DataConfig, tokenizer: Any, seed: int, held_out_tokens: int) -> None:
         self._data, self._held_out_tokens = data, held_out_tokens
-        self._text = CorpusText(data, tokenizer, seed)
-        self.add_bos = self._text.add_bos
+        self.corpus = CorpusText(data, tokenizer, seed)
         self.n_rows: dict[str, int] = {"held_out": 0, "train": 0}
         self._train_names: list[str] = []
         self.concepts: tuple[str, ...] | None = None
-        if self._text.specs == ("pylib",):
+        if self.corpus.specs == ("pylib",):
             from cosae.text.concepts.labels import CONCEPTS
 
             self.concepts = tuple(concept.name for concept in CONCEPTS)
-
-    @property
-    def warnings(self) -> list[str]:
-        """What was passed over."""
-        return self._text.warnings
-
-    def close(self) -> None:
-        """End the tokenising processes."""
-        self._text.close()
 
     def names(self, side: Side) -> tuple[str, ...]:
         """Names of the side's documents, as far as its parts were taken."""
@@ -87,7 +77,7 @@ class CaptureText:
 
         names: list[str] = []
         first_document = len(self._held_out[1])
-        for chunk in self._text.pack_each(note(self._text.each("train"))):
+        for chunk in self.corpus.pack_each(note(self.corpus.each("train"))):
             used = torch.unique(chunk.doc_ST[chunk.mask_ST]).tolist()
             for number in [number for number in read if number < used[0]]:
                 del read[number]
@@ -113,8 +103,8 @@ class CaptureText:
         if not self._held_out_tokens:
             nothing = torch.zeros(0, self._data.context, dtype=torch.int64)
             return Sequences(nothing, nothing, nothing, nothing.bool(), nothing.bool()), (), {}
-        listed = self._text.tokenized("held_out", self._held_out_tokens if self._text.streamed else None)
-        packed = self._text.pack(listed)
+        listed = self.corpus.tokenized("held_out", self._held_out_tokens if self.corpus.streamed else None)
+        packed = self.corpus.pack(listed)
         order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))
         filled = packed.mask_ST.sum(1)[order].cumsum(0)
         chosen = packed[order[: int((filled < self._held_out_tokens).sum()) + 1].sort().values]
@@ -123,7 +113,7 @@ class CaptureText:
     @cached_property
     def _texts(self) -> dict[str, str]:
         """Text by document name, of a corpus with concepts."""
-        return dict(itertools.chain(*(self._text.documents("pylib", side, "train") for side in SIDES)))
+        return dict(itertools.chain(*(self.corpus.documents("pylib", side, "train") for side in SIDES)))
 
     def _label(self, side: Side, read: dict[int, TokenizedDocument], rows: Activations) -> Labels:
         if self.concepts is None:

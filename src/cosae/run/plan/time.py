@@ -94,5 +94,5 @@ def capture_time(request: Capture, log: Callable[[str], None] = lambda _: None) 
     rows = found[sites[0].name]
     part.labels(rows)
     rate = len(rows) / (time.perf_counter() - began)
-    text.close()
+    text.corpus.close()
     return TimePlan({"capturing": (request.tokens + request.held_out_tokens) / rate}, {"capture": rate})
