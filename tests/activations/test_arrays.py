@@ -170,15 +170,14 @@ def test_the_first_value_that_is_not_finite_is_named(
     monkeypatch.setattr("cosae.activations.arrays.SCAN_ELEMENTS", 64)
     x = rows(100)
     x[97, 0] = x[71, 3] = x[71, 4] = value
-    word = "NaN" if value != value else "infinite"
-    with pytest.raises(CosaeError, match=rf"is {word} at row 71, column 3 \(counted from 0\)"):
+    with pytest.raises(CosaeError, match=rf"Got {value} at row 71, column 3 \(counted from 0\)"):
         ArraySource(write(tmp_path / f"a{suffix}", x, shape))
 
 
 def test_float64_beyond_float32_is_refused(tmp_path: Path) -> None:
     x = rows(20, dtype=torch.float64)
     x[3, 2] = 1e300
-    with pytest.raises(CosaeError, match=r"infinite .*row 3, column 2"):
+    with pytest.raises(CosaeError, match=r"float32 must .* inf at row 3, column 2"):
         ArraySource(write(tmp_path / "a.npy", x))
 
 
@@ -221,8 +220,8 @@ def test_other_endings_are_refused(tmp_path: Path, name: str) -> None:
     [
         (torch.zeros(4, 3, 2), r"N × d.* \(4, 3, 2\)"),
         (torch.zeros(4), r"N × d.* \(4,\)"),
-        (torch.zeros(0, 3), r"is empty: its shape is \(0, 3\)"),
-        (torch.zeros(3, 0), r"is empty: its shape is \(3, 0\)"),
+        (torch.zeros(0, 3), r"not empty. Got shape \(0, 3\)"),
+        (torch.zeros(3, 0), r"not empty. Got shape \(3, 0\)"),
         (torch.zeros(4, 3, dtype=torch.int32), r"int32 .*as float32"),
         (torch.zeros(4, 3, dtype=torch.bool), r"bool .*as float32"),
         (torch.zeros(4, 3, dtype=torch.complex64), r"complex64 .*as float32"),
@@ -244,8 +243,8 @@ def test_wrong_ranks_sizes_and_dtypes_are_refused(tmp_path: Path, suffix: str, x
         ({"a": [1.0, 2.0], "b": [1.0, None]}, "Column 'b' of '.*' has missing values"),
         ({"a": [1.0, 2.0], "id": [1, 2]}, "column 'id' is int64; drop or convert it"),
         ({"a": [1.0, 2.0], "name": ["x", "y"]}, "'name' is string"),
-        ({"a": pa.array([], pa.float32())}, r"is empty: its shape is \(0, 1\)"),
-        ({"x": pa.array([], pa.list_(pa.float32(), 3))}, "is empty"),
+        ({"a": pa.array([], pa.float32())}, r"not empty. Got shape \(0, 1\)"),
+        ({"x": pa.array([], pa.list_(pa.float32(), 3))}, "not empty"),
     ],
 )
 def test_unclear_tables_are_refused(tmp_path: Path, columns: dict[str, Any], match: str) -> None:
@@ -268,7 +267,7 @@ def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any
 
 
 def test_one_row_cannot_be_split_but_two_can(tmp_path: Path) -> None:
-    with pytest.raises(CosaeError, match="has a single row, which cannot be split"):
+    with pytest.raises(CosaeError, match="has a single row"):
         ArraySource(write(tmp_path / "a.npy", rows(1)))
     assert len(ArraySource(tmp_path / "a.npy", held_out_frac=0).held_out()) == 0
     two = ArraySource(write(tmp_path / "b.npy", rows(2)), held_out_frac=0.9)

@@ -82,10 +82,11 @@ class StreamMonitor:
             return chunk
         rows = bad_N.nonzero().flatten()
         if self.non_finite == "fatal":
+            first = self._place(chunk, int(rows[0]), index)
             raise CosaeError(
-                f"activations must be finite. Got {_what(chunk, int(rows[0]))} at "
-                f"{self._where(chunk, int(rows[0]), index)} ({len(rows)} such rows in the chunk) instead; run and "
-                "store the model in float32 or bfloat16, or leave such rows out with data.non_finite=drop."
+                f"activations must be finite. Got {first['what']} at {first['where']} ({len(rows)} such rows in the "
+                "chunk) instead; run and store the model in float32 or bfloat16, or leave such rows out with "
+                "data.non_finite=drop."
             )
         if fresh:
             self._count(chunk, rows, index)
@@ -152,10 +153,8 @@ class StreamMonitor:
     def _count(self, chunk: Activations, rows: Tensor, index: int) -> None:
         self._n_new += len(rows)
         room = LOCATED - len(self._located)
-        for row in rows[: max(room, 0 if self._new else 1)].tolist():
-            doc, position = int(chunk.doc_N[row]), int(chunk.position_N[row])
-            place = {"chunk": index, "row": row, "document": doc, "name": self._name(doc), "position": position}
-            self._new.append({**place, "what": _what(chunk, row), "where": self._where(chunk, row, index)})
+        listed = rows[: max(room, 0 if self._new else 1)].tolist()
+        self._new += [self._place(chunk, row, index) for row in listed]
 
     def _report_dropped(self) -> None:
         if not self._n_new:
@@ -169,14 +168,14 @@ class StreamMonitor:
         self._events.append({"kind": "non_finite", **numbers, "text": text})
         self._new, self._n_new = [], 0
 
-    def _name(self, doc: int) -> str | None:
-        return self._name_of(doc) if doc >= 0 else None
-
-    def _where(self, chunk: Activations, row: int, index: int) -> str:
+    def _place(self, chunk: Activations, row: int, index: int) -> dict[str, Any]:
+        """Where a row is, what is wrong with it, and the place in words."""
         doc, position = int(chunk.doc_N[row]), int(chunk.position_N[row])
-        name = self._name(doc)
+        name = self._name_of(doc) if doc >= 0 else None
         known = f"document {doc}" + ("" if name is None else f" ({name})")
-        return f"{known}, position {position}" if doc >= 0 else f"row {row} of chunk {index}"
+        where = f"{known}, position {position}" if doc >= 0 else f"row {row} of chunk {index}"
+        place = {"chunk": index, "row": row, "document": doc, "name": name, "position": position}
+        return {**place, "what": _what(chunk, row), "where": where}
 
 
 def shift(norm_N: Tensor, reference: NormReference) -> tuple[float, float] | None:

@@ -354,15 +354,12 @@ def _gather(activations: Activations, rows: Tensor) -> Activations:
 
 def _differences(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     """Names of the settings that differ, one level deep."""
-    # as `saved` was: JSON turns tuples into lists
-    mine = json.loads(json.dumps(mine, default=str))
+    mine = json.loads(json.dumps(mine, default=str))  # as `saved` was: JSON turns tuples into lists
     names = []
     for name in sorted(saved.keys() | mine.keys()):
         a, b = saved.get(name), mine.get(name)
-        if a == b:
-            continue
         if isinstance(a, dict) and isinstance(b, dict):
             names += [f"{name}.{key}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-        else:
+        elif a != b:
             names.append(name)
     return names

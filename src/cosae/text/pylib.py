@@ -58,9 +58,8 @@ class SourceFile:
     """One file of the standard library.
 
     name   path below the library's folder, with forward slashes: "json/decoder.py"
-    text   its text, decoded by its declared encoding, lines ending in a bare newline
-    part   "library" or "test"
-    split  "train" or "held_out"; always "train" in the test part
+    text   decoded by its declared encoding, lines ending in a bare newline
+    split  always "train" in the test part
     """
 
     name: str

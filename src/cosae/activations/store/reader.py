@@ -2,8 +2,7 @@
 
     STORE/index.json → sizes and headers of all shards checked → a shard's SHA-256 checked the first time it is read
 
-What is not as it was written is named and refused before a row of it is handed out. Reading touches only mapped memory
-and releases it.
+What is not as it was written is named and refused before a row of it is handed out.
 """
 
 from __future__ import annotations
@@ -136,14 +135,14 @@ class Store:
         """(N, C) and (N,) bool: concept labels of rows (by number, ascending), and whether they could be labelled."""
         if self.concepts is None:
             raise CosaeError(f"{self.folder} holds no concept labels: its corpus has none.")
-        parts = [
-            (column["labels"][piece.first : piece.last], column["labelled"][piece.first : piece.last])
-            for piece in self._pieces(side, row_N)
-            for column in (self._open(self._shards[side][piece.shard]).column,)
-        ]
-        packed_NL = np.concatenate([labels for labels, _ in parts])
+        labels, labelled = [], []
+        for shard, first, last in self._pieces(side, row_N):
+            column = self._open(self._shards[side][shard]).column
+            labels.append(column["labels"][first:last])
+            labelled.append(column["labelled"][first:last])
+        packed_NL = np.concatenate(labels)
         labels_NC = np.unpackbits(packed_NL, axis=1, count=len(self.concepts), bitorder="little").astype(bool)
-        return labels_NC, np.concatenate([labelled for _, labelled in parts])
+        return labels_NC, np.concatenate(labelled)
 
     def faults(self) -> Iterator[str]:
         """One sentence for each shard that is not what was written, after reading every byte."""
@@ -195,9 +194,9 @@ def find_stores(folder: str | Path) -> list[Path]:
     def holds(place: Path) -> bool:
         return (place / INDEX).exists() or (place / CAPTURE).exists()
 
-    if holds(folder) or not folder.is_dir():
-        return [folder] if holds(folder) else []
-    return sorted(place for place in folder.iterdir() if place.is_dir() and holds(place))
+    if holds(folder):
+        return [folder]
+    return sorted(place for place in folder.glob("*") if place.is_dir() and holds(place))
 
 
 def open_store(folder: str | Path, site: str | None = None) -> Store:

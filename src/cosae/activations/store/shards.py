@@ -1,7 +1,6 @@
 """One shard of a store: written, checked, and mapped into memory.
 
-The header names the store, the side and the number of the shard, so that one put in another's place is noticed without
-reading it. A shard is complete or absent.
+Its header says which shard it is, so that one put in another's place is noticed without reading it.
 """
 
 from __future__ import annotations
@@ -40,12 +39,7 @@ class ShardRows:
         return len(self.activations)
 
     def __getitem__(self, rows: slice) -> ShardRows:
-        labels_NL, labelled_N = self.labels_NL, self.labelled_N
-        return ShardRows(
-            self.activations[rows],
-            None if labels_NL is None else labels_NL[rows],
-            None if labelled_N is None else labelled_N[rows],
-        )
+        return replace(self, **{name: part[rows] for name, part in vars(self).items() if part is not None})
 
     @classmethod
     def cat(cls, parts: list[ShardRows]) -> ShardRows:
@@ -54,11 +48,8 @@ class ShardRows:
             return parts[0]
         labels = [part.labels_NL for part in parts if part.labels_NL is not None]
         labelled = [part.labelled_N for part in parts if part.labelled_N is not None]
-        return cls(
-            Activations.cat([part.activations for part in parts]),
-            torch.cat(labels) if labels else None,
-            torch.cat(labelled) if labelled else None,
-        )
+        joined = (torch.cat(column) if column else None for column in (labels, labelled))
+        return cls(Activations.cat([part.activations for part in parts]), *joined)
 
 
 def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> Shard:

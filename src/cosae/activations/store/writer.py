@@ -146,12 +146,9 @@ class StoreWriter:
             if there and not (self.folder.is_dir() and all(path.name[0] == "." for path in self.folder.iterdir())):
                 raise CosaeError(f"{self.folder} is not empty and holds no store: choose another place.")
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_capture()
+            write_record(self.folder / CAPTURE, {"request": self.request, "written_by": self.written_by})
         except OSError as error:
             raise CosaeError(f"{self.folder} cannot be written ({error.strerror}); choose another place.") from None
-
-    def _write_capture(self) -> None:
-        write_record(self.folder / CAPTURE, {"request": self.request, "written_by": self.written_by})
 
     def _resume(self, written_by: dict[str, Any]) -> None:
         """Take stock of an unfinished store: complete shards count, anything else is written again."""
@@ -175,13 +172,12 @@ class StoreWriter:
         try:
             # written again, so that the next line does not go on from a partial one
             write_text(self.folder / JOURNAL, "".join(json.dumps(entry) + "\n" for entry in kept))
-            if kept and self.written_by[-1] != written_by:
+            if not kept:
+                self.written_by = [written_by]
+            elif self.written_by[-1] != written_by:
                 self.written_by.append(written_by)
                 self._log(f"{self.folder} was started with another commit or other packages; both are written down")
-                self._write_capture()
-            elif not kept and self.written_by != [written_by]:
-                self.written_by = [written_by]
-                self._write_capture()
+            write_record(self.folder / CAPTURE, {"request": self.request, "written_by": self.written_by})
         except OSError as error:
             raise self._refused(JOURNAL, error) from None
 
@@ -236,12 +232,9 @@ class StoreWriter:
 
 def check_request(folder: Path, started: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raises CosaeError, naming each value, where a store was started with other settings than those asked for."""
-    absent = "(absent)"
-    differing = [
-        f"{name} is {started.get(name, absent)!r} there, {asked.get(name, absent)!r} here"
-        for name in sorted(started.keys() | asked.keys())
-        if started.get(name, absent) != asked.get(name, absent)
-    ]
+    names = sorted(started.keys() | asked.keys())
+    pairs = [(name, started.get(name, "(absent)"), asked.get(name, "(absent)")) for name in names]
+    differing = [f"{name} is {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
     if differing:
         raise CosaeError(
             f"{folder} holds a store that was captured otherwise: {'; '.join(differing)}. Give the settings it was "

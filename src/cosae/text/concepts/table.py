@@ -12,12 +12,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Concept:
-    """Something a token is or stands in.
-
-    name         one word for tables, unique
-    description  one line for readers
-    group        "lexical": plain from the token itself; "contextual": needs what stands around it
-    """
+    """Something a token is or stands in; `name` is unique, `description` for readers."""
 
     name: str
     description: str
