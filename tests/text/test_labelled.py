@@ -80,7 +80,7 @@ def test_places_that_hold_none(tmp_path: Path) -> None:
         "absent.jsonl": "does not exist",
         "empty": "written by datasets' save_to_disk",
         "bad.parquet": "whole Parquet file",
-        "bad.jsonl": "must be one JSON object",
+        "bad.jsonl": "must be JSON",
         "other.parquet": "body.*label",
     }.items():
         with pytest.raises(CosaeError, match=sentence):

@@ -99,15 +99,14 @@ def _read_parquet(path: Path, key: str | None) -> tuple[Array, str | None]:
 
 def _side_by_side(pa: Any, path: Path, kinds: dict[str, str], table: Any) -> Array:
     """(N, number of columns), the columns in the file's order."""
-    other = next((name for name in kinds if not pa.types.is_floating(table.schema.field(name).type)), None)
-    if other is not None or not kinds:
-        have = f"column '{other}' is {kinds[other]}" if other is not None else "there are no columns"
+    other = [f"'{name}' is {kind}" for name, kind in kinds.items() if not pa.types.is_floating(table[name].type)]
+    if other or not kinds:
+        have = f"column {other[0]}" if other else "there are no columns"
         raise CosaeError(
             f"'{path}' must have one column of lists or floating point columns only, but {have}; drop or convert it."
         )
-    gap = next((name for name in kinds if table[name].null_count), None)
-    if gap is not None:
-        raise CosaeError(f"Column '{gap}' of '{path}' has missing values; remove or fill those rows.")
+    if gaps := [name for name in kinds if table[name].null_count]:
+        raise CosaeError(f"Column '{gaps[0]}' of '{path}' has missing values; remove or fill those rows.")
     # Filled by column: stacking would promote mixed widths twice over and hold three copies.
     dtype = np.result_type(*(table.schema.field(name).type.to_pandas_dtype() for name in kinds))
     array = np.empty((table.num_rows, len(kinds)), dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -39,49 +40,61 @@ def read_sites(
     body = body_of(model)
     found: dict[Site, tuple[Tensor, Tensor]] = {}
 
-    def reader(site: Site) -> Callable[[Any], None]:
-        def read(value: Any) -> None:
+    def reader(site: Site) -> Callable[[Any], Any]:
+        def read(value: Any) -> Any:
             if site in found:  # a module that runs twice is read the first time
-                return
+                return value
             # Copied at once: later modules may write into the same memory.
             rows = _real_rows(value, batch.mask_ST, site)
             norm_N = torch.linalg.vector_norm(rows.float(), dim=-1)
             found[site] = rows.to(device=store_device, dtype=store_dtype), norm_N.to(store_device)
             if len(found) == len(sites):
                 raise _Stop
+            return value
 
         return read
 
-    handles: list[Any] = []
-    with _PASS:
-        try:
-            for site in sites:
-                handles.append(_hook(model.get_submodule(site.module_path), site, reader(site)))
-            with torch.no_grad():
-                body(**_inputs(body, batch))
-        except _Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+    with _PASS, suppress(_Stop), ExitStack() as hooks, torch.no_grad():
+        for site in sites:
+            hooks.callback(hook_site(model, site, reader(site)).remove)
+        body(**_inputs(body, batch))
     if missed := [site.name for site in sites if site not in found]:
         raise CosaeError(f"Site '{missed[0]}' was never reached: the model does not call that module itself.")
     return found
 
 
-def _hook(module: nn.Module, site: Site, read: Callable[[Any], None]) -> Any:
+def hook_site(model: nn.Module, site: Site, act: Callable[[Any], Any]) -> Any:
+    """A hook on a site's module that puts act(value) in the place of what it reads; returns its handle."""
+    module = model.get_submodule(site.module_path)
     if site.reads == "input":
-        # Blocks get the residual stream as their first argument, or by name.
         return module.register_forward_pre_hook(
-            lambda _, args, kwargs: read(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda _, args, kwargs: _with_first(args, kwargs, act), with_kwargs=True
         )
-    return module.register_forward_hook(lambda _, args, output: read(output))
+    return module.register_forward_hook(lambda _, args, output: _with_tensor(output, act))
+
+
+def _with_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with its first argument replaced; blocks get the residual stream first, or by name."""
+    if args:
+        return (act(args[0]), *args[1:]), kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return args, {**kwargs, name: act(kwargs[name])}
+
+
+def _with_tensor(output: Any, act: Callable[[Any], Any]) -> Any:
+    """The output with its tensor replaced. Modules return a tensor, or a tuple that begins with one."""
+    if isinstance(output, tuple | list) and output:
+        changed = [act(output[0]), *output[1:]]
+        if hasattr(output, "_fields"):
+            return type(output)(*changed)
+        return type(output)(changed)
+    return act(output)
 
 
 def _real_rows(value: Any, mask_ST: Tensor, site: Site) -> Tensor:
-    """(N, D) copy of the rows under the mask. Modules return a tensor or, in older versions, a tuple."""
-    if isinstance(value, tuple | list) and value:
-        value = value[0]
+    """(N, D) copy of the rows under the mask."""
     if not isinstance(value, Tensor):
         raise CosaeError(f"Site '{site.name}' gives no tensor but {type(value).__name__}; choose another module.")
     n_sequences, n_positions = mask_ST.shape

@@ -120,12 +120,9 @@ def _check_causal(transformers: Any, config: Any, name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     written = list(getattr(config, "architectures", None) or [])
-    known = set()
-    for classes in CAUSAL.values():
-        known.update([classes] if isinstance(classes, str) else classes)
+    known = {name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)}
     is_causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
-    if written and not known.intersection(written):
-        is_causal = False
-    if getattr(config, "is_encoder_decoder", False) or not is_causal:
+    foreign = bool(written) and not known.intersection(written)
+    if getattr(config, "is_encoder_decoder", False) or foreign or not is_causal:
         kind = written[0] if written else config.model_type
         raise CosaeError(f"'{name}' is a {kind}, not a causal language model; use a decoder-only one.")

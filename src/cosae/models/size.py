@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosae.models.hooks import body_of
+from cosae.models.hooks import body_of, hook_site
 from cosae.models.load import MODEL_DTYPES, read_configuration
 from cosae.models.sites import resolve_site
 
@@ -58,17 +59,13 @@ def _width(model: Any, site: str, width: int) -> int:
         return width
     shapes: list[int] = []
 
-    def note(_: Any, __: Any, output: Any) -> None:
-        value = output[0] if isinstance(output, tuple | list) else output
-        if isinstance(value, Tensor):
-            shapes.append(int(value.shape[-1]))
+    def note(value: Any) -> Any:
+        shapes.extend(value.shape[-1:] if isinstance(value, Tensor) else ())
+        return value
 
-    handle = model.get_submodule(found.module_path).register_forward_hook(note)
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            body_of(model)(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
-    except (RuntimeError, NotImplementedError):  # some models look at values, which a sketch has none of
-        pass
-    finally:
-        handle.remove()
+    handle = hook_site(model, found, note)
+    # some models look at values, which a sketch has none of
+    with suppress(RuntimeError, NotImplementedError), torch.no_grad(), torch.device("meta"):
+        body_of(model)(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
+    handle.remove()
     return shapes[0] if shapes else width

@@ -103,15 +103,11 @@ def _read(spec: str, columns: tuple[str, str]) -> Iterator[Any]:
     path = Path(spec)
     if spec.startswith("hf:") or is_saved_dataset(path):
         return open_dataset(spec)
-    if not path.exists():
+    if not path.is_file() or path.suffix.lower() not in (".jsonl", ".parquet"):
         raise CosaeError(
             "labelled texts must be an existing .jsonl or .parquet file, a folder written by datasets' save_to_disk, "
-            f"or 'hf:DATASET[:CONFIG][:SPLIT]'. Got {spec!r}, which does not exist, instead."
+            f"or 'hf:DATASET[:CONFIG][:SPLIT]'. Got {spec!r} instead."
         )
-    if path.is_dir():
-        raise CosaeError(f"{path} must be a folder written by datasets' save_to_disk. Got another folder instead.")
-    if path.suffix.lower() not in (".jsonl", ".parquet"):
-        raise CosaeError(f"a file of labelled texts must be .jsonl or .parquet. Got {path.name!r} instead.")
     if path.suffix.lower() == ".jsonl":
         return (row for _, row in read_jsonl(path, path.name))
     return read_parquet(path, path.name, columns)

@@ -2,7 +2,7 @@
 
 Each process is fed by a thread that waits for its answer, so the run's own thread never waits on a full pipe. The
 processes end when `close` is called, when the pool is collected, when the interpreter exits, and when it is killed
-(their input ends). What they answer is what `tokenize_worker.encode` answers here: their number changes nothing.
+(their input ends). What they answer is what `worker.encode` answers here: their number changes nothing.
 """
 
 from __future__ import annotations

@@ -110,10 +110,8 @@ class ShardShape:
     def tensors(self) -> dict[str, tuple[str, list[int]]]:
         """Name → (safetensors dtype, shape)."""
         n = self.rows
-        found: dict[str, tuple[str, list[int]]] = {"x": (_X_DTYPES[self.dtype], [n, self.d_in]), "norm": ("F32", [n])}
-        found |= {name: ("I32", [n]) for name in ("token", "document", "position", "index")} | {
-            "special": ("BOOL", [n])
-        }
+        found = {"x": (_X_DTYPES[self.dtype], [n, self.d_in]), "norm": ("F32", [n]), "special": ("BOOL", [n])}
+        found |= {name: ("I32", [n]) for name in ("token", "document", "position", "index")}
         if self.dtype == "int8":
             found["scale"] = ("F32", [n])
         if self.label_bytes:

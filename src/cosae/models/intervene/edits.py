@@ -1,7 +1,5 @@
 """Changes to an SAE's features at chosen tokens: ablate, set, scale, steer.
 
-In: sparse codes and edits. Out: codes with the edits made, which tokens changed, and what is added beside them.
-
     ablate   f_i ← 0                    scale   f_i ← factor · f_i, where it fires
     set_to   f_i ← value, at every chosen token, whether it fires or not
     steer    x′ += amount · d_i         along the decoder row, past the codes: neither a frame nor a norm-restoring
@@ -70,10 +68,14 @@ def steer(features: Features, amount: Amount, at: Any = "all", relative: bool = 
 
 
 def _edit(kind: str, features: Features, amount: Amount, at: Any, relative: bool = False) -> Edit:
-    ids = _ids(features)
-    amounts = _numbers(amount)
-    if len(amounts) == 1:
-        amounts = amounts * len(ids)
+    wanted, given = _listed(features), _listed(amount)
+    ids = tuple(i.__index__() for i in wanted if hasattr(i, "__index__") and not isinstance(i, bool))
+    if not ids or len(ids) != len(wanted) or min(ids) < 0 or len(set(ids)) != len(ids):
+        raise CosaeError(f"features must be feature ids of at least 0, each once. Got {features!r} instead.")
+    try:
+        amounts = tuple(float(value) for value in given) * (len(ids) if len(given) == 1 else 1)
+    except (TypeError, ValueError):
+        raise CosaeError(f"an edit's amount must be a number. Got {amount!r} instead.") from None
     if len(amounts) != len(ids) or not all(math.isfinite(value) for value in amounts):
         raise CosaeError(
             f"an edit needs one finite number, or one for each of its {len(ids)} features. Got {amount!r} instead."
@@ -81,29 +83,10 @@ def _edit(kind: str, features: Features, amount: Amount, at: Any, relative: bool
     return Edit(kind, ids, amounts, check_where(at), relative)
 
 
-def _ids(features: Any) -> tuple[int, ...]:
-    if isinstance(features, Tensor):
-        if features.is_floating_point() or features.dtype == torch.bool:
-            raise CosaeError(f"features must be whole numbers. Got a tensor of {features.dtype} instead.")
-        features = features.reshape(-1).tolist()
-    listed = (features,) if not isinstance(features, Iterable) or isinstance(features, str) else tuple(features)
-    try:
-        ids = tuple(i.__index__() for i in listed if not isinstance(i, bool))
-    except AttributeError:
-        ids = ()
-    if not ids or len(ids) != len(listed) or min(ids) < 0 or len(set(ids)) != len(ids):
-        raise CosaeError(f"features must be feature ids of at least 0, each once. Got {features!r} instead.")
-    return ids
-
-
-def _numbers(amount: Any) -> tuple[float, ...]:
-    if isinstance(amount, Tensor):
-        amount = amount.reshape(-1).tolist()
-    listed = amount if isinstance(amount, Iterable) and not isinstance(amount, str) else (amount,)
-    try:
-        return tuple(float(value) for value in listed)
-    except (TypeError, ValueError):
-        raise CosaeError(f"an edit's amount must be a number. Got {amount!r} instead.") from None
+def _listed(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Tensor):
+        value = value.reshape(-1).tolist()
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
 
 
 def check_edits(edits: Any, d_sae: int, name: str) -> tuple[Edit, ...]:
@@ -111,15 +94,10 @@ def check_edits(edits: Any, d_sae: int, name: str) -> tuple[Edit, ...]:
     listed = (edits,) if isinstance(edits, Edit) else tuple(edits)
     for edit in listed:
         if not isinstance(edit, Edit):
-            raise CosaeError(
-                f"edits must be made with ablate, set_to, scale or steer of cosae.models.intervene.edits. "
-                f"Got {edit!r} instead."
-            )
+            raise CosaeError(f"edits must be made with ablate, set_to, scale or steer. Got {edit!r} instead.")
         if max(edit.features) >= d_sae:
-            raise CosaeError(
-                f"Feature {max(edit.features)} is out of range: the SAE at {name} has {d_sae} features, "
-                f"0 to {d_sae - 1}."
-            )
+            worst = max(edit.features)
+            raise CosaeError(f"Feature {worst} is out of range: the SAE at {name} has {d_sae}, 0 to {d_sae - 1}.")
     return listed
 
 

@@ -8,13 +8,14 @@ the one opened first acts first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.models.hooks import body_of
+from cosae.models.hooks import body_of, hook_site
 from cosae.models.intervene.window import Window, read_window
 from cosae.models.sites import resolve_site
 from cosae.types import Site
@@ -39,31 +40,26 @@ class Intervention:
         self.model = model
         self.rules = dict(rules)
         self._before, self._after = before, after
-        self._handles: list[Any] = []
+        self._hooks: ExitStack | None = None
         self._window: Window | None = None
         self._reached: set[Site] = set()
 
     def __enter__(self) -> Intervention:
-        if self._handles:
+        if self._hooks is not None:
             raise CosaeError("This splice is already open; leave it first, or make another with spliced(...).")
         body = body_of(self.model)
-        try:
-            self._handles.append(body.register_forward_pre_hook(self._begin, with_kwargs=True))
+        with ExitStack() as hooks:
+            hooks.callback(body.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             for site, rule in self.rules.items():
-                self._handles.append(_hook(self.model.get_submodule(site.module_path), site, self._acting(site, rule)))
-            self._handles.append(body.register_forward_hook(self._end))
-        except BaseException:
-            self._leave()
-            raise
+                hooks.callback(hook_site(self.model, site, self._acting(site, rule)).remove)
+            hooks.callback(body.register_forward_hook(self._end).remove)
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._window = [], None
+        if self._hooks is not None:
+            self._hooks.close()
+        self._hooks = self._window = None
 
     def _begin(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._window = read_window(body, args, kwargs)
@@ -96,31 +92,3 @@ def find_site(model: nn.Module, site: str | Site) -> Site:
         found = resolve_site(model, site.removesuffix(":input"))
         return replace(found, name=site, hook_name=site, reads="input")
     return resolve_site(model, site)
-
-
-def _hook(module: nn.Module, site: Site, act: Callable[[Any], Any]) -> Any:
-    if site.reads == "input":
-        return module.register_forward_pre_hook(
-            lambda _, args, kwargs: _with_first(args, kwargs, act), with_kwargs=True
-        )
-    return module.register_forward_hook(lambda _, args, output: _with_tensor(output, act))
-
-
-def _with_first(
-    args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[[Any], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with its first argument replaced; blocks get the residual stream first, or by name."""
-    if args:
-        return (act(args[0]), *args[1:]), kwargs
-    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-    return args, {**kwargs, name: act(kwargs[name])}
-
-
-def _with_tensor(output: Any, act: Callable[[Any], Any]) -> Any:
-    """The output with its tensor replaced. Modules return a tensor, or a tuple that begins with one."""
-    if isinstance(output, tuple | list) and output:
-        changed = [act(output[0]), *output[1:]]
-        if hasattr(output, "_fields"):
-            return type(output)(*changed)
-        return type(output)(changed)
-    return act(output)

@@ -73,7 +73,9 @@ def read_window(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if tokens is None:
         raise CosaeError("a spliced model must be called with input_ids or inputs_embeds. Got neither.")
     shape, device = (int(tokens.shape[0]), int(tokens.shape[1])), tokens.device
-    start = _cached(given.get("past_key_values"))
+    cache: Any = given.get("past_key_values")
+    # static caches count in a tensor of their own: read now
+    start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
     mask = given.get("attention_mask")
     if isinstance(mask, dict):  # one mask a kind of layer
         mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -93,11 +95,6 @@ def read_window(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     mask = mask.bool().to(device)
     start = mask.shape[1] - shape[1]
     return Window(mask[:, start:], positions(mask)[:, start:], start, ids_ST)
-
-
-def _cached(cache: Any) -> int:
-    """How many tokens a cache holds before this pass. Static caches count in a tensor of their own: read now."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def _own_column(mask: Tensor, shape: tuple[int, int], start: int) -> Tensor:
@@ -199,8 +196,7 @@ def covered(policy: Policy, x_ND: Tensor, window: Window, special_ids: tuple[int
         return columns(policy, window, "tokens").reshape(-1) & real_N
     if isinstance(policy, str):
         return real_N
-    keep = policy.keep if isinstance(policy, Filter) else policy
-    kept_N = keep(_as_activations(x_ND, window, special_ids))
+    kept_N = (policy.keep if isinstance(policy, Filter) else policy)(_as_activations(x_ND, window, special_ids))
     if not isinstance(kept_N, Tensor) or kept_N.dtype != torch.bool or kept_N.shape != real_N.shape:
         raise CosaeError(f"tokens as a function must return a boolean tensor of shape ({len(real_N)},), one per token.")
     return kept_N.to(real_N.device) & real_N

@@ -1,7 +1,6 @@
 """Exact token-level concepts of Python source: what every model token is, and what it stands in.
 
-Enters: the text of a document and the character offsets of its model tokens. Leaves: one column of labels per
-concept of `concept_table.CONCEPTS`, from Python's own `tokenize` and `ast`.
+One column of labels per concept of `table.CONCEPTS`, from Python's own `tokenize` and `ast`.
 
 Which part of a model token counts. Model tokens and Python tokens need not line up: " return", ".append", "):\\n". A
 model token takes its labels from ONE character: its first letter, digit or underscore; without one its first character
@@ -57,8 +56,8 @@ def label_document(text: str, offset_N2: NDArray[np.integer], name: str = "") ->
     except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError):
         return None
     label_NC = _look_up(regions, anchors(text, offset_N2))
-    for column in _families(name):
-        label_NC[:, column] = True
+    parts = re.split(r"[/\\]", name.removesuffix(".py"))
+    label_NC[:, [COLUMN[f"module_{family}"] for family in FAMILIES if family in parts]] = True
     label_NC[offset_N2[:, 0] == offset_N2[:, 1]] = False
     return label_NC
 
@@ -135,8 +134,3 @@ def _look_up(regions: Regions, anchor_N: NDArray[np.int64]) -> Labels:
     label_NC = np.empty((n, c), dtype=bool)
     label_NC[order_N] = np.cumsum(step.reshape(n + 1, c), axis=0, dtype=np.int32)[:n] > 0
     return label_NC
-
-
-def _families(name: str) -> list[int]:
-    parts = re.split(r"[/\\]", name.removesuffix(".py"))
-    return [COLUMN[f"module_{family}"] for family in FAMILIES if family in parts]

@@ -1,7 +1,6 @@
 """Tokens of Python source → regions: names, operators, strings, comments, lines, blocks and brackets.
 
-Enters: a `Source`. Leaves: `Regions`, character spans by region name. Each function below looks at one kind
-of thing; `concept_table.CONCEPTS` says what every region means.
+Each function below looks at one kind of thing; `table.CONCEPTS` says what every region means.
 """
 
 from __future__ import annotations

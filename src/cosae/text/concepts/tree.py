@@ -1,7 +1,6 @@
 """Syntax tree of Python source → regions: definitions, calls, bodies, clauses and expressions by their role.
 
-Enters: a `Source`. Leaves: `Regions`, character spans by region name. What a node cannot know of itself (is it in a
-class, a loop, a function?) is carried down in `Place`.
+What a node cannot know of itself (is it in a class, a loop, a function?) is carried down in `Place`.
 """
 
 from __future__ import annotations
@@ -85,7 +84,6 @@ class _Painter:
         self.regions[name] += [self.source.span(node) for node in nodes if node is not None]
 
     def add_first(self, name: str, node: ast.AST, length: int) -> None:
-        """The first characters of a node."""
         start = self.source.start(node)
         self.regions[name].append((start, start + length))
 
@@ -96,7 +94,6 @@ class _Painter:
             self.add(region, *(found if isinstance(found, list) else [found]))
 
     def add_last(self, name: str, node: ast.AST, length: int) -> None:
-        """The last characters of a node."""
         end = self.source.end(node)
         self.regions[name].append((end - length, end))
 
