@@ -77,7 +77,7 @@ def test_places_that_hold_none(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{")
     parquet.write_table(pa.table({"body": ["a"], "label": [1]}), tmp_path / "other.parquet")
     for name, sentence in {
-        "absent.jsonl": "does not exist",
+        "absent.jsonl": "must be an existing",
         "empty": "written by datasets' save_to_disk",
         "bad.parquet": "whole Parquet file",
         "bad.jsonl": "must be JSON",

@@ -71,7 +71,9 @@ def _edit(kind: str, features: Features, amount: Amount, at: Any, relative: bool
     wanted, given = _listed(features), _listed(amount)
     ids = tuple(i.__index__() for i in wanted if hasattr(i, "__index__") and not isinstance(i, bool))
     if not ids or len(ids) != len(wanted) or min(ids) < 0 or len(set(ids)) != len(ids):
-        raise CosaeError(f"features must be feature ids of at least 0, each once. Got {features!r} instead.")
+        raise CosaeError(
+            f"features must be feature ids of at least 0, each once, in whole numbers. Got {features!r} instead."
+        )
     try:
         amounts = tuple(float(value) for value in given) * (len(ids) if len(given) == 1 else 1)
     except (TypeError, ValueError):
@@ -97,7 +99,9 @@ def check_edits(edits: Any, d_sae: int, name: str) -> tuple[Edit, ...]:
             raise CosaeError(f"edits must be made with ablate, set_to, scale or steer. Got {edit!r} instead.")
         if max(edit.features) >= d_sae:
             worst = max(edit.features)
-            raise CosaeError(f"Feature {worst} is out of range: the SAE at {name} has {d_sae}, 0 to {d_sae - 1}.")
+            raise CosaeError(
+                f"Feature {worst} is out of range: the SAE at {name} has {d_sae} features, 0 to {d_sae - 1}."
+            )
     return listed
 
 
