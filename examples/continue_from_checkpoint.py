@@ -1,4 +1,4 @@
-"""Stop a run, go on from its checkpoint, and end at the very weights of a run that was never stopped."""
+"""Interrupt a run, continue it from its checkpoint, and get the same weights as in a run that was not interrupted."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ try:
     cosae.fit(recipe, ["cosine"], out=out, evaluate=False)
 except Interrupted as stop:
     print(f"stopped after step {stop.step}; checkpoints: {[c.name for c in checkpoints(out)]}")
-runs = {"continued": resume(out, Logs(progress=False)), "whole": cosae.fit(recipe, ["cosine"])}
+runs = {"continued": resume(out, Logs(progress=False)), "uninterrupted": cosae.fit(recipe, ["cosine"])}
 for name, run in runs.items():
     rows = run.saes["cosine"].W_dec.detach()
-    print(f"{name:<10} batches {run.run['stream_digest'][:12]}, sum of decoder {float(rows.double().sum()):.12f}")
+    print(f"{name:<13} batches {run.run['stream_digest'][:12]}, sum of decoder {float(rows.double().sum()):.12f}")

@@ -1,4 +1,4 @@
-"""Train a standard and a cosine-scored SAE on one tensor, on the same batches, and compare them.
+"""Train a standard and a cosine SAE on one tensor, on the same batches, and compare them.
 
 python examples/fit_tensor.py [--steps 300]
 """
@@ -12,7 +12,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=300)
 steps = parser.parse_args().steps
 
-# any float tensor (N, d) will do; this one has token lengths that say nothing about content
+# any float tensor (N, d) works; in this one the norm of a token does not depend on its content
 x = SyntheticSource(World(d_in=64, n_features=256, norm="log_normal", sigma=0.7)).sample(40_000)[0].x_ND
 run = cosae.fit(x, ["standard", "cosine"], d_sae=512, k=8, steps=steps, lr=3e-3, evaluate=True)
 

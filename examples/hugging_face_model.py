@@ -1,4 +1,4 @@
-"""Capture two sites of any causal language model, train on one of them, and see what fires on a sentence.
+"""Capture two sites of any causal language model, train on one of them, and print what fires on a line of code.
 
 python examples/hugging_face_model.py [--model FOLDER_OR_HUB_NAME] [--block 4] [--steps 150]
 """
@@ -17,7 +17,7 @@ parser.add_argument("--block", type=int, default=4)
 parser.add_argument("--steps", type=int, default=150)
 arguments = parser.parse_args()
 model, tokenizer = load_model(arguments.model)
-special = {"special_ids": tokenizer.all_special_ids, "pad_id": tokenizer.pad_token_id or 0}  # masked anyway
+special = {"special_ids": tokenizer.all_special_ids, "pad_id": tokenizer.pad_token_id or 0}  # padding is masked
 
 
 def pack(documents, max_tokens=None):

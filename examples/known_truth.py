@@ -1,4 +1,4 @@
-"""A world whose true features are known: which score finds and detects them when length is a perturbation?
+"""A synthetic world with known features: which score finds and detects them if norms are random?
 
 python examples/known_truth.py [--steps 300] [--sigma 0.7]
 """
@@ -11,7 +11,7 @@ from cosae.recipe import Recipe
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=300)
-parser.add_argument("--sigma", type=float, default=0.7, help="spread of log length, independent of content")
+parser.add_argument("--sigma", type=float, default=0.7, help="standard deviation of the log norm")
 arguments = parser.parse_args()
 
 arms = ["standard", "standard_unit_frame", "cosine", "cosine_per_feature"]

@@ -1,4 +1,4 @@
-"""Vectors of your own (vision, audio, embeddings): write a file, train on it, load the SAE, encode.
+"""Your own vectors (vision, audio, embeddings): write a file, train on it, load the SAE, encode.
 
 python examples/own_activations.py [--steps 200] [--folder FOLDER]
 """
@@ -18,7 +18,7 @@ parser.add_argument("--folder", type=Path, default=None)
 arguments = parser.parse_args()
 folder = arguments.folder or Path(tempfile.mkdtemp())
 
-# stands for your encoder: 20 000 embeddings of width 48, sums of a few of 150 directions
+# in place of your encoder: 20 000 embeddings of width 48, each a sum of a few of 150 directions
 random = np.random.default_rng(0)
 directions = random.normal(size=(150, 48)) / np.sqrt(48)
 embeddings = (random.random((20_000, 150)) < 0.03) @ directions + 0.05 * random.normal(size=(20_000, 48))
@@ -31,7 +31,7 @@ run = cosae.fit(
     steps=arguments.steps, batch_tokens=512, lr=3e-3, **small,
 )  # fmt: skip
 for name in run.saes:
-    sae = cosae.load(folder / "run" / "arms" / name)  # checks itself against the codes stored beside the weights
+    sae = cosae.load(folder / "run" / "arms" / name)  # checked against codes stored with the weights
     codes = sae.encode(torch.from_numpy(embeddings[:1]))
     found = run.evaluation["reconstruction"][name]["sinks_out"]
     print(f"{name:<22} FVE {found['fve']:.3f}  L0 {found['l0']:5.2f}  row 0: {codes.feature_E.tolist()}")

@@ -144,6 +144,17 @@ def test_the_index_names_every_page_and_the_front_door() -> None:
     assert [path.name for path in (folder / "interop").glob("*.md") if path.name not in inside + "README.md"] == []
 
 
+def test_the_new_names_of_modules_exist() -> None:
+    """In the last column of from-0.1.md; `.name` is a sibling of the module before it."""
+    rows = re.findall(r"^\|(.+)\|(.+)\|$", (ROOT / "docs" / "from-0.1.md").read_text("utf-8"), re.MULTILINE)
+    new = []
+    for old, now in rows:
+        for name in re.findall(r"`(cosae[.\w]+|\.\w+)`", now if "cosae" in old else ""):
+            new.append(f"{new[-1].rpartition('.')[0]}{name}" if name.startswith(".") else name)
+    assert len(new) > 60
+    assert [name for name in new if not resolves(name.removesuffix(".NAME"))] == []
+
+
 def test_old_names_of_formats_and_modules_say_what_replaced_them() -> None:
     from cosae.interop.read import read_sae
 

@@ -1,4 +1,4 @@
-"""The examples run as they stand, and the pages' Python blocks do what the pages say: neither can rot."""
+"""The examples and the Python blocks of the pages run as they are."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_example_runs_and_prints_what_it_promises(
     assert re.search(promised, printed), printed
 
 
-def test_a_run_that_was_stopped_and_continued_ends_like_a_whole_one(tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_and_continued_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     """In a process of its own: the example presses Ctrl-C."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{INTERRUPTED}.py")]
@@ -55,7 +55,7 @@ def test_a_run_that_was_stopped_and_continued_ends_like_a_whole_one(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert re.search(r"stopped after step \d+", done.stdout), done.stdout
     ends = dict(line.split(" batches ") for line in done.stdout.splitlines() if " batches " in line)
-    assert ends["continued "] == ends["whole     "]
+    assert ends["continued    "] == ends["uninterrupted"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -1,4 +1,4 @@
-"""cosae: train and judge sparse autoencoders with inner-product and cosine scores, side by side.
+"""cosae: train and evaluate sparse autoencoders with inner-product and cosine scores, side by side.
 
 import cosae
 sae = cosae.SAE.build(d_in=768, d_sae=12288, score="cosine", selector="batch_topk", k=64, seed=0)
