@@ -14,14 +14,7 @@ from cosae.train.arm import ARMS
 from cosae.train.loop import TrainingConfig
 from cosae.train.step import OptimizerConfig
 
-DEMO_ARMS = (
-    "standard",
-    "standard_unit_frame",
-    "unit_rows",
-    "cosine",
-    "cosine_per_feature",
-    "cosine_base_delta",
-)
+DEMO_ARMS = ("standard", "standard_unit_frame", "unit_rows", "cosine", "cosine_per_feature", "cosine_base_delta")
 
 
 def _demo() -> Recipe:
@@ -52,10 +45,8 @@ def _paper() -> Recipe:
     inference threshold is a running average, ours is calibrated.
     """
     paper_loss = LossConfig(normalise="none")
-    arms = tuple(
-        ARMS[name].changed({"b_init": "sqrt_d", "loss": paper_loss})
-        for name in ("standard", "cosine", "cosine_per_feature")
-    )
+    names = "standard", "cosine", "cosine_per_feature"
+    arms = tuple(ARMS[name].changed({"b_init": "sqrt_d", "loss": paper_loss}) for name in names)
     return Recipe(
         name="paper",
         data=DataConfig(

@@ -93,13 +93,9 @@ class DataConfig:
         for name, least in least_of.items():
             if getattr(self, name) != "auto":
                 check_least(name, getattr(self, name), least)
-        if self.packing not in ("packed", "document"):
-            raise CosaeError(f"packing must be packed or document. Got {self.packing!r} instead.")
+        check_choice("packing", self.packing, ("packed", "document"))
         if self.max_chars is not None and self.min_chars > self.max_chars:
-            raise CosaeError(
-                f"min_chars must be at most max_chars, where documents are cut. Got {self.min_chars} and "
-                f"{self.max_chars} instead."
-            )
+            raise CosaeError(f"min_chars must be at most max_chars. Got {self.min_chars} and {self.max_chars} instead.")
 
 
 @dataclass(frozen=True)
@@ -141,11 +137,8 @@ class Recipe:
     """Width of arms that name none; None is 16 × d_in."""
     k: int = 32
     """Mean active features of arms that name none."""
-    arms: tuple[Arm, ...] = (
-        ARMS["standard"],
-        ARMS["standard_unit_frame"],
-        ARMS["cosine"],
-        ARMS["cosine_per_feature"],
+    arms: tuple[Arm, ...] = tuple(
+        ARMS[name] for name in ("standard", "standard_unit_frame", "cosine", "cosine_per_feature")
     )
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -179,23 +172,15 @@ class Recipe:
 
     def _filled(self, d_sae: int | None) -> tuple[Arm, ...]:
         """Arms with what they left open; where their width is not known, it stays open."""
-        return tuple(
-            arm.with_defaults(
-                d_sae=d_sae,
-                k=self.k,
-                seed=self.training.seed,
-                lr=self.training.optimizer.lr,
-                kernel=self.kernel,
-            )
-            for arm in self.arms
-        )
+        shared: dict[str, Any] = {"d_sae": d_sae, "k": self.k, "seed": self.training.seed, "kernel": self.kernel}
+        return tuple(arm.with_defaults(lr=self.training.optimizer.lr, **shared) for arm in self.arms)
 
     def changed(self, changes: Mapping[str, Any] | None = None, **more: Any) -> Recipe:
         """A copy with fields changed, nested ones by dotted path: changed({"training.steps": 100}, k=64).
 
         Raises CosaeError for a field that does not exist or a value of the wrong kind.
         """
-        recipe: Recipe = self
+        recipe = self
         for path, value in {**(changes or {}), **more}.items():
             (value,) = upgrade({path: value}).values()
             recipe = _change(recipe, upgrade_path(path).split("."), value, path)
@@ -204,12 +189,9 @@ class Recipe:
     def diff(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Dotted path → (this, other) of every leaf that differs."""
         mine, theirs = _leaves(to_plain(self)), _leaves(to_plain(other))
-        absent = "(absent)"
-        return {
-            path: (mine.get(path, absent), theirs.get(path, absent))
-            for path in sorted(mine.keys() | theirs.keys())
-            if mine.get(path, absent) != theirs.get(path, absent)
-        }
+        paths = sorted(mine.keys() | theirs.keys())
+        both = {path: (mine.get(path, "(absent)"), theirs.get(path, "(absent)")) for path in paths}
+        return {path: pair for path, pair in both.items() if pair[0] != pair[1]}
 
     def write(self, path: str | Path) -> None:
         """JSON to `path`."""
@@ -255,18 +237,13 @@ def _change(node: Any, path: list[str], value: Any, whole: str) -> Any:
     if not is_dataclass(node) or name not in {f.name for f in fields(node)}:
         names = ", ".join(f.name for f in fields(node)) if is_dataclass(node) else "nothing below it"
         raise CosaeError(f"a recipe has no field {whole!r}: at {name!r} it has {names}.")
-    if rest:
-        value = _change(getattr(node, name), rest, value, whole)
-    else:
-        value = convert(typing.get_type_hints(type(node))[name], value, whole)
+    hint = typing.get_type_hints(type(node))[name]
+    value = _change(getattr(node, name), rest, value, whole) if rest else convert(hint, value, whole)
     return replace(node, **{name: value})  # type: ignore[type-var]
 
 
 def _leaves(plain: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(plain, dict):
-        items = plain.items()
-    elif isinstance(plain, list):
-        items = {str(i): v for i, v in enumerate(plain)}.items()
-    else:
+    if not isinstance(plain, dict | list):
         return {path: plain}
+    items = plain.items() if isinstance(plain, dict) else enumerate(plain)
     return {k: v for key, item in items for k, v in _leaves(item, f"{path}.{key}" if path else str(key)).items()}

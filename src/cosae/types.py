@@ -9,9 +9,10 @@ T positions · E active entries · C concepts · N tokens of a whole set · P pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class Sequences:
     first_doc index of the document that doc_names[0] names; not 0 where sequences are one stretch of a longer text
     """
 
+    PLACES: ClassVar = ("ids_ST", "doc_ST", "index_ST", "mask_ST", "special_ST")  # fields with an entry a token
+
     ids_ST: Tensor
     doc_ST: Tensor
     index_ST: Tensor
@@ -49,19 +52,11 @@ class Sequences:
 
     def __getitem__(self, rows: slice | Tensor) -> Sequences:
         """The chosen sequences, in the order asked for; all document names are kept."""
-        return replace(
-            self,
-            ids_ST=self.ids_ST[rows],
-            doc_ST=self.doc_ST[rows],
-            index_ST=self.index_ST[rows],
-            mask_ST=self.mask_ST[rows],
-            special_ST=self.special_ST[rows],
-        )
+        return replace(self, **{name: getattr(self, name)[rows] for name in self.PLACES})
 
     def columns(self, n: int) -> Sequences:
         """The first n places of every sequence."""
-        names = ("ids_ST", "doc_ST", "index_ST", "mask_ST", "special_ST")
-        return replace(self, **{name: getattr(self, name)[:, :n] for name in names})
+        return replace(self, **{name: getattr(self, name)[:, :n] for name in self.PLACES})
 
 
 @dataclass(frozen=True)
@@ -108,15 +103,8 @@ class Activations:
         """Vectors that come from nowhere in particular: no tokens, documents or positions."""
         n = x_ND.shape[0]
         none = torch.full((n,), -1, dtype=torch.int32, device=x_ND.device)
-        return cls(
-            x_ND=x_ND,
-            norm_N=x_ND.float().norm(dim=-1) if norm_N is None else norm_N,
-            token_N=none,
-            doc_N=none,
-            position_N=none,
-            index_N=none,
-            special_N=torch.zeros(n, dtype=torch.bool, device=x_ND.device),
-        )
+        norm_N = x_ND.float().norm(dim=-1) if norm_N is None else norm_N
+        return cls(x_ND, norm_N, none, none, none, none, special_N=torch.zeros_like(none, dtype=torch.bool))
 
     @classmethod
     def cat(cls, parts: Sequence[Activations]) -> Activations:
@@ -226,10 +214,8 @@ class Codes:
         """Codes of the tokens (of the flattened leading shape) where keep_N (N,) bool is True, in order."""
         keep = torch.as_tensor(keep_N, device=self.offset_B1.device)
         if keep.dtype != torch.bool or keep.shape != (self.n_tokens,):
-            raise CosaeError(
-                f"a mask must have one boolean for each of {self.n_tokens} tokens. Got {keep.dtype} of shape "
-                f"{tuple(keep.shape)} instead."
-            )
+            got = f"{keep.dtype} of shape {tuple(keep.shape)}"
+            raise CosaeError(f"a mask must have one boolean for each of {self.n_tokens} tokens. Got {got} instead.")
         keep_E = keep[self.token_E]
         offset = torch.cat([self.offset_B1[:1], torch.cumsum(self.count_B[keep], 0)])
         norm_stats = None if self.norm_stats is None else self.norm_stats[keep]
@@ -250,8 +236,7 @@ class Codes:
     def cat(cls, parts: Sequence[Codes]) -> Codes:
         """The parts' tokens one after another, (N,), on the CPU, no `norm_stats` or gradients; one part or more."""
         counts = torch.cat([part.count_B for part in parts]).cpu()
-        offset = torch.zeros(len(counts) + 1, dtype=torch.int64)
-        torch.cumsum(counts, 0, out=offset[1:])
+        offset = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         feature_E = torch.cat([part.feature_E for part in parts]).cpu()
         value_E = torch.cat([part.value_E.detach() for part in parts]).cpu()
         return cls(offset, feature_E, value_E, parts[0].d_sae, (len(counts),))
@@ -276,13 +261,8 @@ class Codes:
         norm_stats: NormStats | None = None,
     ) -> Codes:
         """Codes of entries already sorted by (token, feature)."""
-        n_tokens = 1
-        for size in shape:
-            n_tokens *= size
-        count_B = torch.bincount(token_E, minlength=n_tokens)
-        offset_B1 = torch.zeros(n_tokens + 1, dtype=torch.int64, device=token_E.device)
-        torch.cumsum(count_B, 0, out=offset_B1[1:])
-        return cls(offset_B1, feature_E, value_E, d_sae, shape, norm_stats)
+        count_B = torch.bincount(token_E, minlength=math.prod(shape))
+        return cls(torch.nn.functional.pad(count_B.cumsum(0), (1, 0)), feature_E, value_E, d_sae, shape, norm_stats)
 
 
 Metrics = Mapping[str, Any]

@@ -54,7 +54,7 @@ def test_text_becomes_what_the_hint_says() -> None:
     assert from_text(bool, "False", "it") is False
     assert from_text(tuple[int, ...], "256+1024", "it") == (256, 1024)
     assert from_text(str | None, "x", "it") == "x"
-    for hint, text, message in ((int, "1.5", "whole"), (float, "x", "number"), (bool, "1", "true or false")):
+    for hint, text, message in ((int, "1.5", "whole"), (float, "x", "number"), (bool, "1", "true, false")):
         with pytest.raises(CosaeError, match=message):
             from_text(hint, text, "it")
 

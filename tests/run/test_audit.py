@@ -130,7 +130,7 @@ def test_mistakes_get_one_sentence(vectors: Path, tmp_path: Path, capsys: pytest
     assert "at least 64 tokens" in says([own, *data, "--tokens", "3"], capsys)
     assert "perturbation must be one of" in says([own, *data, "--inject", "earthquake"], capsys)
     assert "is a file" in says([own, *data, "--out", str(vectors)], capsys)
-    assert "format must be auto or one of" in says([own, *data, "--format", "onnx"], capsys)
+    assert "format must be one of auto" in says([own, *data, "--format", "onnx"], capsys)
     assert "sink_factor" in says([own, *data, "--sink-factor", "0.5"], capsys)
 
 

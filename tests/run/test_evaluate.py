@@ -218,7 +218,7 @@ def test_a_saved_text_set_is_pooled_alike_whatever_the_chunk(world: Path, monkey
         (["splice", "{inner_0}", "--activations", "{x.npy}"], "runs the model itself"),
         (["norms", "a={inner_0}", "a={inner_1}", "--activations", "{x.npy}"], "two SAEs were given one name"),
         (["norms", "{inner_0}", "--activations", "{x.npy}", "--out", "/nowhere/at/all.json"], "cannot be written"),
-        (["probing", "{inner_0}", "--activations", "{x.npy}", "--pooling", "max"], "pooling must be mean or last"),
+        (["probing", "{inner_0}", "--activations", "{x.npy}", "--pooling", "max"], "pooling must be one of mean, last"),
     ],
 )
 def test_a_mistake_is_one_sentence(

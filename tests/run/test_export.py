@@ -16,7 +16,7 @@ from cosae.errors import CosaeError
 from cosae.interop.neuronpedia.settings import Options
 from cosae.run import export
 from cosae.run.export import export_neuronpedia, read_sequences
-from cosae.run.reading import Reading
+from cosae.run.requests import Reading
 
 pytest.importorskip("transformers")
 TEXT = "The quick brown fox jumps over the lazy dog, again and again, until line {} ends here.\n"

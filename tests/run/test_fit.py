@@ -121,7 +121,7 @@ X = x_of()
         (X, None, {"lr": 0}, "lr must be a positive number"),
         (X, None, {"k": 33, "d_sae": 32}, "k must be at most d_sae"),
         (X, None, {"data__held_out_frac": 1.0}, "held_out_frac must lie between 0 and 1"),
-        (X, None, {"data__activations": "x.npy"}, "a run on a tensor"),
+        (X, None, {"data__activations": "x.npy"}, "from a tensor or a file"),
         (X.int(), None, {}, "Got torch.int32"),
         (X[0], None, {}, r"Got torch.float32 \(16,\)"),
         (X[:1], None, {}, "N of at least 2"),

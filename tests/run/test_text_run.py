@@ -121,10 +121,10 @@ def test_shares_and_sides_of_a_mixture(model: Path, sources: tuple[str, str]) ->
 
 
 def test_the_command_line_names_several_sources() -> None:
-    assert build_recipe(Train(Path("x"), corpus=("a/:0.7", "b:0.3"))).data.corpus == ("a/:0.7", "b:0.3")
-    assert build_recipe(Train(Path("x"), corpus=("a",))).data.corpus == "a"
-    assert build_recipe(Train(Path("x"))).data.corpus == "pylib"
-    listed = build_recipe(Train(Path("x"), set=('data.corpus=["a:2", "b"]', 'data.suffixes=[".rs"]')))
+    assert build_recipe(Train(out=Path("x"), corpus=("a/:0.7", "b:0.3"))).data.corpus == ("a/:0.7", "b:0.3")
+    assert build_recipe(Train(out=Path("x"), corpus=("a",))).data.corpus == "a"
+    assert build_recipe(Train(out=Path("x"))).data.corpus == "pylib"
+    listed = build_recipe(Train(out=Path("x"), set=('data.corpus=["a:2", "b"]', 'data.suffixes=[".rs"]')))
     assert (listed.data.corpus, listed.data.suffixes) == (("a:2", "b"), (".rs",))
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import tyro
 
-from cosae.cli import looking as judging
-from cosae.cli import sharing, stores, training
+from cosae.cli import looking, sharing, stores, training
 from cosae.errors import CosaeError
 
 VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
@@ -20,9 +19,9 @@ VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
     "demo": (training.Demo, training.demo),
     "resume": (training.Resume, training.resume),
     "report": (training.Report, training.report),
-    "inspect": (judging.Inspect, judging.inspect),
-    "audit": (judging.Audit, judging.audit),
-    "eval": (judging.Eval, judging.evaluate),
+    "inspect": (looking.Inspect, looking.inspect),
+    "audit": (looking.Audit, looking.audit),
+    "eval": (looking.Eval, looking.evaluate),
     "plan": (training.Plan, training.train),
     "capture": (stores.Capture, stores.capture),
     "verify": (stores.Verify, stores.verify),

@@ -68,13 +68,9 @@ def inspect(command: Inspect) -> int:
         print(json.dumps([inspect_store(place) for place in stores], indent=2))
         return 0
     sae = load(command.sae)
-    shown = {
-        **sae.cfg.to_dict(),
-        "calibrated": sae.calibrated,
-        "a_mean": float(sae.scale_a.detach().mean()),
-        "provenance": {k: v for k, v in sae.metadata.items() if k != "recipe"},
-    }
-    print(json.dumps(shown, indent=2))
+    measured = {"calibrated": sae.calibrated, "a_mean": float(sae.scale_a.detach().mean())}
+    provenance = {k: v for k, v in sae.metadata.items() if k != "recipe"}
+    print(json.dumps({**sae.cfg.to_dict(), **measured, "provenance": provenance}, indent=2))
     return 0
 
 

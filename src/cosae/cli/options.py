@@ -15,22 +15,13 @@ if TYPE_CHECKING:
     from cosae.recipe import Recipe
 
 FIELDS = {
-    "model": "data.model",
-    "corpus": "data.corpus",
-    "activations": "data.activations",
-    "store": "data.store",
-    "context": "data.context",
+    **{name: name for name in ("inject_into", "d_sae", "k", "device", "kernel")},
+    **{name: f"data.{name}" for name in ("model", "corpus", "activations", "store", "context")},
+    **{name: f"training.{name}" for name in ("steps", "seed")},
     "dtype": "data.model_dtype",
-    "inject_into": "inject_into",
     "filter": "filter.kind",
-    "d_sae": "d_sae",
-    "k": "k",
-    "steps": "training.steps",
     "batch": "training.batch_tokens",
     "lr": "training.optimizer.lr",
-    "seed": "training.seed",
-    "device": "device",
-    "kernel": "kernel",
 }
 """Options that are short for a field of the recipe, by its dotted path."""
 

@@ -12,7 +12,7 @@ from cosae.cli.options import logger, settings
 from cosae.errors import CosaeError
 from cosae.interop.neuronpedia.settings import Options
 from cosae.interop.saebench.settings import Settings
-from cosae.run.reading import Reading
+from cosae.run.requests import Reading
 
 
 @dataclass(frozen=True)
@@ -126,19 +126,14 @@ class Pull:
 def export(command: Export) -> int:
     from cosae.run import export as exports
 
-    to = command.to
-    log = logger(to.quiet)
+    to, log = command.to, logger(command.to.quiet)
     if isinstance(to, ExportDelphi):
         written = exports.export_delphi(to.sae, to.out, to.reading, to.n_splits, log)
         left_out = f" ({written.dropped:,} below delphi's least left out)" if written.dropped else ""
         print(f"{written.entries:,} activations{left_out} of module {written.module} in {written.out}")
         return 0
     plan, lines = exports.export_neuronpedia(to.sae, to.out, to.reading, to.shown, to.upload, log)
-    print(f"{to.out}: {plan}.")
-    for line in lines:
-        print(line)
-    if not to.upload:
-        print("Nothing was sent; --upload sends it.")
+    print(f"{to.out}: {plan}.", *lines, *([] if to.upload else ["Nothing was sent; --upload sends it."]), sep="\n")
     return 0
 
 

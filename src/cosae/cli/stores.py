@@ -59,16 +59,9 @@ def build_capture(command: Capture) -> Any:
     from cosae.run.capture.request import Capture as CaptureRequest
 
     recipe = command.changed_recipe({"data.site": command.site[0] if command.site else None})
-    return CaptureRequest(
-        recipe.data,
-        command.site or (recipe.data.site,),
-        command.tokens,
-        command.held_out_tokens,
-        command.store_dtype,
-        command.shard_tokens,
-        recipe.training.seed,
-        recipe.device,
-    )
+    amounts = command.tokens, command.held_out_tokens, command.store_dtype, command.shard_tokens
+    sites = command.site or (recipe.data.site,)
+    return CaptureRequest(recipe.data, sites, *amounts, recipe.training.seed, recipe.device)
 
 
 def capture(command: Capture) -> int:

@@ -169,21 +169,16 @@ def resume(command: Resume) -> int:
 
 
 def _conclude(finished: Sequence[Any], out: Path) -> int:
-    """Table and warnings on standard output, the page beside the run; status 1 where an arm had to stop."""
-    from cosae.report.page import summary_table, write_report
+    """The report, then warnings; status 1 where an arm had to stop."""
     from cosae.run.record import moving_warnings
 
-    folders = [run.out for run in finished]
-    page = write_report(folders, out / "report.html")
-    print(summary_table(folders))
-    stopped = []
-    for run in finished:
-        for warning in moving_warnings(run.run):
-            print(f"[{run.run['setting']}] {warning}")
-        stopped += [f"{name} stopped: {arm['stopped']}" for name, arm in run.run["arms"].items() if arm["stopped"]]
-    print(f"\nReport: {page}")
-    for line in stopped:
-        print(f"cosae: {line}", file=sys.stderr)
+    report(Report(tuple(run.out for run in finished), out / "report.html"))
+    runs = [run.run for run in finished]
+    for run in runs:
+        print("".join(f"[{run['setting']}] {warning}\n" for warning in moving_warnings(run)), end="")
+    arms = [arm for run in runs for arm in run["arms"].items()]
+    stopped = [f"cosae: {name} stopped: {arm['stopped']}" for name, arm in arms if arm["stopped"]]
+    print("".join(f"{line}\n" for line in stopped), file=sys.stderr, end="")
     return 1 if stopped else 0
 
 
@@ -193,8 +188,7 @@ def report(command: Report) -> int:
     if not command.runs:
         raise CosaeError("report needs the folder of at least one run: cosae report RUN…")
     page = write_report(command.runs, command.out or command.runs[0] / "report.html")
-    print(summary_table(command.runs))
-    print(f"\nReport: {page}")
+    print(f"{summary_table(command.runs)}\n\nReport: {page}")
     return 0
 
 

@@ -8,6 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cosae.errors import CosaeError
+
+
+@contextmanager
+def written(place: Path, what_to_do: str) -> Iterator[None]:
+    """Raises CosaeError with the place, the system's word and what to do where the disk refuses what the block does."""
+    try:
+        yield
+    except OSError as error:
+        raise CosaeError(f"{place} cannot be written ({error.strerror or error}): {what_to_do}.") from None
+
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:

@@ -37,11 +37,8 @@ def restore_generators(state: Mapping[str, Tensor]) -> None:
     """Put back what `generator_state` gave."""
     torch.set_rng_state(state["torch"])
     *key, pos, has_gauss = state["numpy"].tolist()
-    inner = {"key": np.array(key, dtype=np.uint32), "pos": pos}
     gauss = float(state["numpy_gauss"])
-    np.random.set_state(  # noqa: NPY002
-        {"bit_generator": "MT19937", "state": inner, "has_gauss": has_gauss, "gauss": gauss}
-    )
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), pos, has_gauss, gauss))  # noqa: NPY002
     version, *words, drawn = state["python"].tolist()
     random.setstate((version, tuple(words), float(state["python_gauss"]) if drawn else None))
     devices = [state[f"cuda{i}"] for i in range(len(state)) if f"cuda{i}" in state]

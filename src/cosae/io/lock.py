@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cosae.errors import CosaeError
+from cosae.io.atomic import written
 
 LOCK = ".lock"
 
@@ -23,11 +24,9 @@ def hold(out: Path) -> Iterator[None]:
     process (named), or this one, holds it already, and where the disk refuses.
     """
     place = out / LOCK
-    try:
+    with written(out, "choose another folder"):
         out.mkdir(parents=True, exist_ok=True)
         place.open("a").close()
-    except OSError as error:
-        raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another folder.") from None
     lock = FileLock(place, blocking=False, fallback_to_soft=False)
     with suppress(OSError):  # a file system without locks
         try:
@@ -51,6 +50,4 @@ def _held(out: Path) -> CosaeError:
         holder = (out / LOCK).read_text(encoding="utf-8").strip()
     if holder == _this_process():
         return CosaeError(f"{out} is being written by this very process: wait for it, or choose another folder.")
-    return CosaeError(
-        f"{out} is being written by another process ({holder or 'unknown'}): wait for it, or stop it first."
-    )
+    return CosaeError(f"{out} is being written by another process ({holder or 'unknown'}): wait for it or stop it.")

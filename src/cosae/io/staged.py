@@ -11,16 +11,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cosae.errors import CosaeError
-from cosae.io.atomic import sync_file, sync_folder
+from cosae.io.atomic import sync_file, sync_folder, written
 
 
 def check_place(out: Path, mark: str) -> None:
     """Raises CosaeError unless `out` is absent, empty, or one of ours: a folder with a file that `mark` matches."""
-    try:
+    with written(out, "choose another --out"):
         there, is_folder = out.exists() or out.is_symlink(), out.is_dir()
         ours = is_folder and (not any(out.iterdir()) or any(out.glob(mark)))
-    except OSError as error:
-        raise CosaeError(f"{out} cannot be read ({error.strerror}): choose another --out.") from None
     if there and not is_folder:
         raise CosaeError(f"{out} is a file; give a folder with --out.")
     if there and not ours:
@@ -42,11 +40,9 @@ def staged(out: Path) -> Iterator[Path]:
     What `out` held before stays until then; what was written survives a power cut once it stands. Raises CosaeError,
     with the place and the system's word, where the disk refuses.
     """
-    try:
+    with written(out, "choose another place"):
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise CosaeError(f"{out} cannot be written ({error.strerror}): choose another place.") from None
     try:
         yield folder
         for path in (*folder.rglob("*"), folder):

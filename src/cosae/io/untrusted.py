@@ -22,8 +22,7 @@ from cosae.errors import CosaeError
 
 MAX_RATIO, FREE_BYTES = 16, 16 * 2**20
 """A file may unpack to at most FREE_BYTES and so many times its size: weights hardly compress, bombs do."""
-MAX_HEADER_BYTES = 16 * 2**20
-MAX_JSON_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = MAX_JSON_BYTES = 16 * 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,10 +60,8 @@ def read_pickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises errors of many kinds on hostile bytes
-        raise CosaeError(
-            f"{path} is not a file of plain tensors and was not opened further ({one_line(error)}): "
-            "it is damaged, or holds code."
-        ) from None
+        said = one_line(error)
+        raise CosaeError(f"{path} is damaged or holds more than plain tensors ({said}); not opened.") from None
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
@@ -159,9 +156,7 @@ def _check_archive(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise CosaeError(f"{path} is a damaged archive ({one_line(error)}): copy it again.") from None
     if unpacked > FREE_BYTES + MAX_RATIO * size:
-        raise CosaeError(
-            f"{path} would unpack from {size} to {unpacked} bytes: that is no file of weights, not opened."
-        )
+        raise CosaeError(f"{path} would unpack from {size} to {unpacked} bytes: no file of weights, not opened.")
 
 
 def one_line(error: BaseException, most: int = 120) -> str:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 
 T = TypeVar("T")
 
@@ -59,8 +59,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
                 return convert(other, value, where)
         return convert(options[0], value, where)
     if origin is typing.Literal:
-        if value not in (choices := typing.get_args(hint)):
-            raise CosaeError(f"{where} must be one of {', '.join(map(str, choices))}. Got {value!r} instead.")
+        check_choice(where, value, typing.get_args(hint))
         return value
     if is_dataclass(hint):
         assert isinstance(hint, type)
@@ -80,16 +79,14 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def from_text(hint: Any, text: str, where: str) -> Any:
-    """A text as the type hint says: numbers, true or false, tuples joined by +, names. Raises CosaeError naming
-    `where`."""
+    """A text as the type says: numbers, true or false, tuples joined by +, names. Raises CosaeError naming `where`."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return from_text(typing.get_args(hint)[0], text, where)
     if origin is tuple:
         return tuple(from_text(typing.get_args(hint)[0], part, f"each of {where}") for part in text.split("+") if part)
     if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise CosaeError(f"{where} must be true or false. Got {text!r} instead.")
+        check_choice(where, text.lower(), ("true", "false"))
         return text.lower() == "true"
     if hint in (int, float):
         try:
@@ -119,8 +116,7 @@ def parse(cls: type[T], text: str, what: str, kind_field: str, allowed: Mapping[
     allowed: the settings that each kind reads. Raises CosaeError, naming `what`, for anything else.
     """
     kind, _, rest = text.strip().partition(":")
-    if kind not in allowed:
-        raise CosaeError(f"{what} must be one of {', '.join(allowed)}. Got {kind!r} instead.")
+    check_choice(what, kind, allowed)
     given, hints = settings(rest, f"{what} {kind}"), typing.get_type_hints(cls)
     if other := [name for name in given if name not in allowed[kind]]:
         takes = ", ".join(allowed[kind]) or "no settings"

@@ -16,6 +16,15 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 Record = TypeVar("Record")
 
 
+class Numbers(dict[str, float]):
+    """Finite numbers by name, as attributes; None for a name that is not there. For what is read in one place only."""
+
+    def __getattr__(self, name: str) -> float | None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name)
+
+
 def read_record(kind: type[Record], value: object) -> Record:
     """The JSON value as a record of this dataclass; its defaults where the value is of another shape."""
     found: Record | None = _read(kind, value)
@@ -27,6 +36,9 @@ def _read(hint: Any, value: object) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
+    if hint is Numbers:
+        items = value.items() if isinstance(value, Mapping) else ()
+        return Numbers({str(key): n for key, one in items if (n := _number(one)) is not None})
     if origin in (Union, types.UnionType):
         return next((found for one in args if (found := _read(one, value)) is not None), None)
     if origin is tuple:
@@ -55,9 +67,8 @@ def _fields(kind: Any, value: Mapping[Any, object]) -> Any:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if number else None  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 
 from cosae.errors import CosaeError
-from cosae.io.atomic import write_text
+from cosae.io.atomic import write_text, written
 from cosae.report import format, tables
 from cosae.report.figures import probing, run
 from cosae.report.figures.svg import style_of
@@ -58,11 +58,9 @@ def write_page(out: Path, template: str, **context: object) -> Path:
     if out.is_dir():
         raise CosaeError(f"the report must be written to a file; {out} is a directory: add a name such as report.html")
     page = _environment().get_template(template).render(context)
-    try:
+    with written(out, "choose another place for the report"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, page.encode("utf-8", "replace").decode())
-    except OSError as error:
-        raise CosaeError(f"the report cannot be written to {out}: {error.strerror or error}") from None
     return out
 
 

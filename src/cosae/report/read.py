@@ -30,17 +30,11 @@ def read_run(path: Path | str) -> RunRecord:
         raise CosaeError(f"a report needs the directory of a run; there is {what} at {path}")
     if not (path / "run.json").is_file():
         raise CosaeError(f"{path} is not a run: it holds no run.json; give the directory that `train` or `demo` wrote")
-    run = _object(path / "run.json", upgrade)
+    run, file = _object(path / "run.json", upgrade), path / "evaluation.json"
     if run.get("format") != FORMAT:
-        raise CosaeError(
-            f"{path / 'run.json'} is not a cosae run: format must be {FORMAT!r}, got {run.get('format')!r}"
-        )
-    if run.get("version") not in (1, VERSION):
-        raise CosaeError(
-            f"{path / 'run.json'} has version {run.get('version')!r}; this cosae reads version {VERSION}: "
-            "use the cosae that wrote the run"
-        )
-    file = path / "evaluation.json"
+        raise CosaeError(f"{path} is not a cosae run: format must be {FORMAT!r}, got {run.get('format')!r}")
+    if (version := run.get("version")) not in (1, VERSION):
+        raise CosaeError(f"{path} has version {version!r}, not {VERSION}: use the cosae that wrote the run")
     evaluation = _object(file, upgrade_evaluation) if file.is_file() else {}
     return RunRecord(
         path,

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cosae.report.lenient import Numbers
+
 SINKS = {"sinks_out": "sinks out", "sinks_in": "sinks in"}
 """The two sets of tokens that everything is measured on, in the order of the page."""
 RULES = {"auroc": "latent chosen by AUROC", "mean_difference": "latent chosen by mean difference"}
@@ -51,14 +53,6 @@ class FilterPolicy:
 
 
 @dataclass(frozen=True)
-class NormSummary:
-    """Norms of the first window of training activations."""
-
-    max_over_median: float | None = None
-    filtered_frac: float | None = None
-
-
-@dataclass(frozen=True)
 class Run:
     """run.json; `source`, `filter`, `hardware`, `packages` and `recipe` as they stand there."""
 
@@ -72,7 +66,8 @@ class Run:
     stream_digest: str | None = None
     tokens: int | None = None
     seconds: float | None = None
-    norm_summary: NormSummary = field(default_factory=NormSummary)
+    norm_summary: Numbers = field(default_factory=Numbers)
+    """Norms of the first window of training activations."""
     source: Mapping[str, Any] = field(default_factory=dict)
     filter: Mapping[str, Any] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
@@ -116,21 +111,6 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class NormsWithoutSinks:
-    cv: float | None = None
-    largest_over_median: float | None = None
-
-
-@dataclass(frozen=True)
-class Filtered:
-    """The held-out tokens that the training filter would remove."""
-
-    removed_tokens: float | None = None
-    removed_frac: float | None = None
-    variance_frac: float | None = None
-
-
-@dataclass(frozen=True)
 class NormByToken:
     """How much of the variance of the log-norm the token's id predicts."""
 
@@ -145,22 +125,11 @@ class Norms:
     cv: float | None = None
     largest_over_median: float | None = None
     position_0_over_median: float | None = None
-    sinks_out: NormsWithoutSinks = field(default_factory=NormsWithoutSinks)
-    filter: Filtered = field(default_factory=Filtered)
+    sinks_out: Numbers = field(default_factory=Numbers)
+    filter: Numbers = field(default_factory=Numbers)
+    """The held-out tokens that the training filter would remove."""
     log_norm_by_token: NormByToken = field(default_factory=NormByToken)
     histogram: Histogram = field(default_factory=Histogram)
-
-
-@dataclass(frozen=True)
-class Quartile:
-    """Reconstruction of the tokens of one norm quartile."""
-
-    norm_low: float | None = None
-    norm_high: float | None = None
-    fve: float | None = None
-    median_token_fve: float | None = None
-    norm_ratio: float | None = None
-    l0: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +138,7 @@ class Reconstruction:
     median_token_fve: float | None = None
     l0: float | None = None
     dead_frac: float | None = None
-    by_norm_quartile: tuple[Quartile, ...] = ()
+    by_norm_quartile: tuple[Numbers, ...] = ()
 
     @property
     def l0_ratio(self) -> float | None:
@@ -359,8 +328,8 @@ class RunRecord:
 
     def reconstruction(self, arm: str, sinks: str = "sinks_out") -> Reconstruction:
         """The held-out numbers of an arm; empty when it was not measured."""
-        both = self.evaluation.reconstruction.get(arm, ReconstructionBySinks())
-        return both.sinks_out if sinks == "sinks_out" else both.sinks_in
+        found: Reconstruction = getattr(self.evaluation.reconstruction.get(arm, ReconstructionBySinks()), sinks)
+        return found
 
     def exponent(self, arm: str) -> Exponent:
         return self.evaluation.exponents.get(arm, Exponent())

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from cosae.report.figures.probing import called
 from cosae.report.figures.svg import Looks, Style, marker
 from cosae.report.format import NONE, count, fixed, percent
-from cosae.report.records import BASELINES, RULES, SINKS, Estimate, Probing, RunRecord
+from cosae.report.records import BASELINES, RULES, SINKS, Estimate, Probing, Reconstruction, RunRecord
 from cosae.report.verdict import Claim, claims, fve_claims
 
 
@@ -83,10 +83,10 @@ def arms_by_run(records: Sequence[RunRecord], looks: Looks) -> Table:
 
 
 def _compared_cells(record: RunRecord, arm: str) -> list[object]:
-    out = record.reconstruction(arm) if arm in record.arms else None
+    out = record.reconstruction(arm) if arm in record.arms else Reconstruction()
     gap = fve_claims(record).get(arm)
     found = Estimate(gap.difference, gap.low, gap.high) if gap else Estimate()
-    cells = [fixed(out.fve if out else None, 4), fixed(out.median_token_fve if out else None, 4)]
+    cells = [fixed(out.fve, 4), fixed(out.median_token_fve, 4)]
     probed = [estimate(record.probing.mean(arm, rule, _group(record))) for rule in RULES] if record.probing else []
     return [*cells, estimate(found, 4, sign=True), *probed]
 
@@ -243,10 +243,8 @@ def digest_sentence(record: RunRecord) -> str:
     if by_arm:
         odd = [arm for arm in record.arms if by_arm.get(arm) != whole and arm not in stopped]
         if odd:
-            return (
-                f"The arms did NOT all record the same stream ({', '.join(odd)} differ or recorded none): "
-                "do not treat them as paired."
-            )
+            differ = f"{', '.join(odd)} differ or recorded none"
+            return f"The arms did NOT all record the same stream ({differ}): do not treat them as paired."
         return f"All arms saw identical batches{cut}: each recorded the stream's digest, {whole}."
     if whole:
         return f"All arms were fed from one pass over one stream{cut}, whose digest is {whole}."

@@ -70,10 +70,8 @@ def verdict(record: RunRecord) -> str:
         return "There are no paired differences in this run, so nothing is said here about which arm is better."
     apart = sum(claim.verdict != "includes 0" for claim in found)
     if not apart:
-        return (
-            f"All {len(found)} paired 95 % intervals against {versus} include 0: "
-            "on these activations, by these measures, the arms cannot be told apart."
-        )
+        said = f"All {len(found)} paired 95 % intervals against {versus} include 0"
+        return f"{said}: on these activations, by these measures, the arms cannot be told apart."
     said, by_chance = f"{apart} of {len(found)} paired 95 % intervals against {versus} exclude 0", len(found) / 20
     said += f"; if no arm differed at all, about {by_chance:.0f} would by chance" if by_chance >= 0.95 else ""
     return f"{said}."
@@ -88,11 +86,8 @@ def by_measure(found: Sequence[Claim]) -> list[str]:
         if len(groups["includes 0"]) == len(here):
             undecided.append(measure)
             continue
-        listed = [
-            f"{_WORDS[v]}: {'every other arm' if len(arms) == len(here) > 1 else ', '.join(arms)}"
-            for v, arms in groups.items()
-            if arms
-        ]
+        named = {v: "every other arm" if len(a) == len(here) > 1 else ", ".join(a) for v, a in groups.items() if a}
+        listed = [f"{_WORDS[verdict]}: {arms}" for verdict, arms in named.items()]
         sentences.append(f"{measure}: {'; '.join(listed)}.")
     if undecided and sentences:
         sentences.append(f"No arm can be told from the baseline in: {'; '.join(undecided)}.")

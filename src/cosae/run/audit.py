@@ -1,7 +1,5 @@
 """`cosae audit`: SAEs that people already have, of any format that cosae.interop reads, on activations of their site.
 
-    paths → read_sae → one sample per (model, site) or file → evaluate.audit → screen, audit.json, audit.html
-
 Nothing is trained. Where a file holds no inference threshold (an uncalibrated batch_topk), one is found on half of the
 sample, for the audit only, and the audit says so.
 """
@@ -15,6 +13,7 @@ from typing import Any
 from cosae.errors import CosaeError
 from cosae.evaluate.audit import audit
 from cosae.interop.read import read_sae
+from cosae.io.atomic import written
 from cosae.report.audit import write_audit_page
 from cosae.run import provenance
 from cosae.run.folder import write_json
@@ -36,8 +35,8 @@ def run_audit(
     request.check()
     if not paths:
         raise CosaeError("audit needs at least one SAE: cosae audit SAE…")
-    if out is not None:
-        _check_place(out)
+    if out is not None and out.exists() and not out.is_dir():
+        raise CosaeError(f"{out} is a file; give a folder for the audit with --out.")
     saes = [read_sae(path, format=request.format, device=request.device) for path in paths]
     datasets = Datasets(request, request.tokens or TOKENS)
     found = []
@@ -46,32 +45,19 @@ def run_audit(
         dataset, sample = datasets.of(sae, path)
         log(f"auditing {name}")
         sae, warning = calibrated(sae, sample)
-        found.append(
-            {
-                "name": name,
-                "path": str(path),
-                "sae": sae.cfg.to_dict(),
-                "source": describe(dataset, sample, request),
-                "provenance": {key: sae.metadata.get(key) for key in SHOWN_METADATA},
-                "warning": warning,
-                **audit(sae, sample, spell=dataset.spell, seed=request.seed),
-            }
-        )
+        about = {
+            "name": name,
+            "path": str(path),
+            "sae": sae.cfg.to_dict(),
+            "source": describe(dataset, sample, request),
+            "provenance": {key: sae.metadata.get(key) for key in SHOWN_METADATA},
+            "warning": warning,
+        }
+        found.append({**about, **audit(sae, sample, spell=dataset.spell, seed=request.seed)})
     result = {"format": FORMAT, "version": VERSION, **provenance.stamp(), "seed": request.seed, "saes": found}
     if out is not None:
-        _write(out, result)
+        with written(out, "choose another --out"):
+            out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "audit.json", result)
+        write_audit_page(result, out / "audit.html")
     return result
-
-
-def _check_place(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise CosaeError(f"{out} is a file; give a folder for the audit with --out.")
-
-
-def _write(out: Path, result: dict[str, Any]) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
-    write_json(out / "audit.json", result)
-    write_audit_page(result, out / "audit.html")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cosae.errors import CosaeError
 from cosae.presets import preset
-from cosae.recipe import Recipe
 from cosae.run.dataset.base import DataUse
 from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Finished, Logs, execute
@@ -22,7 +21,8 @@ def demo(out: Path, steps: int | None = None, progress: bool = True) -> list[Fin
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         held = next((f" (go on with `cosae resume {p.parent}`)" for p in sorted(out.glob(f"*/{RECIPE}"))), "")
         raise CosaeError(f"{out} already holds something{held}: choose another --out or remove it.")
-    natural, injected = (_shortened(preset(name), steps) for name in ("demo", "demo-injected"))
+    changes = {} if steps is None else {"training.steps": steps}
+    natural, injected = (preset(name).changed(changes) for name in ("demo", "demo-injected"))
     training = natural.training
     keep = training.steps * training.batch_tokens + 2 * training.buffer_tokens + natural.filter.window_tokens
     if progress:
@@ -34,7 +34,3 @@ def demo(out: Path, steps: int | None = None, progress: bool = True) -> list[Fin
             print(f"{recipe.name}: {len(recipe.arms)} arms, {training.steps} steps", file=sys.stderr, flush=True)
         finished.append(execute(recipe, out / folder, logs=Logs(progress), data=data.again(DataUse.of(recipe))))
     return finished
-
-
-def _shortened(recipe: Recipe, steps: int | None) -> Recipe:
-    return recipe if steps is None else recipe.changed({"training.steps": steps})

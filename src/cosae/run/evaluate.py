@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.evaluate.context import POOLED_CONTEXT, Context, TextProbes
 from cosae.evaluate.registry import REGISTRY
 from cosae.interop.read import read_sae
@@ -51,8 +51,7 @@ def evaluate(
     request, options = request or EvalRequest(), options or EvalOptions()
     request.check()
     options.check()
-    if measurement not in REGISTRY:
-        raise CosaeError(f"a measurement must be one of {', '.join(REGISTRY)}. Got {measurement!r} instead.")
+    check_choice("a measurement", measurement, REGISTRY)
     if out is not None and (out.is_dir() or not out.parent.exists()):
         raise CosaeError(f"{out} cannot be written: give a file in a folder that exists with --out.")
     row = REGISTRY[measurement]
@@ -97,15 +96,12 @@ def _open(
             log(f"activations for {name}")
             mine, sample = datasets.of(sae, path)
             if dataset is not None and mine is not dataset:
-                raise CosaeError(
-                    f"{path} reads another site or corpus than the SAEs before it: measure them apart, or name "
-                    "one --model and --site."
-                )
+                what = f"{path} reads another site or corpus than the SAEs before it"
+                raise CosaeError(f"{what}: measure them apart, or name one --model and --site.")
             dataset = mine
             sae, warning = calibrated(sae, sample)
             arms[name].append(sae)
-            if warning is not None:
-                warnings[name] = warning
+            warnings |= {} if warning is None else {name: warning}
     assert dataset is not None
     assert sample is not None
     texts = TextProbes(
@@ -136,10 +132,10 @@ def _paths(sae_specs: Sequence[str]) -> dict[str, list[Path]]:
     named: list[tuple[str | None, list[Path]]] = []
     for text in sae_specs:
         name, equals, rest = text.partition("=")
-        plain = not equals or Path(text).exists()
-        listed = text if plain else rest
-        paths = [text] if Path(text).exists() else listed.split(",")
-        named.append((None if plain else name, [Path(p) for p in paths]))
+        if Path(text).exists():
+            named.append((None, [Path(text)]))
+        else:
+            named.append((name if equals else None, [Path(p) for p in (rest if equals else text).split(",")]))
     shortest = names_of([listed[0] for _, listed in named])
     arms = {given or short: listed for (given, listed), short in zip(named, shortest, strict=True)}
     if len(arms) < len(named):

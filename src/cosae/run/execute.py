@@ -1,9 +1,7 @@
 """One run from recipe to report-ready folder.
 
-    RUN/ recipe.json · run.json · metrics.jsonl · timing.jsonl · events.jsonl · evaluation.json · checkpoints/ ·
-         arms/NAME/ (SAE folders)
-
-Everything that can be refused is refused before the folder is made. A run that was interrupted goes on with `resume`.
+Everything that can be refused is refused before the folder (`folder`) is made. A run that was interrupted goes on with
+`resume`.
 """
 
 from __future__ import annotations
@@ -27,21 +25,10 @@ from cosae.io.lock import hold
 from cosae.io.signals import Stop, stop_on_signals
 from cosae.io.values import from_plain, to_plain
 from cosae.recipe import Recipe
-from cosae.run import provenance
+from cosae.run import folder, provenance
 from cosae.run.dataset.base import Dataset
 from cosae.run.dataset.open import dataset_of
-from cosae.run.folder import (
-    ARMS,
-    EVALUATION,
-    EVENTS,
-    METRICS,
-    RECIPE,
-    RUN,
-    check_free,
-    read_json,
-    write_json,
-    write_recipe,
-)
+from cosae.run.folder import RECIPE, RUN, check_free, write_json, write_recipe
 from cosae.run.measure import evaluate
 from cosae.run.plan.check import check_run
 from cosae.run.plan.resources import check_device
@@ -88,8 +75,8 @@ def execute(
 ) -> Finished:
     """Run `recipe` into the new folder `out` (None keeps everything in memory).
 
-    Raises CosaeError for anything that cannot be read or is not allowed, before `out` is made; Interrupted after a
-    checkpoint was written.
+    Raises CosaeError for what cannot be read or is not allowed, before `out` is made; Interrupted after a checkpoint
+    was written.
     """
     recipe.check()
     check_device(recipe.device)
@@ -125,36 +112,32 @@ def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = No
     if not (out / RECIPE).is_file() and not (out / RUN).is_file():
         raise CosaeError(f"{out} holds no run to go on with (it has no {RECIPE}); give the folder of a run.")
     with hold(out):
-        record = read_json(out / RUN) if (out / RUN).exists() else {}
+        record = folder.read_json(out / RUN) if (out / RUN).exists() else {}
         if record.get("status") == "finished":
             raise CosaeError(f"the run in {out} is finished; see `cosae report {out}`, or start another run elsewhere.")
         if tensor is None and (record.get("source") or {}).get("source") == "tensor":
             raise CosaeError(
-                f"the run in {out} was started on a tensor in memory: go on from Python, with "
-                "cosae.resume(out, tensor=…)."
+                f"the run in {out} was started on a tensor in memory: go on with cosae.resume(out, tensor=…)."
             )
-        if (out / RECIPE).is_file():
-            recipe = Recipe.read(out / RECIPE)
-        else:  # ended between the writing of the two
-            recipe = from_plain(Recipe, record.get("recipe"), str(out / RUN))
+        known = (out / RECIPE).is_file()  # not where the run ended between the writing of the two
+        recipe = Recipe.read(out / RECIPE) if known else from_plain(Recipe, record.get("recipe"), str(out / RUN))
         data = dataset_of(recipe, tensor)
         check_run(recipe, data, out, begun=True)
         run = _Run(recipe, data, out, logs or Logs())
         try:
             run.restore(record)
-            if not (out / RECIPE).is_file():
+            if not known:
                 write_recipe(out, run.recipe)
             return run.go(True)
         finally:
             run.close()
 
 
+@dataclass
 class _Records:
     """The log of a run that writes no files."""
 
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-        self.events: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = field(default_factory=list)
 
     def log(self, record: dict[str, Any]) -> None:
         self.lines.append(record)
@@ -225,12 +208,10 @@ class _Run:
 
     def _check_unchanged(self, begun_with: Recipe | None) -> None:
         """Raises CosaeError where the recipe differs, in what decides weights, from that of the run's beginning."""
-        changed = [path for path in begun_with.diff(self.recipe) if _decides(path)] if begun_with is not None else []
-        if changed:
-            raise CosaeError(
-                f"the recipe in {self.out}/{RECIPE} is not the one this run was started with: it differs in "
-                f"{', '.join(changed)}. Put it back, or start another run."
-            )
+        differing = () if begun_with is None else begun_with.diff(self.recipe)
+        if changed := [path for path in differing if path not in _FREE and not path.startswith("evaluation.")]:
+            what = f"the recipe in {self.out}/{RECIPE} is not the one this run was started with"
+            raise CosaeError(f"{what}: it differs in {', '.join(changed)}. Put it back, or start another run.")
 
     def go(self, measured: bool) -> Finished:
         """Train, calibrate, save, measure; Ctrl-C and SIGTERM save first."""
@@ -245,8 +226,11 @@ class _Run:
         except (KeyboardInterrupt, CosaeError) as end:
             with suppress(CosaeError):  # a full disk: what stopped the run is what is said
                 self.write_record("failed" if isinstance(end, CosaeError) else "interrupted")
-            if isinstance(end, CosaeError) and not all(state.stopped for state in self.states):
-                raise CosaeError(f"{end}{self._way_on(str(end))}") from None
+            resumable = isinstance(end, CosaeError) and not all(state.stopped for state in self.states)
+            saved = checkpoints(self.out) if resumable and self.out is not None else []
+            if saved and "cosae resume" not in str(end):
+                how = f"Saved up to {saved[-1].name}: go on with `cosae resume {self.out}`."
+                raise CosaeError(f"{end} {how}") from None
             raise
 
     def _train(self, stop: Stop) -> None:
@@ -255,22 +239,15 @@ class _Run:
         self.write_record("running")
         for warning in self.data.warnings:
             self._log(warning)
-        progress = Progress(
-            training.steps,
-            training.batch_tokens,
-            [state.arm.name for state in self.states],
-            self.start,
-            self.logs.progress,
-        )
+        names = [state.arm.name for state in self.states]
+        progress = Progress(training.steps, training.batch_tokens, names, self.start, self.logs.progress)
         loggers = self._loggers(progress)
-        events = None if self.out is None else Lines(self.out / EVENTS, self.start)
+        events = None if self.out is None else Lines(self.out / folder.EVENTS, self.start)
         self._lines = [logger for logger in (*loggers, events) if isinstance(logger, JsonLines | Lines)]
 
         def on_event(event: dict[str, Any]) -> None:
             progress.event(event)
-            if events is None:
-                self._records.events.append(event)
-            else:
+            if events is not None:
                 events.write(event)
 
         try:
@@ -296,31 +273,23 @@ class _Run:
             for logger in loggers:
                 logger.close()
 
-    def _way_on(self, said: str) -> str:
-        """How a run goes on that could not finish; nothing where the error says so itself, or nothing is saved."""
-        if self.out is None or "cosae resume" in said or not (saved := checkpoints(self.out)):
-            return ""
-        return f" Saved up to {saved[-1].name}: go on with `cosae resume {self.out}`."
-
     def close(self) -> None:
-        """End whatever still works in the background."""
         self.stream.close()
         self.data.close()
 
     def _finish(self, measured: bool) -> Finished:
-        log = self._log
-        log("calibrating inference thresholds")
+        self._log("calibrating inference thresholds")
         saes = {state.arm.name: state.sae for state in self.states}
         calibrations = self._calibrate(saes)
         for name, sae in saes.items():
             sae.metadata = sae_provenance(name, self.recipe, self.data, self.stream, calibrations[name])
             if self.out is not None:
-                save(sae, self.out / ARMS / name, self.stream.sample_ND[:8])
+                save(sae, self.out / folder.ARMS / name, self.stream.sample_ND[:8])
         evaluation = None
         if measured:
-            evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, log)
+            evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, self._log)
             if self.out is not None:
-                write_json(self.out / EVALUATION, evaluation)
+                write_json(self.out / folder.EVALUATION, evaluation)
         record = self.write_record("finished", calibrations)
         return Finished(saes, evaluation, record, self.out, calibrations)
 
@@ -347,21 +316,19 @@ class _Run:
         assert self.out is not None
         whole = self.stream.state()
         tensors = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
-        plain = {key: value for key, value in whole.items() if not isinstance(value, Tensor)}
+        plain = {key: value for key, value in whole.items() if key not in tensors}
         for lines in self._lines:
             lines.sync()
-        parts = {"stream": tensors, "random": generator_state()} | {
-            f"arm.{s.arm.name}": s.tensors() for s in self.states
-        }
-        numbers = {s.arm.name: s.numbers() for s in self.states}
-        facts_of_it = {"seconds": seconds, "recipe": to_plain(self.recipe), "stream": plain, "arms": numbers}
-        write_checkpoint(self.out, step, parts, facts_of_it)
+        parts = {"stream": tensors, "random": generator_state()}
+        parts |= {f"arm.{s.arm.name}": s.tensors() for s in self.states}
+        arms = {s.arm.name: s.numbers() for s in self.states}
+        numbers = {"seconds": seconds, "recipe": to_plain(self.recipe), "stream": plain, "arms": arms}
+        write_checkpoint(self.out, step, parts, numbers)
 
     def _loggers(self, progress: Progress) -> list[Logger]:
-        loggers: list[Logger] = [progress]
         if self.out is None:
-            return [*loggers, self._records]
-        loggers.append(JsonLines(self.out / METRICS, self.start))
+            return [progress, self._records]
+        loggers: list[Logger] = [progress, JsonLines(self.out / folder.METRICS, self.start)]
         if self.logs.tensorboard:
             loggers.append(TensorBoard(self.out))
         if self.logs.wandb is not None:
@@ -380,15 +347,6 @@ def _variance(sae: SAE, sample_ND: Tensor) -> float:
     return float((z_ND - z_ND.mean(0)).square().sum(-1).mean())
 
 
-def _decides(path: str) -> bool:
-    """Whether a field of the recipe has a say in what the weights become."""
-    free = (
-        "name",
-        "data.n_workers",
-        "data.prefetch_chunks",
-        "data.store",
-        "data.non_finite",
-        "training.log_every",
-        "training.checkpoint_every",
-    )
-    return path not in free and not path.startswith("evaluation.")
+_FREE = ["name", *(f"data.{name}" for name in ("n_workers", "prefetch_chunks", "store", "non_finite"))]
+_FREE += ["training.log_every", "training.checkpoint_every"]
+"""Fields of a recipe that have no say in what the weights become, beside those of its evaluation."""

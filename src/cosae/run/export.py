@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_least
 from cosae.interop.delphi import Written, write_cache
 from cosae.interop.neuronpedia import upload as uploads
 from cosae.interop.neuronpedia.dashboards import MARK, write_dashboards
@@ -29,14 +28,12 @@ from cosae.models.embedded import model_path
 from cosae.models.intervene.hooks import find_site
 from cosae.recipe import DataConfig
 from cosae.run import provenance
-from cosae.run.dataset.corpus import adds_bos, check_corpus, pad_id, reading_of, streamed
+from cosae.run.dataset.corpus import adds_bos, check_corpus, long_enough, pad_id
 from cosae.run.dataset.model import batch_size, open_model
-from cosae.run.reading import Reading
-from cosae.run.requests import EvalRequest
+from cosae.run.requests import Reading
 from cosae.run.saes import data_of
 from cosae.sae.file import to_disk
 from cosae.sae.model import SAE
-from cosae.text.documents import read_documents
 from cosae.text.mixture import Cursor, mix, parse_corpus
 from cosae.text.packing import iterate_sequences
 from cosae.text.tokenization import tokenize_documents
@@ -60,11 +57,17 @@ class Opened:
 
 def open_reading(path: Path, reading: Reading, log: Callable[[str], None]) -> Opened:
     """Read the SAE and its model, and cut the text. Raises CosaeError for whatever cannot be read."""
-    for name, least in (("prompts", 1), ("context", 3)):
-        if getattr(reading, name) < least:
-            raise CosaeError(f"{name} must be at least {least}. Got {getattr(reading, name)} instead.")
+    check_least("prompts", reading.prompts, 1)
+    check_least("context", reading.context, 3)
     sae = read_sae(path, format=reading.format, device=reading.device)
-    data = replace(_data_of(sae, path, reading), context=reading.context)
+    try:
+        data = data_of(sae, path, reading)
+    except CosaeError as error:
+        if "--activations" not in str(error):
+            raise
+        raise CosaeError(
+            f"{path} does not say which language model it was trained on: give --model and --site."
+        ) from None
     check_corpus(data)
     log("opening the model")
     model, tokenizer = open_model(data, reading.device)
@@ -89,17 +92,6 @@ def open_reading(path: Path, reading: Reading, log: Callable[[str], None]) -> Op
     return Opened(sae, data, model, tokenizer, site, sequences, known)
 
 
-def _data_of(sae: SAE, path: Path, reading: Reading) -> DataConfig:
-    try:
-        return data_of(sae, path, EvalRequest(model=reading.model, site=reading.site, corpus=reading.corpus))
-    except CosaeError as error:
-        if "--activations" not in str(error):
-            raise
-        raise CosaeError(
-            f"{path} does not say which language model it was trained on: give --model and --site, where it reads."
-        ) from None
-
-
 def _corpus_name(data: DataConfig) -> str:
     return data.corpus if isinstance(data.corpus, str) else ", ".join(data.corpus)
 
@@ -114,42 +106,30 @@ def read_sequences(data: DataConfig, tokenizer: Any, reading: Reading) -> Sequen
     start, weights = [Cursor()] * len(sources), [weight for _, weight in sources]
     tokenized = (document for _, document in mix(opened, weights, start, reading.seed, endless=False))
     seen: set[bytes] = set()
-    chunks, kept = [], 0
+    chunks = []
     special_ids = tokenizer.all_special_ids
     for chunk in iterate_sequences(tokenized, data.context, pad_id=pad_id(tokenizer), special_ids=special_ids):
         rows = []
         for row, (ids_T, whole) in enumerate(zip(chunk.ids_ST, chunk.mask_ST.all(1).tolist(), strict=True)):
             mark = ids_T.numpy().tobytes()
-            if whole and mark not in seen and kept < reading.prompts:
+            if whole and mark not in seen and len(seen) < reading.prompts:
                 seen.add(mark)
                 rows.append(row)
-                kept += 1
         chunks.append(chunk[torch.tensor(rows, dtype=torch.int64)])
-        if kept == reading.prompts:
+        if len(seen) == reading.prompts:
             break
-    if not kept:
-        raise CosaeError(
-            f"the corpus {_corpus_name(data)} has no sequence of {data.context} tokens: give more text or less context."
-        )
-    joined: dict[str, Any] = {
-        name: torch.cat([getattr(chunk, name) for chunk in chunks])
-        for name in ("ids_ST", "doc_ST", "index_ST", "mask_ST", "special_ST")
-    }
+    if not seen:
+        what = f"the corpus {_corpus_name(data)} has no sequence of {data.context} tokens"
+        raise CosaeError(f"{what}: give more text or less context.")
+    joined: dict[str, Any] = {name: torch.cat([getattr(c, name) for c in chunks]) for name in Sequences.PLACES}
     return Sequences(**joined)
 
 
 def _documents(data: DataConfig, tokenizer: Any, spec: str, seed: int, turn: int, skip: int) -> Iterator[Any]:
     """Tokenised documents of one source; one that is streamed keeps its own order."""
-    key = [seed, 77, turn]
-    held = not streamed(spec)
-    order = None if held else key
-    found = read_documents(spec, "all", held_out_frac=data.held_out_frac, reading=reading_of(data), order_key=order)
-    if held:
-        listed = list(found)
-        found = iter([listed[i] for i in np.random.default_rng(key).permutation(len(listed))])
-    long_enough = (document for document in found if len(document.text) >= data.min_chars)
+    found = long_enough(data, spec, "all", [seed, 77, turn])
     bos = adds_bos(data, tokenizer)
-    return tokenize_documents(islice(long_enough, skip, None), tokenizer, add_bos=bos, keep_empty=True)
+    return tokenize_documents(islice(found, skip, None), tokenizer, add_bos=bos, keep_empty=True)
 
 
 def digest_sae(sae: SAE) -> str:
@@ -178,32 +158,19 @@ def export_neuronpedia(
     check_place(out, MARK)
     opened = open_reading(path, reading, log)
     kind = opened.site.name.split(".")[0]
-    settings = Dashboard(
-        **{
-            **asdict(shown),
-            "model_id": shown.model_id or Path(opened.data.model).name,
-            "set_name": shown.set_name or f"cosae-{SET_WORDS.get(kind, 'site')}-{opened.sae.d_sae}",
-        },
-        layer=opened.site.block,
-        dataset=_corpus_name(opened.data),
-        seed=reading.seed,
-    )
+    named = {
+        "model_id": shown.model_id or Path(opened.data.model).name,
+        "set_name": shown.set_name or f"cosae-{SET_WORDS.get(kind, 'site')}-{opened.sae.d_sae}",
+    }
+    about: dict[str, Any] = {"layer": opened.site.block, "dataset": _corpus_name(opened.data), "seed": reading.seed}
+    settings = Dashboard(**{**asdict(shown), **named}, **about)
     lines = []
     if uploads.same_export(out, settings, opened.metadata):
         lines.append(f"{out} holds this export already: not made again.")
     else:
-        write_dashboards(
-            opened.model,
-            opened.tokenizer,
-            opened.site,
-            opened.sae,
-            opened.sequences,
-            out,
-            settings,
-            metadata=opened.metadata,
-            batch_sequences=batch_size(opened.data, opened.model, opened.site, "float32"),
-            log=log,
-        )
+        parts = opened.model, opened.tokenizer, opened.site, opened.sae, opened.sequences
+        at_once = batch_size(opened.data, opened.model, opened.site, "float32")
+        write_dashboards(*parts, out, settings, metadata=opened.metadata, batch_sequences=at_once, log=log)
     plan = uploads.plan(out)
     if upload:
         lines.append(uploads.upload(out, plan, log))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,26 +45,21 @@ def fit(
     tensor = data if isinstance(data, Tensor) else None
     recipe = _recipe(data)
     if arms is not None:
-        several = isinstance(arms, Iterable) and not isinstance(arms, str)
-        chosen: list[Any] = list(arms) if several else [arms]
+        chosen: list[Any] = list(arms) if isinstance(arms, Iterable) and not isinstance(arms, str) else [arms]
         if not all(isinstance(arm, str | Arm) for arm in chosen):
             raise CosaeError(f"arms must be names or Arm objects. Got {arms!r} instead.")
         recipe = replace(recipe, arms=tuple(arm if isinstance(arm, Arm) else parse_arm(arm) for arm in chosen))
-    recipe = recipe.changed({_SHORT.get(key, key.replace("__", ".")): value for key, value in changes.items()})
+    given = {_SHORT.get(key, key.replace("__", ".")): value for key, value in changes.items()}
+    recipe = recipe.changed(given)
     if tensor is not None:
-        recipe = _fitted_to(recipe, tensor, changes)
+        recipe = _fitted_to(recipe, tensor, given)
     place = None if out is None else Path(out)
     measured = place is not None if evaluate is None else evaluate
     return execute(recipe, place, logs=Logs(progress, tensorboard, wandb), tensor=tensor, measured=measured)
 
 
-_SHORT = {
-    "steps": "training.steps",
-    "batch_tokens": "training.batch_tokens",
-    "lr": "training.optimizer.lr",
-    "seed": "training.seed",
-    "checkpoint_every": "training.checkpoint_every",
-}
+_SHORT = {name: f"training.{name}" for name in ("steps", "batch_tokens", "seed", "checkpoint_every")}
+_SHORT["lr"] = "training.optimizer.lr"
 
 
 def _recipe(data: Recipe | Tensor | str | Path | None) -> Recipe:
@@ -74,32 +69,28 @@ def _recipe(data: Recipe | Tensor | str | Path | None) -> Recipe:
         return Recipe(name="tensor")
     if data is None:
         return preset("embedded")
-    if isinstance(data, str | Path) and Path(data).is_dir():
-        return Recipe(name=Path(data).name).changed({"data.store": str(data)})
-    if isinstance(data, str) and not Path(data).suffix:
+    if not isinstance(data, str | Path):
+        allowed = "a Recipe, a float tensor (N, d), a path to a file or store of activations, or a preset's name"
+        raise CosaeError(f"fit takes {allowed}. Got {type(data).__name__} instead.")
+    path = Path(data)
+    if path.is_dir():
+        return Recipe(name=path.name).changed({"data.store": str(data)})
+    if isinstance(data, str) and not path.suffix:
         return preset(data)
-    if isinstance(data, str | Path):
-        return Recipe(name=Path(data).stem).changed({"data.activations": str(data)})
-    raise CosaeError(
-        "fit takes a Recipe, a float tensor (N, d), a path to a file or store of activations, or a preset's name. "
-        f"Got {type(data).__name__} instead."
-    )
+    return Recipe(name=path.stem).changed({"data.activations": str(data)})
 
 
-def _fitted_to(recipe: Recipe, tensor: Tensor, changes: dict[str, Any]) -> Recipe:
+def _fitted_to(recipe: Recipe, tensor: Tensor, given: Collection[str]) -> Recipe:
     """Window, buffer and batch no larger than a small tensor allows, unless they were asked for."""
     if tensor.ndim != 2:
         return recipe
     n = max(2, int(len(tensor) * (1 - recipe.data.held_out_frac)))
-    batch = recipe.training.batch_tokens
-    if "batch_tokens" not in changes and "training__batch_tokens" not in changes:
+    batch, buffer = recipe.training.batch_tokens, recipe.training.buffer_tokens
+    if "training.batch_tokens" not in given:
         batch = min(batch, max(1, n // 2))
-    buffer = recipe.training.buffer_tokens
-    if "training__buffer_tokens" not in changes:
+    if "training.buffer_tokens" not in given:
         buffer = min(buffer, max(2 * batch, n))
-    window = recipe.filter.window_tokens
-    if "filter__window_tokens" not in changes:
-        window = min(window, n)
-    return recipe.changed(
-        {"training.batch_tokens": batch, "training.buffer_tokens": buffer, "filter.window_tokens": window}
-    )
+    found = {"training.batch_tokens": batch, "training.buffer_tokens": buffer}
+    if "filter.window_tokens" not in given:
+        found["filter.window_tokens"] = min(recipe.filter.window_tokens, n)
+    return recipe.changed(found)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
-from cosae.io.atomic import replaced, write_text
+from cosae.io.atomic import replaced, write_text, written
 from cosae.io.legacy import upgrade
 from cosae.io.lines import finite
 from cosae.io.lock import LOCK
@@ -35,18 +35,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write atomically; NaN and infinity become null. Raises CosaeError where the disk refuses."""
-    try:
+    with written(path, "make room and resume the run"):
         write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise CosaeError(f"{path} cannot be written ({error}): make room and resume the run.") from None
 
 
 def check_free(out: Path) -> None:
     """Raises CosaeError unless `out` is absent or an empty folder."""
-    try:
+    with written(out, "choose another --out"):
         there = out.exists()
-    except OSError as error:
-        raise CosaeError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
     if there and not out.is_dir():
         raise CosaeError(f"{out} is a file; give a folder for the run.")
     if (out / RECIPE).exists() or (out / RUN).exists():
@@ -57,8 +53,5 @@ def check_free(out: Path) -> None:
 
 def write_recipe(out: Path, recipe: Recipe) -> None:
     """recipe.json, in one step. Raises CosaeError where the disk refuses."""
-    try:
-        with replaced(out / RECIPE) as staged:
-            recipe.write(staged)
-    except OSError as error:
-        raise CosaeError(f"{out} cannot be written ({error.strerror}); make room, or choose another --out.") from None
+    with written(out, "make room, or choose another --out"), replaced(out / RECIPE) as staged:
+        recipe.write(staged)

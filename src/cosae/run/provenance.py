@@ -6,7 +6,9 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,31 +49,19 @@ def packages() -> dict[str, str]:
     """Versions of the packages that decide numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def hardware(device: str) -> dict[str, Any]:
     """Processor, cores, threads, accelerator."""
-    metadata: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": device,
-    }
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
+        if named := re.search(r"^model name.*?:(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
+            processor = named[1].strip()
+    counts = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"processor": processor, **counts, "device": device}
     if device.startswith("cuda") and torch.cuda.is_available():
-        metadata["accelerator"] = torch.cuda.get_device_name(torch.device(device))
-    return metadata
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        found["accelerator"] = torch.cuda.get_device_name(torch.device(device))
+    return found

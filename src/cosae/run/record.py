@@ -81,7 +81,7 @@ def sae_provenance(
 ) -> dict[str, Any]:
     """What an SAE's file says of where it comes from."""
     site = data.site
-    own = tuple(arm for arm in recipe.arms if arm.name == name)
+    (own,) = (arm for arm in recipe.arms if arm.name == name)
     return {
         "arm": name,
         "run": recipe.name,
@@ -91,7 +91,7 @@ def sae_provenance(
         "hf_hook_name": None if site is None else site.module_path,
         "source": data.describe(),
         "tokens": recipe.training.steps * recipe.training.batch_tokens,
-        "seed": own[0].seed,
+        "seed": own.seed,
         "filter": to_plain(stream.filter),
         "perturbation": to_plain(recipe.perturbation),
         "inject_into": recipe.inject_into,
@@ -100,7 +100,7 @@ def sae_provenance(
         "l0_calibrated": calibration.l0,
         "calibration_tokens": calibration.tokens,
         "stream_digest": stream.digest,
-        "recipe": to_plain(replace(recipe, arms=own)),
+        "recipe": to_plain(replace(recipe, arms=(own,))),
         "commit": provenance.commit(),
         "packages": provenance.packages(),
     }
@@ -124,7 +124,7 @@ def describe_setting(recipe: Recipe) -> str:
         return f"synthetic world, norm {recipe.data.world.norm}"
     if recipe.perturbation.kind == "none":
         return "natural"
-    where = {"both": "", "training": " in training only", "evaluation": " in evaluation only"}[recipe.inject_into]
+    where = "" if recipe.inject_into == "both" else f" in {recipe.inject_into} only"
     return f"injected {recipe.perturbation}{where}"
 
 

@@ -1,4 +1,4 @@
-"""What `cosae eval` and `cosae audit` are asked: their options, and the arguments of the functions behind them."""
+"""What `cosae eval`, `audit` and `export` are asked: their options, and the arguments of the functions behind them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.sample import SinkRule
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 
 
 @dataclass(frozen=True)
-class EvalRequest:
-    """What SAEs are measured on. Options that are not given come from each SAE's own file, then from the defaults."""
+class Origin:
+    """Model, site and text. Options that are not given come from each SAE's file, then from DataConfig's defaults."""
 
     model: str | None = None
     """Model: embedded, a folder of a Hugging Face model, or a repository. Default: from the SAE's file."""
@@ -19,6 +19,26 @@ class EvalRequest:
     """Site that the SAE reads, such as resid_post.5. Default: from its file."""
     corpus: str | None = None
     """Text on which the model runs, as for train. Default: from the SAE's file, else pylib."""
+    format: str = "auto"
+    """Format of the SAE files. auto: recognised by the files."""
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reading(Origin):
+    """Model, site and text of an export. The seed is of the order of documents, and of the windows that are drawn."""
+
+    prompts: int = 4096
+    """Number of sequences of text; all, where the text has fewer."""
+    context: int = 128
+    """Tokens per sequence."""
+
+
+@dataclass(frozen=True)
+class EvalRequest(Origin):
+    """What SAEs are measured on."""
+
     activations: str | None = None
     """File of N × d vectors (.safetensors, .npy, .parquet), instead of a model."""
     store: str | None = None
@@ -33,10 +53,6 @@ class EvalRequest:
     """Perturbation of the norms before measuring, such as log_normal:sigma=0.5."""
     sink_factor: float = 10.0
     """Sinks are tokens of at least this multiple of the median norm, position 0, and special ids."""
-    format: str = "auto"
-    """Format of the SAE files. auto: recognised by the files."""
-    device: str = "cpu"
-    seed: int = 0
 
     def check(self) -> None:
         """Raises CosaeError for values that are not allowed, and for two origins of the tokens."""
@@ -82,5 +98,4 @@ class EvalOptions:
 
     def check(self) -> None:
         """Raises CosaeError for values that are not allowed."""
-        if self.pooling not in ("mean", "last"):
-            raise CosaeError(f"pooling must be mean or last. Got {self.pooling!r} instead.")
+        check_choice("pooling", self.pooling, ("mean", "last"))

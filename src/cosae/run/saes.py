@@ -7,7 +7,7 @@ the same tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cosae.io.values import from_plain
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse
 from cosae.run.dataset.open import open_dataset
-from cosae.run.requests import EvalRequest
+from cosae.run.requests import EvalRequest, Reading
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
 
@@ -37,36 +37,28 @@ class Datasets:
 
     def of(self, sae: SAE, path: Path) -> tuple[Dataset, Sample]:
         """The dataset of an SAE, and its held-out sample. Raises CosaeError where the widths differ."""
-        config = self._config(sae, path)
-        key = repr(config)
-        if key not in self.opened:
-            perturbation = Perturbation() if self.request.inject is None else Perturbation.parse(self.request.inject)
-            use = DataUse(
-                seed=self.request.seed,
-                device=self.request.device,
-                held_out_tokens=self.tokens,
-                perturbations=dict.fromkeys(("train", "held_out"), perturbation),
-            )
-            self.opened[key] = open_dataset(config, use)
-            self.samples[key] = self.opened[key].sample("held_out", self.tokens, self.request.rule)
-        width = self.samples[key].activations.x_ND.shape[1]
-        if width != sae.d_in:
-            raise CosaeError(
-                f"{path} reads activations of width {sae.d_in}; those given have width {width}: "
-                "name the model and site, or the file, that it was trained on."
-            )
-        return self.opened[key], self.samples[key]
-
-    def _config(self, sae: SAE, path: Path) -> DataConfig:
         request = self.request
         if request.activations is not None:
-            return DataConfig(activations=request.activations, held_out_frac=0.0)
-        if request.store is not None:
-            return DataConfig(store=request.store, store_site=request.store_site)
-        return data_of(sae, path, request)
+            config = DataConfig(activations=request.activations, held_out_frac=0.0)
+        elif request.store is not None:
+            config = DataConfig(store=request.store, store_site=request.store_site)
+        else:
+            config = data_of(sae, path, request)
+        key = repr(config)
+        if key not in self.opened:
+            perturbation = Perturbation() if request.inject is None else Perturbation.parse(request.inject)
+            both = dict.fromkeys(("train", "held_out"), perturbation)
+            known: dict[str, Any] = {"seed": request.seed, "device": request.device, "held_out_tokens": self.tokens}
+            self.opened[key] = open_dataset(config, DataUse(**known, perturbations=both))
+            self.samples[key] = self.opened[key].sample("held_out", self.tokens, request.rule)
+        width = self.samples[key].activations.x_ND.shape[1]
+        if width != sae.d_in:
+            what = f"{path} reads activations of width {sae.d_in}; those given have width {width}"
+            raise CosaeError(f"{what}: name the model and site, or the file, that it was trained on.")
+        return self.opened[key], self.samples[key]
 
 
-def data_of(sae: SAE, path: Path, request: EvalRequest) -> DataConfig:
+def data_of(sae: SAE, path: Path, request: EvalRequest | Reading) -> DataConfig:
     """The data an SAE was trained on, as far as its file says, with what was asked for in its place.
 
     Raises CosaeError where neither says where its activations come from.
@@ -74,21 +66,18 @@ def data_of(sae: SAE, path: Path, request: EvalRequest) -> DataConfig:
     known = sae.metadata
     recorded = known.get("recipe", {}).get("data") if isinstance(known.get("recipe"), dict) else None
     data = from_plain(DataConfig, recorded, "recipe.data") if isinstance(recorded, dict) else DataConfig()
-    if request.model is None:
-        if data.store is not None:
-            raise CosaeError(f"{path} was trained on the store {data.store}: name it with --store FOLDER.")
-        if data.activations is not None:
-            raise CosaeError(f"{path} was trained on the file {data.activations}: name it with --activations FILE.")
-        if data.world is not None:
-            return data
-    elif data.store is not None or data.activations is not None or data.world is not None:
+    if request.model is not None and (data.store, data.activations, data.world) != (None, None, None):
         data = DataConfig()
+    if data.store is not None:
+        raise CosaeError(f"{path} was trained on the store {data.store}: name it with --store FOLDER.")
+    if data.activations is not None:
+        raise CosaeError(f"{path} was trained on the file {data.activations}: name it with --activations FILE.")
+    if data.world is not None:
+        return data
     model = request.model or known.get("model")
     site = request.site or known.get("site") or known.get("hook_name") or known.get("hf_hook_name")
     if model is None:
-        raise CosaeError(
-            f"{path} does not say which model it was trained on: give --model and --site, or --activations FILE."
-        )
+        raise CosaeError(f"{path} does not say which model it reads: give --model and --site, or --activations FILE.")
     if site is None:
         raise CosaeError(f"{path} does not say which site it reads: give --site, for instance resid_post.3.")
     changes: dict[str, Any] = {"model": model, "site": site, "corpus": request.corpus, "context": request.context}
@@ -130,6 +119,3 @@ def calibrated(sae: SAE, sample: Sample) -> tuple[SAE, str | None]:
         f"the file holds no inference threshold; for this measurement one was set so that {found.l0:.1f} features fire "
         f"per token (its k is {sae.k}) on every second token, sinks left out"
     )
-
-
-Log = Callable[[str], None]

@@ -25,7 +25,7 @@ from cosae.run.execute import Logs, execute, resume
 from cosae.run.plan import check as plans
 from cosae.run.plan import resources as room
 from cosae.run.plan.check import check_capture, check_run, plan_run, screen
-from cosae.run.plan.resources import Choice, Item, check_memory, human, total
+from cosae.run.plan.resources import Choice, Item, check_fits, human, total
 from tests.support import ROOT
 
 TOLERANCE = 0.35
@@ -244,9 +244,9 @@ def test_rows_that_are_already_on_disk_need_no_room(tmp_path: Path, monkeypatch:
 def test_advice_where_no_single_number_is_enough() -> None:
     choices = [Choice("a", 100, 10, lambda v: 1000 + v), Choice("b", 5, 5, lambda _: 2000)]
     with pytest.raises(CosaeError, match="lower a together"):
-        check_memory([Item("all", 1100)], choices, 500, "cpu")
+        check_fits([Item("all", 1100)], choices, 500, "memory", "a smaller model")
     with pytest.raises(CosaeError, match=r"\(1.5 kB\).*smaller model"):
-        check_memory([Item("the model", 1500)], [], 500, "cpu")
+        check_fits([Item("the model", 1500)], [], 500, "memory", "a smaller model")
 
 
 def test_free_memory_respects_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +291,6 @@ def test_the_command_line_plans(verb: list[str], tmp_path: Path, capsys: pytest.
         main([*verb, *options])
     printed = capsys.readouterr()
     assert (stopped.value.code, printed.err) == (0, "")
-    for line in ("memory  about", "disk    about", "time    about", "the shuffle buffer", "steps of cosine"):
+    for line in ("memory: about", "disk: about", "time: about", "the shuffle buffer", "steps of cosine"):
         assert line in printed.out
     assert not out.exists()

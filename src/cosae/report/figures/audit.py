@@ -8,12 +8,12 @@ from markupsafe import Markup
 
 from cosae.report.figures.svg import Panel, bar, drawing, label, style_of
 from cosae.report.format import fixed
-from cosae.report.records import Quartile
+from cosae.report.lenient import Numbers
 
 _N_BINS = 20
 
 
-def quartile_figure(quartiles: Sequence[Quartile]) -> Markup:
+def quartile_figure(quartiles: Sequence[Numbers]) -> Markup:
     """Median token FVE and L0 by norm quartile."""
     parts: list[object] = []
     for at, (title, key) in enumerate((("median token FVE", "median_token_fve"), ("L0", "l0"))):

@@ -205,15 +205,15 @@ class Panel:
 
     def column(self, x: float, words: str = "", dash: str | None = "4 3") -> Markup:
         """A vertical line through the panel, with words at its top."""
-        at = self.x(x)
-        parts = [rule(at, self.y.end, at, self.y.start, MUTED, dash=dash)]
-        return join([*parts, label(at + 4, self.y.end + 11, words, size=11)] if words else parts)
+        at, top = self.x(x), self.y.end
+        line = rule(at, top, at, self.y.start, MUTED, dash=dash)
+        return line + label(at + 4, top + 11, words, size=11) if words else line
 
-    def row(self, y: float, words: str = "", dash: str | None = "4 3") -> Markup:
-        """A horizontal line through the panel, with words at its right end."""
-        at = self.y(y)
-        parts = [rule(self.x.start, at, self.x.end, at, MUTED, dash=dash)]
-        return join([*parts, label(self.x.end - 4, at - 5, words, "end", size=11)] if words else parts)
+    def row(self, y: float, words: str) -> Markup:
+        """A dashed horizontal line through the panel, with words at its right end."""
+        at, right = self.y(y), self.x.end
+        line = rule(self.x.start, at, right, at, MUTED, dash="4 3")
+        return line + label(right - 4, at - 5, words, "end", size=11)
 
 
 def rule(

@@ -28,12 +28,11 @@ class ArrayDataset(Dataset):
     def __init__(self, config: DataConfig, use: DataUse, tensor: Tensor | None = None) -> None:
         super().__init__(config, use)
         self._tensor = tensor
-        least = "at least 0 and below 1" if not use.train_tokens else "between 0 and 1, neither of them"
-        if not (0 < config.held_out_frac < 1 or (config.held_out_frac == 0 and not use.train_tokens)):
-            raise CosaeError(
-                f"held_out_frac must lie {least}: thresholds are calibrated on rows kept out of training. Got "
-                f"{config.held_out_frac} instead."
-            )
+        frac = config.held_out_frac
+        if not (0 < frac < 1 or (frac == 0 and not use.train_tokens)):
+            least = "between 0 and 1, neither of them" if use.train_tokens else "at least 0 and below 1"
+            why = "thresholds are calibrated on rows kept out of training"
+            raise CosaeError(f"held_out_frac must lie {least}: {why}. Got {frac} instead.")
 
     @cached_property
     def source(self) -> ArraySource | TensorSource:  # type: ignore[override]

@@ -29,7 +29,6 @@ Split = Literal["train", "held_out", "calibration"]
 that thresholds meet the same kinds of text that they are measured on."""
 Side = Literal["train", "held_out"]
 
-
 NO_MODEL = "this measurement runs the model itself: give --model and --site, not --activations or --store."
 
 
@@ -126,7 +125,7 @@ class Dataset:
 
     def again(self, use: DataUse) -> Dataset:
         """The same data for another use that differs in perturbations only: nothing is read twice."""
-        if replace(use, perturbations={}, keep_tokens=0) != replace(self.use, perturbations={}, keep_tokens=0):
+        if replace(use, perturbations=self.use.perturbations, keep_tokens=self.use.keep_tokens) != self.use:
             raise CosaeError("two runs share captured activations only where their seeds and sizes are the same.")
         twin = copy.copy(self)
         twin.use = use

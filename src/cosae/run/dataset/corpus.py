@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -86,13 +86,8 @@ class CorpusText:
     def pack_each(self, tokenized: Iterable[TokenizedDocument]) -> Iterator[Sequences]:
         """As `pack`, lazily: `chunk_sequences` rows at a time."""
         data = self._data
-        return iterate_sequences(
-            tokenized,
-            data.context,
-            data.packing,  # type: ignore[arg-type]
-            rows_per_chunk=data.chunk_sequences,
-            **self._special,
-        )
+        options: dict[str, Any] = {"rows_per_chunk": data.chunk_sequences, **self._special}
+        return iterate_sequences(tokenized, data.context, data.packing, **options)  # type: ignore[arg-type]
 
     def pack(self, tokenized: Sequence[TokenizedDocument]) -> Sequences:
         """Rows of `context` tokens."""
@@ -115,23 +110,9 @@ class CorpusText:
 
     def documents(self, spec: str, split: Side, salt: str, turn: int = 0) -> Iterator[Document]:
         """Documents of one source that are long enough, in the order they are read in."""
-        data = self._data
         key = [self._seed, *salt.encode(), *([turn] if turn else [])]
         self._tallies[spec] = tally = Tally()
-        found = read_documents(
-            spec,
-            split,
-            held_out_frac=data.held_out_frac,
-            reading=reading_of(data),
-            sides=self._sides,
-            order_key=key if streamed(spec) else None,
-            tally=tally,
-        )
-        if not streamed(spec):
-            listed = list(found)
-            # any stretch of a sorted folder is one corner of it; the seed decides which documents a short run sees
-            found = iter([listed[i] for i in np.random.default_rng(key).permutation(len(listed))])
-        return (document for document in found if len(document.text) >= data.min_chars)
+        return long_enough(self._data, spec, split, key, sides=self._sides, tally=tally)
 
     def _open(self, number: int, split: Side, salt: str, turn: int, skip: int) -> Iterator[TokenizedDocument]:
         spec = self.specs[number]
@@ -147,11 +128,24 @@ class CorpusText:
         return {"pad_id": pad_id(self._tokenizer), "special_ids": tuple(self._tokenizer.all_special_ids)}
 
     def _check_held_out(self, spec: str) -> None:
-        if self._data.held_out_frac == 0 or next(self.documents(spec, "held_out", "train"), None) is None:
-            raise CosaeError(
-                f"the corpus {spec} leaves no document for the held-out side, on which thresholds are calibrated "
-                f"(held_out_frac {self._data.held_out_frac}): give more documents or raise data.held_out_frac."
-            )
+        frac = self._data.held_out_frac
+        if frac == 0 or next(self.documents(spec, "held_out", "train"), None) is None:
+            what = f"the corpus {spec} leaves no document for the held-out side (held_out_frac {frac})"
+            raise CosaeError(f"{what}: give more documents or raise data.held_out_frac.")
+
+
+def long_enough(
+    data: DataConfig, spec: str, split: Side | Literal["all"], key: list[int], **options: Any
+) -> Iterator[Document]:
+    """Documents of one source that are long enough, in an order seeded by `key`; streamed ones in their own."""
+    held, reading = not streamed(spec), reading_of(data)
+    options |= {"held_out_frac": data.held_out_frac, "order_key": None if held else key}
+    found = read_documents(spec, split, reading=reading, **options)
+    if held:
+        listed = list(found)
+        # any stretch of a sorted folder is one corner of it; the seed decides which documents a short run sees
+        found = iter([listed[i] for i in np.random.default_rng(key).permutation(len(listed))])
+    return (document for document in found if len(document.text) >= data.min_chars)
 
 
 def check_corpus(data: DataConfig) -> None:
@@ -168,15 +162,11 @@ def reading_of(data: DataConfig) -> Reading:
 
 def streamed(spec: str) -> bool:
     """Whether a source is read as it comes instead of being held."""
-    if spec.startswith("hf:"):
-        return True
     path = Path(spec)
-    if is_saved_dataset(path):
+    if spec.startswith("hf:") or is_saved_dataset(path):
         return True
-    if path.is_dir():
-        sizes = itertools.accumulate(p.stat().st_size for p in path.rglob("*") if p.is_file())
-        return any(size > STREAM_ABOVE_BYTES for size in sizes)
-    return path.is_file() and path.stat().st_size > STREAM_ABOVE_BYTES
+    sizes = itertools.accumulate(p.stat().st_size for p in itertools.chain([path], path.rglob("*")) if p.is_file())
+    return any(size > STREAM_ABOVE_BYTES for size in sizes)
 
 
 def adds_bos(data: DataConfig, tokenizer: Any) -> bool:
@@ -193,8 +183,5 @@ def adds_bos(data: DataConfig, tokenizer: Any) -> bool:
 
 def pad_id(tokenizer: Any) -> int:
     """An id to fill masked places with; models never attend to them."""
-    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        value = getattr(tokenizer, name, None)
-        if value is not None:
-            return int(value)
-    return 0
+    found = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "bos"))
+    return int(next((value for value in found if value is not None), 0))

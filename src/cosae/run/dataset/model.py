@@ -83,20 +83,23 @@ class ModelDataset(Dataset):
         """Sequences per forward pass: as given, or as many as fit."""
         return batch_size(self.config, self.model, self.site, self.use.store_dtype)
 
-    @cached_property
-    def source(self) -> Source:  # type: ignore[override]
-        options: dict[str, Any] = {
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
             "batch_sequences": self.batch_sequences,
             "store_dtype": getattr(torch, self.use.store_dtype),
             "allow_non_finite": self.config.non_finite == "drop",
         }
+
+    @cached_property
+    def source(self) -> Source:  # type: ignore[override]
         source: Source
         if self.text.streamed:
-            source = StreamedModelSource(self.model, self.text.text(), self.site, **options)
+            source = StreamedModelSource(self.model, self.text.text(), self.site, **self._options)
         else:
             packed = self.text.pack(self.text.tokenized("train", self.use.train_tokens))
-            chunk = self.config.chunk_sequences
-            source = ModelSource(self.model, packed, self.site, chunk_sequences=chunk, seed=self.use.seed, **options)
+            options = {**self._options, "chunk_sequences": self.config.chunk_sequences, "seed": self.use.seed}
+            source = ModelSource(self.model, packed, self.site, **options)
         return CachedSource(source, self.use.keep_tokens) if self.use.keep_tokens else source
 
     @property
@@ -122,17 +125,16 @@ class ModelDataset(Dataset):
         name = str(model_path()) if config.model == "embedded" else config.model
         size = model_size(name, config.site, config.model_dtype, config.revision, config.attention)
         # measured where asked, against an eighth of the memory and at most so many tokens
-        per_pass = AUTO_PASS_TOKENS
-        if config.batch_sequences != "auto":
-            per_pass = config.batch_sequences * config.context
+        auto = config.batch_sequences == "auto"
+        per_pass = AUTO_PASS_TOKENS if auto else int(config.batch_sequences) * config.context
         chunk = config.chunk_sequences * config.context
         value = max(4, STORE_DTYPES[config.model_dtype].itemsize)
-        items = [
+        ahead = config.prefetch_chunks * chunk * (value * size.d_in + IDS_BYTES)
+        resident = (
             Item(f"the model ({config.model_dtype})", size.weight_bytes),
             Item("the text as tokens", TEXT_BYTES * self._held_tokens()),
-            Item("chunks captured ahead", config.prefetch_chunks * chunk * (value * size.d_in + IDS_BYTES)),
-        ]
-        resident = tuple(items if config.prefetch_chunks else items[:2])
+            *([Item("chunks captured ahead", ahead)] if ahead else ()),
+        )
         return Sizes(size.d_in, resident, chunk, per_pass * (size.pass_bytes + config.context * size.attention_bytes))
 
     def _held_tokens(self) -> int:
@@ -141,7 +143,7 @@ class ModelDataset(Dataset):
         if len(sources) > 1 or streamed(sources[0].spec):
             return self.config.chunk_sequences * self.config.context
         path = Path(sources[0].spec)
-        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
+        files = (p for p in (path, *path.rglob("*")) if p.is_file())
         size = sum(p.stat().st_size for p in files) if sources[0].spec != "pylib" else PYLIB_BYTES
         return min(self.use.train_tokens, size // 2)
 
@@ -172,14 +174,9 @@ class ModelDataset(Dataset):
 
     def read_texts(self, texts: TextSequence[str], context: int) -> Iterator[tuple[list[int], Activations]]:
         documents = (Document(str(row), text) for row, text in enumerate(texts))
-        packed = iterate_sequences(
-            tokenize_documents(documents, self.tokenizer, add_bos=adds_bos(self.config, self.tokenizer)),
-            context,
-            "document",
-            pad_id=pad_id(self.tokenizer),
-            special_ids=self.tokenizer.all_special_ids,
-            rows_per_chunk=TEXTS_AT_ONCE,
-        )
+        tokenized = tokenize_documents(documents, self.tokenizer, add_bos=adds_bos(self.config, self.tokenizer))
+        special: dict[str, Any] = {"pad_id": pad_id(self.tokenizer), "special_ids": self.tokenizer.all_special_ids}
+        packed = iterate_sequences(tokenized, context, "document", rows_per_chunk=TEXTS_AT_ONCE, **special)
         perturbation = self.use.perturbations.get("held_out", Perturbation())
         for number, chunk in enumerate(packed):
             names = [chunk.doc_names[i - chunk.first_doc] for i in chunk.doc_ST[:, 0].tolist()]
@@ -201,14 +198,8 @@ class ModelDataset(Dataset):
     def _capture(self, side: Side, n_tokens: int) -> Sample:
         """About n_tokens of one side, unperturbed: whole sequences drawn from many documents, with their labels."""
         tokenized, packed = self._draw(side, n_tokens)
-        found = capture(
-            self.model,
-            packed,
-            self.site,
-            batch_sequences=self.batch_sequences,
-            store_dtype=torch.float32 if self.use.device == "cpu" else getattr(torch, self.use.store_dtype),
-            allow_non_finite=self.config.non_finite == "drop",
-        )[self.site.name]
+        options = {**self._options, "store_dtype": torch.float32} if self.use.device == "cpu" else self._options
+        found = capture(self.model, packed, self.site, **options)[self.site.name]
         activations = finite_rows(found)
         used = {int(doc) for doc in torch.unique(activations.doc_N)}
         known: dict[str, Any] = {

@@ -16,10 +16,8 @@ from cosae.run.dataset.world import WorldDataset
 def open_dataset(data: DataConfig, use: DataUse | None = None, tensor: Tensor | None = None) -> Dataset:
     """The data that a configuration names, or `tensor` (N, D) instead. Raises CosaeError for what cannot be read."""
     use = use or DataUse()
-    given = {"a store": data.store, "a file of activations": data.activations, "a synthetic world": data.world}
+    given = {"a tensor": tensor, "a store": data.store, "a file": data.activations, "a synthetic world": data.world}
     named = [name for name, value in given.items() if value is not None]
-    if tensor is not None and named:
-        raise CosaeError(f"a run on a tensor takes its activations from nowhere else: drop {named[0]}.")
     if len(named) > 1:
         raise CosaeError(f"a run takes activations from {' or '.join(named)}, not from both: drop one.")
     if tensor is not None:

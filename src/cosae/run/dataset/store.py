@@ -29,10 +29,8 @@ class StoreDataset(Dataset):
         self.site = self.store.site
         self.model_name = self.store.record["request"].get("model")
         if not self.store.n_rows("held_out"):
-            raise CosaeError(
-                f"{self.store.folder} has no held-out rows, on which thresholds are calibrated: capture a store with "
-                "--held-out-tokens above 0."
-            )
+            what = f"{self.store.folder} has no held-out rows, on which thresholds are calibrated"
+            raise CosaeError(f"{what}: capture a store with --held-out-tokens above 0.")
         self.source: StoreSource = StoreSource(self.store, seed=use.seed)
         self.has_concepts = self.store.concepts == tuple(concept.name for concept in CONCEPTS)
 
@@ -41,10 +39,8 @@ class StoreDataset(Dataset):
 
     def sample(self, split: Split, n_tokens: int, rule: SinkRule | None = None) -> Sample:
         side = side_of(split)
-        if side == "train":
-            row_N = self._spread(n_tokens)
-        else:
-            row_N = split_held_out(self.store.n_rows("held_out"), split, self.use)
+        held_out = self.store.n_rows("held_out")
+        row_N = self._spread(n_tokens) if side == "train" else split_held_out(held_out, split, self.use)
         found = self.store.take(side, row_N)
         first = len(self.store.documents("held_out")) if side == "train" else 0
         names = self.store.documents(side)

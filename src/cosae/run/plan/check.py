@@ -5,16 +5,18 @@ recipe → sizes (configurations, headers) → memory, disk → refused? → a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from cosae.recipe import Recipe
+from cosae.report.terminal import text_table
 from cosae.run.capture.request import Capture
 from cosae.run.dataset.base import Dataset, DataUse, Sizes
 from cosae.run.dataset.open import dataset_of, open_dataset
 from cosae.run.plan.memory import MemoryPlan, capture_disk, capture_memory, run_disk, train_memory
-from cosae.run.plan.resources import Choice, Item, check_disk, check_memory, free_disk, free_memory, human, total
+from cosae.run.plan.resources import Choice, Item, check_fits, free_disk, free_memory, human, total
 from cosae.run.plan.time import TimePlan, capture_time, train_time
 
 
@@ -47,11 +49,11 @@ def check_run(recipe: Recipe, data: Dataset, out: Path | None, *, begun: bool = 
     plan = Plan(memory(recipe), disk(recipe), free_memory(recipe.device), free_disk(out or Path()))
     in_memory = _choices(recipe, lambda changed: memory(changed).n_bytes, begun)
     otherwise = "a machine or a moment with more memory free" if begun else "a smaller model"
-    check_memory(plan.memory.peak, in_memory, plan.free_memory, recipe.device, otherwise)
+    check_fits(plan.memory.peak, in_memory, plan.free_memory, f"the memory of {recipe.device}", otherwise)
     if out is not None:
         there = sum(p.stat().st_size for p in (out / "checkpoints").rglob("*.safetensors")) if begun else 0
         on_disk = _choices(recipe, lambda changed: total(disk(changed)), begun)
-        check_disk(plan.disk, on_disk, plan.free_disk + there, out)
+        check_fits(plan.disk, on_disk, plan.free_disk + there, f"the disk at {out}", "another place")
     return plan
 
 
@@ -66,11 +68,11 @@ def _choices(recipe: Recipe, needed: Callable[[Recipe], int], begun: bool) -> li
         "evaluation.held_out_tokens": (recipe.evaluation.held_out_tokens, 4096),
     }
 
-    def with_value(setting: str) -> Callable[[int], int]:
-        return lambda value: needed(recipe.changed({setting: value}))
+    def with_value(setting: str, value: int) -> int:
+        return needed(recipe.changed({setting: value}))
 
     free = [setting for setting in now if not begun or setting.startswith("evaluation.")]
-    found = [Choice(setting, now[setting][0], now[setting][1], with_value(setting)) for setting in free]
+    found = [Choice(setting, *now[setting], partial(with_value, setting)) for setting in free]
     return [choice for choice in found if choice.needed(choice.least) < needed(recipe)]
 
 
@@ -85,17 +87,13 @@ def check_capture(request: Capture, out: Path) -> Plan:
         return total(capture_disk(changed, sizes, label_bytes))
 
     rows = max(request.rows_per_shard(size.d_in, label_bytes) for size in sizes)
-    plan = Plan(
-        capture_memory(request, sizes, label_bytes),
-        capture_disk(request, sizes, label_bytes),
-        free_memory(request.device),
-        free_disk(out),
-    )
+    needed = capture_memory(request, sizes, label_bytes), capture_disk(request, sizes, label_bytes)
+    plan = Plan(*needed, free_memory(request.device), free_disk(out))
     shards = Choice("--shard-tokens", rows, 1024, lambda value: memory(replace(request, shard_tokens=value)))
     tokens = Choice("--tokens", request.tokens, 1024, lambda value: on_disk(replace(request, tokens=value)))
     there = sum(path.stat().st_size for path in out.rglob("*.safetensors")) if out.is_dir() else 0
-    check_memory(plan.memory.peak, [shards], plan.free_memory, request.device)
-    check_disk(plan.disk, [tokens], plan.free_disk + there, out)
+    check_fits(plan.memory.peak, [shards], plan.free_memory, f"the memory of {request.device}", "a smaller model")
+    check_fits(plan.disk, [tokens], plan.free_disk + there, f"the disk at {out}", "another place")
     return plan
 
 
@@ -104,15 +102,13 @@ def plan_run(recipe: Recipe, out: Path | None, log: Callable[[str], None] = lamb
     data = dataset_of(recipe)
     checked = check_run(recipe, data, out)
     log("opening the data for a short sample")
-    timed = train_time(recipe.resolved(data.d_in), data)
-    return Plan(checked.memory, checked.disk, checked.free_memory, checked.free_disk, timed)
+    return replace(checked, time=train_time(recipe.resolved(data.d_in), data))
 
 
 def plan_capture(request: Capture, out: Path, log: Callable[[str], None] = lambda _: None) -> Plan:
     """The plan of a capture, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
     checked = check_capture(request, out)
-    timed = capture_time(request, log)
-    return Plan(checked.memory, checked.disk, checked.free_memory, checked.free_disk, timed)
+    return replace(checked, time=capture_time(request, log))
 
 
 def _capture_sizes(request: Capture) -> tuple[list[Sizes], int]:
@@ -127,23 +123,22 @@ def _capture_sizes(request: Capture) -> tuple[list[Sizes], int]:
 
 def screen(plan: Plan) -> str:
     """A plan as text for a terminal."""
+
+    def sizes(title: str, items: Iterable[Item]) -> str:
+        return text_table((), [(human(item.n_bytes), item.what) for item in items], title=title, align="rl")
+
     memory = plan.memory
-    passing = max(memory.passing, key=lambda item: item.n_bytes)
-    lines = [f"memory  about {human(memory.n_bytes)} beside the program itself; {human(plan.free_memory)} are free"]
-    lines += _lines(memory.resident)
-    lines += [f"  one at a time, the largest counts ({human(passing.n_bytes)}):", *_lines(memory.passing, "    ")]
+    needed = f"about {human(memory.n_bytes)} beside the program itself; {human(plan.free_memory)} are free"
+    shown = [sizes(f"memory: {needed}", memory.resident)]
+    shown.append(sizes(f"one at a time, the largest counts ({human(memory.peak[-1].n_bytes)}):", memory.passing))
     if plan.disk:
-        lines += [f"disk    about {human(total(plan.disk))}; {human(plan.free_disk)} are free", *_lines(plan.disk)]
+        shown.append(sizes(f"disk: about {human(total(plan.disk))}; {human(plan.free_disk)} are free", plan.disk))
     if plan.time is not None:
-        lines.append(f"time    about {_duration(plan.time.seconds)}, by a short sample on this machine as it is now")
-        lines += [f"  {_duration(seconds):>9}  {what}" for what, seconds in plan.time.parts.items()]
+        title = f"time: about {_duration(plan.time.seconds)}, by a short sample on this machine as it is now"
         rates = ", ".join(f"{what} {rate:.0f}" for what, rate in plan.time.tokens_per_second.items())
-        lines.append(f"  tokens a second: {rates}")
-    return "\n".join(lines)
-
-
-def _lines(items: Sequence[Item], indent: str = "  ") -> list[str]:
-    return [f"{indent}{human(item.n_bytes):>9}  {item.what}" for item in items]
+        rows = [(_duration(seconds), what) for what, seconds in plan.time.parts.items()]
+        shown.append(text_table((), rows, title=title, notes=[f"tokens a second: {rates}"], align="rl"))
+    return "\n".join(shown)
 
 
 def _duration(seconds: float) -> str:

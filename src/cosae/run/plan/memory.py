@@ -70,17 +70,15 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
     held_out = recipe.evaluation.held_out_tokens
     probed = recipe.evaluation.probe_tokens if recipe.evaluation.probing and _labelled(recipe) else 0
     labelled = LABELLED_TOKENS if _labelled(recipe) else 0
-    codes = sum(12 * _k(arm) for arm in recipe.arms)
+    codes = sum(12 * (arm.sae.k or 1) for arm in recipe.arms)
     measured = held_out + recipe.evaluation.calibration_tokens + probed
+    evaluation = 4 * measured * FLOAT * d + (held_out + probed) * codes + LABEL_BYTES * (2 * probed + labelled)
     passing = (
         Item("the first window", 4 * recipe.filter.window_tokens * row),
         Item(f"one step of {widest.name}", _step(widest, recipe.kernel, batch, d)),
         Item("a refill of the buffer", 2 * sizes.chunk_rows * row + sizes.chunk_work),
         Item("a checkpoint being written", max(3 * rows * row, int(2 * 2 * _width(widest) * d * (FLOAT + 2 * moment)))),
-        Item(
-            "evaluation",
-            4 * measured * FLOAT * d + (held_out + probed) * codes + LABEL_BYTES * (2 * probed + labelled),
-        ),
+        Item("evaluation", evaluation),
     )
     return MemoryPlan((*sizes.resident, buffer, sample, *arms), passing)
 
@@ -101,10 +99,6 @@ def _step(arm: Any, kernel: str, batch: int, d: int) -> int:
 def _width(arm: Any) -> int:
     assert arm.sae.d_sae is not None
     return int(arm.sae.d_sae)
-
-
-def _k(arm: Any) -> int:
-    return int(arm.sae.k or 1)
 
 
 def _labelled(recipe: Recipe) -> bool:
@@ -130,28 +124,18 @@ def run_disk(recipe: Recipe, d_in: int) -> tuple[Item, ...]:
 def capture_memory(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -> MemoryPlan:
     """Memory of a capture of one or several sites: two shards' rows of each, one chunk, one forward pass."""
     value = STORE_DTYPES[request.captured_dtype].itemsize
-    shards = [
-        Item(
-            f"rows of {site} on their way to a shard, twice",
-            2
-            * min(request.rows_per_shard(size.d_in, label_bytes), max(request.tokens, request.held_out_tokens))
-            * (value * size.d_in + IDS_BYTES + label_bytes),
-        )
-        for site, size in zip(request.sites, sizes, strict=True)
-    ]
-    chunk = sum(2 * size.chunk_rows * (value * size.d_in + IDS_BYTES) for size in sizes)
-    return MemoryPlan(
-        (*sizes[0].resident, *shards), (Item("a chunk of sequences in a forward pass", chunk + sizes[0].chunk_work),)
-    )
+    shards = []
+    for site, size in zip(request.sites, sizes, strict=True):
+        rows = min(request.rows_per_shard(size.d_in, label_bytes), max(request.tokens, request.held_out_tokens))
+        n_bytes = 2 * rows * (value * size.d_in + IDS_BYTES + label_bytes)
+        shards.append(Item(f"rows of {site} on their way to a shard, twice", n_bytes))
+    chunk = sum(2 * size.chunk_rows * (value * size.d_in + IDS_BYTES) for size in sizes) + sizes[0].chunk_work
+    passing = Item("a chunk of sequences in a forward pass", chunk)
+    return MemoryPlan((*sizes[0].resident, *shards), (passing,))
 
 
 def capture_disk(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -> tuple[Item, ...]:
     """Disk of the stores: rows × what a row takes; headers and the index are a few kB."""
-    return tuple(
-        Item(
-            f"the store of {site}",
-            (request.tokens + request.held_out_tokens)
-            * ShardShape(1, size.d_in, request.dtype, label_bytes).row_bytes(),
-        )
-        for site, size in zip(request.sites, sizes, strict=True)
-    )
+    rows, pairs = request.tokens + request.held_out_tokens, zip(request.sites, sizes, strict=True)
+    shapes = {site: ShardShape(1, size.d_in, request.dtype, label_bytes) for site, size in pairs}
+    return tuple(Item(f"the store of {site}", rows * shape.row_bytes()) for site, shape in shapes.items())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +71,9 @@ def free_memory(device: str = "cpu") -> int:
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     available = 1 << 62
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                available = 1024 * int(line.split()[1])
-    except OSError:
-        pass
+    with suppress(OSError):
+        if found := re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii")):
+            available = 1024 * int(found[1])
     return min(available, *(_left(*names) for names in _LIMITS))
 
 
@@ -98,21 +97,9 @@ def free_disk(place: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def check_memory(
-    items: Sequence[Item], choices: Sequence[Choice], available: int, device: str, otherwise: str = "a smaller model"
-) -> None:
-    """Raises CosaeError, saying what to lower to what or what to choose `otherwise`, where `items` take more memory
-    than there is."""
-    of_what = "the memory" if torch.device(device).type == "cpu" else f"the memory of {device}"
-    _check(items, choices, available, of_what, otherwise)
-
-
-def check_disk(items: Sequence[Item], choices: Sequence[Choice], available: int, place: Path) -> None:
-    """Raises CosaeError, saying what to lower to what, where `items` take more disk than there is."""
-    _check(items, choices, available, f"the disk at {place}", "another place")
-
-
-def _check(items: Sequence[Item], choices: Sequence[Choice], available: int, of_what: str, otherwise: str) -> None:
+def check_fits(items: Sequence[Item], choices: Sequence[Choice], available: int, of_what: str, otherwise: str) -> None:
+    """Raises CosaeError where `items` take more than is available `of_what`, saying which choice to lower to what, or
+    what to choose `otherwise`."""
     needed = total(items)
     if needed <= available:
         return
