@@ -182,7 +182,7 @@ def test_a_set_of_sae_probes_is_probed(
     assert found["summary"]["sinks_out"]["bag_of_tokens"]["ceiling"]["accuracy"]["mean"] == 1
     status, _, said = run([*given, "--texts", "sae-probes:absent"], capsys)
     assert status == 2
-    assert "binary data sets of sae-probes" in said
+    assert "data sets of sae-probes" in said
 
 
 def _compress(path: Path, lines: list[str]) -> None:

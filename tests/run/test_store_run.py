@@ -440,7 +440,7 @@ def test_the_command_line_from_capture_to_verify(
 
     status, out, error = run("verify", str(plain))
     assert (status, error) == (0, "")
-    assert re.fullmatch(rf"{plain}: whole; 3000 train and \d+ held-out tokens, width 192, float32, .* shards\n", out)
+    assert re.fullmatch(rf"{plain}: complete; 3000 train and \d+ held-out tokens, width 192, float32, .* shards\n", out)
     status, shown, _ = run("inspect", str(plain))
     assert status == 0
     assert json.loads(shown)[0]["rows"]["train"] == 3000

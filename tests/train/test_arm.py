@@ -72,7 +72,7 @@ def test_open_fields_come_from_the_run_and_set_ones_stay() -> None:
         ("cosine,k=2.5", "k must be a whole number"),
         ("cosine,a_init=x", "a_init must be a number"),
         ("cosine,prefixes=4+x", "each of prefixes must be a whole number"),
-        ("cosine,norm_restoring=1", "must be true or false"),
+        ("cosine,norm_restoring=1", "must be one of true, false"),
         ("cosine,width=4", "an arm has no field 'width'"),
         ("cosine,loss=4", "an arm has no field 'loss'"),
         ("cosine,loss.weight=4", "has no field 'loss.weight'"),

@@ -105,7 +105,7 @@ def verify(command: Verify) -> int:
             faults = [str(error)]
         for fault in faults:
             print(f"cosae: {fault}", file=sys.stderr)
-        print(f"{place}: {f'damaged, {len(faults)} of its files' if faults else f'whole; {_summary(place)}'}")
+        print(f"{place}: {f'damaged, {len(faults)} of its files' if faults else f'complete; {_summary(place)}'}")
         sound &= not faults
     return 0 if sound else 1
 

@@ -50,7 +50,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CosaeError(f"{path} is not a whole safetensors file ({one_line(error)}): copy it again.") from None
+        raise CosaeError(f"{path} is not a complete safetensors file ({one_line(error)}): copy it again.") from None
 
 
 def read_pickled(path: Path) -> Any:
@@ -59,9 +59,8 @@ def read_pickled(path: Path) -> Any:
     _check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises errors of many kinds on hostile bytes
-        said = one_line(error)
-        raise CosaeError(f"{path} is damaged or holds more than plain tensors ({said}); not opened.") from None
+    except Exception:  # the unpickler raises errors of many kinds on hostile bytes
+        raise CosaeError(f"{path} is damaged or holds code: only tensors and plain containers are opened.") from None
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:

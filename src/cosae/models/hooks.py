@@ -57,7 +57,7 @@ def read_sites(
     with _PASS, suppress(_Stop), ExitStack() as hooks, torch.no_grad():
         for site in sites:
             hooks.callback(hook_site(model, site, reader(site)).remove)
-        body(**_inputs(body, batch))
+        body(**arguments_of(body, batch))
     if missed := [site.name for site in sites if site not in found]:
         raise CosaeError(f"Site '{missed[0]}' was never reached: the model does not call that module itself.")
     return found
@@ -109,7 +109,7 @@ def _real_rows(value: Any, mask_ST: Tensor, site: Site) -> Tensor:
     return rows
 
 
-def _inputs(body: Any, batch: Sequences) -> dict[str, Any]:
+def arguments_of(body: Any, batch: Sequences) -> dict[str, Any]:
     """Arguments of the pass: a mask only where there is padding, positions only where it comes first."""
     device = body.get_input_embeddings().weight.device
     mask_ST = batch.mask_ST

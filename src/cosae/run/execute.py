@@ -121,6 +121,7 @@ def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = No
             )
         known = (out / RECIPE).is_file()  # not where the run ended between the writing of the two
         recipe = Recipe.read(out / RECIPE) if known else from_plain(Recipe, record.get("recipe"), str(out / RUN))
+        check_device(recipe.device)
         data = dataset_of(recipe, tensor)
         check_run(recipe, data, out, begun=True)
         run = _Run(recipe, data, out, logs or Logs())
@@ -151,7 +152,6 @@ class _Run:
 
     def __init__(self, recipe: Recipe, data: Dataset, out: Path | None, logs: Logs) -> None:
         torch.manual_seed(recipe.training.seed)
-        check_device(recipe.device)
         self.data, self.out, self.logs = data, out, logs
         self.recipe = recipe = replace(recipe.resolved(data.d_in), data=data.resolved())
         recipe.check()  # widths are known now

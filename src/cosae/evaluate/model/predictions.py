@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError
 from cosae.evaluate.encoded import row_slices
-from cosae.models.hooks import _inputs as arguments_of
-from cosae.models.hooks import body_of
+from cosae.models.hooks import arguments_of, body_of
 from cosae.types import Sequences
 
 CHUNK_ENTRIES = 8_000_000

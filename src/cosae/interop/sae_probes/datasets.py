@@ -79,7 +79,9 @@ def datasets(
     wanted = list(files) if only is None else [only] if isinstance(only, str) else list(only)
     if unknown := [name for name in wanted if name not in files]:
         some = ", ".join(list(files)[:3])
-        raise CosaeError(f"only must name data sets, as {some}. Got {unknown[0]!r}: names() lists all {len(files)}.")
+        raise CosaeError(
+            f"only must name data sets of sae-probes, as {some}. Got {unknown[0]!r}: names() lists all {len(files)}."
+        )
     return [_dataset(name, folder / files[name], n_rows) for name in wanted]
 
 

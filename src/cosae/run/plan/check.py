@@ -5,7 +5,7 @@ recipe → sizes (configurations, headers) → memory, disk → refused? → a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,8 +57,8 @@ def check_run(recipe: Recipe, data: Dataset, out: Path | None, *, begun: bool = 
     return plan
 
 
-def _choices(recipe: Recipe, needed: Callable[[Recipe], int], begun: bool) -> list[Choice]:
-    """The numbers of a recipe that decide how much it takes, as far as they can still be changed."""
+def _choices(recipe: Recipe, needed: Callable[[Recipe], int], begun: bool) -> Iterator[Choice]:
+    """The numbers of a recipe that decide how much it takes, as far as they can still be changed; found when asked."""
     batch, k = recipe.training.batch_tokens, max(recipe.k, *(arm.sae.k or 0 for arm in recipe.arms))
     now = {
         "d_sae": (recipe.d_sae or 0, 2 * k),
@@ -71,9 +71,10 @@ def _choices(recipe: Recipe, needed: Callable[[Recipe], int], begun: bool) -> li
     def with_value(setting: str, value: int) -> int:
         return needed(recipe.changed({setting: value}))
 
-    free = [setting for setting in now if not begun or setting.startswith("evaluation.")]
-    found = [Choice(setting, *now[setting], partial(with_value, setting)) for setting in free]
-    return [choice for choice in found if choice.needed(choice.least) < needed(recipe)]
+    for setting, (value, least) in now.items():
+        choice = Choice(setting, value, least, partial(with_value, setting))
+        if (not begun or setting.startswith("evaluation.")) and choice.needed(least) < needed(recipe):
+            yield choice
 
 
 def check_capture(request: Capture, out: Path) -> Plan:

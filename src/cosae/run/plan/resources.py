@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +97,7 @@ def free_disk(place: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def check_fits(items: Sequence[Item], choices: Sequence[Choice], available: int, of_what: str, otherwise: str) -> None:
+def check_fits(items: Sequence[Item], choices: Iterable[Choice], available: int, of_what: str, otherwise: str) -> None:
     """Raises CosaeError where `items` take more than is available `of_what`, saying which choice to lower to what, or
     what to choose `otherwise`."""
     needed = total(items)
@@ -106,7 +106,7 @@ def check_fits(items: Sequence[Item], choices: Sequence[Choice], available: int,
     largest = max(items, key=lambda item: item.n_bytes)
     raise CosaeError(
         f"this would take {human(needed)} of {of_what}, of which {human(max(available, 0))} are free; the largest part "
-        f"is {largest.what} ({human(largest.n_bytes)}). {_advice(choices, available, otherwise)}"
+        f"is {largest.what} ({human(largest.n_bytes)}). {_advice(list(choices), available, otherwise)}"
     )
 
 
