@@ -68,9 +68,9 @@ KILLS = (
     "refill", "step", "checkpoint file", "record", "refill", "calibration", "sae", "evaluation", "evaluation", "sae",
     "evaluation",
 )  # fmt: skip
-TIMES = {"step": (9, 25), "refill": (2, 4), "checkpoint": (2, 3), "checkpoint file": (3, 16)}
+TIMES = {"step": (9, 25), "refill": (2, 4), "checkpoint": (2, 3), "checkpoint file": (3, 9)}
 """How often a thing is waited for: more than one checkpoint's worth, so that the run gets on."""
-LATER = {"opening": 2.0, "evaluation": 0.3, "calibration": 0.05}
+LATER = {"opening": 2.0, "evaluation": 0.08, "calibration": 0.05}
 """Seconds within which the kill falls after it; 0.02 for the others."""
 
 

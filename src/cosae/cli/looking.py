@@ -32,7 +32,7 @@ class Audit:
 
     saes: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders or files of SAEs. SAEs of one site are audited on the same tokens."""
-    request: tyro.conf.OmitArgPrefixes[EvalRequest] = field(default_factory=EvalRequest)
+    request: Annotated[EvalRequest, tyro.conf.arg(name="")] = field(default_factory=EvalRequest)
     out: Path = Path("audit")
     """Folder for audit.json and audit.html."""
     quiet: bool = False
@@ -52,8 +52,8 @@ class Eval:
     """What to measure."""
     saes: Annotated[tuple[str, ...], tyro.conf.Positional]
     """SAEs of one site, of any format that `audit` reads. The others are compared with the first."""
-    options: tyro.conf.OmitArgPrefixes[EvalOptions] = field(default_factory=EvalOptions)
-    request: tyro.conf.OmitArgPrefixes[EvalRequest] = field(default_factory=EvalRequest)
+    options: Annotated[EvalOptions, tyro.conf.arg(name="")] = field(default_factory=EvalOptions)
+    request: Annotated[EvalRequest, tyro.conf.arg(name="")] = field(default_factory=EvalRequest)
     out: Path | None = None
     """JSON file for all numbers."""
     quiet: bool = False

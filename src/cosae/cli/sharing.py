@@ -79,7 +79,7 @@ class Bench:
     """Folder for results, summary.json and SAEBench's log. Existing results are kept unless --force is given."""
     set: tuple[str, ...] = ()
     """Fields of SAEBench's configurations: meta_structure.train_steps=200 core.eval_batch_size_prompts=4."""
-    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
 
 
 @dataclass(frozen=True)
