@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -27,7 +28,7 @@ SCAN_ELEMENTS = 1 << 24  # values looked at together when checking for NaN: 64 M
 MAX_BLOCK_ROWS = 256
 
 
-class _RowSource:
+class _RowSource(ABC):
     """Endless chunks of the train rows of an array, each epoch in an order of its own, and its held-out rows."""
 
     def __init__(self, n_rows: int, d_in: int, block_rows: int, held_out_frac: float, chunk_tokens: int, seed: int):
@@ -42,9 +43,9 @@ class _RowSource:
         held_out_N = held_out.repeat_interleave(block_rows)[:n_rows]
         self._train_rows, self._held_out_rows = (part.nonzero().flatten() for part in (~held_out_N, held_out_N))
 
+    @abstractmethod
     def _read(self, rows: Tensor) -> Tensor:
         """(n, D) rows in the order asked for."""
-        raise NotImplementedError
 
     @property
     def chunks_per_epoch(self) -> int:

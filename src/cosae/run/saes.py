@@ -32,8 +32,7 @@ class Datasets:
 
     request: EvalRequest
     tokens: int = TOKENS
-    opened: dict[str, Dataset] = field(default_factory=dict)
-    samples: dict[str, Sample] = field(default_factory=dict)
+    opened: dict[str, tuple[Dataset, Sample]] = field(default_factory=dict)
 
     def of(self, sae: SAE, path: Path) -> tuple[Dataset, Sample]:
         """The dataset of an SAE, and its held-out sample. Raises CosaeError where the widths differ."""
@@ -49,13 +48,13 @@ class Datasets:
             perturbation = Perturbation() if request.inject is None else Perturbation.parse(request.inject)
             both = dict.fromkeys(("train", "held_out"), perturbation)
             known: dict[str, Any] = {"seed": request.seed, "device": request.device, "held_out_tokens": self.tokens}
-            self.opened[key] = open_dataset(config, DataUse(**known, perturbations=both))
-            self.samples[key] = self.opened[key].sample("held_out", self.tokens, request.rule)
-        width = self.samples[key].activations.x_ND.shape[1]
+            dataset = open_dataset(config, DataUse(**known, perturbations=both))
+            self.opened[key] = dataset, dataset.sample("held_out", self.tokens, request.rule)
+        width = self.opened[key][1].activations.x_ND.shape[1]
         if width != sae.d_in:
             what = f"{path} reads activations of width {sae.d_in}; those given have width {width}"
             raise CosaeError(f"{what}: name the model and site, or the file, that it was trained on.")
-        return self.opened[key], self.samples[key]
+        return self.opened[key]
 
 
 def data_of(sae: SAE, path: Path, request: EvalRequest | Reading) -> DataConfig:

@@ -7,6 +7,7 @@ held-out split, which is disjoint from it by construction (by file name, documen
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as TextSequence
 from dataclasses import dataclass, field, replace
@@ -77,7 +78,7 @@ class Sizes:
     chunk_work: int = 0
 
 
-class Dataset:
+class Dataset(ABC):
     """Activations of one origin. Opening it reads configurations and headers only; the rest comes when it is asked for.
 
     config, use     what it is, and what for
@@ -104,16 +105,16 @@ class Dataset:
         """What a person should be told of what was read so far."""
         return []
 
+    @abstractmethod
     def sizes(self) -> Sizes:
         """What it takes, from configurations and headers. Raises CosaeError where they cannot be read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, split: Split, n_tokens: int, rule: SinkRule | None = None) -> Sample:
         """About n_tokens of the train split, or the draw of the held-out side that the dataset was opened for.
 
         rule: what makes a token a sink; by default ten times the sample's own median norm.
         """
-        raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a record."""
@@ -155,12 +156,12 @@ class Dataset:
         """The text of a token id, where there is a tokenizer."""
         return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most datasets have nothing to end
         """End whatever still works in the background."""
 
-    def _perturbed(self, activations: Activations, split: Split) -> Activations:
+    def _perturbed(self, activations: Activations, split: Split, chunk: int = 0) -> Activations:
         perturbation = self.use.perturbations.get(split, Perturbation())
-        return perturbations.apply(activations, perturbation, 0, side_of(split))
+        return perturbations.apply(activations, perturbation, chunk, side_of(split))
 
 
 def side_of(split: Split) -> Side:

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from cosae.activations import perturbation as perturbations
 from cosae.activations.cached import CachedSource
 from cosae.activations.monitor import finite_rows
-from cosae.activations.perturbation import Perturbation
 from cosae.activations.sample import Sample, SinkRule
 from cosae.activations.store.format import STORE_DTYPES
 from cosae.activations.stream import Source
@@ -51,7 +49,7 @@ class ModelDataset(Dataset):
 
     def __init__(self, config: DataConfig, use: DataUse) -> None:
         super().__init__(config, use)
-        self._captured: dict[tuple[Side, int], Sample] = {}
+        self._captured: dict[tuple[Side, int], tuple[Activations, dict[str, Any]]] = {}
         self.model_name = config.model
         self.has_concepts = [source.spec for source in parse_corpus(config.corpus)] == ["pylib"]
         check_corpus(config)
@@ -153,16 +151,16 @@ class ModelDataset(Dataset):
             n_tokens = self.use.held_out_tokens + self.use.calibration_tokens
         if (side, n_tokens) not in self._captured:
             self._captured[side, n_tokens] = self._capture(side, n_tokens)
-        found = self._captured[side, n_tokens]
-        known = {"documents": found.documents, "n_dropped": found.n_dropped}
-        perturbed = self._perturbed(found.activations, split)
-        labels_NC, labelled_N = found.labels_NC, found.labelled_N
+        activations, known = self._captured[side, n_tokens]
+        perturbed = self._perturbed(activations, split)
         if side == "held_out":
             rows = split_held_out(len(perturbed), split, self.use)
             perturbed = perturbed[rows]
-            if labels_NC is not None:
-                labels_NC, labelled_N = labels_NC[rows.numpy()], labelled_N[rows.numpy()]
-        return Sample.of(perturbed, rule, labels_NC=labels_NC, labelled_N=labelled_N, **known)
+            labels: dict[str, Any] = {
+                name: known[name][rows.numpy()] for name in ("labels_NC", "labelled_N") if name in known
+            }
+            known = {**known, **labels}
+        return Sample.of(perturbed, rule, **known)
 
     def sequences(self, side: Side, n_tokens: int) -> Sequences:
         """About n_tokens of one side as token sequences, drawn from many documents: those that `sample` captures."""
@@ -177,12 +175,11 @@ class ModelDataset(Dataset):
         tokenized = tokenize_documents(documents, self.tokenizer, add_bos=adds_bos(self.config, self.tokenizer))
         special: dict[str, Any] = {"pad_id": pad_id(self.tokenizer), "special_ids": self.tokenizer.all_special_ids}
         packed = iterate_sequences(tokenized, context, "document", rows_per_chunk=TEXTS_AT_ONCE, **special)
-        perturbation = self.use.perturbations.get("held_out", Perturbation())
         for number, chunk in enumerate(packed):
             names = [chunk.doc_names[i - chunk.first_doc] for i in chunk.doc_ST[:, 0].tolist()]
             cut = chunk.columns(int(chunk.mask_ST.sum(1).max()))
             found = capture(self.model, cut, self.site, batch_sequences=self.batch_sequences)[self.site.name]
-            yield [int(name) for name in names], perturbations.apply(found, perturbation, number, "held_out")
+            yield [int(name) for name in names], self._perturbed(found, "held_out", number)
 
     def _draw(self, side: Side, n_tokens: int) -> tuple[list[TokenizedDocument], Sequences]:
         """Tokenised documents, and about n_tokens of them in whole sequences."""
@@ -195,8 +192,8 @@ class ModelDataset(Dataset):
         filled = everything.mask_ST.sum(1)[order].cumsum(0)
         return tokenized, everything[order[: int((filled < n_tokens).sum()) + 1].sort().values]
 
-    def _capture(self, side: Side, n_tokens: int) -> Sample:
-        """About n_tokens of one side, unperturbed: whole sequences drawn from many documents, with their labels."""
+    def _capture(self, side: Side, n_tokens: int) -> tuple[Activations, dict[str, Any]]:
+        """About n_tokens of one side, unperturbed: sequences of many documents, and what a Sample says of them."""
         tokenized, packed = self._draw(side, n_tokens)
         options = {**self._options, "store_dtype": torch.float32} if self.use.device == "cpu" else self._options
         found = capture(self.model, packed, self.site, **options)[self.site.name]
@@ -214,7 +211,7 @@ class ModelDataset(Dataset):
             ]
             known["labels_NC"] = label_activations(activations, labels)
             known["labelled_N"] = has_labels(activations, labels)
-        return Sample.of(activations, **known)
+        return activations, known
 
 
 def batch_size(data: DataConfig, model: Any, sites: Any, store_dtype: str) -> int:
