@@ -9,9 +9,7 @@ is not seen.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cosae.errors import check_least
+from cosae.io.memory import total_memory
 from cosae.models.hooks import read_sites
 from cosae.models.sites import resolve_site
 from cosae.types import Sequences, Site
@@ -71,10 +70,7 @@ def device_bytes(device: torch.device) -> int:
     """All memory of a device, as far as this process may use it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * 2**30
-    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-    given = [path.read_text().strip() for path in limits if path.is_file()]
-    return min([physical, *(int(text) for text in given if text.isdigit())])
+    return total_memory()
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]

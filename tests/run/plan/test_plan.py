@@ -23,7 +23,6 @@ from cosae.run.capture.stores import capture_stores
 from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.plan import check as plans
-from cosae.run.plan import resources as room
 from cosae.run.plan.check import check_capture, check_run, plan_run, screen
 from cosae.run.plan.resources import Choice, Item, check_fits, human, total
 from tests.support import ROOT
@@ -247,16 +246,6 @@ def test_advice_where_no_single_number_is_enough() -> None:
         check_fits([Item("all", 1100)], choices, 500, "memory", "a smaller model")
     with pytest.raises(CosaeError, match=r"\(1.5 kB\).*smaller model"):
         check_fits([Item("the model", 1500)], [], 500, "memory", "a smaller model")
-
-
-def test_free_memory_respects_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, used = tmp_path / "max", tmp_path / "current"
-    limit.write_text("1000\n")
-    used.write_text("400\n")
-    monkeypatch.setattr(room, "_LIMITS", ((str(limit), str(used)),))
-    assert room.free_memory() == 600
-    limit.write_text("max\n")
-    assert room.free_memory() > 600
 
 
 def test_a_planned_run_is_not_changed_by_its_plan(tmp_path: Path) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cosae.errors import CosaeError
+from cosae.io.memory import available_memory
 
 
 @dataclass(frozen=True)
@@ -70,24 +69,7 @@ def free_memory(device: str = "cpu") -> int:
     check_device(device)
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    available = 1 << 62
-    with suppress(OSError):
-        if found := re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii")):
-            available = 1024 * int(found[1])
-    return min(available, *(_left(*names) for names in _LIMITS))
-
-
-_LIMITS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
-def _left(limit: str, used: str) -> int:
-    try:
-        return int(Path(limit).read_text(encoding="ascii")) - int(Path(used).read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no such limit, or the word "max"
-        return 1 << 62
+    return available_memory()
 
 
 def free_disk(place: Path) -> int:
