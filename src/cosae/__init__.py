@@ -7,36 +7,28 @@ x_hat = sae.decode(codes)
 run = cosae.fit(x, ["standard", "cosine"], d_sae=4096, k=32)
 """
 
-from __future__ import annotations
-
-import os
-import sys
-
-if "torch" not in sys.modules:
-    # OpenMP threads that spin while they wait slow every step tenfold as soon as another program wants the cores;
-    # read once, when torch loads. Set OMP_WAIT_POLICY yourself to decide otherwise.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from importlib.metadata import PackageNotFoundError, version
+import os as _os
+import sys as _sys
 from typing import TYPE_CHECKING, Any
 
-from cosae.errors import CosaeError
-from cosae.sae.config import SAEConfig
-from cosae.sae.file import load, save
-from cosae.sae.model import SAE
-from cosae.types import Activations, Codes
+if "torch" not in _sys.modules:
+    # OpenMP threads that spin while they wait slow every step tenfold as soon as another program wants the cores;
+    # read once, when torch loads. Set OMP_WAIT_POLICY yourself to decide otherwise.
+    _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
+    from cosae.errors import CosaeError
     from cosae.models.intervene.splice import spliced
     from cosae.recipe import Recipe
     from cosae.run.execute import resume
     from cosae.run.fit import fit
+    from cosae.sae.config import SAEConfig
+    from cosae.sae.file import load, save
+    from cosae.sae.model import SAE
     from cosae.train.arm import Arm
+    from cosae.types import Activations, Codes
 
-try:
-    __version__ = version("cosae")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = [
     "SAE",
@@ -53,20 +45,39 @@ __all__ = [
     "spliced",
 ]
 
-_LATER = {
-    "Recipe": "cosae.recipe",
-    "fit": "cosae.run.fit",
-    "resume": "cosae.run.execute",
+_ROOMS = {
+    "SAE": "cosae.sae.model",
+    "Activations": "cosae.types",
     "Arm": "cosae.train.arm",
-    "spliced": "cosae.models.intervene.splice",
+    "Codes": "cosae.types",
+    "CosaeError": "cosae.errors",
+    "Recipe": "cosae.recipe",
+    "SAEConfig": "cosae.sae.config",
+    "fit": "cosae.run.fit",
+    "load": "cosae.sae.file",
     "load_dictionary": "cosae.interop.dictionary_learning.drop_in",
+    "resume": "cosae.run.execute",
+    "save": "cosae.sae.file",
+    "spliced": "cosae.models.intervene.splice",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Rooms that are heavier to import open when they are first asked for."""
-    if name in _LATER:
-        from importlib import import_module
+    """Rooms open when they are first asked for: torch alone takes a second or two to import."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
 
-        return getattr(import_module(_LATER[name]), name)
-    raise AttributeError(f"module 'cosae' has no attribute {name!r}")
+        try:
+            return version("cosae")
+        except PackageNotFoundError:  # a checkout that was never installed
+            return "0+unknown"
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'cosae' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_ROOMS[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The front door, and nothing else."""
+    return sorted(__all__)

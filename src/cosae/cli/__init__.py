@@ -13,6 +13,7 @@ import tyro
 
 from cosae.cli import looking, sharing, stores, training
 from cosae.errors import CosaeError
+from cosae.io.signals import Interrupted
 
 VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
     "train": (training.Train, training.train),
@@ -41,12 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"cosae {__version__}")
         return
-    from cosae.kernels import keep_memory
-    from cosae.train.loop import Interrupted
-
     command = None
     try:
         command = _parse(given)
+        from cosae.kernels import keep_memory  # this imports torch, for which `--help` need not wait
+
         keep_memory()
         sys.exit(_call_of(command)(command))
     except CosaeError as error:

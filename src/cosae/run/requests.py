@@ -1,12 +1,17 @@
-"""What `cosae eval`, `audit` and `export` are asked: their options, and the arguments of the functions behind them."""
+"""What `cosae eval`, `audit` and `export` are asked: their options, and the arguments of the functions behind them.
+
+The command line reads this for its help, so torch is imported only when something is asked.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cosae.activations.perturbation import Perturbation
-from cosae.activations.sample import SinkRule
 from cosae.errors import CosaeError, check_choice
+
+if TYPE_CHECKING:
+    from cosae.activations.sample import SinkRule
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class EvalRequest(Origin):
         if not self.sink_factor > 1:
             raise CosaeError(f"sink_factor must be above 1 (a multiple of the median). Got {self.sink_factor} instead.")
         if self.inject is not None:
+            from cosae.activations.perturbation import Perturbation
+
             Perturbation.parse(self.inject)
         if (self.activations or self.store) and (self.model or self.site or self.corpus):
             raise CosaeError("activations are taken from a file or store, or from a model, not from both: drop one.")
@@ -70,6 +77,8 @@ class EvalRequest(Origin):
     @property
     def rule(self) -> SinkRule:
         """What makes a token a sink."""
+        from cosae.activations.sample import SinkRule
+
         return SinkRule(self.sink_factor)
 
 
