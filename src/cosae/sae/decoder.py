@@ -52,6 +52,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def _restore(u_BD: Tensor, r_B: Tensor) -> Tensor:
-        """u · r / |u|; a token without codes reconstructs to 0 and passes no gradient through the division."""
-        length_B: Tensor = torch.linalg.vector_norm(u_BD, dim=-1).clamp_min(LENGTH_MIN)
-        return u_BD * (r_B / length_B)[:, None]
+        """u · r / |u|. Where |u| = 0 (no codes, or entries of value 0: JumpReLU's window below θ, closed gates) the
+        reconstruction is 0, and so is the gradient: u / max(|u|, LENGTH_MIN) would pass r / LENGTH_MIN times it."""
+        length_B: Tensor = torch.linalg.vector_norm(u_BD, dim=-1)
+        return u_BD * torch.where(length_B > 0, r_B / length_B.clamp_min(LENGTH_MIN), 0.0)[:, None]
