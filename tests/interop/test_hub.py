@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 import cosae
 from cosae.cli import main
@@ -188,8 +189,7 @@ def test_the_card_says_what_the_file_says_and_no_more(sae: cosae.SAE) -> None:
     ):
         assert said in text, said
     assert "/home/somebody" not in text  # folders of a machine are nobody's business
-    assert "<b>" not in text
-    assert "tiny&lt;b&gt;" in text
+    assert "`tiny<b>`" in text  # in code: no HTML
     bare = cosae.SAE.build(d_in=8, d_sae=16, score="inner", selector="batch_topk", k=2)
     text = card("me/bare", {"": bare}, {}, "mit")
     for said in (
@@ -197,6 +197,30 @@ def test_the_card_says_what_the_file_says_and_no_more(sae: cosae.SAE) -> None:
         "scores by inner product", "SAE.load_from_disk('sae')", "| k | 2 features per token in the mean |",
     ):  # fmt: skip
         assert said in text, said
+
+
+@pytest.mark.parametrize("evil", ["![i](http://a.example)", "[l](javascript:x)", "<http://a.example>", "a`|\n# b <i>"])
+def test_a_card_obeys_nothing_in_the_metadata(sae: cosae.SAE, evil: str) -> None:
+    def everywhere(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: everywhere(one) for name, one in value.items()}
+        return evil if isinstance(value, str) else value
+
+    sae.metadata.update(
+        everywhere(dict(sae.metadata)) | {"commit": evil, "seed": evil, "tokens": evil, "context": evil},
+        perturbation={"kind": evil}, filter={"policy": {"kind": evil}},
+    )  # fmt: skip
+    text = card(f"me/{evil}", {f"x{evil}": sae, "y": sae}, {"y": {"sinks_out": {"fve": evil, "tokens": evil}}}, "mit")
+    blocks = MarkdownIt("commonmark").enable("table").parse(text)
+    leaves = [leaf for block in blocks for leaf in block.children or ()]
+    assert {leaf.type for leaf in leaves} <= {"text", "code_inline", "softbreak"}
+    assert {block.content for block in blocks if block.type == "html_block"} <= {
+        "<details><summary>The recipe, whole</summary>\n", "</details>\n",
+    }  # fmt: skip
+    shown = " ".join(evil.split())
+    assert sum(shown in leaf.content for leaf in leaves if leaf.type == "code_inline") >= 10
+    assert not any("a.example" in leaf.content for leaf in leaves if leaf.type == "text")
+    assert [block.content for block in blocks if block.tag == "h1"] != ["b"]
 
 
 def test_cards_of_every_score_are_written(sae: cosae.SAE) -> None:

@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from cosae.cli import main
 from cosae.errors import CosaeError
+from cosae.io.escape import printable
 from cosae.report.page import summary_table, write_report
 from tests.support.fake_run import ARMS, write_run
 
@@ -130,6 +132,14 @@ def test_names_cannot_steer_a_terminal(tmp_path):
     words = summary_table([run])
     assert "\x1b" not in words
     assert "\nx" not in words
+
+
+def test_names_in_errors_cannot_steer_a_terminal(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "\x1b[2J\x1b]8;;a.example\x07"), "--out", str(tmp_path / "x.html")])
+    said = capsys.readouterr().err
+    assert "a.example" in said
+    assert said == printable(said, keep="\n")
 
 
 def test_words_when_nothing_can_be_told_apart(tmp_path):

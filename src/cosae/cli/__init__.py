@@ -13,6 +13,7 @@ import tyro
 
 from cosae.cli import looking, sharing, stores, training
 from cosae.errors import CosaeError
+from cosae.io.escape import printable
 from cosae.io.signals import Interrupted
 
 VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep_memory()
         sys.exit(_call_of(command)(command))
     except CosaeError as error:
-        print(f"cosae: {error}", file=sys.stderr)
+        print("cosae: " + printable(str(error), keep="\n"), file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(f"cosae: stopped after step {stop.step}; saved. {_how_to_go_on(command)}", file=sys.stderr)

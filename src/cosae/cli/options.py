@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosae.errors import CosaeError
+from cosae.io.escape import printable
 from cosae.io.values import literal
 
 if TYPE_CHECKING:
@@ -79,4 +80,4 @@ def settings(texts: Sequence[str]) -> dict[str, Any]:
 
 def logger(quiet: bool) -> Callable[[str], None]:
     """What prints progress on standard error, or keeps quiet."""
-    return (lambda _: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    return (lambda _: None) if quiet else (lambda text: print(printable(text, keep="\n"), file=sys.stderr, flush=True))

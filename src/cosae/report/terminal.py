@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cosae.io import escape
 from cosae.report.format import MINUS, NONE
 
 _ALIGN = {"l": "left", "r": "right"}
@@ -69,5 +70,5 @@ def _cell(value: object, form: str) -> str:
 
 
 def printable(words: str) -> str:
-    """Without control characters, which would move a terminal's cursor; minus signs and dashes as hyphens."""
-    return "".join(c if c.isprintable() else "?" for c in words.replace(MINUS, "-").replace(NONE, "-"))
+    """Without characters that a terminal would obey; minus signs and dashes as hyphens."""
+    return escape.printable(words.replace(MINUS, "-").replace(NONE, "-"))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cosae.activations.stream import ActivationStream
 from cosae.errors import CosaeError
+from cosae.io.escape import printable
 from cosae.io.generators import generator_state, restore_generators
 from cosae.io.lines import Lines
 from cosae.io.lock import hold
@@ -337,7 +338,7 @@ class _Run:
 
     def _log(self, text: str) -> None:
         if self.logs.progress:
-            print(text, file=sys.stderr, flush=True)  # before the bars are drawn, or after they are closed
+            print(printable(text, keep="\n"), file=sys.stderr, flush=True)  # before or after the bars
 
 
 def _variance(sae: SAE, sample_ND: Tensor) -> float:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from cosae.errors import CosaeError
+from cosae.io.escape import printable
 from cosae.io.lines import Lines
 
 TIMING = "timing.jsonl"
@@ -151,6 +152,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """A line above the bars."""
+        text = printable(text, keep="\n")
         if self._terminal:
             tqdm.write(text, file=sys.stderr)
         elif self._shown:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cosae.io.escape import code_span, markdown
 from cosae.sae.model import SAE
 
 TAGS = ("cosae", "saelens", "sparse-autoencoder")
@@ -28,7 +29,7 @@ def card(repo: str, saes: Mapping[str, SAE], metrics: Mapping[str, Any], license
     license  identifier as the hub knows them, such as mit
     """
     front = ["---", "library_name: cosae", f"license: {license}", "tags:", *(f"- {tag}" for tag in TAGS), "---"]
-    parts = ["\n".join(front), f"# {_plain(title or repo.split('/')[-1])}"]
+    parts = ["\n".join(front), f"# {markdown(title or repo.split('/')[-1])}"]
     some, several = next(iter(saes.values())), len(saes) > 1
     where = f"{_model(some.metadata)} at {_site(some)}"
     if several:
@@ -68,7 +69,7 @@ def _overview(saes: Mapping[str, SAE], metrics: Mapping[str, Any]) -> str:
     for path, sae in saes.items():
         fve, l0 = (_number(_reach(metrics.get(path), "sinks_out", name)) for name in ("fve", "l0"))
         cfg = sae.cfg
-        lines.append(f"| `{_plain(path)}` | {cfg.score} | {cfg.selector} | {cfg.d_sae:,} | {cfg.k} | {fve} | {l0} |")
+        lines.append(f"| {code_span(path)} | {cfg.score} | {cfg.selector} | {cfg.d_sae:,} | {cfg.k} | {fve} | {l0} |")
     return "\n".join(lines)
 
 
@@ -85,7 +86,7 @@ def _one(path: str, sae: SAE, metrics: Mapping[str, Any] | None, alone: bool) ->
     ]
     if cfg.prefixes:
         rows.append(("Matryoshka prefixes", ", ".join(f"{p:,}" for p in cfg.prefixes)))
-    heading = "What it is" if alone else f"`{_plain(path)}`"
+    heading = "What it is" if alone else code_span(path)
     parts = [f"## {heading}", _table(rows), _exponents(sae), "### What was measured", _measured(metadata, metrics)]
     parts += ["### Norms of the training activations", _norms(metadata), "### Training", _training(metadata)]
     return "\n\n".join(part for part in parts if part)
@@ -163,7 +164,7 @@ def _filter(metadata: Mapping[str, Any]) -> str:
     if policy.get("kind") == "norm":
         return f"tokens of at least {_number(policy.get('factor'))} × the median norm were left out{dropped}"
     return {"none": "none", "position_0": f"the first token of each sequence was left out{dropped}"}.get(
-        str(policy.get("kind")), _plain(policy.get("kind"))
+        str(policy.get("kind")), markdown(policy.get("kind"))
     )
 
 
@@ -171,17 +172,17 @@ def _training(metadata: Mapping[str, Any]) -> str:
     recipe = metadata.get("recipe") if isinstance(metadata.get("recipe"), Mapping) else {}
     training, data = _reach(recipe, "training") or {}, _reach(recipe, "data") or {}
     kind = _reach(metadata, "perturbation", "kind")
-    perturbed = "none" if kind in (None, "none") else f"{_plain(kind)}, put on the activations on purpose"
+    perturbed = "none" if kind in (None, "none") else f"{markdown(kind)}, put on the activations on purpose"
     rows = [
         ("model", _model(metadata)),
-        ("text", _plain(_name_of(str(data.get("corpus") or metadata.get("dataset") or "unknown")))),
+        ("text", markdown(_name_of(str(data.get("corpus") or metadata.get("dataset") or "unknown")))),
         ("context", _number(data.get("context") or metadata.get("context"))),
         ("tokens", _number(metadata.get("tokens"))),
         ("steps × tokens per step", f"{_number(training.get('steps'))} × {_number(training.get('batch_tokens'))}"),
         ("learning rate", _number(_reach(training, "optimizer", "lr"))),
         ("norm perturbation", perturbed),
-        ("seed", _plain(metadata.get("seed", "unknown"))),
-        ("commit", f"`{_plain(metadata['commit'])}`" if metadata.get("commit") else "unknown"),
+        ("seed", markdown(metadata.get("seed", "unknown"))),
+        ("commit", code_span(metadata["commit"]) if metadata.get("commit") else "unknown"),
     ]
     text = _table(rows)
     if recipe:
@@ -232,7 +233,7 @@ def _model(metadata: Mapping[str, Any]) -> str:
     model = metadata.get("model")
     if not isinstance(model, str) or not model:
         return "a model the file does not name"
-    return "cosae's embedded model" if model == "embedded" else f"`{_plain(_name_of(model))}`"
+    return "cosae's embedded model" if model == "embedded" else code_span(_name_of(model))
 
 
 def _name_of(model: str) -> str:
@@ -243,24 +244,16 @@ def _name_of(model: str) -> str:
 
 def _site(sae: SAE) -> str:
     names = dict.fromkeys(str(sae.metadata[n]) for n in ("site", "hook_name", "hf_hook_name") if sae.metadata.get(n))
-    return " = ".join(f"`{_plain(name)}`" for name in names) or "a site the file does not name"
+    return " = ".join(code_span(name) for name in names) or "a site the file does not name"
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _plain(value: object) -> str:
-    """Text that cannot break out of a table, a code span or into HTML."""
-    text = " ".join(str(value).split())
-    for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'")):
-        text = text.replace(old, new)
-    return text[:200]
-
-
 def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "unknown" if value is None else _plain(value)
+        return "unknown" if value is None else markdown(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
