@@ -13,7 +13,17 @@ from cosae.types import Sequences
 from tests.support.tiny_models import BLOCK_PATHS, D, make_model, make_sequences
 
 FAMILIES = tuple(BLOCK_PATHS)
-__all__ = ["FAMILIES", "D", "identity_sae", "make_model", "make_sae", "make_sequences", "mixed_sequences"]
+__all__ = [
+    "FAMILIES",
+    "D",
+    "first_of",
+    "identity_sae",
+    "make_model",
+    "make_sae",
+    "make_sequences",
+    "mixed_sequences",
+    "on_first",
+]
 
 
 def mixed_sequences(padding: str = "right", seed: int = 0) -> Sequences:
@@ -42,3 +52,13 @@ def identity_sae(d: int = D, **options: Any) -> cosae.SAE:
         sae.centre_D.zero_()
         sae.selector.set_margin(0.0)
     return sae
+
+
+def first_of(out: Any) -> Any:
+    """The tensor of a module's output: blocks return tuples in older transformers."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def on_first(change: Any) -> Any:
+    """A forward hook that changes the tensor of a module's output."""
+    return lambda _m, _a, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)

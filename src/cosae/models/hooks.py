@@ -25,6 +25,30 @@ class _Stop(BaseException):
     """Ends a forward pass once every site is read. No `Exception`, so that no model code swallows it."""
 
 
+class _Eager:
+    """Sets torch.compile aside while it is open, any number of times: compiled code runs past hooks hung later."""
+
+    def __init__(self) -> None:
+        self._lock, self._open = threading.Lock(), 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._open:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._open += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                self._stance.__exit__(None, None, None)
+
+
+eager = _Eager()
+
+
 def body_of(model: nn.Module) -> Any:
     """The model without its language-modelling head."""
     return getattr(model, "base_model", model)
@@ -54,7 +78,7 @@ def read_sites(
 
         return read
 
-    with _PASS, suppress(_Stop), ExitStack() as hooks, torch.no_grad():
+    with _PASS, eager, suppress(_Stop), ExitStack() as hooks, torch.no_grad():
         for site in sites:
             hooks.callback(hook_site(model, site, reader(site)).remove)
         body(**arguments_of(body, batch))

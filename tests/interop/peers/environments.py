@@ -7,6 +7,7 @@ interpreter. pip resolves everything a package asks for; left out are NVIDIA's l
 torchvision (nothing here imports it, and a build for another torch breaks transformers).
 
     saelens, dictionary_learning, sparsify      test_saelens_peer.py, and all.py, which writes docs/INTEROP.md
+    transformers_oldest, _pinned, _newest       tests/models/intervene/test_versions.py
     saebench                                    test_saebench_peer.py, and `cosae bench --python`
     neuronpedia, delphi, nnsight, transformer_lens    test_readers_peer.py
 """
@@ -19,13 +20,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[3]
+SOURCE = ROOT / "src"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+LM = PROJECT["optional-dependencies"]["lm"]
 TORCH = "torch==2.13.0"
 COSAE_NEEDS = ("numpy", "safetensors", "scipy", "tqdm")
 """What `import cosae` and its readers take from the environment that borrows it."""
 WHOLE = ("transformers", "tyro", "numba")
 """What the models, exports and splices of cosae take beside that; of cosae's own pinned versions."""
+TESTED = (TORCH, *PROJECT["dependencies"][1:], *("pyarrow", "pytest", "pytest-xdist", "hypothesis"))
+"""What the tests of models need beside transformers itself."""
 WANTED: dict[str, tuple[str, ...]] = {
     "saelens": (TORCH, "sae-lens==6.54.12"),
     "dictionary_learning": (TORCH, "dictionary-learning==0.1.0"),
@@ -41,12 +49,13 @@ WANTED: dict[str, tuple[str, ...]] = {
     ),
     "nnsight": (TORCH, *WHOLE, "nnsight==0.8.1", "accelerate"),
     "transformer_lens": (TORCH, *WHOLE, "transformer-lens==4.3.0"),
+    "transformers_oldest": (*TESTED, next(need for need in LM if need.startswith("transformers")).replace(">=", "==")),
+    "transformers_pinned": (*TESTED, "transformers"),
+    "transformers_newest": (*TESTED, "transformers>0"),
 }
 ALONE: dict[str, tuple[str, ...]] = {"neuronpedia": ("sae-dashboard==0.8.0",), "delphi": ("eai-delphi==0.1.3",)}
 """Installed without what they ask for: the rest of a dashboard; vllm, faiss, bitsandbytes, sentence-transformers."""
 LEFT_OUT = ("nvidia", "torchvision", "triton")
-ROOT = Path(__file__).resolve().parents[3]
-SOURCE = ROOT / "src"
 MARK = ".complete"
 
 

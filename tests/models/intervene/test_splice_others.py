@@ -9,9 +9,19 @@ import pytest
 import torch
 
 from cosae.errors import CosaeError
+from cosae.models.capture import capture
 from cosae.models.intervene.edits import ablate, set_to, steer
 from cosae.models.intervene.splice import hook, spliced
-from tests.support.tiny import D, identity_sae, make_model, make_sae, make_sequences, mixed_sequences
+from tests.support.tiny import (
+    D,
+    first_of,
+    identity_sae,
+    make_model,
+    make_sae,
+    make_sequences,
+    mixed_sequences,
+    on_first,
+)
 
 pytest.importorskip("transformers")
 SITE = "resid_post.2"
@@ -39,12 +49,12 @@ def hooks_of(model: Any) -> list[Any]:
 def test_hooks_of_others_stay_and_act_in_the_order_they_were_hung(model: Any, sae: Any) -> None:
     sequences, block = make_sequences(), model.model.layers[2]
     seen: list[torch.Tensor] = []
-    before = block.register_forward_hook(lambda _m, _a, out: out * 2)
+    before = block.register_forward_hook(on_first(lambda x: x * 2))
     after = None
     try:
         doubled = logits(model, sequences)
         with spliced(model, {SITE: sae}, error_term=True):
-            after = block.register_forward_hook(lambda _m, _a, out: seen.append(out.detach().clone()))
+            after = block.register_forward_hook(lambda _m, _a, out: seen.append(first_of(out).detach().clone()))
             assert torch.equal(logits(model, sequences), doubled)
         assert torch.equal(logits(model, sequences), doubled)
         assert len(seen) == 2
@@ -180,3 +190,21 @@ def test_a_plain_hook_keeps_dtype_and_leaves_masked_tokens(sae: Any) -> None:
     assert got.dtype == torch.bfloat16
     assert torch.equal(got[~mask], x[~mask])
     assert not torch.equal(got[mask], x[mask])
+
+
+def test_a_model_compiled_before_is_read_and_replaced_all_the_same(sae: Any) -> None:
+    model, sequences = make_model("llama"), make_sequences()
+    with spliced(model, {SITE: sae}):
+        expected = logits(model, sequences)
+    x_ND = capture(model, sequences, "mlp_out.2")["mlp_out.2"].x_ND
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    own = logits(model, sequences)
+    assert torch.equal(capture(model, sequences, "mlp_out.2")["mlp_out.2"].x_ND, x_ND)
+    outer, inner = spliced(model, {SITE: sae}), spliced(model, {"mlp_out.2": identity_sae()})
+    outer.__enter__()
+    inner.__enter__()
+    inner.__exit__()
+    assert torch.equal(logits(model, sequences), expected)
+    outer.__exit__()
+    assert torch.equal(logits(model, sequences), own)

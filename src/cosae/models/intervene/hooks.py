@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.models.hooks import body_of, hook_site
-from cosae.models.intervene.window import Window, read_window
+from cosae.models.hooks import body_of, eager, hook_site
+from cosae.models.intervene.call import read_window
+from cosae.models.intervene.window import Window
 from cosae.models.sites import resolve_site
 from cosae.types import Site
 
@@ -49,6 +50,7 @@ class Intervention:
             raise CosaeError("This splice is already open; leave it first, or make another with spliced(...).")
         body = body_of(self.model)
         with ExitStack() as hooks:
+            hooks.enter_context(eager)
             hooks.callback(body.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             for site, rule in self.rules.items():
                 hooks.callback(hook_site(self.model, site, self._acting(site, rule)).remove)

@@ -6,13 +6,12 @@ those in the cache, so that a position means the same with and without a cache.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cosae.activations.filter import Filter
 from cosae.activations.sinks import sink_mask
@@ -57,53 +56,6 @@ class Window:
         """The same on another device."""
         ids_ST = None if self.ids_ST is None else self.ids_ST.to(device)
         return replace(self, mask_ST=self.mask_ST.to(device), position_ST=self.position_ST.to(device), ids_ST=ids_ST)
-
-
-def read_window(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Window:
-    """The window of a model's body called with these arguments.
-
-    Without an attention mask every token is real. Of a mask already made four-dimensional (static caches), each
-    token's own column counts: padding is masked even for itself. Raises CosaeError where the call gives neither ids
-    nor embeddings, or a mask of another shape.
-    """
-    given = inspect.signature(body.forward).bind_partial(*args, **kwargs).arguments
-    given = {**given, **given.get("kwargs", {})}
-    ids_ST, embeddings_STD = given.get("input_ids"), given.get("inputs_embeds")
-    tokens = ids_ST if ids_ST is not None else embeddings_STD
-    if tokens is None:
-        raise CosaeError("a spliced model must be called with input_ids or inputs_embeds. Got neither.")
-    shape, device = (int(tokens.shape[0]), int(tokens.shape[1])), tokens.device
-    cache: Any = given.get("past_key_values")
-    # static caches count in a tensor of their own: read now
-    start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-    mask = given.get("attention_mask")
-    if isinstance(mask, dict):  # one mask a kind of layer
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if mask is None:
-        mask_ST = torch.ones(shape, dtype=torch.bool, device=device)
-        return Window(mask_ST, start + positions(mask_ST), start, ids_ST)
-    if mask.ndim == 4:
-        mask_ST = _own_column(mask, shape, start).to(device)
-        given_ST = given.get("position_ids")
-        position_ST = start + positions(mask_ST) if given_ST is None else given_ST.to(device).expand(shape)
-        return Window(mask_ST, position_ST, start, ids_ST)
-    if mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
-        raise CosaeError(
-            f"attention_mask must be (sequences, tokens), tokens in the cache included: here ({shape[0]}, "
-            f"{start + shape[1]}). Got {tuple(mask.shape)} instead."
-        )
-    mask = mask.bool().to(device)
-    start = mask.shape[1] - shape[1]
-    return Window(mask[:, start:], positions(mask)[:, start:], start, ids_ST)
-
-
-def _own_column(mask: Tensor, shape: tuple[int, int], start: int) -> Tensor:
-    """(S, T) bool: whether each token may attend to itself, from a (S, 1, T, columns) mask."""
-    n_tokens, n_columns = shape[1], mask.shape[-1]
-    row_T = torch.arange(n_tokens, device=mask.device)
-    first = start if start + n_tokens <= n_columns else n_columns - n_tokens  # a sliding cache keeps the last ones
-    own_ST = mask[:, 0, row_T, first + row_T]
-    return (own_ST if own_ST.dtype == torch.bool else own_ST == 0).expand(shape)
 
 
 def check_where(where: Any) -> Where:
