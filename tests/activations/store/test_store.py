@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from cosae.activations.store.format import restore_rows, round_rows, store_dtype
 from cosae.activations.store.reader import Store, find_stores, open_store
 from cosae.activations.store.shards import ShardRows
 from cosae.activations.store.source import StoreSource
+from cosae.activations.store.statistics import noise_warning
 from cosae.activations.stream import ActivationStream, Source
 from cosae.errors import CosaeError
 from cosae.types import Activations
@@ -321,3 +323,37 @@ def test_an_index_of_a_later_version_asks_for_an_upgrade(sound: Path, tmp_path: 
 def test_equal_rows_make_equal_files(sound: Path, tmp_path: Path) -> None:
     again = write_store(tmp_path / "s", rows(40, 4), rows(9, 4, 5, 0), dtype="bfloat16")
     assert fingerprint(again) == fingerprint(sound)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_rows_far_from_zero_are_stored_centred(tmp_path: Path, dtype: str) -> None:
+    """At a mean of 300 standard deviations plain bfloat16 adds a quarter of the variance as noise."""
+    spread = rows(400, 32, 1)
+    far = replace(spread, activations=replace(spread.activations, x_ND=spread.activations.x_ND + 300.0))
+    exact_ND = far.activations.x_ND
+    store = Store(write_store(tmp_path / "far", far, dtype=dtype, shard_tokens=150))
+    back_ND = everything(store).x_ND
+    variance = float((exact_ND.double() - exact_ND.double().mean(0)).square().sum(-1).mean())
+    plain = restore_rows(*round_rows(exact_ND, dtype)).double() - exact_ND.double()
+    noise = float((back_ND.double() - exact_ND.double()).square().sum(-1).mean()) / variance
+    assert store.centred
+    assert back_ND.dtype == torch.float32
+    assert noise < 1e-3 < float(plain.square().sum(-1).mean()) / variance
+    assert store.statistics["rounding_noise"] < 1e-3
+    assert store.statistics["total_variance"] == pytest.approx(variance, rel=2e-3)
+    assert noise_warning(store.statistics, dtype) is None
+
+
+def test_rows_about_zero_are_stored_as_before(tmp_path: Path) -> None:
+    store = Store(write_store(tmp_path / "near", rows(100, 16), dtype="bfloat16"))
+    assert not store.centred
+    assert store.record["version"] == 1
+    assert everything(store).x_ND.dtype == torch.bfloat16
+
+
+def test_a_store_of_0_1_that_lost_much_warns() -> None:
+    """It was never centred and measured nothing; what rounding cost follows from its mean and variance."""
+    known = {"mean": [100.0] * 8, "total_variance": 8.0}
+    assert "2.8%" in str(noise_warning(known, "bfloat16"))
+    assert noise_warning(known, "float16") is None
+    assert noise_warning({"mean": [1.0] * 8, "total_variance": 8.0}, "bfloat16") is None

@@ -56,6 +56,7 @@ class Store:
     d_in, dtype width of the rows and how they are stored
     site        where in the model they were read; None where the store does not know
     concepts    names of the label bits; None where rows have no labels
+    centred     whether rows of any shard are stored relative to an offset
     """
 
     def __init__(self, folder: str | Path, check: bool = True) -> None:
@@ -71,6 +72,7 @@ class Store:
             assert self.record["statistics"]["rows"] == self.n_rows("train")
         except (KeyError, TypeError, ValueError, AssertionError):
             raise CosaeError(f"{self.folder / INDEX} is no index that cosae wrote: its fields do not fit.") from None
+        self.centred = any(shard.shape.centred for side in SIDES for shard in self._shards[side])
         self.identity = value_digest(self.record)
         self._checked: set[Shard] = set()
         self._mapped: dict[Shard, MappedShard] = {}
@@ -103,7 +105,8 @@ class Store:
         return [shard.shape.rows for shard in self._shards[side]]
 
     def read(self, side: str, pieces: Sequence[Piece]) -> Activations:
-        """The rows of `pieces`, in their order, copied out of the mapped files; int8 rows become float32.
+        """The rows of `pieces`, in their order, copied out of the mapped files; rows of int8 and of centred
+        stores become float32.
 
         Raises CosaeError, naming the shard, where one is not what was written.
         """
@@ -116,15 +119,23 @@ class Store:
             columns["scale"] = torch.empty(n)
         bits_ND = stored_ND.view(torch.int16).numpy() if kind == torch.bfloat16 else stored_ND.numpy()
         into = {"x": bits_ND} | {name: column.numpy() for name, column in columns.items()}
+        offsets: list[tuple[slice, Tensor]] = []
         done = 0
         for shard, first, last in pieces:
             found = self._open(self._shards[side][shard]).column
+            rows = slice(done, done + last - first)
             for name, target in into.items():
-                target[done : done + last - first] = found[name][first:last]
-            done += last - first
+                target[rows] = found[name][first:last]
+            if "offset" in found:
+                offsets.append((rows, torch.from_numpy(found["offset"].copy())))
+            done = rows.stop
         for mapped in self._mapped.values():
             mapped.release()
         x_ND = restore_rows(stored_ND, columns.get("scale"))
+        if self.centred:
+            x_ND = x_ND.float()
+        for rows, offset_D in offsets:
+            x_ND[rows] += offset_D
         return Activations(x_ND=x_ND, **{field: columns[name] for name, field in COLUMNS.items()})
 
     def take(self, side: str, row_N: Tensor) -> Activations:

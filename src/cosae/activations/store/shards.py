@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosae.activations.store.format import COLUMNS, NUMPY_DTYPES, ShardShape, ShardTag, restore_rows, round_rows
+from cosae.activations.store.format import (
+    COLUMNS,
+    NUMPY_DTYPES,
+    ShardShape,
+    ShardTag,
+    choose_offset,
+    restore_rows,
+    round_rows,
+)
 from cosae.io.atomic import replaced
 from cosae.io.digest import file_digest
 from cosae.types import Activations
@@ -54,12 +62,13 @@ class ShardRows:
 
 def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> Shard:
     """Write one shard. Raises OSError or SafetensorError where the disk refuses; nothing of the shard is left then."""
-    x_ND, scale_N = round_rows(rows.activations.x_ND, dtype)
-    mean_D, squares = _moments(x_ND, scale_N)
+    offset_D, noise = choose_offset(rows.activations.x_ND, dtype)
+    x_ND, scale_N = round_rows(rows.activations.x_ND, dtype, offset_D)
+    mean_D, squares = _moments(x_ND, scale_N, offset_D)
     # rows from nowhere in particular share one tensor among their ids, which a file must not
     tensors = {"x": x_ND} | {name: getattr(rows.activations, field).clone() for name, field in COLUMNS.items()}
     tensors |= {"mean": mean_D, "squares": squares}
-    optional = {"scale": scale_N, "labels": rows.labels_NL, "labelled": rows.labelled_N}
+    optional = {"scale": scale_N, "offset": offset_D, "labels": rows.labels_NL, "labelled": rows.labelled_N}
     tensors |= {name: value for name, value in optional.items() if value is not None}
     # one key: safetensors writes several in an order of its own, and equal shards must be equal files
     metadata = {HEADER_KEY: json.dumps(asdict(tag))}
@@ -69,34 +78,42 @@ def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> Sha
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, staged, metadata)
         staged.chmod(mode)  # safetensors' own is for one's own eyes only
         size, sha256 = staged.stat().st_size, file_digest(staged)
-    shape = ShardShape(len(rows), x_ND.shape[1], dtype, 0 if rows.labels_NL is None else rows.labels_NL.shape[1])
-    return Shard(folder, tag, shape, size, sha256)
+    label_bytes = 0 if rows.labels_NL is None else rows.labels_NL.shape[1]
+    shape = ShardShape(len(rows), x_ND.shape[1], dtype, label_bytes, offset_D is not None)
+    return Shard(folder, tag, shape, size, sha256, noise)
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A shard that an index or a journal lists: where it lies, what its header must say, its size and SHA-256."""
+    """A shard that an index or a journal lists: where it lies, what its header must say, its size and SHA-256.
+
+    noise: of rounding, as a share of the variance of its ordinary rows; None in stores of cosae 0.1
+    """
 
     folder: Path
     tag: ShardTag
     shape: ShardShape
     n_bytes: int
     sha256: str
+    noise: float | None = None
 
     @classmethod
     def listed(cls, folder: Path, tag: ShardTag, entry: Mapping[str, Any], like: ShardShape) -> Shard:
         """The shard of an entry of an index or journal. Raises ValueError, KeyError or TypeError for no such entry."""
         rows, n_bytes, sha256 = entry["rows"], entry["bytes"], entry["sha256"]
+        centred, noise = entry.get("centred", False), entry.get("noise")
         plain = isinstance(rows, int) and isinstance(n_bytes, int) and isinstance(sha256, str)
+        plain &= isinstance(centred, bool) and isinstance(noise, float | None)
         if not plain or rows < 1 or entry["file"] != tag.file:
             raise ValueError("entry of a shard")
-        return cls(folder, tag, replace(like, rows=rows), n_bytes, sha256)
+        return cls(folder, tag, replace(like, rows=rows, centred=centred), n_bytes, sha256, noise)
 
     def entry(self) -> dict[str, Any]:
         """What an index or journal lists."""
         tag = self.tag
         size = {"rows": self.shape.rows, "bytes": self.n_bytes}
-        return {"file": tag.file, "side": tag.side, **size, "sha256": self.sha256}
+        rounding = {"centred": self.shape.centred, "noise": self.noise}
+        return {"file": tag.file, "side": tag.side, **size, "sha256": self.sha256, **rounding}
 
     @property
     def path(self) -> Path:
@@ -170,12 +187,12 @@ class MappedShard:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def _moments(x_ND: Tensor, scale_N: Tensor | None, rows: int = 256) -> tuple[Tensor, Tensor]:
+def _moments(x_ND: Tensor, scale_N: Tensor | None, offset_D: Tensor | None, rows: int = 256) -> tuple[Tensor, Tensor]:
     """(D,) mean and (1,) Σ |x − mean|², float64. In blocks that stay in the cache, joined by Chan, Golub & LeVeque."""
     mean_D, squares, n = torch.zeros(x_ND.shape[1], dtype=torch.float64), 0.0, 0
     for first in range(0, len(x_ND), rows):
         scale = None if scale_N is None else scale_N[first : first + rows]
-        block = restore_rows(x_ND[first : first + rows], scale).to("cpu", torch.float64, copy=True)
+        block = restore_rows(x_ND[first : first + rows], scale, offset_D).to("cpu", torch.float64, copy=True)
         more = len(block)
         apart_D = block.mean(0)
         flat = block.sub_(apart_D).flatten()

@@ -3,12 +3,14 @@
 mean, variance   moments of each shard, joined by Chan, Golub & LeVeque (1983) in float64, in the shards' order
 norm quantiles   order statistics of the fp32 norms, linear between two of them. Non-negative floats sort as their
                  bits do, so two passes that count upper and then lower 16 bits find any of them exactly.
+rounding_noise   what the store's dtype cost, as a share of the variance (the worst shard's; see format)
 sinks            position 0 | special id | |x| ≥ 10 × the median norm, as in cosae.activations.sinks
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from cosae.activations.filter import QUANTILES
 from cosae.activations.sinks import FACTOR
+from cosae.activations.store.format import WARN_NOISE
 
 AT_ONCE = 1 << 20
 Columns = dict[str, NDArray[Any]]
@@ -49,6 +52,26 @@ def describe_rows(shards: Callable[[], Iterable[Columns]]) -> dict[str, Any]:
         },
         "sinks": {"factor": FACTOR, **sinks},
     }
+
+
+def noise_warning(statistics: Mapping[str, Any], dtype: str) -> str | None:
+    """What to say where rounding to a store's dtype cost more than WARN_NOISE of the variance; None elsewhere.
+
+    Stores of cosae 0.1 did not measure it, and were never centred. For their floats it follows from mean and variance:
+    the error of a value with p significant bits has the variance x² · 4^(1 − p) / 12 · E[1/m²], where the leading
+    digits m of values from anywhere are log-uniform on [1, 2), so that E[1/m²] = 3 / (8 ln 2).
+    """
+    noise = statistics.get("rounding_noise")
+    bits = {"bfloat16": 8, "float16": 11}.get(dtype)
+    if noise is None and bits is not None and statistics["total_variance"] > 0:
+        energy = float(np.square(statistics["mean"]).sum()) + statistics["total_variance"]
+        noise = 4.0 ** (1 - bits) / 12 * 3 / (8 * math.log(2)) * energy / statistics["total_variance"]
+    if noise is None or noise <= WARN_NOISE:
+        return None
+    return (
+        f"{dtype} has cost these activations: rounding noise is {noise:.1%} of their variance, which no SAE can "
+        "explain. Capture with --store-dtype float32"
+    )
 
 
 def _join(shards: Iterable[Columns]) -> tuple[NDArray[np.float64], float, int]:

@@ -27,7 +27,7 @@ from cosae.activations.store.format import (
     store_dtype,
 )
 from cosae.activations.store.shards import Shard, ShardRows, write_shard
-from cosae.activations.store.statistics import describe_rows
+from cosae.activations.store.statistics import describe_rows, noise_warning
 from cosae.errors import CosaeError, check_least
 from cosae.io.atomic import write_text
 from cosae.io.digest import value_digest
@@ -123,13 +123,17 @@ class StoreWriter:
         train, held_out = self.n_rows("train"), self.n_rows("held_out")
         if not train:
             raise CosaeError(f"{self.folder} would hold no train rows: the corpus is empty or --tokens too small.")
+        statistics = describe_rows(lambda: (shard.map().column for shard in self._shards["train"]))
+        statistics["rounding_noise"] = max((shard.noise or 0.0) for shard in self._shards["train"])
+        if warning := noise_warning(statistics, self.dtype):
+            self._log(f"{self.folder}: {warning}")
         record = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if any(s.shape.centred for side in SIDES for s in self._shards[side]) else 1,
             "request": self.request,
             "written_by": self.written_by,
             "rows": {"train": train, "held_out": held_out},
-            "statistics": describe_rows(lambda: (shard.map().column for shard in self._shards["train"])),
+            "statistics": statistics,
             "documents": {side: list(documents[side]) for side in SIDES},
             "shards": [shard.entry() for side in SIDES for shard in self._shards[side]],
         }
@@ -250,6 +254,7 @@ def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
         try:
             entry = json.loads(line)
             known = {name: entry[name] for name in ("file", "side", "rows", "bytes", "sha256")}
+            known |= {name: entry[name] for name in ("centred", "noise") if name in entry}
         except (ValueError, KeyError, TypeError):
             return
         yield known

@@ -48,11 +48,6 @@ class Capture:
             )
         object.__setattr__(self, "dtype", store_dtype(self.dtype))
 
-    @property
-    def captured_dtype(self) -> str:
-        """Of rows before they are rounded for the disk: int8 takes its scales from float32."""
-        return "float32" if self.dtype == "int8" else self.dtype
-
     def rows_per_shard(self, d_in: int, label_bytes: int) -> int:
         """`shard_tokens`, or what fills about SHARD_BYTES."""
         return self.shard_tokens or max(1024, SHARD_BYTES // ShardShape(1, d_in, self.dtype, label_bytes).row_bytes())

@@ -65,7 +65,7 @@ def capture_stores(
     if len(set(sites)) < len(sites):
         raise CosaeError(f"each site may be named once. Got {', '.join(request.sites)} instead.")
     if request.data.batch_sequences == "auto":
-        at_once = started_with(out, "batch_sequences") or batch_size(request.data, model, sites, request.captured_dtype)
+        at_once = started_with(out, "batch_sequences") or batch_size(request.data, model, sites, "float32")
         request = replace(request, data=replace(request.data, batch_sequences=at_once))
     text = CaptureText(request.data, tokenizer, request.seed, request.held_out_tokens)
     first = next(text.parts("train", 1)).sequences[:1]
@@ -95,10 +95,8 @@ def _write(
         log(f"{out} is complete")
         return folders
     report = (lambda _: None) if progress is None else progress(request.tokens + request.held_out_tokens)
-    options: dict[str, Any] = {
-        "batch_sequences": request.data.batch_sequences,
-        "store_dtype": getattr(torch, request.captured_dtype),
-    }
+    # in float32 whatever the store's dtype: rows are centred, and scales taken, before any rounding
+    options: dict[str, Any] = {"batch_sequences": request.data.batch_sequences}
     documents: dict[str, Sequence[str]] = {}
     rows_then: dict[Path, int] = {}
     with stop_on_signals() as stop:

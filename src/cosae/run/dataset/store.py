@@ -8,6 +8,7 @@ from torch import Tensor
 from cosae.activations.sample import Sample, SinkRule
 from cosae.activations.store.reader import open_store
 from cosae.activations.store.source import BLOCK_ROWS, StoreSource
+from cosae.activations.store.statistics import noise_warning
 from cosae.errors import CosaeError
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse, Sizes, Split, side_of, split_held_out
@@ -33,6 +34,11 @@ class StoreDataset(Dataset):
             raise CosaeError(f"{what}: capture a store with --held-out-tokens above 0.")
         self.source: StoreSource = StoreSource(self.store, seed=use.seed)
         self.has_concepts = self.store.concepts == tuple(concept.name for concept in CONCEPTS)
+
+    @property
+    def warnings(self) -> list[str]:
+        warning = noise_warning(self.store.statistics, self.store.dtype)
+        return [] if warning is None else [f"store {self.store.folder.name}: {warning}."]
 
     def sizes(self) -> Sizes:
         return Sizes(self.source.d_in, (), self.source.chunk_tokens)

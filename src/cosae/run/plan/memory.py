@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from cosae.activations.store.format import STORE_DTYPES, ShardShape
 from cosae.activations.stream import SAMPLE_ROWS
 from cosae.recipe import Recipe
@@ -123,7 +125,7 @@ def run_disk(recipe: Recipe, d_in: int) -> tuple[Item, ...]:
 
 def capture_memory(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -> MemoryPlan:
     """Memory of a capture of one or several sites: two shards' rows of each, one chunk, one forward pass."""
-    value = STORE_DTYPES[request.captured_dtype].itemsize
+    value = torch.float32.itemsize
     shards = []
     for site, size in zip(request.sites, sizes, strict=True):
         rows = min(request.rows_per_shard(size.d_in, label_bytes), max(request.tokens, request.held_out_tokens))
