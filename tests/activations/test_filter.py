@@ -1,15 +1,21 @@
 """Filters, sinks and norm facts against values worked out by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary
+from cosae.activations.sample import Sample
 from cosae.activations.sinks import median_norm, sink_mask
+from cosae.activations.store.reader import Store
+from cosae.activations.store.shards import ShardRows
 from cosae.errors import CosaeError
+from cosae.io.generators import seeded
 from cosae.io.values import from_plain, to_plain
 from cosae.types import Activations
+from tests.support.small_stores import write_store
 
 
 def made(norms: list[float], positions: list[int] | None = None, special: list[bool] | None = None) -> Activations:
@@ -104,3 +110,22 @@ def test_fitting_refuses_what_has_no_median() -> None:
     everything_first = made([1, 1], positions=[0, 0])
     with pytest.raises(CosaeError, match="drops all 2"):
         norm_summary(everything_first, fit(FilterPolicy("position_0"), everything_first.norm_N))
+
+
+@pytest.mark.parametrize("zeros", [0, 37])
+def test_one_median_tells_the_sinks_everywhere(tmp_path: Path, zeros: int) -> None:
+    """Filter, sample, summary and store, on norms whose middle is a gap: 390 between 60 and 720."""
+    direction_ND = torch.nn.functional.normalize(torch.randn(200 + zeros, 8, generator=seeded("medians", 0)), dim=-1)
+    length_N = torch.cat([torch.full((100,), 60.0), torch.full((100,), 720.0), torch.zeros(zeros)])
+    given = Activations.bare(direction_ND * length_N[:, None], length_N)
+    fitted = fit(FilterPolicy(), given.norm_N)
+    store = Store(write_store(tmp_path / "store", ShardRows(given)))
+    medians = [
+        fitted.median_norm,
+        norm_summary(given, fitted).median_norm,
+        Sample.of(given).median_norm,
+        store.statistics["norm"]["median"],
+    ]
+    assert medians == [390.0] * 4
+    sinks = int((~fitted.keep(given)).sum()), int(Sample.of(given).sink_N.sum()), store.statistics["sinks"]["any"]
+    assert sinks == (0, 0, 0)

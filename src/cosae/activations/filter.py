@@ -111,7 +111,7 @@ def norm_summary(window: Activations, filter: Filter) -> NormSummary:
         )
     norm_N = window.norm_N.double()
     marks = quantiles(norm_N, QUANTILES)
-    median = marks[QUANTILES.index(0.5)]
+    median = median_norm(window.norm_N)
     return NormSummary(
         window_tokens=len(window),
         median_norm=median,

@@ -23,7 +23,7 @@ SINKS = ("sinks_out", "sinks_in")
 class SinkRule:
     """What makes a token a sink, beside position 0 and special ids: |x| of at least factor · median_norm.
 
-    median_norm  None for the sample's own, over rows that are no padding
+    median_norm  None for the sample's own
     """
 
     factor: float = FACTOR
@@ -73,8 +73,7 @@ class Sample:
         """A sample of these activations, its sinks told by `rule`."""
         rule = rule or SinkRule()
         if rule.median_norm is None:
-            norm_N = activations.norm_N
-            rule = replace(rule, median_norm=median_norm(norm_N[norm_N > 0]) if bool((norm_N > 0).any()) else 0.0)
+            rule = replace(rule, median_norm=median_norm(activations.norm_N))
         return cls(activations, sink_mask(activations, rule.median, rule.factor).cpu(), rule, **known)
 
     @property

@@ -22,8 +22,12 @@ def sink_mask(activations: Activations, median_norm: float, factor: float = FACT
 
 
 def median_norm(norm_N: Tensor) -> float:
-    """The median of norms (N,), in float64; the mean of the middle two where N is even."""
-    return quantiles(norm_N, (0.5,))[0]
+    """The median of norms (N,), in float64; the mean of the middle two where their number is even.
+
+    Rows of norm 0 are padding or dead, and do not count; 0 where there are no others.
+    """
+    norm_N = norm_N[norm_N > 0]
+    return quantiles(norm_N, (0.5,))[0] if len(norm_N) else 0.0
 
 
 def quantiles(value_N: Tensor, marks: tuple[float, ...]) -> tuple[float, ...]:

@@ -32,7 +32,14 @@ def describe_rows(shards: Callable[[], Iterable[Columns]]) -> dict[str, Any]:
     """
     mean_D, squares, n = _join(shards())
     quantiles = _quantiles(lambda: (columns["norm"] for columns in shards()), n, QUANTILES)
-    median = quantiles[QUANTILES.index(0.5)]
+    n_zero = sum(int((columns["norm"] == 0).sum()) for columns in shards())
+    # among the others alone, as sinks.median_norm has it: the zeros come first in the order of all
+    middle = (n_zero + (n - n_zero - 1) / 2) / (n - 1) if n > max(1, n_zero) else 1.0
+    median = (
+        _quantiles(lambda: (columns["norm"] for columns in shards()), n, (middle,))[0]
+        if n_zero
+        else quantiles[QUANTILES.index(0.5)]
+    )
     total, sinks = 0.0, dict.fromkeys(("position_0", "special", "large_norm", "any"), 0)
     for columns in shards():
         total += float(columns["norm"].sum(dtype=np.float64))
