@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 
+class CosaeWarning(UserWarning):
+    """What goes on as asked, or as assumed, and may not be what was meant."""
+
+
 class CosaeError(ValueError):
     """A mistake of the user's that one sentence can put right: what came, what is allowed, what to do."""
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,28 @@ def test_facts_come_under_our_names(tmp_path: Path) -> None:
     sae = read_sae(write("gemma_scope", "npz", folder).folder)
     assert (sae.k, sae.metadata["layer"], "k_guessed" in sae.metadata) == (5, 20, False)
     assert read_sae(write("saelens", "standard", tmp_path / "c").folder).metadata["k_guessed"]
+
+
+@pytest.mark.parametrize(
+    ("said", "policy"),
+    [
+        ({"exclude_special_tokens": True}, ("none", True)),
+        ({"exclude_special_tokens": [1, 2], "seqpos_slice": [None]}, ("none", True)),
+        ({"seqpos_slice": [1, None]}, ("position_0", False)),
+        ({"exclude_special_tokens": False}, ("none", False)),
+        ({}, None),
+    ],
+)
+def test_saelens_files_say_which_tokens_training_left_out(
+    tmp_path: Path, said: dict[str, Any], policy: tuple[str, bool] | None
+) -> None:
+    folder = write("saelens", "topk", tmp_path / "sae").folder
+    config = json.loads((folder / "cfg.json").read_text())
+    config.setdefault("metadata", {}).update(said)
+    (folder / "cfg.json").write_text(json.dumps(config))
+    metadata = read_sae(folder).metadata
+    found = metadata["filter"]["policy"] if "filter" in metadata else None
+    assert (found and (found["kind"], found["drop_special"])) == policy
 
 
 # ------------------------------------------------------------------------------- dictionary_learning, written

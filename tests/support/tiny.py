@@ -7,12 +7,16 @@ from typing import Any
 import torch
 
 import cosae
+from cosae.activations.filter import Filter, FilterPolicy
+from cosae.io.values import to_plain
 from cosae.models.capture import capture
 from cosae.sae.calibrate import calibrate
 from cosae.types import Sequences
 from tests.support.tiny_models import BLOCK_PATHS, D, make_model, make_sequences
 
 FAMILIES = tuple(BLOCK_PATHS)
+EVERY_TOKEN = to_plain(Filter(FilterPolicy("none"), 1.0, 1))
+"""What an SAE's metadata says that was trained without a filter."""
 __all__ = [
     "FAMILIES",
     "D",
@@ -40,6 +44,7 @@ def make_sae(model: Any, site: str = "resid_post.2", seed: int = 0, **options: A
         if sae.score.family.exponent_owner != "fixed":
             sae.score.set_exponent(0.5)
     calibrate(sae, x_ND)
+    sae.metadata["filter"] = EVERY_TOKEN
     return sae
 
 
@@ -51,6 +56,7 @@ def identity_sae(d: int = D, **options: Any) -> cosae.SAE:
         sae.decoder.rows_FD.copy_(sae.score.rows_FD)
         sae.centre_D.zero_()
         sae.selector.set_margin(0.0)
+    sae.metadata["filter"] = EVERY_TOKEN
     return sae
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from cosae.activations.filter import Filter, FilterPolicy
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, CosaeWarning
 from cosae.io.values import to_plain
 from cosae.models import embedded
 from cosae.models.capture import capture
@@ -16,6 +17,7 @@ from cosae.models.intervene.edits import ablate, scale, set_to, steer
 from cosae.models.intervene.splice import Step, hook, spliced
 from cosae.types import Activations, Site
 from tests.support.tiny import (
+    EVERY_TOKEN,
     FAMILIES,
     D,
     first_of,
@@ -199,8 +201,8 @@ def test_left_right_and_no_padding_give_the_same_codes(model: Any, sae: Any) -> 
     assert torch.allclose(dense["left"], dense["right"], atol=1e-4)
 
 
-def test_tokens_the_sae_never_trained_on_can_be_left(model: Any, sae: Any) -> None:
-    sequences = make_sequences()
+def test_tokens_the_sae_never_trained_on_are_left_unless_all_are_asked_for(model: Any) -> None:
+    sae, sequences = make_sae(model), make_sequences()
     x = capture(model, sequences, "resid_post.2")["resid_post.2"]
     cut = float(x.norm_N.sort().values[-4:-2].mean())
     fitted = Filter(FilterPolicy("norm", factor=2.0), cut / 2, 36)
@@ -211,8 +213,10 @@ def test_tokens_the_sae_never_trained_on_can_be_left(model: Any, sae: Any) -> No
         "sinks_out": fitted.keep(x) & (x.position_N != 0) & ~x.special_N,
         "all": torch.ones(36, dtype=torch.bool),
     }
+    wanted[None] = wanted["filter"]
     for policy, kept_N in wanted.items():
-        with spliced(model, {"resid_post.2": sae}, tokens=policy) as run:
+        told = pytest.warns(CosaeWarning, match="training left out") if policy == "all" else nullcontext()
+        with told, spliced(model, {"resid_post.2": sae}, tokens=policy) as run:
             got = logits(model, sequences)
         assert torch.equal(run.codes["resid_post.2"].count_B > 0, kept_N & (sae.encode(x.x_ND).count_B > 0))
         kept = kept_N.reshape(3, 12, 1)
@@ -221,7 +225,57 @@ def test_tokens_the_sae_never_trained_on_can_be_left(model: Any, sae: Any) -> No
         for same in (lambda a, kept_N=kept_N: kept_N, kept_N.reshape(3, 12)):
             with spliced(model, {"resid_post.2": sae}, tokens=same):
                 assert torch.equal(logits(model, sequences), got)
+    quiet = spliced(model, {"resid_post.2": sae}, tokens="all", error_term=True)
+    with quiet:  # nothing is changed
+        logits(model, sequences)
+    replace = hook(sae)
+    kept = wanted["filter"].reshape(3, 12, 1)
+    x_STD = x.x_ND.reshape(3, 12, D)
+    assert torch.allclose(replace(x_STD), torch.where(kept, sae(x_STD), x_STD), atol=1e-5)
+
+
+def test_of_an_sae_that_does_not_say_what_it_was_trained_on_everything_is_assumed_and_said(model: Any) -> None:
+    sae, sequences = make_sae(model), make_sequences()
     del sae.metadata["filter"]
+    with pytest.warns(CosaeWarning, match="does not say"):
+        run = spliced(model, {"resid_post.2": sae})
+    with pytest.warns(CosaeWarning, match="does not say"):
+        hook(sae)
+    with spliced(model, {"resid_post.2": sae}, tokens="all"):
+        expected = logits(model, sequences)
+    with run:
+        assert torch.equal(logits(model, sequences), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_generation_leaves_the_sink_that_training_never_saw(model: Any, options: dict[str, Any]) -> None:
+    """An SAE that is exact below a norm and hopeless above: what an SAE is that never saw a sink."""
+    model, sequences = make_model("llama"), make_sequences()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1] *= 400  # BOS
+    norm_ST = capture(model, sequences, "resid_post.2")["resid_post.2"].norm_N.reshape(3, 12)
+    median = float(norm_ST.median())
+    assert (norm_ST[:, 0] > 10 * median).all()
+    assert (norm_ST[:, 1:] < 10 * median).all()
+    sae = OrdinaryOnly(identity_sae(), 10 * median)
+    sae.metadata["filter"] = to_plain(Filter(FilterPolicy("norm"), median, 100))
+    own = generate(model, sequences, **options)
+    with spliced(model, {"resid_post.2": sae}, keep="history") as run:
+        assert torch.equal(generate(model, sequences, **options), own)
+    used_ST = run.joined("resid_post.2").count_B.reshape(3, -1) > 0 if options != {"use_cache": False} else None
+    assert used_ST is None or (not used_ST[:, 0].any() and used_ST[:, 1:].all())
+    with pytest.warns(CosaeWarning, match="training left out"), spliced(model, {"resid_post.2": sae}, tokens="all"):
+        assert not torch.equal(generate(model, sequences, **options), own)
+
+
+class OrdinaryOnly:
+    def __init__(self, sae: Any, most: float) -> None:
+        self.sae, self.most, self.metadata = sae, most, dict(sae.metadata)
+        self.d_in, self.d_sae, self.W_dec, self.decode = sae.d_in, sae.d_sae, sae.W_dec, sae.decode
+
+    def encode(self, x: torch.Tensor) -> Any:
+        length = x.norm(dim=-1, keepdim=True)
+        return self.sae.encode(torch.where(length < self.most, x, x.flip(-1)))
 
 
 def test_a_policy_of_ones_own_sees_norms_positions_and_ids(model: Any, sae: Any) -> None:
@@ -397,6 +451,7 @@ def make_sae_for_embedded(model: Any, ids: torch.Tensor) -> Any:
     x_ND = torch.randn(200, 192) * 3
     sae = cosae.SAE.build(d_in=192, d_sae=256, k=8, sample=x_ND)
     calibrate(sae, x_ND)
+    sae.metadata["filter"] = EVERY_TOKEN
     return sae
 
 
@@ -534,7 +589,7 @@ def test_a_plain_hook_is_the_same_rule(model: Any, sae: Any) -> None:
         ({"edits": {"resid_post.1": [ablate(1)]}}, "SAEs are spliced in at resid_post.2 only"),
         ({"saes": {"resid_post.2": "sae", "resid_post.1": "sae"}, "edits": ablate(1)}, "must say at which site"),
         ({"tokens": "most"}, "tokens must be 'all', 'filter'"),
-        ({"tokens": "filter"}, "which this one does not carry"),
+        ({"saes": {"resid_post.2": "bare"}, "tokens": "filter"}, "which this one does not carry"),
         ({"keep": "all"}, "keep must be one of latest, history, none"),
     ],
 )
@@ -545,6 +600,7 @@ def test_mistakes_are_told_before_any_pass(model: Any, sae: Any, options: dict[s
         "sae": sae,
         "wide": cosae.SAE.build(d_in=16, d_sae=32, selector="topk", k=2),
         "raw": cosae.SAE.build(d_in=D, d_sae=32, k=2),
+        "bare": cosae.SAE.build(d_in=D, d_sae=32, selector="topk", k=2),
     }
     saes = options.pop("saes", {"resid_post.2": "sae"})
     saes = {site: made.get(one, one) if isinstance(one, str) else one for site, one in saes.items()}

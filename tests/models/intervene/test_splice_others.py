@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from cosae.activations.filter import Filter, FilterPolicy
 from cosae.errors import CosaeError
 from cosae.models.capture import capture
 from cosae.models.intervene.edits import ablate, set_to, steer
@@ -208,3 +209,18 @@ def test_a_model_compiled_before_is_read_and_replaced_all_the_same(sae: Any) -> 
     assert torch.equal(logits(model, sequences), expected)
     outer.__exit__()
     assert torch.equal(logits(model, sequences), own)
+
+
+def test_a_plain_hook_in_a_step_of_generation_must_be_told_the_position(sae: Any) -> None:
+    x, at = torch.randn(2, 1, D), torch.ones(2, 4, dtype=torch.bool)
+    for options in ({"edits": ablate(1, at=[3])}, {"edits": ablate(1, at=at)}, {"tokens": at}):
+        change = hook(sae, **options)
+        with pytest.raises(CosaeError, match="give position_ST"):
+            change(x)
+        assert change(x, position_ST=torch.tensor([[3], [3]])).shape == x.shape
+        assert change(torch.randn(2, 4, D)).shape == (2, 4, D)
+    change = hook(sae, tokens=Filter(FilterPolicy("position_0"), 1.0, 1))
+    assert torch.equal(change(x, position_ST=torch.tensor([[0], [5]]))[0], x[0])
+    assert not torch.equal(change(x, position_ST=torch.tensor([[0], [5]]))[1], x[1])
+    with pytest.raises(CosaeError, match="give position_ST"):
+        change(x)

@@ -31,6 +31,7 @@ from cosae.models.capture import capture
 from cosae.models.intervene.edits import Edit, ablate, check_edits, steer
 from cosae.models.intervene.hooks import Intervention, find_site
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
+from cosae.models.intervene.splice import special_ids_of
 from cosae.models.intervene.window import Policy, Window
 from cosae.types import Codes, Sequences, Site
 
@@ -91,7 +92,7 @@ def measure_edits(
     *,
     holds: Holds = None,
     error_term: bool = True,
-    tokens: Policy = "all",
+    tokens: Policy | None = None,
     batch_sequences: int = 8,
     seed: int = 0,
     n_resamples: int = RESAMPLES,
@@ -100,7 +101,7 @@ def measure_edits(
 
     holds   where the concept behind an edit holds, over the columns of `sequences`: one (S, T) boolean tensor, or one
             by name; by default where any of the edit's features fires
-    tokens  tokens that may be edited, as in `spliced`
+    tokens  tokens that may be edited, as in `spliced`: by default what the filter of the SAE's training keeps
 
     Returns site, tokens (scored ones), edits[name] (features, edited_tokens, size, relative_size, on, off, off_reached,
     precision, on_share) and `pooled` over the edits (mean KL on and off, precision = their ratio, with 95 % intervals
@@ -112,7 +113,8 @@ def measure_edits(
     found = find_site(model, site)
     listed = {name: check_edits(one, sae.d_sae, found.name) for name, one in edits.items()}
     capture(model, sequences[:1], found)  # refuses what no pass should begin with
-    replaced = partial(Replacement, sae, error_term=error_term, tokens=tokens, name=found.name)
+    special = special_ids_of(model)
+    replaced = partial(Replacement, sae, error_term=error_term, tokens=tokens, special_ids=special, name=found.name)
     rules, reference = {name: replaced(edits=one) for name, one in listed.items()}, replaced(edits=())
     held = _check_holds(holds, list(edits), sequences)
     gathered: dict[str, list[_Tokens]] = {name: [] for name in edits}

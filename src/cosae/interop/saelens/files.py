@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosae.activations.filter import Filter, FilterPolicy
 from cosae.errors import CosaeError, check_choice
 from cosae.interop.linear import Linear, linear_sae
 from cosae.interop.saelens import cosine
 from cosae.io.untrusted import number, read_json, read_safetensors, take, transposed, whole
+from cosae.io.values import to_plain
 from cosae.sae import file as own
 from cosae.sae.fold import fold_input_scale
 from cosae.sae.model import SAE
@@ -54,6 +56,8 @@ def read(folder: str | Path) -> SAE:
         return cosine.assemble(config, state, str(path), _scaling_factor(folder))
     _check_conventions(config, kind, folder)
     sae = linear_sae(_linear(kind, config, state, path), str(path), _metadata(config, kind))
+    if (trained_on := _filter(config)) is not None:
+        sae.metadata["filter"] = to_plain(trained_on)
     if config.get("normalize_activations") != "expected_average_only_in":
         return sae
     scale = _scaling_factor(folder)
@@ -127,6 +131,17 @@ def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: P
     prefixes = tuple(whole(width, "a Matryoshka width", path) for width in widths)
     theta = torch.tensor(number(threshold, "topk_threshold", path))
     return made(rows_FD, bias_F, selector="batch_topk", k=k, threshold=theta, prefixes=prefixes)
+
+
+def _filter(config: dict[str, Any]) -> Filter | None:
+    """Which tokens training left out, where the file says so; no norm is known."""
+    metadata = config.get("metadata")
+    known = {**config, **(metadata if isinstance(metadata, dict) else {})}
+    first, special = known.get("seqpos_slice"), known.get("exclude_special_tokens")
+    from_second = isinstance(first, list) and first[:1] == [1]
+    if not from_second and special is None:
+        return None
+    return Filter(FilterPolicy("position_0" if from_second else "none", drop_special=bool(special)), 0.0, 0)
 
 
 def _metadata(config: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ With gradients (`grad=True`) the error term is a constant: what reaches earlier 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -20,9 +21,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, CosaeWarning
 from cosae.models.intervene.edits import Edit, check_edits, edit_codes, steering
-from cosae.models.intervene.window import Policy, Window, covered, resolve_policy
+from cosae.models.intervene.window import Policy, Window, covered, own_filter, resolve_policy
 from cosae.types import Codes, at_least_fp32
 
 
@@ -67,7 +68,7 @@ class Replacement:
         *,
         error_term: bool = False,
         edits: Edit | Sequence[Edit] = (),
-        tokens: Policy = "all",
+        tokens: Policy | None = None,
         grad: bool = False,
         read: bool = True,
         special_ids: Sequence[int] = (),
@@ -83,11 +84,16 @@ class Replacement:
         self.sae = sae
         self.error_term = error_term
         self.edits = check_edits(edits, sae.d_sae, name)
-        self.policy = resolve_policy(tokens, getattr(sae, "metadata", {}))
+        metadata = getattr(sae, "metadata", {})
+        self.policy = resolve_policy(tokens, metadata)
         self.grad = grad
         self.special_ids = tuple(special_ids)
         self.name = name
         self._changes_codes = any(edit.kind != "steer" for edit in self.edits)
+        # with "all", until a warning was given: what training left out
+        self._unseen = own_filter(metadata) if isinstance(tokens, str) and tokens == "all" else None
+        if error_term and not self.edits:
+            self._unseen = None
         self._encodes = read or not error_term or self._changes_codes
 
     def __call__(self, x: Tensor, window: Window) -> Replaced:
@@ -98,6 +104,8 @@ class Replacement:
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             x_ND = at_least_fp32(x.reshape(-1, x.shape[-1]))
             covered_N = covered(self.policy, x_ND, window, self.special_ids)
+            if self._unseen is not None:
+                self._warn_unseen(x_ND, window, covered_N)
             codes = edited = None
             new_ND = x_ND
             if self._encodes:
@@ -110,6 +118,19 @@ class Replacement:
                 new_ND = new_ND + added_ND
             new = x if new_ND is x_ND else new_ND.reshape(x.shape).to(x.dtype)
         return Replaced(new, codes, edited)
+
+    def _warn_unseen(self, x_ND: Tensor, window: Window, covered_N: Tensor) -> None:
+        assert self._unseen is not None
+        left_N = covered_N & ~covered(self._unseen, x_ND, window, self.special_ids)
+        if not bool(left_N.any()):
+            return
+        n, self._unseen = int(left_N.sum()), None
+        warnings.warn(
+            f"With tokens='all' the SAE at {self.name} stands in for tokens that its training left out ({n} in this "
+            "pass): what it makes of them is arbitrary. Leave tokens out, and they pass as they are.",
+            CosaeWarning,
+            stacklevel=2,
+        )
 
     def _recon(self, x_ND: Tensor, codes: Codes, edited: Codes, covered_N: Tensor, touched_N: Tensor) -> Tensor:
         if not self.error_term:

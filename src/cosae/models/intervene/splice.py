@@ -8,14 +8,16 @@ x → x′, for nnsight, TransformerLens and hooks of one's own.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cosae.errors import CosaeError, check_choice
+from cosae.activations.filter import Filter
+from cosae.errors import CosaeError, CosaeWarning, check_choice
 from cosae.models.intervene.edits import Edit
 from cosae.models.intervene.hooks import Intervention, Rule, find_site
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
@@ -120,7 +122,7 @@ def spliced(
     *,
     error_term: bool = False,
     edits: Edits = (),
-    tokens: Policy = "all",
+    tokens: Policy | None = None,
     keep: str = "latest",
     on_step: Callable[[Step], None] | None = None,
     grad: bool = False,
@@ -133,10 +135,12 @@ def spliced(
                  module), or a Site
     error_term   put back what each SAE misses: without edits the outputs are the model's own, to the bit
     edits        from cosae.models.intervene.edits: a list for the only site, or a mapping from sites to lists
-    tokens       tokens the SAEs stand in for; all others pass as they are, padding always: "all"; "filter": what the
-                 filter the SAE was trained with keeps; "sinks_out": no position 0, special ids or norms at or above
-                 its factor (10) times its median; a Filter; an (S, T) boolean tensor over the padded columns; or a
-                 function Activations → (N,) bool
+    tokens       tokens the SAEs stand in for; all others pass as they are, padding always. None: what the filter each
+                 SAE was trained with keeps, by the threshold of its training, and every token (with a warning) for an
+                 SAE that does not say; "filter": the same, and no SAE without one; "sinks_out": no position 0, special
+                 ids or norms at or above its factor (10) times its median; "all", with a warning where training left
+                 tokens out; a Filter; an (S, T) boolean tensor over the padded columns; or a function
+                 Activations → (N,) bool
     keep         "latest": `run.codes`; "history": `run.history` too, every pass of `generate`; "none": encode only
                  where an edit or a reconstruction needs it
     on_step      called with each pass's Step when it ends
@@ -150,7 +154,7 @@ def spliced(
     check_choice("keep", keep, KEEP)
     if not isinstance(saes, Mapping) or not saes:
         raise CosaeError("spliced needs at least one SAE by site, as in {'resid_post.3': sae}.")
-    ids = _special_ids(model) if special_ids is None else tuple(special_ids)
+    ids = special_ids_of(model) if special_ids is None else tuple(special_ids)
     sites = {_name(key): find_site(model, key) for key in saes}
     named = {_name(key): sae for key, sae in saes.items()}
     _check_sites(model, sites, named)
@@ -161,6 +165,7 @@ def spliced(
         name: (sites[name], Replacement(sae, edits=by_site.get(name, ()), name=name, **shared))
         for name, sae in named.items()
     }
+    _check_filter(tokens, named, error_term and not any(by_site.values()))
     return Spliced(model, replacements, keep, on_step)
 
 
@@ -169,26 +174,47 @@ def hook(
     *,
     error_term: bool = False,
     edits: Edit | Sequence[Edit] = (),
-    tokens: Policy = "all",
+    tokens: Policy | None = None,
     special_ids: Sequence[int] = (),
 ) -> Callable[..., Tensor]:
     """A function x → x′ to hang wherever a library lets functions change tensors.
 
-    It takes x (S, T, D) and, by name, mask_ST (S, T) bool, the real tokens, and ids_ST; without a mask every token is
-    real, and positions count from the first column. What else a library passes by name (TransformerLens: `hook`) is
-    passed over. Options as in `spliced`. Raises CosaeError as `Replacement` does.
+    It takes x (S, T, D) and, by name, mask_ST (S, T) bool, the real tokens, position_ST (S, T), how many come before
+    each, and ids_ST. Without a mask every token is real; without positions they count from the first column, and a
+    single column, which may be a step of generation, is refused where it matters at which position it stands. What
+    else a library passes by name (TransformerLens: `hook`) is passed over. Options as in `spliced`. Raises CosaeError
+    as `Replacement` does.
     """
     replacement = Replacement(
         sae, error_term=error_term, edits=edits, tokens=tokens, read=False, special_ids=special_ids, name="this hook"
     )
+    _check_filter(tokens, {"this hook": sae}, error_term and not edits)
+    fitted = replacement.policy if isinstance(replacement.policy, Filter) else None
+    by_position = (
+        (fitted is not None and fitted.policy.kind == "position_0")
+        or (isinstance(tokens, str) and tokens == "sinks_out")
+        or isinstance(tokens, Tensor)
+        or any(not isinstance(edit.at, str) for edit in replacement.edits)
+    )
 
-    def replace_with_sae(x: Tensor, mask_ST: Tensor | None = None, ids_ST: Tensor | None = None, **_: Any) -> Tensor:
+    def replace_with_sae(
+        x: Tensor,
+        mask_ST: Tensor | None = None,
+        ids_ST: Tensor | None = None,
+        position_ST: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
         if mask_ST is None:
             if not isinstance(x, Tensor) or x.ndim != 3:
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise CosaeError(f"x must be a tensor of shape (sequences, tokens, width). Got {got} instead.")
             mask_ST = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return replacement(x, Window.of(mask_ST, ids_ST))[0]
+        window = Window.of(mask_ST, ids_ST)
+        if position_ST is not None:
+            window = replace(window, position_ST=position_ST, start=int(position_ST[:, 0].max()))
+        elif by_position and mask_ST.shape[1] == 1:
+            raise CosaeError("x holds one token of each sequence: give position_ST, how many tokens come before it.")
+        return replacement(x, window)[0]
 
     return replace_with_sae
 
@@ -215,6 +241,18 @@ def _check_sites(model: nn.Module, sites: Mapping[str, Site], saes: Mapping[str,
             )
 
 
+def _check_filter(tokens: Policy | None, saes: Mapping[str, SplicedSAE], changes_nothing: bool) -> None:
+    """Says what is assumed of SAEs that do not know which tokens they were trained on."""
+    unknown = [name for name, sae in saes.items() if "filter" not in getattr(sae, "metadata", {})]
+    if tokens is None and unknown and not changes_nothing:
+        warnings.warn(
+            f"The SAE at {unknown[0]} does not say which tokens it was trained on, so it stands in for all, attention "
+            "sinks included. tokens='all' says that it should; a Filter as tokens leaves tokens out.",
+            CosaeWarning,
+            stacklevel=3,
+        )
+
+
 def _edits_by_site(edits: Edits, names: Sequence[str]) -> dict[str, Edit | Sequence[Edit]]:
     if not isinstance(edits, Mapping):
         if len(names) == 1:
@@ -231,7 +269,8 @@ def _edits_by_site(edits: Edits, names: Sequence[str]) -> dict[str, Edit | Seque
     return by_site
 
 
-def _special_ids(model: nn.Module) -> tuple[int, ...]:
+def special_ids_of(model: nn.Module) -> tuple[int, ...]:
+    """The model's own bos, eos and pad ids."""
     config = getattr(model, "config", None)
     found: list[int] = []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

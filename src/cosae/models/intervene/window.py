@@ -24,7 +24,7 @@ Where = str | Tensor | slice | tuple[int, ...]
 """Which tokens an edit is made at: see `chosen`."""
 
 Policy = str | Filter | Tensor | Callable[[Activations], Tensor]
-"""Which tokens an SAE stands in for: see `covered`."""
+"""Which tokens an SAE stands in for: see `covered`. None in its place: the SAE's own filter."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,13 @@ def columns(mask: Tensor, window: Window, name: str) -> Tensor:
     return torch.cat([part, part.new_zeros(n_sequences, missing)], dim=1) if missing else part
 
 
-def resolve_policy(policy: Policy, metadata: dict[str, Any]) -> Policy:
-    """ "filter" and "sinks_out" with the filter from the SAE's metadata filled in; everything else as it is.
+def resolve_policy(policy: Policy | None, metadata: dict[str, Any]) -> Policy:
+    """The policy with the filter from the SAE's metadata filled in; None: that filter, "all" where there is none.
 
-    Raises CosaeError for an unknown word, and where the SAE carries no filter.
+    Raises CosaeError for an unknown word, and for "filter" and "sinks_out" where the SAE carries no filter.
     """
+    if policy is None:
+        return own_filter(metadata) or "all"
     if not isinstance(policy, str) or policy == "all":
         return policy
     if policy not in ("filter", "sinks_out"):
@@ -125,16 +127,26 @@ def resolve_policy(policy: Policy, metadata: dict[str, Any]) -> Policy:
             "tokens must be 'all', 'filter', 'sinks_out', a Filter, an (S, T) boolean tensor or a function of "
             f"Activations. Got {policy!r} instead."
         )
-    if "filter" not in metadata:
+    fitted = own_filter(metadata)
+    if fitted is None:
         raise CosaeError(
             f"tokens={policy!r} needs the filter the SAE was trained with, which this one does not carry: pass a "
             "cosae.activations.filter.Filter, or tokens='all'."
         )
-    fitted = from_plain(Filter, metadata["filter"], "the SAE's filter")
     if policy == "filter":
         return fitted
-    factor = fitted.policy.factor
-    return lambda activations: ~sink_mask(activations, fitted.median_norm, factor)
+    factor, median = fitted.policy.factor, fitted.median_norm
+    if not median > 0:
+        raise CosaeError(
+            "tokens='sinks_out' needs the median norm of the SAE's training, which it does not carry: give no tokens, "
+            "for the filter of its training, or pass a cosae.activations.filter.Filter."
+        )
+    return lambda activations: ~sink_mask(activations, median, factor)
+
+
+def own_filter(metadata: dict[str, Any]) -> Filter | None:
+    """The filter an SAE was trained with, with the threshold that training used; None where it does not say."""
+    return from_plain(Filter, metadata["filter"], "the SAE's filter") if "filter" in metadata else None
 
 
 def covered(policy: Policy, x_ND: Tensor, window: Window, special_ids: tuple[int, ...]) -> Tensor:
