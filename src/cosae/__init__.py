@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cosae.models.intervene.splice import spliced
     from cosae.recipe import Recipe
     from cosae.run.execute import resume
+    from cosae.run.finished import open_run
     from cosae.run.fit import fit
     from cosae.sae.config import SAEConfig
     from cosae.sae.file import load, save
@@ -40,6 +41,7 @@ __all__ = [
     "SAEConfig",
     "fit",
     "load",
+    "open_run",
     "resume",
     "save",
     "spliced",
@@ -56,6 +58,7 @@ _ROOMS = {
     "fit": "cosae.run.fit",
     "load": "cosae.sae.file",
     "load_dictionary": "cosae.interop.dictionary_learning.drop_in",
+    "open_run": "cosae.run.finished",
     "resume": "cosae.run.execute",
     "save": "cosae.sae.file",
     "spliced": "cosae.models.intervene.splice",

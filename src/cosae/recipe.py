@@ -20,6 +20,7 @@ from cosae.activations.synthetic import World
 from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io.legacy import upgrade, upgrade_path
 from cosae.io.values import convert, from_plain, to_plain
+from cosae.shown import Shown
 from cosae.text.files import Reading
 from cosae.text.mixture import parse_corpus
 from cosae.train.arm import ARMS, Arm, check_arms
@@ -122,9 +123,9 @@ class EvaluationConfig:
 INJECT_INTO = ("both", "training", "evaluation")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One run: data, filter, perturbation, arms, training, evaluation."""
+@dataclass(frozen=True, repr=False)
+class Recipe(Shown):
+    """One run: data, filter, perturbation, arms, training, evaluation. Its repr is what differs from the defaults."""
 
     name: str = "embedded"
     data: DataConfig = field(default_factory=DataConfig)
@@ -150,6 +151,12 @@ class Recipe:
         check_choice("inject_into", self.inject_into, INJECT_INTO)
         if self.d_sae is not None:
             check_least("d_sae", self.d_sae, 1)
+
+    def _summary(self) -> dict[str, object]:
+        differing = self.diff(Recipe())
+        arms = [arm.name for arm in self.arms] if any(path.startswith("arms.") for path in differing) else None
+        named = {path: here for path, (here, _) in differing.items() if not path.startswith("arms.")}
+        return {"name": named.pop("name", None), "arms": arms, **named}
 
     @property
     def training_perturbation(self) -> Perturbation:

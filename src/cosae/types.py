@@ -21,6 +21,7 @@ from scipy import sparse
 from torch import Tensor
 
 from cosae.errors import CosaeError
+from cosae.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ class Framed:
     live_B: Tensor
 
 
-@dataclass(frozen=True)
-class Codes:
+@dataclass(frozen=True, repr=False)
+class Codes(Shown):
     """Sparse codes, grouped by token (compressed rows), features ascending within a token.
 
     offset_B1  (B + 1,) int64  entries of token t are offset[t] : offset[t + 1]
@@ -190,6 +191,17 @@ class Codes:
     def l0(self) -> float:
         """Mean number of active features per token."""
         return int(self.feature_E.shape[0]) / max(self.n_tokens, 1)
+
+    def _summary(self) -> dict[str, object]:
+        many = len(self.shape) != 1
+        return {
+            "rows": self.n_tokens,
+            "of_shape": tuple(self.shape) if many else None,
+            "features": self.d_sae,
+            "active_entries": int(self.feature_E.shape[0]),
+            "mean_l0": self.l0,
+            "device": None if self.value_E.device.type == "cpu" else str(self.value_E.device),
+        }
 
     def to_dense(self) -> Tensor:
         """(*shape, d_sae) fp32, zeros where nothing fired. Gradients flow to value_E."""

@@ -21,7 +21,8 @@ from cosae.io.values import from_plain
 from cosae.recipe import Recipe
 from cosae.run import measure
 from cosae.run.dataset.open import dataset_of
-from cosae.run.execute import Finished, Logs, execute
+from cosae.run.execute import Logs, execute
+from cosae.run.finished import Finished
 from cosae.run.record import describe_setting, moving_warnings
 from cosae.train.arm import Arm
 from tests.support.tiny_runs import ARMS, QUIET, assert_same_run, metrics, recipe

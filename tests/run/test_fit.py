@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,29 @@ def test_a_tensor_in_memory() -> None:
         assert sae.encode(x_ND).l0 == pytest.approx(k, rel=0.2)
     assert run.run["source"]["source"] == "tensor"
     assert run.run["tokens"] == 5 * 32
+
+
+def test_arrays_and_lists_of_them_give_the_same_run_as_a_tensor() -> None:
+    x_ND = x_of()
+    array = x_ND.numpy().copy()
+    array.setflags(write=False)
+    wanted = cosae.fit(x_ND, "standard", **SMALL).saes["standard"].W_dec
+    for data in (array, array.astype(np.float64), array.astype(">f4"), [array[:100], x_ND[100:]], x_ND.double()):
+        assert torch.equal(cosae.fit(data, "standard", **SMALL).saes["standard"].W_dec, wanted)
+
+
+def test_progress_is_shown_where_somebody_looks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cosae.fit(x_of(), "standard", **SMALL)
+    assert capsys.readouterr().err == ""
+    cosae.fit(x_of(), "standard", progress=True, **SMALL)
+    assert "step 1/5" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ipykernel", object())  # a notebook without widgets
+    cosae.fit(x_of(), "standard", **SMALL)
+    assert "5/5" in capsys.readouterr().err
+    cosae.fit(x_of(), "standard", progress=False, **SMALL)
+    assert capsys.readouterr().err == ""
 
 
 def test_it_learns() -> None:
@@ -124,12 +148,19 @@ X = x_of()
         (X, None, {"data__activations": "x.npy"}, "from a tensor or a file"),
         (X.int(), None, {}, "Got torch.int32"),
         (X[0], None, {}, r"Got torch.float32 \(16,\)"),
+        (X.reshape(30, 20, 16), None, {}, r"\(30, 20, 16\): pass x.reshape\(-1, 16\), of shape \(600, 16\)"),
+        (X.reshape(30, 20, 16).numpy(), None, {}, r"x.reshape\(-1, 16\)"),
+        ([X.reshape(30, 20, 16)], None, {}, r"x.reshape\(-1, 16\)"),
+        ([X, X[:, :3]], None, {}, r"one width d. Got \(600, 16\), \(600, 3\)"),
+        ([], None, {}, "an empty list"),
+        (np.array([["a"]]), None, {}, "must be floats"),
+        (X.int().numpy(), None, {}, "Got torch.int32"),
         (X[:1], None, {}, "N of at least 2"),
         (X.index_fill(0, torch.tensor([3]), torch.inf), None, {}, "Got inf at row 3, column 0"),
         (torch.zeros(100, 4), None, {}, "median norm .* is 0"),
         (torch.ones(100, 4), None, {}, "their variance in the first window is 0"),
         (X[:2], None, {}, "their variance in the first window is 0"),
-        (np.zeros((4, 4)), None, {}, "Got ndarray instead"),
+        (np.zeros((4, 4)), None, {}, "median norm .* is 0"),
         (3, None, {}, "Got int instead"),
         ("headline", None, {}, "preset must be one of"),
         ("nowhere.npy", None, {}, "nowhere.npy"),

@@ -47,6 +47,13 @@ class FilterPolicy:
         check_range("filter factor", self.factor, "(1, inf)")
         check_least("filter window_tokens", self.window_tokens, 1)
 
+    @property
+    def left_out(self) -> str:
+        """What is dropped, in words."""
+        kinds = {"norm": [f"norms of at least {self.factor:g} × the median"], "position_0": ["position 0"], "none": []}
+        special = ["special tokens"] if self.drop_special else []
+        return " and ".join(kinds[self.kind] + special) or "nothing"
+
 
 @dataclass(frozen=True)
 class Filter:

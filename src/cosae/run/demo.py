@@ -12,7 +12,8 @@ from cosae.errors import CosaeError
 from cosae.presets import preset
 from cosae.run.dataset.base import DataUse
 from cosae.run.dataset.open import dataset_of
-from cosae.run.execute import Finished, Logs, execute
+from cosae.run.execute import Logs, execute
+from cosae.run.finished import Finished
 from cosae.run.folder import RECIPE
 
 

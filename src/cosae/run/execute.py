@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cosae.activations.stream import ActivationStream
@@ -27,15 +28,17 @@ from cosae.io.signals import Stop, stop_on_signals
 from cosae.io.values import from_plain, to_plain
 from cosae.recipe import Recipe
 from cosae.run import folder, provenance
+from cosae.run.dataset.arrays import as_matrix
 from cosae.run.dataset.base import Dataset
 from cosae.run.dataset.open import dataset_of
+from cosae.run.finished import Finished
 from cosae.run.folder import RECIPE, RUN, check_free, write_json, write_recipe
 from cosae.run.measure import evaluate
 from cosae.run.plan.check import check_run
 from cosae.run.plan.resources import check_device
 from cosae.run.record import exponent_changes, run_record, sae_provenance
 from cosae.sae import frame as frames
-from cosae.sae.calibrate import calibrate
+from cosae.sae.calibrate import calibrate, measure_fve
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
 from cosae.train.checkpoint import checkpoints, has_checkpoints, quarantine, read_latest, write_checkpoint
@@ -52,17 +55,6 @@ class Logs:
     tensorboard: bool = False
     wandb: str | None = None
     """W&B project; None does not log there."""
-
-
-@dataclass
-class Finished:
-    """A finished run. saes: trained, calibrated SAEs by arm; evaluation: what was measured, None where not asked."""
-
-    saes: dict[str, SAE]
-    evaluation: dict[str, Any] | None
-    run: dict[str, Any]
-    out: Path | None = None
-    calibrations: dict[str, Calibration] = field(default_factory=dict)
 
 
 def execute(
@@ -99,12 +91,12 @@ def execute(
         run.close()
 
 
-def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = None) -> Finished:
+def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | ArrayLike | None = None) -> Finished:
     """Go on with the run in `out` from its last whole checkpoint, to the same end as without the interruption.
 
     A run that ended before its first checkpoint begins again, and so ends the same too.
 
-    tensor: the activations (N, D) of a run that was started on a tensor in memory; None for all others.
+    tensor: the activations (N, D) of a run that was started on a tensor or array in memory; None for all others.
     Raises CosaeError where there is no run, none of its checkpoints is whole, the run is finished, another process
     writes it, what is left to do cannot fit in memory or on disk, or its recipe or data are no longer those it was
     started with.
@@ -123,7 +115,7 @@ def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | None = No
         known = (out / RECIPE).is_file()  # not where the run ended between the writing of the two
         recipe = Recipe.read(out / RECIPE) if known else from_plain(Recipe, record.get("recipe"), str(out / RUN))
         check_device(recipe.device)
-        data = dataset_of(recipe, tensor)
+        data = dataset_of(recipe, None if tensor is None else as_matrix(tensor))
         check_run(recipe, data, out, begun=True)
         run = _Run(recipe, data, out, logs or Logs())
         try:
@@ -301,7 +293,7 @@ class _Run:
         """
         sample = self.data.sample("calibration", self.recipe.evaluation.calibration_tokens).activations
         x_ND = sample.x_ND[self.stream.filter.keep(sample)].float().to(self.recipe.device)
-        return {name: calibrate(sae, x_ND) for name, sae in saes.items()}
+        return {name: replace(calibrate(sae, x_ND), fve=measure_fve(sae, x_ND)) for name, sae in saes.items()}
 
     def write_record(self, status: str, calibrations: Mapping[str, Calibration] | None = None) -> dict[str, Any]:
         """run.json as things stand."""

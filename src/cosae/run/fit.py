@@ -1,27 +1,31 @@
-"""`cosae.fit`: train SAEs from Python, on a tensor, a file, or whatever a recipe names."""
+"""`cosae.fit`: train SAEs from Python, on a tensor or array, a file, or whatever a recipe names."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.presets import preset
 from cosae.recipe import Recipe
-from cosae.run.execute import Finished, Logs, execute
+from cosae.run.dataset.arrays import as_matrix
+from cosae.run.execute import Logs, execute
+from cosae.run.finished import Finished
 from cosae.train.arm import Arm, parse_arm
+from cosae.train.log import is_watched
 
 
 def fit(
-    data: Recipe | Tensor | str | Path | None = None,
+    data: Recipe | Tensor | ArrayLike | Sequence[Tensor] | Path | None = None,
     arms: Iterable[str | Arm] | None = None,
     *,
     out: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     evaluate: bool | None = None,
     tensorboard: bool = False,
     wandb: str | None = None,
@@ -29,10 +33,12 @@ def fit(
 ) -> Finished:
     """Train SAEs in lockstep on one stream of activations; returns them calibrated, with what was measured.
 
-    data     a Recipe; a float tensor (N, d) of activations; a path to a .safetensors, .npy or .parquet file of them;
-             the name of a preset; None for the embedded model's recipe
+    data     a Recipe; activations: a float tensor or NumPy array (N, d), a list of such, or a path to a .safetensors,
+             .npy or .parquet file of them; the name of a preset; None for the embedded model's recipe
     arms     names or Arm objects ("cosine", "standard,k=64"); default: the recipe's
     out      folder for the run; None keeps everything in memory
+    progress whether to show a progress bar, or lines where standard error is no terminal; default: yes on a terminal
+             and in a notebook
     evaluate whether to measure on held-out activations; default: yes where `out` is given
     changes  recipe fields: d_sae=, k=, or by dotted path with "__" for dots: training__steps=500. Short names for the
              common ones: steps, batch_tokens, lr, seed
@@ -42,8 +48,8 @@ def fit(
 
     Raises CosaeError for anything that is not allowed, before anything is written.
     """
-    tensor = data if isinstance(data, Tensor) else None
-    recipe = _recipe(data)
+    tensor = None if data is None or isinstance(data, Recipe | str | Path) else _activations(data)
+    recipe = _recipe(data if tensor is None else tensor)
     if arms is not None:
         chosen: list[Any] = list(arms) if isinstance(arms, Iterable) and not isinstance(arms, str) else [arms]
         if not all(isinstance(arm, str | Arm) for arm in chosen):
@@ -55,23 +61,28 @@ def fit(
         recipe = _fitted_to(recipe, tensor, given)
     place = None if out is None else Path(out)
     measured = place is not None if evaluate is None else evaluate
-    return execute(recipe, place, logs=Logs(progress, tensorboard, wandb), tensor=tensor, measured=measured)
+    logs = Logs(is_watched() if progress is None else progress, tensorboard, wandb)
+    return execute(recipe, place, logs=logs, tensor=tensor, measured=measured)
 
 
 _SHORT = {name: f"training.{name}" for name in ("steps", "batch_tokens", "seed", "checkpoint_every")}
 _SHORT["lr"] = "training.optimizer.lr"
 
 
-def _recipe(data: Recipe | Tensor | str | Path | None) -> Recipe:
+def _activations(data: Any) -> Tensor:
+    if not isinstance(data, Tensor | list | tuple) and not hasattr(data, "__array__"):
+        allowed = "a Recipe, a float tensor or array (N, d), a path to a file or store, or a preset's name"
+        raise CosaeError(f"fit takes {allowed}. Got {type(data).__name__} instead.")
+    return as_matrix(data)
+
+
+def _recipe(data: Any) -> Recipe:
     if isinstance(data, Recipe):
         return data
     if isinstance(data, Tensor):
         return Recipe(name="tensor")
     if data is None:
         return preset("embedded")
-    if not isinstance(data, str | Path):
-        allowed = "a Recipe, a float tensor (N, d), a path to a file or store of activations, or a preset's name"
-        raise CosaeError(f"fit takes {allowed}. Got {type(data).__name__} instead.")
     path = Path(data)
     if path.is_dir():
         return Recipe(name=path.name).changed({"data.store": str(data)})

@@ -99,6 +99,7 @@ def sae_provenance(
         "l0_target": calibration.target,
         "l0_calibrated": calibration.l0,
         "calibration_tokens": calibration.tokens,
+        "fve": calibration.fve,
         "stream_digest": stream.digest,
         "recipe": to_plain(replace(recipe, arms=(own,))),
         "commit": provenance.commit(),

@@ -20,6 +20,9 @@ from cosae.sae.selector import CALIBRATED_SELECTORS, divided
 CHUNK_ENTRIES = 16_000_000
 """Scores held at once: tokens per chunk = this over d_sae."""
 
+FVE_TOKENS = 8192
+"""Tokens on which an SAE's file says how well it reconstructs: few enough to cost little beside the calibration."""
+
 
 @torch.no_grad()
 def calibrate(sae: SAE, x_ND: Tensor, target_l0: float | None = None) -> Calibration:
@@ -51,6 +54,18 @@ def measure_l0(sae: SAE, x_ND: Tensor) -> float:
         fired += int(sae.encode(rows).feature_E.shape[0])
         live += int((rows != 0).any(-1).sum())
     return fired / max(live, 1)
+
+
+@torch.no_grad()
+def measure_fve(sae: SAE, x_ND: Tensor, n_tokens: int = FVE_TOKENS) -> float | None:
+    """1 − Σ|x − x̂|² / Σ|x − mean x|² of the first tokens of x (N, d_in); None where that is no number."""
+    x_ND = x_ND[:n_tokens]
+    mean_D = x_ND.double().mean(0)
+    residual = total = 0.0
+    for rows in torch.split(x_ND, 1024):
+        residual += float((rows - sae(rows)).double().square().sum())
+        total += float((rows.double() - mean_D).square().sum())
+    return 1 - residual / total if total > 0 and math.isfinite(residual) else None
 
 
 def _order_statistic(sae: SAE, x_ND: Tensor, target: float) -> float:

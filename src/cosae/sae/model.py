@@ -20,9 +20,11 @@ from cosae.kernels.cpu.sums import token_offsets
 from cosae.sae import frame as frames
 from cosae.sae.config import InitConfig, SAEConfig, check_activations
 from cosae.sae.decoder import Decoder
+from cosae.sae.describe import summary
 from cosae.sae.initialise import initialise
 from cosae.sae.score import Score
 from cosae.sae.selector import Selection, Selector
+from cosae.shown import Shown
 from cosae.types import Codes, Framed, NormStats, at_least_fp32
 
 
@@ -43,7 +45,7 @@ class TrainOutput:
     gate_error: Tensor | None = None
 
 
-class SAE(nn.Module):
+class SAE(Shown, nn.Module):
     """A sparse autoencoder. Make one with `SAE.build`, train it with `cosae.fit`, keep it with `cosae.save`.
 
     cfg     what it is made of
@@ -177,6 +179,9 @@ class SAE(nn.Module):
             return self.selector.log_threshold_F.exp()
         return self.selector.threshold
 
+    def _summary(self) -> dict[str, object]:
+        return summary(self.cfg, self.metadata, self.calibrated)
+
     def _kernel(self) -> Kernel:
         return choose(self.kernel, self.device, self.dtype)
 
@@ -257,9 +262,13 @@ class SAE(nn.Module):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration found. `l0` is the mean count on the calibration tokens at the new threshold."""
+    """What a calibration found. `l0` is the mean count on the calibration tokens at the new threshold.
+
+    fve  variance explained of the first of them, where that was measured (cosae.sae.calibrate.measure_fve)
+    """
 
     target: float
     l0: float
     tokens: int
     margin: float = 0.0
+    fve: float | None = None

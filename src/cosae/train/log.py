@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cosae.errors import CosaeError
 from cosae.io.escape import printable
@@ -97,12 +97,18 @@ def scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
     ]
 
 
+def is_watched() -> bool:
+    """Whether somebody sees a bar move: on a terminal, or in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
 class Progress:
-    """One bar for the run and one line per arm on a terminal; a plain line now and then elsewhere."""
+    """One bar for the run and one line per arm on a terminal or in a notebook; a plain line now and then elsewhere."""
 
     def __init__(self, steps: int, batch_tokens: int, arms: list[str], start: int = 0, shown: bool = True) -> None:
         self._tokens = batch_tokens
-        self._terminal = shown and sys.stderr.isatty()
+        self._terminal = shown and is_watched()
+        rows = sys.stderr.isatty() or any("notebook" in kind.__module__ for kind in tqdm.__mro__)
         self._shown = shown
         self._width = max((len(name) for name in arms), default=0)
         self._bar: Any = tqdm(
@@ -115,7 +121,7 @@ class Progress:
         )
         self._lines: dict[str, Any] = {
             name: tqdm(total=0, bar_format="{desc}", position=i + 1, leave=True)
-            for i, name in enumerate(arms if self._terminal else ())
+            for i, name in enumerate(arms if self._terminal and rows else ())
         }
         self._next_line = 0.0
         self._n_events = 0

@@ -43,6 +43,15 @@ class Edit:
     at: Where
     relative: bool = False
 
+    def __str__(self) -> str:
+        """Such as "set 7 to 5" or "steer 7 by 0.5 |x| at (0, 1)"."""
+        amounts = self.amounts[:1] if len(set(self.amounts)) == 1 else self.amounts
+        joint = {"set": " to ", "scale": " by ", "steer": " by "}.get(self.kind)
+        how = "" if joint is None else joint + ", ".join(f"{amount:g}" for amount in amounts)
+        where = "a mask" if isinstance(self.at, Tensor) else self.at
+        at = "" if where == "all" else f" at {where}"
+        return f"{self.kind} {', '.join(map(str, self.features))}{how}{' |x|' if self.relative else ''}{at}"
+
 
 def ablate(features: Features, at: Any = "all") -> Edit:
     """Take features out of the codes at the chosen tokens. Raises CosaeError for what is no set of feature ids."""

@@ -45,6 +45,11 @@ class Intervention:
         self._window: Window | None = None
         self._reached: set[Site] = set()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the rules are in force."""
+        return self._hooks is not None
+
     def __enter__(self) -> Intervention:
         if self._hooks is not None:
             raise CosaeError("This splice is already open; leave it first, or make another with spliced(...).")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cosae.activations.filter import Filter
 from cosae.errors import CosaeError, CosaeWarning
 from cosae.models.intervene.edits import Edit, check_edits, edit_codes, steering
 from cosae.models.intervene.window import Policy, Window, covered, own_filter, resolve_policy
@@ -85,6 +86,7 @@ class Replacement:
         self.error_term = error_term
         self.edits = check_edits(edits, sae.d_sae, name)
         metadata = getattr(sae, "metadata", {})
+        self.tokens = tokens
         self.policy = resolve_policy(tokens, metadata)
         self.grad = grad
         self.special_ids = tuple(special_ids)
@@ -118,6 +120,19 @@ class Replacement:
                 new_ND = new_ND + added_ND
             new = x if new_ND is x_ND else new_ND.reshape(x.shape).to(x.dtype)
         return Replaced(new, codes, edited)
+
+    def describe(self) -> list[str]:
+        """What stands in for what, in a few words each."""
+        policy = self.policy
+        if isinstance(policy, Filter):
+            tokens = "all" if policy.policy.left_out == "nothing" else f"all but {policy.policy.left_out}"
+        elif isinstance(policy, Tensor):
+            tokens = f"a mask of shape {tuple(policy.shape)}"
+        else:
+            tokens = self.tokens if isinstance(self.tokens, str) else "all" if policy == "all" else "a function"
+        what = f"{type(self.sae).__name__} of {self.sae.d_sae} features"
+        error = ["error term kept"] if self.error_term else []
+        return [what, f"tokens: {tokens}", *error, *map(str, self.edits)]
 
     def _warn_unseen(self, x_ND: Tensor, window: Window, covered_N: Tensor) -> None:
         assert self._unseen is not None

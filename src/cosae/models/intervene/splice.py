@@ -23,6 +23,7 @@ from cosae.models.intervene.hooks import Intervention, Rule, find_site
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
 from cosae.models.intervene.window import Policy, Window
 from cosae.models.sites import text_config
+from cosae.shown import Shown
 from cosae.types import Codes, Site
 
 KEEP = ("latest", "history", "none")
@@ -43,7 +44,7 @@ class Step:
     edited: dict[str, Codes] = field(default_factory=dict)
 
 
-class Spliced(Intervention):
+class Spliced(Shown, Intervention):
     """An open (or not yet open) splice; made by `spliced`.
 
     codes, edited  by site: features of the latest pass, before and after the edits
@@ -61,6 +62,7 @@ class Spliced(Intervention):
         super().__init__(model, rules, self._start, self._finish)
         self.history: list[Step] = []
         self._keep, self._on_step = keep, on_step
+        self._replacements = {name: replacement for name, (_, replacement) in replacements.items()}
         self._step: Step | None = None
 
     def __enter__(self) -> Spliced:
@@ -88,6 +90,10 @@ class Spliced(Intervention):
         if site not in self.history[0].codes:
             raise CosaeError(f"no SAE was spliced in at {site!r}: choose from {', '.join(self.history[0].codes)}.")
         return _join([step.edited[site] if edited else step.codes[site] for step in self.history])
+
+    def _summary(self) -> dict[str, object]:
+        sites = {name: replacement.describe() for name, replacement in self._replacements.items()}
+        return {"model": type(self.model).__name__, **sites, "open": self.is_open, "keep": self._keep}
 
     def _latest(self) -> Step:
         if self._step is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from cosae.activations.array_files import open_array
@@ -20,6 +23,41 @@ from cosae.run.plan.resources import Item
 from cosae.types import Activations
 
 CHUNK = 65_536
+
+
+def as_matrix(data: Any) -> Tensor:
+    """A tensor, a NumPy array, whatever NumPy takes for one, or a list of such: as one tensor (N, d), not copied.
+
+    Raises CosaeError, with what to do, for more than two dimensions, and for parts of different widths.
+    """
+    if isinstance(data, list | tuple):
+        parts = [as_matrix(part) for part in data]
+        if not parts or any(part.ndim != 2 or part.shape[1] != parts[0].shape[1] for part in parts):
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts) or "an empty list"
+            raise CosaeError(f"a list of activations must hold arrays (N, d) of one width d. Got {shapes} instead.")
+        return torch.cat(parts)
+    if not isinstance(data, Tensor):
+        data = _from_numpy(np.asarray(data))
+    found: Tensor = data
+    if found.ndim > 2:
+        width = int(found.shape[-1])
+        rows = f"x.reshape(-1, {width}), of shape ({found.numel() // max(width, 1)}, {width})"
+        raise CosaeError(
+            f"activations must have the shape (N, d). Got {tuple(found.shape)}: pass {rows}; a token's place in its "
+            "sequence is lost then: the filter position_0 finds no first token."
+        )
+    return found
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of arrays that may not be written to: nothing is
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except (TypeError, ValueError):
+        raise CosaeError(
+            f"activations must be floats in an array (N, d). Got {array.dtype} {array.shape} instead."
+        ) from None
 
 
 class ArrayDataset(Dataset):
