@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from cosae.report.figures.svg import WIDTH, Panel, drawing, label, legend, style_of, tag
+from cosae.report.figures.svg import INK, WIDTH, Panel, drawing, label, marker, style_of, tag
 from cosae.report.format import fixed
 from cosae.report.read import read_runs
 
@@ -12,8 +12,9 @@ TITLES = {"natural": "activations as the model makes them", "injected": "each to
 
 demo = Path(sys.argv[1])
 looks = {arm: style_of(i) for i, arm in enumerate(ARMS)}
-keys, top = legend(list(looks.items()), 70, 4, WIDTH - 80)
-parts: list[object] = [tag("rect", width=WIDTH, height=310, fill="#fff"), keys]
+top, parts = 26, [tag("rect", width=WIDTH, height=310, fill="#fff")]
+for i, (arm, style) in enumerate(looks.items()):
+    parts += [marker(76 + 190 * i, 14, style, size=4.8), label(86 + 190 * i, 18, arm, colour=INK)]
 for side, (record, title) in enumerate(zip(read_runs([demo / name for name in TITLES]), TITLES.values(), strict=True)):
     panel = Panel.at((70 + side * 510, top + 34, 440, 200), (-0.5, 3.5), (0.45, 0.92))
     ticks = list(enumerate(("shortest quarter", "second", "third", "longest quarter")))

@@ -7,7 +7,7 @@ import pytest
 
 from cosae.io.legacy import upgrade
 from cosae.report.audit import audit_text, write_audit_page
-from tests.report.test_page import Reader
+from tests.report.test_page import Reader, check_structure
 
 FILE = Path(__file__).parents[1] / "fixtures" / "v0_1" / "audit" / "audit.json"
 
@@ -23,26 +23,26 @@ def page_of(result, tmp_path):
 
 def test_the_page_shows_verdict_answers_and_figures(result, tmp_path):
     page = page_of(result, tmp_path)
-    words = Reader(page).text
+    words = check_structure(page).text
     assert "Fooled by norm: yes. 27.1 % of its firings" in words
     assert "inner × batch_topk, frame raw, 16 features, k 3 · 400 tokens of activations.npy" in words
     for line in result["saes"][0]["lines"]:
         assert line["sentence"] in words
         assert line["evidence"] in words
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "no tokens known" in words
 
 
 def test_several_saes_stand_side_by_side(result, tmp_path):
     result["saes"].append({**result["saes"][0], "name": "other", "source": {"model": "m", "site": "s", "corpus": "c"}})
-    words = " ".join(Reader(page_of(result, tmp_path)).text.split())
+    words = check_structure(page_of(result, tmp_path)).text
     assert "inner_batch_topk yes 27.1 % 0.121 0.327 4.7 2.83" in words
     assert "400 tokens of m, s, c" in words
 
 
 def test_an_invariant_sae_has_no_histogram_of_shares(result, tmp_path):
     result["saes"][0]["norm_driven"]["invariant"] = True
-    assert page_of(result, tmp_path).count("<svg") == 1
+    assert page_of(result, tmp_path).count("<svg") == 2
 
 
 def test_everything_is_escaped(result, tmp_path):

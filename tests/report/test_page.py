@@ -1,5 +1,6 @@
 """The report: self-contained, escaped, honest in words, and in one sentence about whatever is missing or broken."""
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -17,24 +18,22 @@ TWO = {"standard": ("inner", "raw", None), "global": ("cosine", "raw", 0.3)}
 
 
 class Reader(HTMLParser):
-    """Collects elements, attributes and text, and checks that elements nest."""
+    """Collects elements with their attributes, and text; checks that elements nest."""
 
     VOID = ("meta", "br", "hr")
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.seen, self.attributes, self.words = [], [], [], []
+        self.open, self.elements, self.words = [], [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
-        self.seen.append(tag)
-        self.attributes += attrs
+        self.elements.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        self.seen.append(tag)
-        self.attributes += attrs
+        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -43,8 +42,16 @@ class Reader(HTMLParser):
         self.words.append(data)
 
     @property
+    def seen(self):
+        return [tag for tag, _ in self.elements]
+
+    @property
+    def attributes(self):
+        return [pair for _, attributes in self.elements for pair in attributes.items()]
+
+    @property
     def text(self):
-        return " ".join(self.words)
+        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +89,40 @@ def test_page_is_self_contained_and_well_formed(two_runs):
 def test_figures_have_finite_coordinates(two_runs):
     _, page = two_runs
     drawings = " ".join(re.findall(r"<svg.*?</svg>", page, flags=re.S))
-    assert drawings.count('role="img"') >= 2 * 7
+    assert drawings.count('role="img"') >= 2 * 12
     assert not re.search(r'="[^"]*\b(nan|inf|None)\b', drawings)
 
 
-def test_page_begins_with_the_norm_facts_and_gives_every_section(two_runs):
+def check_structure(page):
+    """What every page owes its readers, whatever they read it with."""
+    reader = Reader(page)
+    ids = [value for name, value in reader.attributes if name == "id"]
+    targets = {value.removeprefix("#") for name, value in reader.attributes if name == "href"}
+    assert len(ids) == len(set(ids))
+    assert targets <= set(ids)
+    sections = {a["id"] for tag, a in reader.elements if tag in ("section", "h3") and "id" in a}
+    assert sections - {"answer"} <= targets
+    levels = [int(tag[1]) for tag in reader.seen if re.fullmatch(r"h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(deeper - level <= 1 for level, deeper in itertools.pairwise(levels))
+    assert all(a.get("scope") in ("row", "col", "colgroup") for tag, a in reader.elements if tag == "th")
+    tables = re.findall(r"<table>(.{10})", page, flags=re.S)
+    assert all("<caption>" in table for table in tables)
+    figures = re.findall(r'<svg [^>]*role="img"[^>]*>(.{7})', page)
+    assert figures
+    assert set(figures) == {"<title>"}
+    assert len(re.findall(r"<svg", page)) == len(figures) + page.count('aria-hidden="true"')
+    words = reader.text
+    assert words.index("Answer") < words.index("Contents") < words.index("Glossary")
+    return reader
+
+
+def test_page_begins_with_the_answer_and_gives_every_section(two_runs):
     _, page = two_runs
-    words = Reader(page).text
-    headings = ("Norms", "Summary", "Reconstruction by norm", "Learned exponents", "Sparse probing", "Provenance")
+    words = check_structure(page).text
+    words = words[words.index("Run natural") :]
+    headings = ("Norms of", "Summary", "Reconstruction by norm", "Learned exponents", "Sparse probing", "Provenance")
     places = [words.index(heading) for heading in headings]
     assert places == sorted(places)
     for fact in (
@@ -142,26 +175,54 @@ def test_names_in_errors_cannot_steer_a_terminal(tmp_path, capsys):
     assert said == printable(said, keep="\n")
 
 
-def test_words_when_nothing_can_be_told_apart(tmp_path):
+def test_the_answer_stands_on_the_page_and_on_screen(tmp_path):
     run = write_run(tmp_path / "run", arms=TWO, concepts=0, gain=0.0)
-    said = "All 4 paired 95 % intervals against standard include 0"
+    said = "Reconstruction: no arm is told apart from another."
     assert said in page_of(run, tmp_path)
-    assert "cannot be told apart" in page_of(run, tmp_path)
     assert said in summary_table([run])
-
-
-def test_words_when_an_arm_is_worse(tmp_path):
-    run = write_run(tmp_path / "run", arms=TWO, concepts=0, gain=-0.02)
+    run = write_run(tmp_path / "worse", arms=TWO, concepts=0, gain=-0.02)
     words = page_of(run, tmp_path)
-    assert "4 of 4 paired 95 % intervals against standard exclude 0" in words
-    assert "FVE, sinks out: lower: global." in words
-    assert "−0.0200" in words
+    assert "Reconstruction: standard is best." in words
+    assert "−0.0200 −0.0230 to −0.0170 lower" in words
+    assert "Bonferroni" in words
+
+
+def test_warnings_of_a_run_stand_at_its_top_and_on_screen(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=0)
+    lost, sinks = "12 lines of metrics.jsonl <were> lost", "1.1 % of tokens are attention sinks"
+    change(run / "run.json", lambda value: value.update(sinks=sinks, warnings=[lost, lost]))
+    change(run / "run.json", lambda value: value.update(resumed=[{"step": 4, "warnings": ["one was damaged"]}]))
+    words = page_of(run, tmp_path)
+    for said in (lost, sinks, "one was damaged"):
+        assert words.count(said) == 1
+        assert words.index("Answer") < words.index(said) < words.index("Contents")
+        assert said in summary_table([run])
+
+
+def test_where_the_numbers_come_from_is_one_table(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO)
+    change(run / "run.json", lambda value: value["packages"].update(cosae="9.8.7"))
+    words = page_of(run, tmp_path)
+    facts = words[words.index("Provenance what value") :]
+    for fact in (
+        "cosae 9.8.7", "commit 4a1b89c0ffee4a1b89c0ffee", "torch 2.13.0", "transformers 4.57.1", "device cpu",
+        "seed 42", "data: corpus digest 77ab01", "digest of the stream 9f2c1d0be71a55e3", "seconds of training 301",
+    ):  # fmt: skip
+        assert fact in facts
+    assert re.search(r"digest of the recipe [0-9a-f]{64} ", facts)
+
+
+def test_a_page_of_six_probed_arms_in_two_settings_is_small(two_runs, tmp_path):
+    runs = [write_run(tmp_path / name, name, concepts=108) for name in ("natural", "injected")]
+    page = write_report(runs, tmp_path / "page.html")
+    assert page.stat().st_size < 500_000
+    assert page.read_text().count("<details>") >= 8
 
 
 def test_a_synthetic_world_shows_what_was_recovered(tmp_path):
     words = page_of(write_run(tmp_path / "run", arms=TWO, concepts=0, world=True), tmp_path)
     assert "Recovery of the known dictionary" in words
-    assert "mcc 0.7000 0.7040" in " ".join(words.split())
+    assert "mcc 0.7000 0.7040" in words
 
 
 def test_probing_is_shown_with_sinks_in_as_well(tmp_path):
@@ -187,17 +248,17 @@ def test_an_unfinished_run_with_a_cut_line_still_gives_a_page(tmp_path):
     assert "has not been evaluated" in words
     assert "2.6 ×" in words  # from the training window
     assert "FVE of the training batches" in words
-    assert "Not evaluated" in summary_table([run])
+    assert "has not been evaluated" in summary_table([run])
 
 
 def test_stopped_and_moving_arms_are_named(tmp_path):
     run = write_run(tmp_path / "run", arms=TWO)
     change(run / "run.json", lambda value: value["arms"]["standard"].update(stopped="loss became NaN at step 7"))
-    change(run / "run.json", lambda value: value["arms"]["global"].update(a_moving=True))
+    change(run / "run.json", lambda value: value["arms"]["global"].update(a_moving=True, a_change=0.125))
     words = page_of(run, tmp_path)
     assert "The arm standard stopped before the end (loss became NaN at step 7)" in words
-    assert "The exponent of global was still moving" in words
-    assert "standard stopped: loss became NaN" in summary_table([run])
+    assert "The exponent of global was still moving when the learning rate began to fall (+0.125 " in words
+    assert "standard stopped before the end (loss became NaN" in summary_table([run])
 
 
 def test_arms_on_different_streams_are_not_called_paired(tmp_path):

@@ -326,7 +326,7 @@ def test_events_are_logged_shown_and_reported_and_change_no_weight(
         {"step": 7, "arm": name, "kind": "loss_spike", "text": "a <spike>"} for name in ("standard", "cosine")
     ]
     page = write_report([out], tmp_path / "page.html").read_text()
-    assert "<h3>Events</h3>" in page
+    assert ">Events</h3>" in page
     assert "a &lt;spike&gt;" in page
     for name, sae in plain.saes.items():
         for key, value in sae.state_dict().items():

@@ -169,13 +169,9 @@ def resume(command: Resume) -> int:
 
 
 def _conclude(finished: Sequence[Any], out: Path) -> int:
-    """The report, then warnings; status 1 where an arm had to stop."""
-    from cosae.run.record import moving_warnings
-
+    """The report, then the arms that had to stop; status 1 where there are any."""
     report(Report(tuple(run.out for run in finished), out / "report.html"))
     runs = [run.run for run in finished]
-    for run in runs:
-        print("".join(f"[{run['setting']}] {warning}\n" for warning in moving_warnings(run)), end="")
     arms = [arm for run in runs for arm in run["arms"].items()]
     stopped = [f"cosae: {name} stopped: {arm['stopped']}" for name, arm in arms if arm["stopped"]]
     print("".join(f"{line}\n" for line in stopped), file=sys.stderr, end="")

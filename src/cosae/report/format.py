@@ -29,8 +29,13 @@ def count(value: float | None) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits."""
-    return NONE if value is None else f"{value:.{digits}g}".replace("-", MINUS)
+    """A number with so many significant digits; no powers of ten where the number can be read without."""
+    if value is None:
+        return NONE
+    text = f"{value:.{digits}g}"
+    if "e+" in text and abs(value) < 1e9:
+        return count(float(text)).replace("-", MINUS)
+    return text.replace("-", MINUS)
 
 
 def times(value: float | None) -> str:

@@ -1,8 +1,9 @@
 """Runs → one self-contained HTML page, and the same summary as text for the terminal.
 
 The page opens from disk with no network and no script: tables, and figures as inline SVG. Its structure and sentences
-stand in templates/, where everything that is not Markup is escaped. It begins with the norms of the activations, which
-say whether the score can matter at all; then the summary; then what it rests on; last recipe, seed, commit and digest.
+stand in templates/, where everything that is not Markup is escaped. It begins with the answer and what to know before
+any number; then contents and glossary; then of each run the norms of the activations, which say whether the score can
+matter at all, the summary, what it rests on, and where it comes from.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import jinja2
 
 from cosae.errors import CosaeError
 from cosae.io.atomic import write_text, written
+from cosae.io.escape import printable
 from cosae.report import format, tables
 from cosae.report.figures import probing, run
-from cosae.report.figures.svg import style_of
+from cosae.report.figures.svg import DARK, style_of
 from cosae.report.lenient import read_record
 from cosae.report.read import read_runs
-from cosae.report.records import RULES, FilterPolicy
+from cosae.report.records import RULES, FilterPolicy, RunRecord
 from cosae.report.terminal import text_table
-from cosae.report.verdict import by_measure, claims, verdict
+from cosae.report.verdict import answer, claims
 
 
 def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
@@ -45,7 +47,7 @@ def summary_table(run_dirs: Sequence[Path | str]) -> str:
     texts = []
     for record in read_runs(run_dirs):
         head, rows = tables.summary_text(record)
-        notes = [*tables.summary_notes(record), verdict(record)]
+        notes = [*tables.summary_notes(record), *answer(record).text()]
         texts.append(text_table(head, rows, title=record.title, notes=notes))
     return "\n\n".join(texts)
 
@@ -60,8 +62,28 @@ def write_page(out: Path, template: str, **context: object) -> Path:
     page = _environment().get_template(template).render(context)
     with written(out, "choose another place for the report"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, page.encode("utf-8", "replace").decode())
+        write_text(out, page)
     return out
+
+
+def sections(record: RunRecord) -> dict[str, str]:
+    """Key and heading of every section of a run's part, in their order; what the run lacks has none."""
+    of_arms = {
+        "summary": "Summary",
+        "quartiles": "Reconstruction by norm quartile",
+        "exponents": "Learned exponents",
+        "probing": "Sparse probing",
+        **({"recovery": "Recovery of the known dictionary"} if record.evaluation.recovery else {}),
+        "training": "Training",
+        **({"events": "Events"} if record.events else {}),
+    }
+    named = {"norms": "Norms of the activations", **(of_arms if record.arms else {})}
+    return {**named, "provenance": "Provenance"}
+
+
+def _shown(value: object) -> object:
+    """What a template writes: names without characters that turn the direction of writing, or are none of HTML's."""
+    return printable(value, keep="\n\u202f") if type(value) is str else value
 
 
 @functools.cache
@@ -73,6 +95,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters |= {name: made for name, made in vars(format).items() if callable(made)} | {"repr": repr}
     environment.globals |= {
@@ -81,8 +104,9 @@ def _environment() -> jinja2.Environment:
         "probing_figures": probing,
         "rules": RULES,
         "claims": claims,
-        "by_measure": by_measure,
-        "verdict": verdict,
+        "answer": answer,
+        "sections": sections,
+        "dark": DARK,
         "policy_of": lambda run: read_record(FilterPolicy, run.filter.get("policy")),
         "arms_of": lambda record, looks: {arm: looks[arm] for arm in record.arms},
     }

@@ -43,6 +43,7 @@ class Arm:
     stream_digest: str | None = None
     stopped: str | None = None
     a_moving: bool | None = None
+    a_change: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ class FilterPolicy:
     kind: str = ""
     factor: float | None = None
     drop_special: bool = False
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """That a run went on after an interruption, and what it had to pass over."""
+
+    step: float | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,10 @@ class Run:
     stream_digest: str | None = None
     tokens: int | None = None
     seconds: float | None = None
+    sinks: str | None = None
+    """What a person should know of the attention sinks among the tokens."""
+    warnings: tuple[str, ...] = ()
+    resumed: tuple[Resumed, ...] = ()
     norm_summary: Numbers = field(default_factory=Numbers)
     """Norms of the first window of training activations."""
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -314,6 +327,31 @@ class RunRecord:
     def probing(self) -> Probing | None:
         """Probing with sinks left out, which the summary shows."""
         return self.evaluation.probing.sinks_out
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before any number of the run: where it is not whole, and what it says of itself."""
+        run, said = self.run, []
+        if run.status != "finished":
+            said.append(f"This run is not finished (status: {run.status}); the page covers what there is so far.")
+        if not self.evaluated:
+            said.append("This run has not been evaluated, so there are no held-out numbers.")
+        for name, arm in self.arms.items():
+            if arm.stopped:
+                said.append(
+                    f"The arm {name} stopped before the end ({arm.stopped}); its numbers come from its last good state."
+                )
+            if arm.a_moving:
+                far = (
+                    "" if arm.a_change is None else f" ({arm.a_change:+.3f} over the last tenth of the steps till then)"
+                )
+                said.append(
+                    f"The exponent of {name} was still moving when the learning rate began to fall{far}: its value is "
+                    "where the run stopped, not where it wants to be."
+                )
+        said += [run.sinks] if run.sinks else []
+        said += [*run.warnings, *(warning for one in run.resumed for warning in one.warnings)]
+        return list(dict.fromkeys(said))
 
     @property
     def largest_norm(self) -> float | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cosae.report.figures.probing import called
+from cosae.io.digest import value_digest
+from cosae.report.figures.probing import by_concept, called
 from cosae.report.figures.svg import Looks, Style, marker
-from cosae.report.format import NONE, count, fixed, percent
+from cosae.report.format import NONE, count, fixed, percent, shortened
 from cosae.report.records import BASELINES, RULES, SINKS, Estimate, Probing, Reconstruction, RunRecord
 from cosae.report.verdict import Claim, claims, fve_claims
 
@@ -23,10 +24,12 @@ from cosae.report.verdict import Claim, claims, fve_claims
 class Table:
     """Rows whose first cell names them and whose others are aligned as numbers.
 
+    caption  what it holds
     classes  the rows' CSS classes
     over     headings above the others, each with the number of columns it spans
     """
 
+    caption: str
     head: Sequence[object]
     rows: Sequence[Sequence[object]]
     classes: Sequence[str | None] = ()
@@ -42,8 +45,7 @@ def swatch(arm: str, style: Style | None) -> Markup:
     """An arm's name behind its mark."""
     mark = Markup("") if style is None else marker(7, 7, style, size=4.8)
     drawn = Markup('<svg viewBox="0 0 14 14" class="swatch" aria-hidden="true">{}</svg>').format(mark) if mark else ""
-    kept = Markup(' class="name"') if len(arm) <= 24 else ""
-    return Markup("<span{}>{}{}</span>").format(kept, drawn, arm)
+    return Markup("<span{}>{}{}</span>").format(Markup(' class="name"') if len(arm) <= 24 else "", drawn, arm)
 
 
 def estimate(found: Estimate, digits: int = 3, sign: bool = False) -> Markup:
@@ -59,7 +61,7 @@ def _difference(claim: Claim | None) -> Markup:
     if claim is None:
         return Markup(NONE)
     middle, low, high = (fixed(v, claim.digits, True) for v in (claim.difference, claim.low, claim.high))
-    apart = claim.verdict != "includes 0"
+    apart = claim.verdict != "not told apart"
     form = '<span class="{0}"><{1}>{2}</{1}><small>{3} to {4}</small><small>{5}</small></span>'
     shown = ("apart", "b") if apart else ("level", "span")
     return Markup(form).format(*shown, middle, low, high, claim.verdict)
@@ -79,7 +81,7 @@ def arms_by_run(records: Sequence[RunRecord], looks: Looks) -> Table:
         if any(arm in record.arms for record in records):
             cells = [cell for record in records for cell in _compared_cells(record, arm)]
             rows.append([swatch(arm, looks[arm]), *cells])
-    return Table(head, rows, over=over)
+    return Table("FVE and probing of every arm, by run", head, rows, over=over)
 
 
 def _compared_cells(record: RunRecord, arm: str) -> list[object]:
@@ -118,12 +120,11 @@ def summary_text(record: RunRecord) -> tuple[list[str], list[list[str]]]:
 
 
 def summary_notes(record: RunRecord) -> list[str]:
-    """What the columns on screen are, and which arms stopped."""
+    """What the columns on screen are, and what to know before any of the numbers."""
     said = ["Held-out tokens without sinks; median: the median token's FVE; brackets: 95 % paired bootstrap."]
     if record.probing:
         said.append(f"AUROC: {_group(record)} concepts, one latent each, chosen by AUROC, or by mean difference.")
-    said = said if record.evaluated else ["Not evaluated: there are no held-out numbers."]
-    return said + [f"{name} stopped: {arm.stopped}" for name, arm in record.arms.items() if arm.stopped]
+    return [*(said if record.evaluated else []), *record.warnings]
 
 
 def summary_table(record: RunRecord, looks: Looks) -> Table:
@@ -142,7 +143,7 @@ def summary_table(record: RunRecord, looks: Looks) -> Table:
         found = [probing.mean(baseline, rule, group) for rule in RULES] if probing else []
         if any(one.mean is not None for one in found):
             rows.append([words, *[""] * 7, *map(estimate, found)])
-    return Table(head, rows, [None] * len(record.arms) + ["floor"] * len(rows))
+    return Table("Held-out numbers by arm", head, rows, [None] * len(record.arms) + ["floor"] * len(rows))
 
 
 def _exponent(record: RunRecord, arm: str) -> Markup:
@@ -189,7 +190,8 @@ def difference_tables(record: RunRecord, looks: Looks) -> list[Table]:
             for arm in record.arms
             if arm in arms
         ]
-        tables += [Table([f"minus {record.baseline}", *measures], rows)] if rows else []
+        caption = f"Differences from {record.baseline}, {'reconstruction' if of_fve else 'probing'}"
+        tables += [Table(caption, [f"minus {record.baseline}", *measures], rows)] if rows else []
     return tables
 
 
@@ -203,7 +205,7 @@ def quartile_table(record: RunRecord, looks: Looks) -> Table:
                 cells += [fixed(q.norm_ratio, 2) for q in quartiles]
                 rows.append([swatch(arm, looks.get(arm)), words.removeprefix("sinks "), *cells])
     columns = [f"Q{i + 1}: {words}" for words in ("FVE / median token", "|x̂| / |x|") for i in range(4)]
-    return Table(["arm", "sinks", *columns], rows)
+    return Table("Reconstruction by norm quartile", ["arm", "sinks", *columns], rows)
 
 
 def recovery_table(record: RunRecord, looks: Looks) -> Table:
@@ -211,7 +213,7 @@ def recovery_table(record: RunRecord, looks: Looks) -> Table:
     found = {arm: row for arm in record.arms if (row := record.evaluation.recovery.get(arm))}
     keys = dict.fromkeys(key for row in found.values() for key in row)
     rows = [[key.replace("_", " "), *(_recovered(row.get(key)) for row in found.values())] for key in keys]
-    return Table(["", *(swatch(arm, looks.get(arm)) for arm in found)], rows)
+    return Table("Recovery of the known dictionary", ["number", *(swatch(arm, looks.get(arm)) for arm in found)], rows)
 
 
 def _recovered(value: float | None) -> str:
@@ -231,7 +233,25 @@ def means_table(probing: Probing, looks: Looks) -> Table:
             if any(one.mean is not None for one in found):
                 rows.append([called(name), rules[rule] if name in looks else NONE, *map(estimate, found)])
                 classes.append(None if name in looks else "floor")
-    return Table(["", "rule", *(f"{words}, {group}" for words in metrics.values() for group in groups)], rows, classes)
+    head = ["arm or baseline", "rule", *(f"{words}, {group}" for words in metrics.values() for group in groups)]
+    return Table("Mean AUROC and average precision", head, rows, classes)
+
+
+def concept_table(probing: Probing, looks: Looks, group: str) -> Table | None:
+    """AUROC of every concept of a group, best first: of the arms by both rules, and of the baselines."""
+    columns: list[tuple[str, Sequence[float | None]]] = []
+    over: list[tuple[str, int]] = []
+    order: list[int] = []
+    for rule, words in RULES.items():
+        values, chosen = by_concept(probing, looks, rule, group)
+        arms = [(arm, values[arm]) for arm in looks if arm in values]
+        columns, order, over = columns + arms, order or chosen, [*over, *([(words, len(arms))] if arms else [])]
+    values, _ = by_concept(probing, looks, next(iter(RULES)), group)
+    baselines = [(called(name), values[name]) for name in BASELINES if name in values]
+    columns, over = columns + baselines, [*over, *([("without a trained SAE", len(baselines))] if baselines else [])]
+    rows = [[probing.concepts[i].name, *(fixed(column[i]) for _, column in columns)] for i in order]
+    head = ["concept", *(name for name, _ in columns)]
+    return Table(f"AUROC of every concept, {group}", head, rows, over=over) if rows else None
 
 
 def digest_sentence(record: RunRecord) -> str:
@@ -251,20 +271,57 @@ def digest_sentence(record: RunRecord) -> str:
     return "The run records no digest of its stream, so it cannot be shown that the arms saw identical batches."
 
 
+def provenance_table(record: RunRecord) -> Table:
+    """Where the numbers come from: versions, commit, device, seeds, digests and times."""
+    run, packages, machine = record.run, record.run.packages, record.run.hardware
+    data = {key: value for key, value in run.source.items() if key.endswith(("digest", "sha256"))}
+    probing, evaluation, site = record.probing or Probing(), record.evaluation, run.source.get("site")
+    found = {
+        "cosae": packages.get("cosae"),
+        "commit": run.commit or "unknown: installed from a package, or recorded by none",
+        **{name: packages.get(name) for name in ("python", "torch", "transformers", "numpy")},
+        "device": machine.get("accelerator") or machine.get("device"),
+        "processor": machine.get("processor") or machine.get("cpu"),
+        "cores and threads": " and ".join(str(machine[n]) for n in ("cores", "threads") if n in machine),
+        "seed": run.seed,
+        "model": run.source.get("model"),
+        "site": site.get("name") if isinstance(site, Mapping) else site,
+        "text": run.source.get("corpus"),
+        **{f"data: {key.replace('_', ' ')}": value for key, value in data.items()},
+        "digest of the stream": run.stream_digest,
+        "digest of the recipe": _digest(run.recipe) if run.recipe else None,
+        "training tokens": None if run.tokens is None else count(run.tokens),
+        "held-out tokens": None if evaluation.tokens is None else count(evaluation.tokens),
+        "held-out documents": None if evaluation.documents is None else count(evaluation.documents),
+        "probing tokens, train and held out": _pair(probing.n_train, probing.n_held_out),
+        "started": run.started_at,
+        "written": run.written_at,
+        "seconds of training": None if run.seconds is None else fixed(run.seconds, 0),
+    }
+    rows = [[name, shortened(str(value), 200)] for name, value in found.items() if value not in (None, "")]
+    return Table("Provenance", ["what", "value"], rows, ["words"] * len(rows))
+
+
+def _pair(one: int | None, other: int | None) -> str | None:
+    return None if one is None or other is None else f"{count(one)} and {count(other)}"
+
+
+def _digest(recipe: Mapping[str, Any]) -> str | None:
+    try:
+        return value_digest(recipe)
+    except (ValueError, TypeError, RecursionError):  # NaN, say, in a file that was edited
+        return None
+
+
 def metadata(record: RunRecord) -> dict[str, Any]:
-    """Seed, commit, machine, data and versions, as names and values."""
-    run, probing = record.run, record.probing
-    keys = ("seed", "commit", "status", "started_at", "written_at", "stream_digest", "tokens", "seconds")
-    found = {key: value for key in keys if (value := getattr(run, key)) is not None}
+    """What else the run records of its data, filter, machine and packages, as names and values."""
+    found: dict[str, Any] = {"status": record.run.status, "folder": record.path.name}
     for key in ("source", "filter", "hardware", "packages"):
-        found |= flattened(getattr(run, key), key)
-    for key in ("tokens", "documents"):
-        if (held_out := getattr(record.evaluation, key)) is not None:
-            found[f"held-out {key}"] = count(held_out)
-    for key in ("n_train", "n_held_out", "seed", "min_positives"):
-        if probing is not None and (value := getattr(probing, key)) is not None:
+        found |= flattened(getattr(record.run, key), key)
+    for key in ("seed", "min_positives"):
+        if record.probing is not None and (value := getattr(record.probing, key)) is not None:
             found[f"probing.{key}"] = value
-    return {**found, "directory": record.path}
+    return found
 
 
 def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -127,13 +127,3 @@ def describe_setting(recipe: Recipe) -> str:
         return "natural"
     where = "" if recipe.inject_into == "both" else f" in {recipe.inject_into} only"
     return f"injected {recipe.perturbation}{where}"
-
-
-def moving_warnings(run: Mapping[str, Any]) -> list[str]:
-    """One sentence for each arm whose exponent was still moving when the learning rate began to fall."""
-    return [
-        f"{name}: a was still moving when the learning rate began to fall ({arm['a_change']:+.3f} over the last tenth "
-        "of the steps at full rate): its value is where the run stopped, not where a wants to be."
-        for name, arm in run["arms"].items()
-        if arm["a_moving"]
-    ]
