@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -11,7 +12,6 @@ from torch.nn.functional import embedding_bag
 
 from benchmarks.shapes import Shape
 from cosae.kernels import choose
-from cosae.kernels.select import survivors
 from cosae.sae.model import SAE
 from cosae.train.arm import Arm
 from cosae.train.step import ArmState, OptimizerConfig, train_step
@@ -22,34 +22,39 @@ NEVER = 10**12
 LR = 2e-4
 
 PATHS = {
-    "numba, bf16 screen": ("auto", torch.bfloat16),
-    "numba, fp32 screen": ("auto", torch.float32),
-    "plain torch": ("auto", None),
-    "reference": ("reference", None),
+    "numba": ("auto", ""),
+    "numba, fp32 screen": ("auto", "fp32"),
+    "numba, bf16 screen": ("auto", "bf16"),
+    "numba, int8 screen": ("auto", "int8"),
+    "plain torch": ("auto", ""),
+    "reference": ("reference", ""),
 }
-"""By name: kernel, and the screen's precision (None leaves it to the processor). "plain torch" runs without numba."""
+"""By name: kernel, and the screen's format (none leaves it to the clock). "plain torch" runs without numba."""
 
 
 def take_path(path: str) -> str:
     """Force the path's screen in this process; returns its kernel."""
-    kernel, dtype = PATHS[path]
-    if dtype is not None:
-        survivors.screen_dtype = lambda: dtype
+    kernel, os.environ["COSAE_SCREEN"] = PATHS[path]
     return kernel
 
 
-def make_step(score: str, path: str, shape: Shape, sample_ND: Tensor) -> Callable[[Tensor], None]:
-    """A step of cosae.train.step on a fresh arm."""
-    kernel = take_path(path)
+def make_arm(score: str, shape: Shape, sample_ND: Tensor, kernel: str = "auto") -> ArmState:
+    """A fresh arm."""
     sae = SAE.build(d_in=shape.d, d_sae=shape.m, score=score, k=shape.k, seed=0, sample=sample_ND, kernel=kernel)
     arm = Arm.of(name=score, score=score, k=shape.k, seed=0)
-    state = ArmState.start(arm, sae, float(sample_ND.var(0).sum()), OptimizerConfig(lr=LR))
+    return ArmState.start(arm, sae, float(sample_ND.var(0).sum()), OptimizerConfig(lr=LR))
+
+
+def make_step(score: str, path: str, shape: Shape, sample_ND: Tensor) -> Callable[[Tensor], str]:
+    """A step of cosae.train.step on a fresh arm; it returns which screen it took."""
+    state = make_arm(score, shape, sample_ND, take_path(path))
     count = 0
 
-    def step(x_ND: Tensor) -> None:
+    def step(x_ND: Tensor) -> str:
         nonlocal count
         train_step(state, x_ND, count, 1.0, NEVER)
         count += 1
+        return str(state.cache.choices)
 
     return step
 
@@ -92,16 +97,29 @@ def find_fault(score: str, path: str, shape: Shape, x_ND: Tensor) -> str | None:
     return None
 
 
-def make_floor(dtype: torch.dtype, shape: Shape) -> Callable[[Tensor], None]:
-    """What no sparse step can do without, each part by a bare torch call into memory that is there already.
+def make_product(shape: Shape) -> Callable[[Tensor], None]:
+    """The dense fp32 product of n × d × m alone, in chunks of at most 4096 features, into memory that is there."""
+    rows_FD = torch.randn(min(shape.m, 4096), shape.d, generator=torch.Generator().manual_seed(0))
+    out_FB = torch.empty(len(rows_FD), shape.n)
 
-    One dense product of n × d × m in `dtype`, in chunks of at most 4096 features; four gathers of n·k rows of d fp32
-    (decode by token; codes', decoder's and encoder's gradients by feature); one fused Adam step on both matrices.
+    def run(x_ND: Tensor) -> None:
+        for first in range(0, shape.m, len(rows_FD)):
+            part = min(len(rows_FD), shape.m - first)
+            torch.mm(rows_FD[:part], x_ND.T, out=out_FB[:part])
+
+    return run
+
+
+def make_floor(shape: Shape) -> Callable[[Tensor], None]:
+    """What a sparse step with an fp32 product cannot do without, each part by a bare torch call into memory that is
+    there already.
+
+    The product; four gathers of n·k rows of d fp32 (decode by token; codes', decoder's and encoder's gradients by
+    feature); one fused Adam step on both matrices.
     """
     draw = torch.Generator().manual_seed(0)
     n_entries = shape.n * shape.k
-    rows_FD = torch.randn(min(shape.m, 4096), shape.d, generator=draw).to(dtype)
-    out_FB = torch.empty(len(rows_FD), shape.n, dtype=dtype)
+    product = make_product(shape)
     matrices = [torch.zeros(shape.m, shape.d, requires_grad=True) for _ in range(2)]
     for matrix in matrices:
         matrix.grad = torch.zeros_like(matrix)
@@ -113,10 +131,7 @@ def make_floor(dtype: torch.dtype, shape: Shape) -> Callable[[Tensor], None]:
     of_feature, weight_E = count_F.cumsum(0) - count_F, torch.ones(n_entries)
 
     def run(x_ND: Tensor) -> None:
-        x_DN = x_ND.to(dtype).T
-        for first in range(0, shape.m, len(rows_FD)):
-            part = min(len(rows_FD), shape.m - first)
-            torch.mm(rows_FD[:part], x_DN, out=out_FB[:part])
+        product(x_ND)
         with torch.no_grad():
             embedding_bag(feature_E, matrices[0], of_token, mode="sum", per_sample_weights=weight_E)
             for _ in range(3):

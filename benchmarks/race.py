@@ -23,7 +23,7 @@ KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who runs: ("cosae", score, path), ("peer", name) or ("floor", dtype); `rounds` None takes part in all."""
+    """Who runs: ("cosae", score, path), ("peer", name) or ("floor", part); `rounds` None takes part in all."""
 
     name: str
     who: tuple[str, ...]
@@ -45,12 +45,14 @@ class Contestant:
 
 @dataclass
 class Result:
-    """Seconds of each timed step; MiB above what was resident before anything was built; pages mapped a step."""
+    """Seconds of each timed step; MiB above what was resident before anything was built; pages mapped a step; the
+    screen it took."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     faults: list[int] = field(default_factory=list)
     peak_mib: float = 0.0
+    screen: str | None = None
 
     def seconds(self, clock: str) -> list[float]:
         return self.wall if clock == "wall" else self.cpu
@@ -138,7 +140,7 @@ def race(workers: dict[str, Worker], shape: Shape, rounds: int, warmup: int = 2)
         for name in turned(list(workers), turn):
             workers[name].tell("step")
             answer, result = workers[name].hear(), results[name]
-            result.peak_mib = answer["peak_mib"]
+            result.peak_mib, result.screen = answer["peak_mib"], answer["screen"]
             if turn >= warmup:
                 result.wall.append(answer["wall"])
                 result.cpu.append(answer["cpu"])

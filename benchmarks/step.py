@@ -22,36 +22,42 @@ from benchmarks.peers import find_python
 from benchmarks.race import BrokenError, Contestant, Result, Worker, best_peer, find_faults, race, ratio, started
 from benchmarks.shapes import QUICK_SWEEPS, SHAPES, SWEEPS, Shape, swept
 from benchmarks.timing import CLOCKS, describe_machine
-from cosae.kernels.select.screen import has_fast_bf16
+from cosae.kernels.select.pick import exact_int8
 
 PEER_NAMES = ("sae-lens BatchTopK", "dictionary-learning BatchTopK", "sparsify TopK, Adam")
-REFERENCE_ROUNDS = 3
-"""The dense definition takes seconds a step: it runs in the first rounds only."""
-FLOORS = {"bfloat16": "floor, bf16", "float32": "floor, fp32"}
+SLOW_ROUNDS = 2
+"""The dense definition and the dense peers take seconds a step: they run in the first rounds only."""
+FLOORS = {"all": "floor, fp32", "product": "product, fp32"}
+"""The whole lower bound of a step with an fp32 product, and this product alone."""
 AS_IT_COMES, KEPT = "as it comes", "keeping memory"
 
 
 def paths(wanted: list[str] | None) -> list[str]:
-    """Every path of this machine, or those asked for."""
+    """What the clock takes, the formats it chose from, plain torch and the definition; or those asked for."""
+    if wanted is not None:
+        return wanted
     numba = importlib.util.find_spec("numba") is not None
-    found = ["numba, fp32 screen", "plain torch", "reference"] if numba else ["plain torch", "reference"]
-    if numba and has_fast_bf16():
-        found.insert(0, "numba, bf16 screen")
-    return found if wanted is None else wanted
+    screens = ["fp32", "bf16", *(["int8"] if exact_int8(64) else [])]
+    ours = ["numba", *(f"numba, {name} screen" for name in screens)] if numba else []
+    return [*ours, "plain torch", "reference"]
 
 
 def line_up(scores: list[str], chosen: list[str], peers: list[str], python: str | None) -> list[Contestant]:
     """Everybody who runs in one race."""
     ours = [
         Contestant(
-            f"cosae {score}, {path}", ("cosae", score, path), rounds=REFERENCE_ROUNDS if path == "reference" else None
+            f"cosae {score}, {path}", ("cosae", score, path), rounds=SLOW_ROUNDS if path == "reference" else None
         )
         for path in chosen
         for score in scores
     ]
-    theirs = [Contestant(name, ("peer", name), python) for name in peers if python is not None]
-    dtypes = ["bfloat16", "float32"] if has_fast_bf16() else ["float32"]
-    return [*ours, *theirs, *(Contestant(FLOORS[dtype], ("floor", dtype)) for dtype in dtypes)]
+    dense = PEER_NAMES[:2]
+    theirs = [
+        Contestant(name, ("peer", name), python, rounds=SLOW_ROUNDS if name in dense else None)
+        for name in peers
+        if python is not None
+    ]
+    return [*ours, *theirs, *(Contestant(name, ("floor", part)) for part, name in FLOORS.items())]
 
 
 def table(contestants: list[Contestant], shape: Shape, results: dict[str, Result], clock: str) -> list[str]:
@@ -87,6 +93,9 @@ def time_shape(label: str, contestants: list[Contestant], args: argparse.Namespa
             results = race(workers, shape, args.rounds)
         print(f"\n**Shape {label}** ({shape}), allocator {memory}, {args.rounds} rounds\n")
         print("\n".join(table(contestants, shape, results, args.clock)) + "\n")
+        for one in contestants:
+            if one.who[-1] in ("numba", "plain torch"):
+                print(f"{one.name}: {results[one.name].screen}")
         for path in paths(args.paths):
             pair = [f"cosae {score}, {path}" for score in ("cosine", "inner")]
             if all(name in results for name in pair):
@@ -119,13 +128,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; `--quick` is a small sanity run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, help="default: A B")
-    parser.add_argument("--sweeps", nargs="*", choices=SWEEPS, help="numbers to sweep; default: all")
+    parser.add_argument("--sweeps", nargs="*", choices=SWEEPS, default=[], help="numbers to sweep; default: none")
     parser.add_argument("--scores", nargs="+", default=["inner", "cosine"])
     parser.add_argument("--paths", nargs="+", help="default: every path of this machine")
     parser.add_argument("--peers", nargs="+", choices=[*PEER_NAMES, "none"], help="default: all")
     parser.add_argument("--peers-python", help="interpreter of the peers' environment; default: peers.py's own")
     parser.add_argument("--memory", nargs="+", choices=[AS_IT_COMES, KEPT], default=[AS_IT_COMES, KEPT])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sweep-rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
@@ -133,7 +142,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.shapes is None:
         args.shapes = ["quick"] if args.quick else ["A", "B"]
-    args.sweeps = list(SWEEPS) if args.sweeps is None else args.sweeps
     if args.quick:
         args.rounds, args.sweep_rounds = min(args.rounds, 3), min(args.sweep_rounds, 2)
     return args
@@ -154,8 +162,6 @@ def main() -> None:
     peers, python = find_peers(args)
     contestants = line_up(args.scores, paths(args.paths), peers, python)
     print(f"{describe_machine().replace(' threads', ' threads here')}; {args.threads} threads a contestant")
-    if not has_fast_bf16():
-        print("This processor does not multiply bf16: the bf16 screen and its floor are not timed.")
     sweepers = [one for one in contestants if "reference" not in one.who and "plain torch" not in one.who]
     try:
         fine = [time_shape(label, contestants, args) for label in args.shapes]

@@ -3,7 +3,7 @@
 python -m benchmarks.worker '{"who": …, "threads": …}'   and lines on standard input, each answered by a line of JSON:
 check D M K N    what is wrong with this path at that shape, or null (cosae only)
 build D M K N    start afresh at that shape
-step             one step: seconds, pages mapped, and the peak of memory since `build`
+step             one step: seconds, pages mapped, the peak of memory since `build`, and the screen it took (cosae only)
 
 Whatever else a library prints goes to standard error.
 """
@@ -44,7 +44,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def make(job: dict[str, Any], shape: Shape, batches: list[Tensor]) -> Callable[[Tensor], None]:
+def make(job: dict[str, Any], shape: Shape, batches: list[Tensor]) -> Callable[[Tensor], str | None]:
     """The contestant's step; its libraries are imported here."""
     kind, *rest = job["who"]
     if kind == "peer":
@@ -54,7 +54,7 @@ def make(job: dict[str, Any], shape: Shape, batches: list[Tensor]) -> Callable[[
     from benchmarks import cosae_steps
 
     if kind == "floor":
-        return cosae_steps.make_floor(getattr(torch, rest[0]), shape)
+        return cosae_steps.make_floor(shape) if rest[0] == "all" else cosae_steps.make_product(shape)
     return cosae_steps.make_step(rest[0], rest[1], shape, batches[0])
 
 
@@ -67,13 +67,18 @@ def warm_up(job: dict[str, Any]) -> None:
         step(x_ND)
 
 
-def timed(step: Callable[[Tensor], None], x_ND: Tensor) -> dict[str, float]:
+def timed(step: Callable[[Tensor], str | None], x_ND: Tensor) -> dict[str, Any]:
     """One step, and what it took."""
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     wall, cpu = time.perf_counter(), time.process_time()
-    step(x_ND)
+    screen = step(x_ND)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"wall": wall, "cpu": cpu, "faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults}
+    return {
+        "wall": wall,
+        "cpu": cpu,
+        "screen": screen,
+        "faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults,
+    }
 
 
 def main() -> None:
@@ -81,7 +86,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
     batches: list[Tensor] = []
-    step: Callable[[Tensor], None] | None = None
+    step: Callable[[Tensor], str | None] | None = None
     before = count = 0
     for line in sys.stdin:
         word, *numbers = line.split()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cosae.kernels import Entries, Kernel, ScoreTerms, choose, reference
 from cosae.kernels.cpu import native
-from cosae.kernels.select import search, survivors
+from cosae.kernels.select import search
 from tests.support.score_worlds import FAMILY, make_terms
 
 B, D, F = 29, 21, 47
@@ -23,13 +23,12 @@ CPU, REFERENCE = choose("cpu", "cpu"), choose("reference", "cpu")
 
 
 @pytest.fixture(
-    params=[("compiled", "bfloat16"), ("compiled", "float32"), ("plain", "bfloat16"), ("plain", "float32")],
-    ids="-".join,
+    params=[(loops, name) for loops in ("compiled", "plain") for name in ("fp32", "bf16", "int8")], ids="-".join
 )
 def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 is exact, if slow, on any processor: forced here."""
-    loops, dtype = request.param
-    monkeypatch.setattr(survivors, "screen_dtype", lambda: getattr(torch, dtype))
+    """All are exact, if slow, on any processor: forced here."""
+    loops, name = request.param
+    monkeypatch.setenv("COSAE_SCREEN", name)
     monkeypatch.setattr(search, "DENSE_SHARE", 1)
     if loops == "plain":
         monkeypatch.setattr(native, "AVAILABLE", False)

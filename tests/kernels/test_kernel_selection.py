@@ -9,21 +9,19 @@ import torch
 
 from cosae.kernels import Entries, ScoreTerms, choose, reference
 from cosae.kernels.cpu import native
-from cosae.kernels.select import search, survivors
+from cosae.kernels.select import search
 from tests.support.score_worlds import FAMILY, make_terms
 
 CPU, REFERENCE = choose("cpu", "cpu"), choose("reference", "cpu")
 
 
 @pytest.fixture(
-    params=[("compiled", torch.bfloat16), ("compiled", torch.float32), ("plain", torch.bfloat16),
-            ("plain", torch.float32)],
-    ids=["compiled-bf16", "compiled-fp32", "plain-bf16", "plain-fp32"],
-)  # fmt: skip
+    params=[(loops, name) for loops in ("compiled", "plain") for name in ("fp32", "bf16", "int8")], ids="-".join
+)
 def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every path of the search, forced: bf16 is exact (if slow) on any processor."""
-    loops, dtype = request.param
-    monkeypatch.setattr(survivors, "screen_dtype", lambda: dtype)
+    """Every path of the search, forced: all are exact (if slow) on any processor."""
+    loops, name = request.param
+    monkeypatch.setenv("COSAE_SCREEN", name)
     monkeypatch.setattr(search, "DENSE_SHARE", 1)
     if loops == "plain":
         monkeypatch.setattr(native, "AVAILABLE", False)

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+RETRY = 32
+"""Searches after which an arm forgets what each format of the screen let pass, and tries anew."""
+
 
 class Seen:
     """A tensor as it was when something was found out about it; holds no memory."""
@@ -92,18 +95,47 @@ class Workspace:
 
 
 @dataclass
+class Choices:
+    """What one arm's searches learn of their formats; the step's cache keeps it. Changes no result.
+
+    picked    the last format taken
+    seconds   by format, of the screen alone, as it was chosen by; empty where no clock was asked
+    tested    by format, exact scores of its last search
+    searches  how many there were
+    """
+
+    picked: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    tested: dict[str, int] = field(default_factory=dict)
+    searches: int = 0
+
+    def learn(self, picked: str, tested: int) -> None:
+        """One search in this format took so many exact scores."""
+        self.searches += 1
+        if self.searches % RETRY == 0:
+            self.tested = {}
+        self.picked, self.tested[picked] = picked, tested
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in sorted(self.seconds.items(), key=lambda pair: pair[1]))
+        return f"{self.picked or 'fastest'} screen" + (f" (by the clock, ms: {times})" if times else "")
+
+
+@dataclass
 class StepCache:
     """What the parts of one arm's step tell each other, and the memory they work in.
 
     workspace  memory that is written over by every step
     row_stats  what the optimiser's sweep left of the encoder rows it had just written, with which rows these are:
                their norms (F,), or on a GPU their `UnitRows`; the next step's screen asks for it
+    choices    what the arm's searches learnt of the screen's formats (cosae.kernels.select.pick)
     measured   what the gradients' loops saw of the matrices they made; the optimiser's clip asks for it
     """
 
     workspace: Workspace = field(default_factory=Workspace)
     row_stats: tuple[Seen, Any] | None = None
     measured: list[Measured] = field(default_factory=list)
+    choices: Choices = field(default_factory=Choices)
 
     def leave_rows(self, rows_FD: Tensor, stats: Any) -> None:
         """Let `stats` be found for these rows until they are written to."""

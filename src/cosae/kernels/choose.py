@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cosae.errors import CosaeError, check_choice
 from cosae.kernels import reference
+from cosae.kernels.cache import Choices
 from cosae.kernels.cpu import native, sums
 from cosae.kernels.path import SparsePath
 from cosae.kernels.select import search
-from cosae.kernels.select.screen import has_fast_bf16
 from cosae.kernels.terms import Entries, ScoreTerms
 
 KERNELS = ("auto", "reference", "cpu", "triton")
@@ -92,8 +92,11 @@ def _triton() -> SparsePath | str:
     return SparsePath("triton", finder, triton_sums)
 
 
-def describe(kernel: str = "auto", device: torch.device | str = "cpu") -> str:
-    """One line for a run's record: which path `kernel` takes on this device, and by what means."""
+def describe(kernel: str = "auto", device: torch.device | str = "cpu", choices: Choices | None = None) -> str:
+    """One line for a run's record: which path `kernel` takes on this device, and by what means.
+
+    choices: what the searches of one arm took (`StepCache.choices`); without them the screen is "the fastest".
+    """
     path = choose(kernel, device)
     device = torch.device(device)
     if path.NAME == reference.NAME:
@@ -106,5 +109,5 @@ def describe(kernel: str = "auto", device: torch.device | str = "cpu") -> str:
         return f"triton: {short} screen with exact fp32 scores, on {where}"
     if device.type != "cpu":
         return "cpu: dense selection, sparse sums in plain PyTorch"
-    screen = "bf16" if has_fast_bf16() else "fp32"
-    return f"cpu: {screen} screen with exact fp32 scores, {'numba' if native.serves() else 'plain PyTorch'} loops"
+    loops = "numba" if native.serves() else "plain PyTorch"
+    return f"cpu: {choices or Choices()} with exact fp32 scores, {loops} loops"

@@ -65,7 +65,7 @@ def _arm_record(
         "d_sae": sae.d_sae,
         "k": sae.k,
         "seed": state.arm.seed,
-        "kernel": kernels.describe(sae.kernel, sae.device),
+        "kernel": kernels.describe(sae.kernel, sae.device, state.cache.choices),
         "stream_digest": state.digest.hex(),
         "tokens_per_second": done / state.seconds if state.seconds else None,
         "a_change": change,

@@ -36,6 +36,18 @@ monotone and t is an fp32 number). Together
 
 and an entry is a survivor when not (κ̃ + |κ̃|·2⁻⁸ ≤ U + Vδ − margin − loss): a NaN survives where the bound is a NaN or
 negative, and its exact score decides; tokens that are not finite are not served at all (`unserved_numbers`).
+
+**int8.** Each token and each row has a step of its own, its largest coordinate / 127; the vectors are rounded to whole
+steps, q, and the product P = ⟨q_b, q_i⟩ is exact in 32 bits (127² d < 2³¹), whatever adds it up. With
+e_z = σ_b q_b − ẑ and e_w = (σ_i q_i − w)/|w|, measured as above, Cauchy–Schwarz says
+
+    |P σ_b σ_i/|w| − κ| = |⟨e_z, ŵ⟩ + ⟨σ_b q_b, e_w⟩| ≤ |e_z| + (1 + |e_z|) |e_w|
+
+about 0.75 % a side at Gaussian coordinates, d 768. So the comparison is P > (|w|/σ_i) (U + Vδ − margin − loss)/σ_b: as
+σ_b differs from token to token, δ, the margin and the 1 before U are one number a column, and g_b is 1; tokens keep the
+order of level bins, so that survivors come in the same order whatever the format. P becomes fp32 with an error of
+2⁻²⁴ |P|, part of the slack. A row or token of coordinates below STEP_MIN is not divided by its step: q = 0, and e is
+all of it.
 """
 
 from __future__ import annotations
@@ -59,16 +71,10 @@ RAW_MAX = 2.0**60
 """Longest row that is multiplied as it is; longer ones are normalised first."""
 FLOOR_BIN = 0.04
 """Width in ln t of one bin of tokens where thresholds differ between tokens."""
+STEP_MIN = 1e-30
+"""Largest coordinate below which an int8 vector is 0."""
 LOG_MAX = 80.0
 """Largest |logarithm of a scale| that fp32 holds with room for a product."""
-
-
-def has_fast_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AVX512_BF16 or AMX) and torch's oneDNN product can use it."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check is not None and bool(check()) for check in checks)
 
 
 def unserved(terms: ScoreTerms) -> str | None:
@@ -96,10 +102,12 @@ def unserved_numbers(terms: ScoreTerms) -> str | None:
 class Tokens:
     """The batch as the screen sees it: tokens in bins, one after the other.
 
-    factor_BD (B, D) what is multiplied, in screen order, bf16 or fp32: unit vectors, in a level bin times g_b ≤ 1
+    factor_BD (B, D) what is multiplied, in screen order, of the screen's type: unit vectors, in a level bin times
+              g_b ≤ 1, in int8 over their step
     position_B (B,) int64 token of each screen column;  edge_N1 (N + 1,) int64 first column of each bin
     level     True where a bin's columns share one δ and one margin
-    delta, margin  (N,) fp32 where level, else (B,) in screen order
+    unit, delta, margin  (N,) fp32 where level, else (B,) in screen order: base · unit + slope · delta − margin bounds
+    stretch   bound of the factors' length: by how much the rows' own errors count
     centre_N, half_N (N,) float64 a bin's middle and half width in ln r;  log_r_B (B,) fp32 in token order
     floor_N (N,) float64 smallest threshold of each bin's tokens, where tokens have their own thresholds
     """
@@ -108,8 +116,10 @@ class Tokens:
     position_B: Tensor
     edge_N1: Tensor
     level: bool
+    unit: Tensor
     delta: Tensor
     margin: Tensor
+    stretch: float
     centre_N: Tensor
     half_N: Tensor
     log_r_B: Tensor
@@ -127,20 +137,36 @@ def norms(x_RD: Tensor, floor: float) -> Tensor:
     return norm_R
 
 
-def rounded(x_RD: Tensor, by_R: Tensor, dtype: torch.dtype, place_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """by · x[place] in dtype (R, D), and the length (R,) fp32 of what rounding to it changed; fp32 is not rounded."""
-    if dtype == torch.bfloat16 and compiled(x_RD):
+def rounded(
+    x_RD: Tensor, by_R: Tensor, dtype: torch.dtype, place_R: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """by · x[place] in dtype (R, D), the length (R,) fp32 of what rounding to it changed, and its step (R,).
+
+    The step is 1 but for int8; fp32 is not rounded.
+    """
+    step_R = torch.ones_like(by_R)
+    if dtype != x_RD.dtype and compiled(x_RD):
         place_R = torch.arange(len(x_RD)) if place_R is None else place_R
-        short_RD, error_R = torch.empty(x_RD.shape, dtype=dtype), x_RD.new_empty(len(x_RD))
+        short_RD, error_R = torch.empty(x_RD.shape, dtype=dtype), torch.empty_like(by_R)
         views = (x_RD.contiguous().numpy(), place_R.numpy(), by_R.numpy())
-        outs = (short_RD.view(torch.uint16).numpy(), error_R.numpy())
-        native.run_parts(native.loops("search").round_rows_bf16, native.parts_for(x_RD.numel()), *views, *outs)
-        return short_RD, error_R
+        if dtype == torch.int8:
+            loop, outs = native.loops("search").round_rows_int8, [short_RD, error_R, step_R]
+        else:
+            loop, outs = native.loops("search").round_rows_bf16, [short_RD.view(torch.uint16), error_R]
+        native.run_parts(loop, native.parts_for(x_RD.numel()), *views, *(t.numpy() for t in outs))
+        return short_RD, error_R, step_R
     exact_RD = (x_RD if place_R is None else x_RD.index_select(0, place_R)) * by_R[:, None]
     if dtype == x_RD.dtype:
-        return exact_RD, torch.zeros_like(by_R)
-    short_RD = exact_RD.to(dtype)
-    return short_RD, torch.linalg.vector_norm(exact_RD.sub_(short_RD), dim=-1)
+        return exact_RD, torch.zeros_like(by_R), step_R
+    if dtype != torch.int8:
+        short_RD = exact_RD.to(dtype)
+        return short_RD, torch.linalg.vector_norm(exact_RD.sub_(short_RD), dim=-1), step_R
+    low_R, top_R = exact_RD.aminmax(dim=-1)
+    top_R = torch.maximum(top_R, -low_R)
+    step_R = torch.where(top_R >= STEP_MIN, top_R / 127, step_R)
+    whole_RD = (exact_RD / step_R[:, None]).round_().clamp_(-127, 127)
+    short_RD = whole_RD.to(dtype)
+    return short_RD, torch.linalg.vector_norm(exact_RD.addcmul_(whole_RD, step_R[:, None], value=-1), dim=-1), step_R
 
 
 def prepare_tokens(terms: ScoreTerms, dtype: torch.dtype, floor_B: Tensor | None = None) -> Tokens:
@@ -153,11 +179,12 @@ def prepare_tokens(terms: ScoreTerms, dtype: torch.dtype, floor_B: Tensor | None
     log_r_B = norm_B.log()
     log_r64_B = log_r_B.double()
     shared = terms.exponent.dim() == 0
-    level = shared and floor_B is None
-    height_B = terms.exponent.double() * log_r64_B if level else log_r64_B
+    levels = shared and floor_B is None
+    level = levels and dtype != torch.int8
+    height_B = terms.exponent.double() * log_r64_B if levels else log_r64_B
     bin_B = torch.zeros_like(height_B, dtype=torch.int64)
-    if level or not shared:
-        bin_B = ((height_B - height_B.min()) / (LEVEL_BIN if level else BIN)).floor().long()
+    if levels or not shared:
+        bin_B = ((height_B - height_B.min()) / (LEVEL_BIN if levels else BIN)).floor().long()
     if floor_B is not None:
         step_B = (floor_B.double().clamp_min(torch.finfo(torch.float32).tiny).log() / FLOOR_BIN).floor().long()
         bin_B = bin_B * 100_000 + step_B
@@ -175,17 +202,23 @@ def prepare_tokens(terms: ScoreTerms, dtype: torch.dtype, floor_B: Tensor | None
     by_B = 1.0 / norm_B[position_B]
     if level:
         by_B = by_B * torch.exp(height_B - high_N[which_B]).float()
-    factor_BD, error_B = rounded(terms.z_BD, by_B, dtype, None if len(count_N) == 1 else position_B)
+    factor_BD, error_B, step_B = rounded(terms.z_BD, by_B, dtype, None if len(count_N) == 1 else position_B)
     margin = error_B + (2.0 * (terms.z_BD.shape[1] + 32) * 2.0**-23 + 4e-5)
+    stretch = 1.01 * (1.0 + float(error_B.max())) if dtype == torch.int8 else 1.01
+    unit = 1.0 / step_B
     centre_N, half_N = (low_N + high_N) / 2, (high_N - low_N) / 2
     if level:
-        delta, margin = torch.exp(-high_N).float(), most(margin, "amax")
+        delta, margin, unit = torch.exp(-high_N).float(), most(margin, "amax"), unit.new_ones(len(count_N))
+    elif levels:
+        delta = torch.exp(-height_B).float() * unit
     elif shared:
-        delta = torch.exp(-terms.exponent.double() * height_B).float()
+        delta = torch.exp(-terms.exponent.double() * height_B).float() * unit
     else:
-        delta = (height_B - centre_N[which_B]).float()
+        delta = (height_B - centre_N[which_B]).float() * unit
+    margin = margin if level else margin * unit
     floor_N = None if floor_B is None else most(floor_B.double()[position_B], "amin")
-    return Tokens(factor_BD, position_B, edge_N1, level, delta, margin, centre_N, half_N, log_r_B, floor_N)
+    bound = (unit, delta, margin, stretch)
+    return Tokens(factor_BD, position_B, edge_N1, level, *bound, centre_N, half_N, log_r_B, floor_N)
 
 
 @dataclass(frozen=True)
@@ -206,19 +239,22 @@ def row_norms(rows_FD: Tensor, cache: StepCache | None = None) -> Tensor:
     return norm_F if isinstance(norm_F, Tensor) else norms(rows_FD, ROW_MIN)
 
 
-def prepare_rows(rows_RD: Tensor, norm_R: Tensor, dtype: torch.dtype) -> Rows:
-    """Rows (R, D) fp32 and their norms → what is multiplied: the rows as they are, where no product can overflow."""
+def prepare_rows(rows_RD: Tensor, norm_R: Tensor, dtype: torch.dtype, stretch: float = 1.01) -> Rows:
+    """Rows (R, D) fp32 and their norms → what is multiplied: the rows as they are, where no product can overflow.
+
+    stretch: that of the tokens they are multiplied with.
+    """
     if not bool(norm_R.max() <= RAW_MAX):  # not so for a NaN
-        unit_RD, error_R = rounded(rows_RD, 1.0 / norm_R, dtype)
-        return Rows(unit_RD, torch.ones_like(norm_R), 1.01 * error_R)
+        unit_RD, error_R, step_R = rounded(rows_RD, 1.0 / norm_R, dtype)
+        return Rows(unit_RD, 1.0 / step_R, stretch * error_R)
     if dtype == rows_RD.dtype:
         return Rows(rows_RD, norm_R, None)
-    short_RD, error_R = rounded(rows_RD, torch.ones_like(norm_R), dtype)
-    return Rows(short_RD, norm_R, 1.01 * error_R / norm_R)
+    short_RD, error_R, step_R = rounded(rows_RD, torch.ones_like(norm_R), dtype)
+    return Rows(short_RD, norm_R / step_R, stretch * error_R / norm_R)
 
 
 def lines(terms: ScoreTerms, tokens: Tokens, threshold_F: Tensor, norm_F: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, F) base and slope: κ ≤ base + slope·δ_b − margin_b − loss_i proves s ≤ t.
+    """(N, F) base and slope: κ ≤ base + slope·δ_b − margin_b − loss_i proves s ≤ t (in int8 all of it over σ_b).
 
     t is the larger of the feature's threshold and the bin's floor.
     """

@@ -11,10 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cosae.kernels.cache import Workspace
+from cosae.kernels.cache import Choices, Workspace
 from cosae.kernels.cpu import native
 from cosae.kernels.cpu.sums import GATHER, compiled
 from cosae.kernels.select import screen
+from cosae.kernels.select.pick import FORMATS, PRODUCTS, pick
 from cosae.kernels.terms import ScoreTerms
 
 CHUNK = 1 << 24
@@ -37,11 +38,6 @@ class Survivors:
 
     def __len__(self) -> int:
         return int(self.token_S.shape[0])
-
-
-def screen_dtype() -> torch.dtype:
-    """bf16 where the processor multiplies it natively, else fp32."""
-    return torch.bfloat16 if screen.has_fast_bf16() else torch.float32
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,22 @@ def _scales(terms: ScoreTerms, log_r_B: Tensor, floor_B: Tensor | None) -> _Scal
 
 def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor | None = None) -> Survivors | None:
     """Every live entry with s > threshold_F and s > floor_B; None where there are more than about `room`."""
-    dtype = screen_dtype()
+    choices = Choices() if terms.cache is None else terms.cache.choices
+    name = pick(terms, min(room // 3, terms.n_tokens * terms.n_features), _screen_noise, choices)
+    found, n_tested = screened(terms, threshold_F, room, FORMATS[name], floor_B)
+    choices.learn(name, n_tested)
+    return found
+
+
+def _screen_noise(terms: ScoreTerms, name: str) -> None:
+    threshold_F = torch.full((terms.n_features,), 1e30)
+    screened(terms, threshold_F, 0, FORMATS[name])
+
+
+def screened(
+    terms: ScoreTerms, threshold_F: Tensor, room: int, dtype: torch.dtype, floor_B: Tensor | None = None
+) -> tuple[Survivors | None, int]:
+    """`survivors` by a screen in `dtype`, and how many exact scores were taken."""
     terms = replace(terms, z_BD=terms.z_BD.contiguous(), rows_FD=terms.rows_FD.contiguous())
     tokens = screen.prepare_tokens(terms, dtype, floor_B)
     scales = _scales(terms, tokens.log_r_B, floor_B)
@@ -82,38 +93,41 @@ def survivors(terms: ScoreTerms, threshold_F: Tensor, room: int, floor_B: Tensor
     workspace = Workspace() if terms.cache is None else terms.cache.workspace
     line = screen.lines(terms, tokens, threshold_F, norm_F)
     count_F = torch.zeros(n_features, dtype=torch.int64)
-    room += 2 * n_tokens * torch.get_num_threads()  # a part of a chunk begins a row only with room for all of it
+    room += 2 * n_tokens * torch.get_num_threads()  # a part of a chunk scores a row only with room for all of it
     found = Survivors(
         torch.empty(room, dtype=torch.int64), torch.empty(room), torch.empty(room), count_F, tokens.log_r_B, norm_F
     )
-    step = max(1, min(4096, CHUNK // (n_tokens * dtype.itemsize)))
+    product_dtype = PRODUCTS[dtype]
+    step = max(1, min(4096, CHUNK // (n_tokens * product_dtype.itemsize)))
     scan = _scan_compiled if compiled(terms.z_BD, terms.rows_FD) else _scan_plain
-    place = 0
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    place = n_tested = 0
     for first in range(0, n_features, step):
         rows = slice(first, min(first + step, n_features))
-        part = screen.prepare_rows(terms.rows_FD[rows], norm_F[rows], dtype)
-        product_RB = workspace.product(len(part.factor_RD) * n_tokens, dtype).view(-1, n_tokens)
-        torch.mm(part.factor_RD, tokens.factor_BD.T, out=product_RB)
+        part = screen.prepare_rows(terms.rows_FD[rows], norm_F[rows], dtype, tokens.stretch)
+        product_RB = workspace.product(len(part.factor_RD) * n_tokens, product_dtype).view(-1, n_tokens)
+        multiply(part.factor_RD, tokens.factor_BD.T, out=product_RB)
         base_NR, slope_NR = (x_NF[:, rows] for x_NF in line)
         base_NR = base_NR if part.loss_R is None else base_NR - part.loss_R
         bounds = (part.scale_R, base_NR.contiguous(), slope_NR.contiguous())
-        written = scan(terms, tokens, scales, rows, product_RB, bounds, threshold_F, norm_F, found, place)
+        written, tested = scan(terms, tokens, scales, rows, product_RB, bounds, threshold_F, norm_F, found, place)
+        n_tested += tested
         if written is None:
-            return None
+            return None, n_tested
         place += written
     cut = {name: getattr(found, name)[:place] for name in ("token_S", "dot_S", "score_S")}
-    return replace(found, **cut)
+    return replace(found, **cut), n_tested
 
 
 def _scan_compiled(
     terms: ScoreTerms, tokens: screen.Tokens, scales: _Scales, rows: slice, product_RB: Tensor,
     bounds: tuple[Tensor, Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
-) -> int | None:  # fmt: skip
-    """One chunk by the compiled loop: written behind `place`; None where it does not fit."""
+) -> tuple[int | None, int]:  # fmt: skip
+    """One chunk by the compiled loop: written behind `place` (None where it does not fit); exact scores taken."""
     n_parts = native.parts_for(product_RB.numel())
     outs = [t.numpy() for t in (found.token_S, found.dot_S, found.score_S)]
     screened = product_RB.view(torch.int16) if product_RB.dtype == torch.bfloat16 else product_RB
-    limits = (bounds[0], tokens.edge_N1, *bounds[1:], tokens.delta, tokens.margin)
+    limits = (bounds[0], tokens.edge_N1, *bounds[1:], tokens.unit, tokens.delta, tokens.margin)
     compared = (screened.numpy(), rows.start, tokens.level, tuple(t.numpy() for t in limits))
     inputs = (tokens.position_B, terms.z_BD, terms.rows_FD, terms.live_B, threshold_F, scales.floor_B)
     factors = (scales.sigma_B, scales.log_r_B, scales.exponent_F, scales.log_gain_F, norm_F)
@@ -122,9 +136,10 @@ def _scan_compiled(
         scales.bias_F.numpy(),
     )  # fmt: skip
     share = (*outs, found.count_F.numpy(), place, len(found))
-    sizes = native.run_parts(native.loops("search").scan, n_parts, *compared, exact, *share)
+    answers = native.run_parts(native.loops("search").scan, n_parts, *compared, exact, *share)
+    sizes, n_tested = [size for size, _ in answers], sum(tested for _, tested in answers)
     if min(sizes) < 0:
-        return None
+        return None, n_tested
     room = (len(found) - place) // n_parts
     end = place + sizes[0]
     for part in range(1, n_parts):
@@ -132,13 +147,13 @@ def _scan_compiled(
         for out in outs:
             out[end : end + sizes[part]] = out[begin : begin + sizes[part]]
         end += sizes[part]
-    return int(end - place)
+    return int(end - place), n_tested
 
 
 def _scan_plain(
     terms: ScoreTerms, tokens: screen.Tokens, scales: _Scales, rows: slice, product_RB: Tensor,
     bounds: tuple[Tensor, Tensor, Tensor], threshold_F: Tensor, norm_F: Tensor, found: Survivors, place: int,
-) -> int | None:  # fmt: skip
+) -> tuple[int | None, int]:  # fmt: skip
     """One chunk in PyTorch."""
     row_S, column_S = _passed(tokens, product_RB, bounds).nonzero(as_tuple=True)
     token_S, feature_S = tokens.position_B[column_S], row_S + rows.start
@@ -148,14 +163,15 @@ def _scan_plain(
         part = slice(begin, begin + step)
         dot_S[part] = (terms.z_BD[token_S[part]] * terms.rows_FD[feature_S[part]]).sum(-1)
     score_S = exact_scores(terms, dot_S, token_S, feature_S, scales.log_r_B, norm_F)
+    n_tested = len(token_S)
     keep_S = (score_S > threshold_F[feature_S]) & (score_S > scales.floor_B[token_S]) & terms.live_B[token_S]
     token_S, dot_S, score_S = token_S[keep_S], dot_S[keep_S], score_S[keep_S]
     end = place + len(token_S)
     if end > len(found):
-        return None
+        return None, n_tested
     found.token_S[place:end], found.dot_S[place:end], found.score_S[place:end] = token_S, dot_S, score_S
     found.count_F[rows] = torch.bincount(feature_S[keep_S] - rows.start, minlength=len(product_RB))
-    return end - place
+    return end - place, n_tested
 
 
 def _passed(tokens: screen.Tokens, product_RB: Tensor, bounds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -164,10 +180,9 @@ def _passed(tokens: screen.Tokens, product_RB: Tensor, bounds: tuple[Tensor, Ten
     passed_RB = torch.empty(product_RB.shape, dtype=torch.bool)
     for n, (first, last) in enumerate(pairwise(tokens.edge_N1.tolist())):
         columns = slice(n, n + 1) if tokens.level else slice(first, last)
-        # scale · (base + slope · δ − margin) as one product; a single column where one bound serves the bin
+        # scale · (base · unit + slope · δ − margin) as one product; a single column where one bound serves the bin
         factor_R3 = scale_R[:, None] * torch.stack([base_NR[n], slope_NR[n], torch.full_like(base_NR[n], -1.0)], dim=1)
-        delta_C, margin_C = tokens.delta[columns], tokens.margin[columns]
-        bound_RC = factor_R3 @ torch.stack([torch.ones_like(delta_C), delta_C, margin_C])
+        bound_RC = factor_R3 @ torch.stack([x[columns] for x in (tokens.unit, tokens.delta, tokens.margin)])
         if product_RB.dtype == torch.bfloat16:
             # κ̃ + u|κ̃| > t implies κ̃ > t − 1.01 u|t|, which spares a copy of κ̃
             bound_RC.sub_(bound_RC.abs(), alpha=1.01 * 2.0**-8)

@@ -83,7 +83,7 @@ def _feature_range(part, n_parts, offset_F1, multiple):
 
 @compile_loop
 def entry_dots(part, n_parts, x_BD, rows_FD, token_E, order_E, offset_F1, dot_E):
-    """dot_e = ⟨x_token, rows_feature⟩, in the order of `rescore`."""
+    """dot_e = ⟨x_token, rows_feature⟩, in the order of the search's `scan`."""
     first, last = _feature_range(part, n_parts, offset_F1, 1)
     for i in range(first, last):
         end = offset_F1[i + 1]
