@@ -69,6 +69,8 @@ class Site:
     module_path  path as in `model.get_submodule`
     block        index of the block the module is or lies in
     reads        whether the module's first input or its output is meant; the input for `resid_pre` only
+    call         which run of the module in a forward pass is meant, from 0: blocks may share a module
+    calls        how many runs of it there must be in a pass; any other number is refused
     """
 
     name: str
@@ -76,6 +78,13 @@ class Site:
     module_path: str
     block: int
     reads: Literal["input", "output"] = "output"
+    call: int = 0
+    calls: int = 1
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain values that `Site(**record)` takes; which run is meant only where there are several."""
+        several = ("call", "calls") if self.calls > 1 else ()
+        return {name: getattr(self, name) for name in ("name", "hook_name", "module_path", "block", "reads", *several)}
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def test_the_forward_stops_after_the_last_site(family: str) -> None:
     def trap(*_: Any) -> None:
         raise AssertionError("a block after the last site ran")
 
+    capture(model, make_sequences(1), ["resid_post.0", "mlp_out.1", "resid_post.1"])  # the first is watched to its end
     blocks = model.get_submodule(BLOCK_PATHS[family])
     blocks[0].register_forward_pre_hook(lambda *_: calls.append(0))
     blocks[2].register_forward_pre_hook(trap)

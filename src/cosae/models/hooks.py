@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -59,21 +60,27 @@ def read_sites(
 ) -> dict[Site, tuple[Tensor, Tensor]]:
     """(N, D) rows of the batch's real tokens at each site, and (N,) their fp32 norms, on `store_device`.
 
-    The rows are in `store_dtype`; the norms are of the rows as the model made them, before any rounding.
+    The rows are in `store_dtype`; the norms are of the rows as the model made them, before any rounding. The first pass
+    that reads a module runs to its end, to see how often the module runs; later ones are cut short.
     """
     body = body_of(model)
     found: dict[Site, tuple[Tensor, Tensor]] = {}
+    counter = CallCounter()
+    modules = [model.get_submodule(site.module_path) for site in sites]
+    is_known = all(module in _RUNS for module in modules)
+    if is_known:
+        for site, module in zip(sites, modules, strict=True):
+            check_calls(site, _RUNS[module])
 
     def reader(site: Site) -> Callable[[Any], Any]:
         def read(value: Any) -> Any:
-            if site in found:  # a module that runs twice is read the first time
-                return value
-            # Copied at once: later modules may write into the same memory.
-            rows = _real_rows(value, batch.mask_ST, site)
-            norm_N = torch.linalg.vector_norm(rows.float(), dim=-1)
-            found[site] = rows.to(device=store_device, dtype=store_dtype), norm_N.to(store_device)
-            if len(found) == len(sites):
-                raise _Stop
+            if counter.is_meant(site):
+                # Copied at once: later modules may write into the same memory.
+                rows = _real_rows(value, batch.mask_ST, site)
+                norm_N = torch.linalg.vector_norm(rows.float(), dim=-1)
+                found[site] = rows.to(device=store_device, dtype=store_dtype), norm_N.to(store_device)
+                if is_known and len(found) == len(sites):
+                    raise _Stop
             return value
 
         return read
@@ -82,9 +89,46 @@ def read_sites(
         for site in sites:
             hooks.callback(hook_site(model, site, reader(site)).remove)
         body(**arguments_of(body, batch))
-    if missed := [site.name for site in sites if site not in found]:
-        raise CosaeError(f"Site '{missed[0]}' was never reached: the model does not call that module itself.")
+    if not is_known:
+        for site, module in zip(sites, modules, strict=True):
+            counter.check(site)
+            _RUNS[module] = site.calls
     return found
+
+
+_RUNS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""How often a module runs in one pass, of those that were read to the end of one."""
+
+
+class CallCounter:
+    """Counts the runs of sites' modules in one forward pass."""
+
+    def __init__(self) -> None:
+        self._runs: dict[Site, int] = {}
+
+    def is_meant(self, site: Site) -> bool:
+        """Whether this run, which is counted, is the one that the site names. Raises CosaeError for one too many."""
+        run = self._runs.get(site, 0)
+        self._runs[site] = run + 1
+        if run == site.calls:
+            check_calls(site, run + 1)
+        return run == site.call
+
+    def check(self, site: Site) -> None:
+        """Raises CosaeError, after a pass, where a site was not reached as often as it must be."""
+        check_calls(site, self._runs.get(site, 0))
+
+
+def check_calls(site: Site, runs: int) -> None:
+    """Raises CosaeError where a module does not run as often in one forward pass as the site says."""
+    if not runs:
+        raise CosaeError(f"Site '{site.name}' was never reached: the model does not call that module itself.")
+    if runs != site.calls:
+        must = "once" if site.calls == 1 else f"{site.calls} times"
+        raise CosaeError(
+            f"Site '{site.name}' is ambiguous: {site.module_path} must run {must} in a forward pass, but here it runs "
+            f"{runs} times or more; choose a site outside the loop."
+        )
 
 
 def hook_site(model: nn.Module, site: Site, act: Callable[[Any], Any]) -> Any:

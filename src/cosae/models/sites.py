@@ -86,6 +86,7 @@ def text_config(model: nn.Module) -> Any:
 def _named_site(model: nn.Module, kind: str, block: int, blocks_path: str, n_blocks: int, asked: str) -> Site:
     _check_block(model, block, n_blocks, asked)
     path = f"{blocks_path}.{block}"
+    child = None
     if kind in ("attn_out", "mlp_out"):
         child = _sublayer(model.get_submodule(path), kind)
         if child is None:
@@ -96,12 +97,15 @@ def _named_site(model: nn.Module, kind: str, block: int, blocks_path: str, n_blo
                 f"of the block ({path}. + {', '.join(available)})."
             )
         path = f"{path}.{child}"
+    call, calls = _runs(model, blocks_path, block, child)
     return Site(
         name=f"{kind}.{block}",
         hook_name=f"blocks.{block}.hook_{kind}",
         module_path=path,
         block=block,
         reads="input" if kind == "resid_pre" else "output",
+        call=call,
+        calls=calls,
     )
 
 
@@ -113,6 +117,7 @@ def _check_block(model: nn.Module, block: int, n_blocks: int, asked: str) -> Non
 
 
 def _path_site(model: nn.Module, path: str, blocks_path: str, n_blocks: int) -> Site:
+    path = _whole_path(path, blocks_path)
     inside = re.fullmatch(rf"{re.escape(blocks_path)}\.(\d+)(?:\.(.+))?", path)
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     if inside is None or (int(inside[1]) < n_blocks and path not in modules):
@@ -129,7 +134,27 @@ def _path_site(model: nn.Module, path: str, blocks_path: str, n_blocks: int) -> 
     for kind in ("attn_out", "mlp_out"):
         if _sublayer(model.get_submodule(f"{blocks_path}.{block}"), kind) == inside[2]:
             return _named_site(model, kind, block, blocks_path, n_blocks, path)
-    return Site(name=path, hook_name=path, module_path=path, block=block)
+    call, calls = _runs(model, blocks_path, block, inside[2])
+    return Site(name=path, hook_name=path, module_path=path, block=block, call=call, calls=calls)
+
+
+def _whole_path(path: str, blocks_path: str) -> str:
+    """The path from the model on of one that leaves out its beginning or adds to it: layers.3 is model.layers.3."""
+    names = blocks_path.split(".")
+    found = re.match(rf"((?:\w+\.)*?){re.escape(names[-1])}\.(\d+(?:\..+)?)$", path)
+    if found is None or not {*found[1].split(".")[:-1]} <= {*names, "model"}:
+        return path
+    return f"{blocks_path}.{found[2]}"
+
+
+def _runs(model: nn.Module, blocks_path: str, block: int, inside: str | None) -> tuple[int, int]:
+    """`call` and `calls` of a Site: blocks may be one module several times, or share some of theirs."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    end = f".{inside}" if inside else ""
+    own = modules[f"{blocks_path}.{block}{end}"]
+    n_blocks = sum(1 for name in modules if re.fullmatch(rf"{re.escape(blocks_path)}\.\d+", name))
+    same = [modules.get(f"{blocks_path}.{i}{end}") is own for i in range(n_blocks)]
+    return sum(same[:block]), sum(same)
 
 
 def _sublayer(block: nn.Module, kind: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.models.hooks import body_of, eager, hook_site
+from cosae.models.hooks import CallCounter, body_of, eager, hook_site
 from cosae.models.intervene.call import read_window
 from cosae.models.intervene.window import Window
 from cosae.models.sites import resolve_site
@@ -43,7 +43,7 @@ class Intervention:
         self._before, self._after = before, after
         self._hooks: ExitStack | None = None
         self._window: Window | None = None
-        self._reached: set[Site] = set()
+        self._counter = CallCounter()
 
     @property
     def is_open(self) -> bool:
@@ -70,13 +70,12 @@ class Intervention:
 
     def _begin(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._window = read_window(body, args, kwargs)
-        self._reached = set()
+        self._counter = CallCounter()
         self._before(self._window)
 
     def _end(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for site in self.rules:
-            if site not in self._reached:
-                raise CosaeError(f"Site '{site.name}' was never reached: the model does not call that module itself.")
+            self._counter.check(site)
         window, self._window = self._window, None
         assert window is not None
         self._after(window)
@@ -87,8 +86,7 @@ class Intervention:
                 raise CosaeError(
                     f"Site '{site.name}' ran outside a forward pass of the model: call the model, not a part of it."
                 )
-            self._reached.add(site)
-            return rule(x, self._window)
+            return rule(x, self._window) if self._counter.is_meant(site) else x
 
         return act
 

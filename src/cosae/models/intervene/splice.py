@@ -231,9 +231,10 @@ def _name(key: str | Site) -> str:
 
 def _check_sites(model: nn.Module, sites: Mapping[str, Site], saes: Mapping[str, SplicedSAE]) -> None:
     """One SAE for one tensor, and of the width of the stream where the site's is known before any pass."""
-    taken: dict[tuple[str, str], str] = {}
+    taken: dict[tuple[int, str, int], str] = {}
     for name, site in sites.items():
-        other = taken.setdefault((site.module_path, site.reads), name)
+        module = model.get_submodule(site.module_path)
+        other = taken.setdefault((id(module), site.reads, site.call), name)
         if other != name:
             raise CosaeError(f"'{other}' and '{name}' are the same place in this model: give one SAE for it.")
     width = getattr(text_config(model), "hidden_size", None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def _writers(
     return {
         site: StoreWriter(
             out / site.name if len(widths) > 1 else out,
-            {**record, "site": asdict(site)},
+            {**record, "site": site.to_record()},
             written_by,
             d_in=d_in,
             dtype=request.dtype,
