@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,13 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path, suffix: str) -> N
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    (tmp_path / "b.npy").write_bytes(pickle.dumps(np.zeros((3, 4))))
+    for name in ("a.npy", "b.npy"):
+        with pytest.raises(CosaeError, match=r"holds Python objects, pickled.* save an array"):
+            ArraySource(tmp_path / name)
+    (tmp_path / "c.npy").write_bytes(bytes(100))
     with pytest.raises(CosaeError, match=r"damaged.*NumPy"):
-        ArraySource(tmp_path / "a.npy")
+        ArraySource(tmp_path / "c.npy")
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.csv", "a", "a.npz"])

@@ -9,21 +9,26 @@ import torch
 from cosae.errors import CosaeError
 from cosae.models.capture import capture
 from cosae.models.load import load_model
-from tests.support.tiny_models import make_config, make_model, make_sequences
+from cosae.models.sites import resolve_site
+from tests.support.tiny_models import BLOCK_PATHS, make_config, make_model, make_sequences
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama and its tokenizer in a directory."""
+    folder = tmp_path_factory.mktemp("llama")
+    make_model("llama").save_pretrained(folder)
+    write_tokenizer(folder, 97)
+    return folder
+
+
+def write_tokenizer(folder: Path, n_entries: int, **special: str) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("llama")
-    make_model("llama").save_pretrained(folder)
-    words = {f"w{i}": i for i in range(97)}
+    words = {f"w{i}": i for i in range(n_entries)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1").save_pretrained(folder)
-    return folder
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1", **special).save_pretrained(folder)
 
 
 def copy(saved: Path, to: Path, without: str = "") -> Path:
@@ -130,10 +135,56 @@ def test_missing_tensors_are_refused_instead_of_drawn_at_random(saved: Path, tmp
         load_model(folder)
 
 
-def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    make_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(CosaeError, match="No tokenizer could be read"):
+@pytest.mark.parametrize("family", [*BLOCK_PATHS, "opt", "mamba"])
+@pytest.mark.parametrize("rest", [None, "tokenizer_config.json"])
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path, family: str, rest: str | None) -> None:
+    """transformers makes up one of 1 to 5 entries for some of them, with which every text is empty, or one <unk>."""
+    make_model(family).save_pretrained(tmp_path)
+    if rest is not None:
+        (tmp_path / rest).write_text('{"model_max_length": 64}')
+    with pytest.raises(CosaeError, match=r"holds no tokenizer: tokenizer\.json"):
         load_model(tmp_path)
+
+
+def test_the_other_files_of_a_tokenizer_are_named_too(tmp_path: Path) -> None:
+    make_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(CosaeError, match=r"tokenizer\.json, or merges\.txt and vocab\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama", "gpt2"])
+@pytest.mark.parametrize("n_entries", [5, 98, 500])
+def test_a_tokenizer_of_another_size_is_refused(saved: Path, tmp_path: Path, family: str, n_entries: int) -> None:
+    make_model(family).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, n_entries)
+    with pytest.raises(CosaeError, match=f"does not fit the model: it has {n_entries} .* embedding 97"):
+        load_model(tmp_path)
+
+
+def test_embeddings_rounded_up_and_added_tokens_beyond_them_are_no_mistake(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, 60)
+    assert len(load_model(tmp_path)[1]) == 60
+    write_tokenizer(tmp_path, 97, pad_token="<pad>")
+    assert len(load_model(tmp_path)[1]) == 98
+
+
+def test_encoders_with_a_language_modelling_head_are_said_to_be_that() -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    for name in ("Bert", "Roberta", "Electra"):
+        config = getattr(transformers, f"{name}Config")(**sizes, vocab_size=97, is_decoder=True)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with pytest.raises(CosaeError, match="is an encoder with a language-modelling head"):
+            resolve_site(model, "resid_post.1")
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_gguf_is_called_by_its_name(tmp_path: Path, form: str) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(CosaeError, match=r"GGUF file.* is not a model directory.* GGUF is not read"):
+        load_model(tmp_path / "model.gguf" if form == "file" else tmp_path)
 
 
 def test_configurations_of_all_families_are_causal(tmp_path: Path) -> None:

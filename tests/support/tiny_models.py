@@ -38,6 +38,10 @@ def make_config(family: str) -> Any:
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 64,
     }
+    if family == "opt":
+        return transformers.OPTConfig(**sizes, word_embed_proj_dim=D, ffn_dim=64, **SPECIAL)
+    if family == "mamba":
+        return transformers.MambaConfig(hidden_size=D, num_hidden_layers=BLOCKS, vocab_size=VOCABULARY, **SPECIAL)
     if family == "gpt_neox":
         return transformers.GPTNeoXConfig(**sizes, **SPECIAL)
     name = {"llama": "Llama", "qwen3": "Qwen3", "gemma2": "Gemma2", "mistral": "Mistral"}[family]

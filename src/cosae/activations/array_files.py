@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cosae.errors import CosaeError
+from cosae.io.kind import PICKLE, kind_of, which_is
 from cosae.io.untrusted import one_line
 
 Array = Tensor | NDArray[Any]
@@ -27,7 +28,7 @@ def open_array(path: Path, key: str | None = None) -> tuple[Array, str | None, s
     readers = {".safetensors": _read_safetensors, ".npy": _read_npy, ".parquet": _read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise CosaeError(f"Activations must be a {', '.join(readers)} file. Got '{path}' instead.")
+        raise CosaeError(f"Activations must be a {', '.join(readers)} file. Got '{path}'{which_is(path)} instead.")
     if not path.is_file():
         raise CosaeError(f"Activations file '{path}' does not exist; check the path.")
     array, found = reader(path, key)
@@ -74,6 +75,10 @@ def _read_npy(path: Path, key: str | None) -> tuple[Array, None]:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False), None
     except (ValueError, OSError, EOFError) as error:
+        if kind_of(path) == PICKLE or "Python objects" in str(error) or "Object arrays" in str(error):
+            raise CosaeError(
+                f"'{path}' holds Python objects, pickled, which may run code: save an array of {ALLOWED} instead."
+            ) from None
         raise _damaged(path, "NumPy array", error) from error
 
 

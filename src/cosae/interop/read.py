@@ -11,6 +11,7 @@ from cosae.errors import CosaeError, check_choice
 from cosae.interop import cosine_paper, gemma_scope, sparsify
 from cosae.interop.dictionary_learning import read as dictionary_learning
 from cosae.interop.saelens import files as saelens_files
+from cosae.io.kind import which_is
 from cosae.io.untrusted import read_json
 from cosae.sae import file as own
 from cosae.sae.model import SAE
@@ -50,7 +51,8 @@ def detect(path: Path) -> str:
             return "gemma_scope"
         if path.suffix == ".pt":
             return "cosine_paper"
-        raise CosaeError(f"{path} is of no known format: give an SAE's folder, a params.npz or a {cosine_paper.NAME}.")
+        files = f"an SAE's folder, a params.npz or a {cosine_paper.NAME}"
+        raise CosaeError(f"{path}{which_is(path)} is of no known format: give {files}.")
     try:
         there = {child.name for child in path.iterdir()}
     except OSError as error:
@@ -68,6 +70,7 @@ def detect(path: Path) -> str:
     if found := next((name for name, needed in signs if needed <= there), None):
         return found
     raise CosaeError(
-        f"{path} holds no SAE of a known format: cfg.json with sae_weights.safetensors or sae.safetensors, config.json "
+        f"{path}{which_is(path)} holds no SAE of a known format: cfg.json with sae_weights.safetensors or "
+        "sae.safetensors, config.json "
         f"with ae.pt, params.npz, params.safetensors or {cosine_paper.NAME}."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,16 @@ import torch
 from torch import nn
 
 from cosae.errors import CosaeError, check_choice
+from cosae.io.kind import kind_of, which_is
 from cosae.io.untrusted import one_line
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tekken.json", "*.tiktoken", "*.model", "*.spm", "*.bpe.codes"),
+    *("vocab.json", "vocab.txt", "vocab.bpe", "bpe.codes"),
+)
+"""Any of which holds a tokenizer's vocabulary."""
+ROUNDED = 64
+"""Embeddings that a small vocabulary is rounded up by at most."""
 MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,6 +48,7 @@ def load_model(
     transformers, name, where, _ = read_configuration(name_or_path, dtype, revision)
     progress: Any = transformers.utils.logging
     progress.disable_progress_bar()  # a bar of its own for each load would break ours
+    tokenizer = load_tokenizer(transformers, name, where)
     options: dict[str, Any] = dict(where, output_loading_info=True)
     # Renamed in transformers 4.56, with a warning on the old name.
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -53,9 +63,7 @@ def load_model(
             f"The weights of '{name}' are incomplete: {len(wrong)} tensors are missing or misshapen, "
             f"the first is {wrong[0]}; download the model again."
         )
-    tokenizer = _try(
-        f"No tokenizer could be read from '{name}'", transformers.AutoTokenizer.from_pretrained, name, **where
-    )
+    check_tokenizer(tokenizer, int(model.get_input_embeddings().weight.shape[0]), name)
     model.requires_grad_(False)
     return model.eval().to(target), tokenizer
 
@@ -76,6 +84,46 @@ def read_configuration(
     return transformers, name, where, config
 
 
+def load_tokenizer(transformers: Any, name: str, where: dict[str, str]) -> Any:
+    """The tokenizer of a directory or a repository. Raises CosaeError for a directory without its files, for which
+    transformers makes one of a few entries up."""
+    folder = Path(name)
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+    has_one = there is None or any(fnmatch(path, pattern) for path in there for pattern in TOKENIZER_FILES)
+    try:
+        tokenizer = _try(
+            f"No tokenizer could be read from '{name}'", transformers.AutoTokenizer.from_pretrained, name, **where
+        )
+    except CosaeError:
+        if has_one:
+            raise
+        tokenizer = None
+    wanted = getattr(tokenizer, "vocab_files_names", {"tokenizer_file": "tokenizer.json"})
+    if not has_one and wanted:  # some, of bytes, need no files
+        files = " and ".join(sorted({*wanted.values()} - {"tokenizer.json"}))
+        raise CosaeError(
+            f"'{name}' holds no tokenizer: tokenizer.json{f', or {files},' if files else ''} is missing. Copy it from "
+            "where the model comes from, or write it with tokenizer.save_pretrained."
+        )
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, n_embeddings: int, name: str) -> None:
+    """Raises CosaeError for a tokenizer whose size says that it belongs to another model, or was made up.
+
+    Embeddings may be longer, padded to a round number; tokens added to the vocabulary, which no text gives unless it
+    spells them, may lie beyond them.
+    """
+    own = set(tokenizer.get_vocab().values()) - set(tokenizer.get_added_vocab().values())
+    highest, n_entries = max(own, default=-1), len(tokenizer)
+    is_small = 2 * n_entries < n_embeddings and n_embeddings - n_entries > ROUNDED
+    if is_small or highest >= n_embeddings:
+        raise CosaeError(
+            f"The tokenizer of '{name}' does not fit the model: it has {n_entries} entries (ids up to {highest}), the "
+            f"model's embedding {n_embeddings}. Files of it are missing or another model's: copy tokenizer.json again."
+        )
+
+
 def _device(device: str) -> torch.device:
     try:
         target = torch.device(device)
@@ -93,7 +141,8 @@ def _place(name_or_path: str | os.PathLike[str]) -> str:
     is_path = looks_like_path or not isinstance(name_or_path, str)
     path = Path(name).expanduser()
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        raise CosaeError(f"'{name}' is not a model directory: it has no config.json.")
+        advice = "; GGUF is not read: give the model that it was made from" if "GGUF" in (kind_of(path) or "") else ""
+        raise CosaeError(f"'{name}'{which_is(path)} is not a model directory: it has no config.json{advice}.")
     if path.is_dir():
         return str(path)
     if is_path or not name:

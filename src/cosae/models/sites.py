@@ -62,13 +62,15 @@ def find_blocks(model: nn.Module) -> tuple[str, int]:
     vision, audio or encoder towers do not count. Raises `CosaeError` where there is none.
     """
     n_blocks = getattr(text_config(model), "num_hidden_layers", None)
-    found = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == n_blocks
-        and not any(word in path for word in ("vision", "visual", "audio", "encoder"))
-    ]
+    modules = model.named_modules()
+    lists = [path for path, module in modules if isinstance(module, nn.ModuleList) and len(module) == n_blocks]
+    found = [path for path in lists if not any(word in path for word in ("vision", "visual", "audio", "encoder"))]
+    inside = [path for path in lists if "encoder" in path]
+    if not found and len(inside) == 1:
+        raise CosaeError(
+            f"{type(model).__name__} is an encoder with a language-modelling head (its blocks are {inside[0]}), not a "
+            "decoder-only transformer; use one of those."
+        )
     if not n_blocks or not found:
         raise CosaeError(
             f"{type(model).__name__} has no list of {n_blocks or 'decoder'} blocks to read from; "

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cosae.errors import CosaeError, check_choice, check_least
+from cosae.io.kind import which_is
 from cosae.text.pylib import Document
 from cosae.text.rows import read_jsonl, read_parquet, valid_text
 
@@ -81,7 +82,8 @@ def read_path(path: Path, reading: Reading, tally: Tally, order_key: Sequence[in
     suffix = path.suffix.lower()
     if suffix not in (".txt", *ROW_SUFFIXES, *reading.suffixes):
         raise CosaeError(
-            f"A corpus file must be .txt, .jsonl or .parquet, or end as data.suffixes says. Got {path.name!r} instead."
+            "A corpus file must be .txt, .jsonl or .parquet, or end as data.suffixes says. "
+            f"Got {path.name!r}{which_is(path)} instead."
         )
     with _readable(path):
         path.open("rb").close()
@@ -122,7 +124,7 @@ def _files_of(folder: Path, suffixes: tuple[str, ...], order_key: Sequence[int] 
         what = "file with one of these endings" if suffixes else "text or source file"
         raise CosaeError(
             f"A corpus folder must hold at least one {what}. Got {str(folder)!r}, which has none of "
-            f"{' '.join(sorted(wanted))} among its {len(files)} files, instead."
+            f"{' '.join(sorted(wanted))} among its {len(files)} files{which_is(folder)} instead."
         )
     if order_key is not None:
         found = [found[i] for i in np.random.default_rng(list(order_key)).permutation(len(found))]

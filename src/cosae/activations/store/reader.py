@@ -32,6 +32,7 @@ from cosae.activations.store.format import (
 from cosae.activations.store.shards import MappedShard, Shard
 from cosae.errors import CosaeError
 from cosae.io.digest import value_digest
+from cosae.io.kind import which_is
 from cosae.io.records import read_record
 from cosae.types import Activations, Site
 
@@ -218,7 +219,8 @@ def open_store(folder: str | Path, site: str | None = None) -> Store:
     """
     places = find_stores(folder)
     if not places:
-        raise CosaeError(f"{folder} holds no store (no {INDEX} in it or below it); make one with `cosae capture`.")
+        what = f"{folder}{which_is(Path(folder))}"
+        raise CosaeError(f"{what} holds no store (no {INDEX} in it or below it); make one with `cosae capture`.")
     if len(places) == 1:
         return Store(places[0])
     names = ", ".join(place.name for place in places)
