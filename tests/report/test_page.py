@@ -158,6 +158,17 @@ def test_everything_untrusted_is_escaped(tmp_path):
     assert HOSTILE in reader.text
 
 
+def test_names_cannot_turn_the_page_around(tmp_path):
+    name = "\u202eevil\x1b\u2066"
+    run = write_run(
+        tmp_path / "run", name, arms={name: ("inner", "raw", None), "x": ("cosine", "raw", 0.3)}, concepts=4
+    )
+    change(run / "run.json", lambda value: value["recipe"].update({name: name}))
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert "?evil??" in page
+    assert not {"\u202e", "\x1b", "\u2066"} & set(page)
+
+
 def test_names_cannot_steer_a_terminal(tmp_path):
     name = "\x1b[2Jarm\nx"
     run = write_run(tmp_path / "run", name, arms={name: ("inner", "raw", None), "global": ("cosine", "raw", 0.3)})
@@ -192,8 +203,9 @@ def test_warnings_of_a_run_stand_at_its_top_and_on_screen(tmp_path):
     lost, sinks = "12 lines of metrics.jsonl <were> lost", "1.1 % of tokens are attention sinks"
     change(run / "run.json", lambda value: value.update(sinks=sinks, warnings=[lost, lost]))
     change(run / "run.json", lambda value: value.update(resumed=[{"step": 4, "warnings": ["one was damaged"]}]))
+    change(run / "run.json", lambda value: value["warnings"].append({"kind": "late", "text": "of an event's shape"}))
     words = page_of(run, tmp_path)
-    for said in (lost, sinks, "one was damaged"):
+    for said in (lost, sinks, "one was damaged", "of an event's shape"):
         assert words.count(said) == 1
         assert words.index("Answer") < words.index(said) < words.index("Contents")
         assert said in summary_table([run])

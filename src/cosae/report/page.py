@@ -62,7 +62,7 @@ def write_page(out: Path, template: str, **context: object) -> Path:
     page = _environment().get_template(template).render(context)
     with written(out, "choose another place for the report"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, page)
+        write_text(out, printable(page, keep="\n\N{NARROW NO-BREAK SPACE}"))  # names may hold what turns text around
     return out
 
 
@@ -81,11 +81,6 @@ def sections(record: RunRecord) -> dict[str, str]:
     return {**named, "provenance": "Provenance"}
 
 
-def _shown(value: object) -> object:
-    """What a template writes: names without characters that turn the direction of writing, or are none of HTML's."""
-    return printable(value, keep="\n\u202f") if type(value) is str else value
-
-
 @functools.cache
 def _environment() -> jinja2.Environment:
     """Templates with what they may call: number formats as filters, tables, figures and verdicts by name."""
@@ -95,7 +90,6 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_shown,
     )
     environment.filters |= {name: made for name, made in vars(format).items() if callable(made)} | {"repr": repr}
     environment.globals |= {

@@ -54,11 +54,20 @@ class FilterPolicy:
 
 
 @dataclass(frozen=True)
+class Event:
+    """One line of events.jsonl; without an arm it concerns the stream."""
+
+    step: float | None = None
+    arm: str | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Resumed:
     """That a run went on after an interruption, and what it had to pass over."""
 
     step: float | None = None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str | Event, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,9 +84,9 @@ class Run:
     stream_digest: str | None = None
     tokens: int | None = None
     seconds: float | None = None
-    sinks: str | None = None
+    sinks: str | Event | None = None
     """What a person should know of the attention sinks among the tokens."""
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str | Event, ...] = ()
     resumed: tuple[Resumed, ...] = ()
     norm_summary: Numbers = field(default_factory=Numbers)
     """Norms of the first window of training activations."""
@@ -105,15 +114,6 @@ class Metrics:
 
     tokens: float | None = None
     arms: Mapping[str, ArmMetrics] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Event:
-    """One line of events.jsonl; without an arm it concerns the stream."""
-
-    step: float | None = None
-    arm: str | None = None
-    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -349,9 +349,9 @@ class RunRecord:
                     f"The exponent of {name} was still moving when the learning rate began to fall{far}: its value is "
                     "where the run stopped, not where it wants to be."
                 )
-        said += [run.sinks] if run.sinks else []
-        said += [*run.warnings, *(warning for one in run.resumed for warning in one.warnings)]
-        return list(dict.fromkeys(said))
+        own = [run.sinks, *run.warnings, *(warning for one in run.resumed for warning in one.warnings)]
+        said += [one.text if isinstance(one, Event) else one for one in own if one]
+        return [one for one in dict.fromkeys(said) if one]
 
     @property
     def largest_norm(self) -> float | None:
