@@ -43,3 +43,15 @@ def test_dir_shows_the_front_door_and_nothing_else() -> None:
     with pytest.raises(AttributeError, match="nonsense"):
         _ = cosae.nonsense  # type: ignore[attr-defined]
     assert callable(cosae.load_dictionary)
+
+
+def test_warnings_of_ours_are_one_line_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from cosae.cli import _show
+    from cosae.errors import CosaeWarning
+
+    _show(CosaeWarning("text with \x1b[31m colour"), CosaeWarning, "file.py", 3)
+    _show(UserWarning("another's"), UserWarning, "file.py", 3)
+    ours, others = capsys.readouterr().err.splitlines()[:2]
+    assert ours.startswith("cosae: warning: text with ")
+    assert "\x1b" not in ours
+    assert others.startswith("file.py:3: UserWarning")

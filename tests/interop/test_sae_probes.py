@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, CosaeWarning
 from cosae.interop.sae_probes import datasets as sae_probes
 from cosae.interop.sae_probes.activations import last_token_activations, write_activations
 from cosae.models import embedded
@@ -220,6 +220,12 @@ class TestActivations:
         write_activations(lm, tokenizer, hook, data, tmp_path, model_name="tiny")
         torch.testing.assert_close(torch.load(place, weights_only=True), first)
         assert [file.name for file in place.parent.iterdir()] == [place.name], "nothing half-written is left"
+
+    def test_a_bos_that_the_text_spells_is_not_doubled(self, model):
+        lm, tokenizer = model
+        with pytest.warns(CosaeWarning, match="one of the two is kept"):
+            twice, once = last_token_activations(lm, tokenizer, "resid_post.2", ["<|bos|>import os", "import os"])
+        torch.testing.assert_close(twice, once, rtol=1e-4, atol=1e-4)
 
     def test_a_text_without_tokens(self, model):
         lm, _ = model

@@ -1,5 +1,6 @@
 """Tokens with their offsets, and rows in which no token is lost."""
 
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, CosaeWarning
 from cosae.text import packing as corpus
 from cosae.text.pylib import Document
 from cosae.text.tokenization import TokenizedDocument, tokenize_documents
@@ -137,6 +138,24 @@ def test_bad_settings_are_refused_at_the_call(options, message):
 def test_an_empty_corpus_is_one_sentence():
     with pytest.raises(CosaeError, match="at least one token"):
         pack([], 8)
+
+
+def test_a_bos_that_the_text_spells_is_not_doubled_and_that_is_said_once(tokenizer):
+    texts = ["<bos>x é", "x é", "<bos>", "x<bos>"]
+    documents = [Document(text, text) for text in texts]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        found = [list(d.ids_T) for d in tokenize_documents(documents * 2, tokenizer, add_bos=True)]
+    assert [str(one.message).count("<bos>") for one in said] == [1]
+    x = tokenizer("x")["input_ids"]
+    assert found[:4] == [found[1], found[1], [1], [1, *x, 1]]
+    with pytest.warns(CosaeWarning, match="one of the two is kept"):
+        (first,) = tokenize_documents(documents[:1], tokenizer, add_bos=True)
+    (plain,) = tokenize_documents(documents[1:2], tokenizer, add_bos=True)
+    assert (first.offset_T2[1:] - 5 == plain.offset_T2[1:]).all()  # places in the text as it is
+    assert first.offset_T2[0].tolist() == [0, 0]
+    (as_written,) = tokenize_documents(documents[:1], tokenizer, add_bos=False)
+    assert list(as_written.ids_T) == found[0]
 
 
 def test_tokens_carry_bos_and_character_offsets(tokenizer):

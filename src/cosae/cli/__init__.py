@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import tyro
 
 from cosae.cli import looking, sharing, stores, training
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, CosaeWarning
 from cosae.io.escape import printable
 from cosae.io.signals import Interrupted
 
@@ -49,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from cosae.kernels import keep_memory  # this imports torch, for which `--help` need not wait
 
         keep_memory()
-        sys.exit(_call_of(command)(command))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show  # type: ignore[assignment]  # what it is called with, by place
+            sys.exit(_call_of(command)(command))
     except CosaeError as error:
         print("cosae: " + printable(str(error), keep="\n"), file=sys.stderr)
         sys.exit(2)
@@ -62,6 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """A warning of ours in one line, without the place in the code; others' as they are."""
+    from tqdm import tqdm  # which `--help` need not wait for
+
+    ours = issubclass(category, CosaeWarning)
+    theirs = warnings.formatwarning(message, category, filename, lineno)
+    # past a bar that is on screen, and without a newline of its own
+    tqdm.write(f"cosae: warning: {printable(str(message))}\n" if ours else theirs, file=sys.stderr, end="")
 
 
 def _parse(given: list[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, CosaeWarning
 from cosae.text.pylib import Document
 from cosae.text.worker import Encoded, Failed, encode
 from cosae.text.workers import Workers
@@ -57,7 +58,8 @@ def tokenize_documents(
     keep_empty  also give documents without a single token
 
     A special token's text that occurs inside a document (say "<|bos|>") is read by the tokenizer as it would
-    be anywhere: as that token. Raises CosaeError for a tokenizer without offsets, or without a BOS when one
+    be anywhere: as that token. A BOS that a text begins with is the one that is put there, not a second: a warning,
+    once, says so. Raises CosaeError for a tokenizer without offsets, or without a BOS when one
     is asked for, and while reading for a document that the tokenizer fails on, naming it.
     """
     if not tokenizer.is_fast:
@@ -101,9 +103,21 @@ def _tokenize(
             )
         for document, (ids, offsets) in zip(batch, answer, strict=True):
             if bos_id is not None:
+                if len(ids) and ids[0] == bos_id:
+                    warn_two_bos(tokenizer)
+                    ids, offsets = ids[1:], offsets[1:]
                 ids = np.concatenate([np.array([bos_id], dtype=np.int32), ids])
                 offsets = np.concatenate([np.zeros((1, 2), dtype=np.int32), offsets])
             yield TokenizedDocument(document.name, ids, offsets)
+
+
+def warn_two_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Says, once a process by default, that a BOS in front of a text's own is left out."""
+    warnings.warn(
+        f"Texts begin with {tokenizer.bos_token!r}, the BOS that every text gets: one of the two is kept.",
+        CosaeWarning,
+        stacklevel=1,
+    )
 
 
 def _answers(

@@ -20,6 +20,7 @@ from cosae.errors import CosaeError
 from cosae.interop.sae_probes.datasets import ProbeDataset
 from cosae.io.atomic import replaced
 from cosae.models.capture import capture
+from cosae.text.tokenization import warn_two_bos
 from cosae.types import Sequences
 
 MOST_TOKENS = 1024
@@ -98,7 +99,11 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[lis
         tokenizer.truncation_side = side
     if empty := [row for row, tokens in enumerate(ids) if not tokens]:
         raise CosaeError(f"every text must have a token. Text {empty[0]} has none: {texts[empty[0]]!r}; drop it.")
-    return ids
+    bos = [tokenizer.bos_token_id]
+    twice = [tokens[:1] == tokens[1:2] == bos for tokens in ids]  # the tokenizer's, and the text's own
+    if any(twice):
+        warn_two_bos(tokenizer)
+    return [tokens[1:] if both else tokens for tokens, both in zip(ids, twice, strict=True)]
 
 
 def _padded(ids: list[list[int]]) -> Sequences:
