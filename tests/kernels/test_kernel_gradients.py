@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosae.kernels import Kernel, ScoreTerms, choose
-from cosae.kernels.cpu import native
+from cosae.kernels import Entries, Kernel, ScoreTerms, choose
+from cosae.kernels.cpu import native, sums
 from cosae.sae.model import SAE
 from tests.support.score_worlds import FAMILY, make_terms
 
@@ -136,3 +138,39 @@ def test_the_centre_learns_from_sums_alone(score: str) -> None:
     assert any("centre" in name for name in found["cpu"])
     for name, wanted in found["reference"].items():
         assert relative_error(found["cpu"][name], wanted) < 1e-4, name
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.layout == torch.strided:
+            self.numbers = max(self.numbers, out.untyped_storage().nbytes() // out.itemsize)
+        return out
+
+
+@pytest.mark.parametrize("width", [21, 64])
+def test_plain_dots_copy_no_rows(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without numba each entry's dot is taken where its rows lie; equal rows get equal dots, wherever that is."""
+    monkeypatch.setattr(native, "AVAILABLE", False)
+    draw = torch.Generator().manual_seed(0)
+    x_BD, rows_FD = torch.randn(40, width, generator=draw), torch.randn(50, width, generator=draw)
+    rows_FD[::2], x_BD[::3] = rows_FD[0].clone(), x_BD[0].clone()
+    token_E, feature_E = (torch.rand(40, 50, generator=draw) < 0.7).nonzero(as_tuple=True)
+    entries = Entries(token_E, feature_E)
+    sums.entry_dots(x_BD, rows_FD, entries)
+    with Largest() as seen:
+        dot_E = sums.entry_dots(x_BD, rows_FD, entries)
+    assert seen.numbers <= max(len(entries), x_BD.numel(), rows_FD.numel())
+    exact_E = (x_BD.double() @ rows_FD.double().T)[token_E, feature_E]
+    torch.testing.assert_close(dot_E.double(), exact_E, rtol=1e-5, atol=1e-5)
+    twins = dot_E[(token_E % 3 == 0) & (feature_E % 2 == 0)]
+    assert len(twins) > 100
+    assert len(twins.unique()) == 1
+    monkeypatch.setattr(sums, "_sampled_products_serve", lambda: False)
+    torch.testing.assert_close(sums.entry_dots(x_BD, rows_FD, entries), dot_E, rtol=1e-5, atol=1e-5)

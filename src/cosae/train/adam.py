@@ -7,6 +7,7 @@ and with themselves to the bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,9 @@ ROW_LENGTH_MIN = 1e-8
 """Smallest row length divided by when rows are renormalised (paper §3)."""
 CHUNK = 1 << 20
 """Numbers of a compressed moment that are fp32 at a time."""
+NEAR = 1 << 18
+"""Numbers of a matrix that several passes follow one another over, in the cache; a pass over all of it takes 4 times
+as long."""
 
 
 class Path(Protocol):
@@ -35,7 +39,7 @@ class Path(Protocol):
 
 
 class Plain:
-    """The definition: each parameter in PyTorch; compressed moments a stretch of rows at a time."""
+    """The definition: each parameter in PyTorch, matrices a stretch of rows at a time."""
 
     def measure(
         self, grad: Tensor, weight: Tensor, unit: bool, cache: StepCache | None
@@ -43,18 +47,20 @@ class Plain:
         """Component of each gradient row along its row (R,), and the squared norm of what is left, () float64."""
         if not unit:
             return None, torch.linalg.vector_norm(grad, dtype=torch.float64).square()
-        along_R = (grad * weight).sum(-1) / weight.square().sum(-1).clamp_min(ROW_LENGTH_MIN**2)
-        rest = grad - along_R[:, None] * weight
-        return along_R, torch.linalg.vector_norm(rest, dtype=torch.float64).square()
+        along_R = grad.new_empty(len(grad))
+        square = grad.new_zeros((), dtype=torch.float64)
+        for rows in _stretches(grad, NEAR):
+            some, base = grad[rows], weight[rows]
+            along_R[rows] = (some * base).sum(-1) / base.square().sum(-1).clamp_min(ROW_LENGTH_MIN**2)
+            rest = some - along_R[rows, None] * base
+            square += torch.linalg.vector_norm(rest, dtype=torch.float64).square()
+        return along_R, square
 
     def step(self, task: Task) -> None:
-        if task.mean.uncompressed:
-            self._step(task, task.grad, task.weight, task.mean.data, task.square.data, task.along_R)
+        if task.weight.dim() != 2:
+            self._step(task, task.grad, task.weight, task.mean.data, task.square.data, None)
             return
-        n_rows, width = task.weight.shape
-        tall = max(1, CHUNK // width)
-        for first in range(0, n_rows, tall):
-            rows = slice(first, min(first + tall, n_rows))
+        for rows in _stretches(task.weight, NEAR if task.mean.uncompressed else CHUNK):
             mean, square = task.mean.read(rows), task.square.read(rows)
             along_R = None if task.along_R is None else task.along_R[rows]
             self._step(task, task.grad[rows], task.weight[rows], mean, square, along_R)
@@ -72,6 +78,13 @@ class Plain:
         weight.addcdiv_(mean, square.sqrt().div_(task.root_bias2).add_(task.eps), value=-task.rate)
         if along_R is not None:
             weight.div_(torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_min(ROW_LENGTH_MIN))
+
+
+def _stretches(matrix: Tensor, numbers: int) -> Iterator[slice]:
+    """All rows, about so many numbers at a time."""
+    n_rows, width = matrix.shape
+    tall = max(1, numbers // max(1, width))
+    return (slice(first, min(first + tall, n_rows)) for first in range(0, n_rows, tall))
 
 
 class Compiled:

@@ -6,7 +6,9 @@ where numba is installed. No function here knows autograd.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,16 +65,47 @@ def _spare_like(rows_FD: Tensor, entries: Entries) -> Tensor:
 def entry_dots(x_BD: Tensor, rows_FD: Tensor, entries: Entries) -> Tensor:
     """(E,) ⟨x_token, rows_feature⟩."""
     dot_E = x_BD.new_empty(len(entries))
+    order_E, offset_F1 = by_feature(entries, rows_FD.shape[0])
     if compiled(x_BD, rows_FD):
-        order_E, offset_F1 = by_feature(entries, rows_FD.shape[0])
         arrays = (x_BD, rows_FD, entries.token_E, order_E, offset_F1, dot_E)
         _run("entry_dots", len(entries) * x_BD.shape[1], *arrays)
         return dot_E
-    step = max(1, GATHER // max(1, x_BD.shape[1]))
-    for first in range(0, len(entries), step):
-        part = slice(first, first + step)
-        dot_E[part] = (x_BD[entries.token_E[part]] * rows_FD[entries.feature_E[part]]).sum(-1)
+    dot_E[order_E] = sampled_dots(x_BD, rows_FD, entries.token_E[order_E], offset_F1)
     return dot_E
+
+
+def sampled_dots(x_BD: Tensor, rows_FD: Tensor, token_S: Tensor, offset_F1: Tensor) -> Tensor:
+    """(S,) ⟨x_token, rows_feature⟩ of pairs feature by feature, in PyTorch; each pair may come once.
+
+    On the CPU torch's product at the places of a sparse matrix: no row is copied, and every dot is summed in an order
+    that depends on the width alone.
+    """
+    if x_BD.device.type == "cpu" and x_BD.dtype == rows_FD.dtype and _sampled_products_serve():
+        place = torch.sparse_csr_tensor(
+            offset_F1, token_S, x_BD.new_zeros(len(token_S)), (len(rows_FD), len(x_BD)), check_invariants=False
+        )
+        dot_S: Tensor = torch.sparse.sampled_addmm(place, rows_FD.detach(), x_BD.detach().T, beta=0.0).values()
+        return dot_S
+    dot_S = x_BD.new_empty(len(token_S))
+    feature_S = torch.repeat_interleave(offset_F1.diff(), output_size=len(token_S))
+    step = max(1, GATHER // max(1, x_BD.shape[1]))
+    for first in range(0, len(token_S), step):
+        part = slice(first, first + step)
+        dot_S[part] = (x_BD[token_S[part]] * rows_FD[feature_S[part]]).sum(-1)
+    return dot_S
+
+
+@lru_cache(maxsize=1)
+def _sampled_products_serve() -> bool:
+    """Whether torch multiplies at the places of a sparse matrix here; that it calls this new is not passed on."""
+    one = torch.ones(1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            place = torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), (1, 1))
+            return bool(torch.sparse.sampled_addmm(place, one, one, beta=0.0).values()[0] == 1)
+        except (RuntimeError, NotImplementedError):
+            return False
 
 
 def token_sums(value_E: Tensor, rows_FD: Tensor, entries: Entries, n_tokens: int) -> Tensor:

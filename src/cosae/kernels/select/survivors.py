@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cosae.kernels.cache import Choices, Workspace
 from cosae.kernels.cpu import native
-from cosae.kernels.cpu.sums import GATHER, compiled
+from cosae.kernels.cpu.sums import compiled, sampled_dots
 from cosae.kernels.select import screen
 from cosae.kernels.select.pick import FORMATS, PRODUCTS, pick
 from cosae.kernels.terms import ScoreTerms
@@ -157,11 +157,9 @@ def _scan_plain(
     """One chunk in PyTorch."""
     row_S, column_S = _passed(tokens, product_RB, bounds).nonzero(as_tuple=True)
     token_S, feature_S = tokens.position_B[column_S], row_S + rows.start
-    dot_S = torch.empty(len(token_S))
-    step = max(1, GATHER // terms.z_BD.shape[1])
-    for begin in range(0, len(token_S), step):
-        part = slice(begin, begin + step)
-        dot_S[part] = (terms.z_BD[token_S[part]] * terms.rows_FD[feature_S[part]]).sum(-1)
+    count_R = torch.bincount(row_S, minlength=len(product_RB))
+    offset_R1 = torch.cat([count_R.new_zeros(1), count_R.cumsum(0)])
+    dot_S = sampled_dots(terms.z_BD, terms.rows_FD[rows], token_S, offset_R1)
     score_S = exact_scores(terms, dot_S, token_S, feature_S, scales.log_r_B, norm_F)
     n_tested = len(token_S)
     keep_S = (score_S > threshold_F[feature_S]) & (score_S > scales.floor_B[token_S]) & terms.live_B[token_S]
