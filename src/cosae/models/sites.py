@@ -79,6 +79,12 @@ def find_blocks(model: nn.Module) -> tuple[str, int]:
     return min(found, key=lambda path: path.count(".")), int(n_blocks)
 
 
+def holder_of_blocks(model: nn.Module) -> nn.Module:
+    """The module that runs the list of decoder blocks. Raises CosaeError as `find_blocks` does."""
+    path, _ = find_blocks(model)
+    return model.get_submodule(path.rpartition(".")[0])
+
+
 def text_config(model: nn.Module) -> Any:
     """The configuration of the model's language part; None where the model has none."""
     config: Any = getattr(model, "config", None)

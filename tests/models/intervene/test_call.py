@@ -106,6 +106,25 @@ def test_a_call_that_contradicts_itself_is_refused(given: dict[str, Any]) -> Non
         window(**given)
 
 
+class Recurrent(Held):
+    def get_seq_length(self) -> int:
+        raise ValueError("only of attention layers")
+
+
+def test_the_cache_of_a_recurrent_model_tells_nothing() -> None:
+    with pytest.raises(CosaeError, match=r"continues from cache .*use_cache=False"):
+        window(cache=Recurrent(7))
+    assert window(cache=Recurrent(7), attention_mask=torch.ones(2, 8)).position_ST.tolist() == [[7], [7]]
+
+
+def test_a_mask_padded_for_a_static_cache_ends_where_the_tokens_do() -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0]])
+    assert window(attention_mask=mask, cache=Held(3)).position_ST.tolist() == [[3], [1]]
+    found = window((2, 4), attention_mask=mask, cache=Held(0))
+    assert found.position_ST.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert torch.equal(found.mask_ST, mask[:, :4].bool())
+
+
 @pytest.mark.parametrize("name", ["past_key_values", "cache", "state", "mems"])
 def test_a_cache_that_does_not_tell_its_length_is_refused(name: str) -> None:
     with pytest.raises(CosaeError, match=f"continues from {name}"):
@@ -129,9 +148,17 @@ def test_a_mask_that_shows_no_padding_and_a_sliding_one_without_positions_are_re
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}])
-def test_sinks_out_reaches_every_generated_token(padding: str, options: dict[str, Any]) -> None:
-    model, sequences = make_model("llama"), mixed_sequences("left")
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"cache_implementation": "static"}),
+        ("llama", {"num_beams": 2}),
+        ("opt", {}),  # its head calls its decoder, past the body
+    ],
+)
+def test_sinks_out_reaches_every_generated_token(family: str, padding: str, options: dict[str, Any]) -> None:
+    model, sequences = make_model(family), mixed_sequences("left")
     if padding == "none":
         sequences = sequences[:1]
     sae, steps = identity_sae(), []
@@ -150,3 +177,16 @@ def test_sinks_out_reaches_every_generated_token(padding: str, options: dict[str
     for n, (position_ST, used_ST) in enumerate(steps[1:]):
         assert torch.equal(position_ST[:, 0], lengths + n)
         assert used_ST.all() or options.get("num_beams")  # a beam may choose a special token
+
+
+def test_a_model_that_writes_for_a_smaller_one_says_the_same_and_each_token_is_at_its_place() -> None:
+    model, draft, sequences = make_model("llama"), make_model("llama", seed=1), mixed_sequences("left")[:1]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "assistant_model": draft}
+    options["attention_mask"] = sequences.mask_ST.long()
+    own, steps = model.generate(sequences.ids_ST, **options), []
+    with spliced(model, {"resid_post.1": identity_sae()}, error_term=True, on_step=steps.append):
+        assert torch.equal(model.generate(sequences.ids_ST, **options), own)
+    assert len(steps) > 1
+    for step in steps:
+        columns = step.window.start + torch.arange(step.window.shape[1])
+        assert torch.equal(step.window.position_ST[0], columns)

@@ -46,7 +46,8 @@ def read_window(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         counted_ST = None if counted_ST is None else counted_ST.to(device)
     else:
         mask = mask.bool().to(device)
-        real_ST, counted_ST = mask[:, start:], positions(mask)[:, start:]
+        end = start + shape[1]
+        real_ST, counted_ST = mask[:, start:end], positions(mask)[:, start:end]
     return Window(real_ST, _agreed(told_ST, counted_ST, real_ST, start, is_counted), start, ids_ST)
 
 
@@ -63,7 +64,8 @@ def _arguments(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _mask(given: Any) -> Tensor | None:
     mask: Tensor | None = given
     if isinstance(given, dict):  # one mask a kind of layer
-        mask = given.get("full_attention", next(iter(given.values()), None))
+        shown = [one for one in (given.get("full_attention"), *given.values()) if one is not None]
+        mask = next(iter(shown), None)
     if mask is not None and not isinstance(mask, Tensor):
         raise CosaeError(
             f"attention_mask must be a tensor, to see what is padding. Got {type(mask).__name__} instead: load the "
@@ -99,13 +101,11 @@ def _start(
         said["cache_position"] = int(column.reshape(-1)[0])
     unread = []
     for name, value in given.items():
-        if hasattr(value, "get_seq_length"):
-            # static caches count in a tensor of their own: read now
-            length = int(value.get_seq_length())
-            if not _is_cut(body, length, said.get("cache_position", 0)):
-                said[name] = length
-        elif name in CACHE_NAMES and not isinstance(value, bool):
+        length = _length(value)
+        if length is None and name in CACHE_NAMES and not isinstance(value, bool):
             unread.append(name)
+        elif length is not None and not _is_cut(body, length, said.get("cache_position", 0)):
+            said[name] = length
     has_cache = bool(said)
     if mask is not None and mask.ndim != 4:
         expected = next(iter(said.values()), 0) + shape[1]
@@ -114,7 +114,9 @@ def _start(
                 f"attention_mask must be (sequences, tokens), tokens in the cache included: here ({shape[0]}, "
                 f"{expected}). Got {tuple(mask.shape)} instead."
             )
-        said["attention_mask"] = int(mask.shape[1]) - shape[1]
+        beyond = next(iter(said.values()), int(mask.shape[1])) + shape[1]
+        width = beyond if beyond < mask.shape[1] and not mask[:, beyond:].any() else int(mask.shape[1])  # static caches
+        said["attention_mask"] = width - shape[1]
     if len(set(said.values())) > 1:
         listed = ", ".join(f"{name} {n}" for name, n in said.items())
         raise CosaeError(
@@ -127,8 +129,18 @@ def _start(
         return int(told_ST[0, 0]), True
     raise CosaeError(
         f"the call continues from {unread[0]} ({type(given[unread[0]]).__name__}), which does not tell how many tokens "
-        "it holds: pass attention_mask over all tokens, cached ones included, or a Cache of transformers."
+        "it holds: generate with use_cache=False, or pass attention_mask over all tokens, cached ones included."
     )
+
+
+def _length(value: Any) -> int | None:
+    """How many columns a cache holds; None for what is none, or does not know (recurrent states)."""
+    if not hasattr(value, "get_seq_length"):
+        return None
+    try:
+        return int(value.get_seq_length())  # static caches count in a tensor of their own: read now
+    except (ValueError, IndexError, AttributeError, NotImplementedError):
+        return None
 
 
 def _is_cut(body: nn.Module, length: int, column: int) -> bool:

@@ -18,7 +18,7 @@ from cosae.errors import CosaeError
 from cosae.models.hooks import CallCounter, body_of, eager, hook_site
 from cosae.models.intervene.call import read_window
 from cosae.models.intervene.window import Window
-from cosae.models.sites import resolve_site
+from cosae.models.sites import holder_of_blocks, resolve_site
 from cosae.types import Site
 
 Rule = Callable[[Tensor, Window], Tensor]
@@ -43,6 +43,7 @@ class Intervention:
         self._before, self._after = before, after
         self._hooks: ExitStack | None = None
         self._window: Window | None = None
+        self._callee: nn.Module | None = None
         self._counter = CallCounter()
 
     @property
@@ -53,27 +54,37 @@ class Intervention:
     def __enter__(self) -> Intervention:
         if self._hooks is not None:
             raise CosaeError("This splice is already open; leave it first, or make another with spliced(...).")
-        body = body_of(self.model)
+        # the part that holds the blocks as well: some heads (OPT's) call that, past the body
+        callees = dict.fromkeys((body_of(self.model), holder_of_blocks(self.model)))
         with ExitStack() as hooks:
             hooks.enter_context(eager)
-            hooks.callback(body.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            for module in callees:
+                hooks.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             for site, rule in self.rules.items():
                 hooks.callback(hook_site(self.model, site, self._acting(site, rule)).remove)
-            hooks.callback(body.register_forward_hook(self._end).remove)
+            for module in callees:
+                hooks.callback(module.register_forward_hook(self._end).remove)
             self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._hooks is not None:
             self._hooks.close()
-        self._hooks = self._window = None
+        self._hooks = self._window = self._callee = None
 
-    def _begin(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._window = read_window(body, args, kwargs)
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        body = body_of(self.model)
+        if module is not body and self._callee is body:
+            return  # the body has begun, and knows more
+        self._window = read_window(module, args, kwargs)
+        self._callee = module
         self._counter = CallCounter()
         self._before(self._window)
 
-    def _end(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is not self._callee:
+            return
+        self._callee = None
         for site in self.rules:
             self._counter.check(site)
         window, self._window = self._window, None
