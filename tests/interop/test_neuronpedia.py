@@ -18,9 +18,9 @@ from cosae.interop.neuronpedia import dashboards as neuronpedia
 from cosae.interop.neuronpedia import upload as neuronpedia_upload
 from cosae.interop.neuronpedia.dashboards import batches, write_dashboards
 from cosae.interop.neuronpedia.settings import Dashboard
-from cosae.interop.neuronpedia.unembed import OUT_OF_RANGE, head_shares, residual_directions, spellings
 from cosae.interop.neuronpedia.windows import histogram
 from cosae.models.intervene.hooks import find_site
+from cosae.models.unembed import OUT_OF_RANGE, head_shares, residual_directions, spellings
 from tests.support.small_exports import Words, dense, make_model, make_sae, make_sequences, whole_sequences
 
 SITE = "resid_post.2"

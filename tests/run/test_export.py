@@ -87,7 +87,7 @@ def test_delphi_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("sae", "options", "sentence"),
     [
-        ("silent", [], "does not say which language model it was trained on: give --model"),
+        ("silent", [], "does not say on which: name its language model with --model"),
         ("nothing", [], "does not exist"),
         ("sae", ["--prompts", "0"], "prompts must be at least 1"),
         ("sae", ["--context", "2"], "context must be at least 3"),

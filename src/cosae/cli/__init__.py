@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from cosae.cli import looking, sharing, stores, training
+from cosae.cli import exploring, looking, sharing, stores, training
 from cosae.errors import CosaeError, CosaeWarning
 from cosae.io.escape import printable
 from cosae.io.signals import Interrupted
@@ -25,6 +25,8 @@ VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
     "inspect": (looking.Inspect, looking.inspect),
     "audit": (looking.Audit, looking.audit),
     "eval": (looking.Eval, looking.evaluate),
+    "features": (exploring.Features, exploring.features),
+    "steer": (exploring.Steer, exploring.steer),
     "plan": (training.Plan, training.train),
     "capture": (stores.Capture, stores.capture),
     "verify": (stores.Verify, stores.verify),

@@ -22,7 +22,6 @@ from cosae.interop.delphi import Written, write_cache
 from cosae.interop.neuronpedia import upload as uploads
 from cosae.interop.neuronpedia.dashboards import MARK, write_dashboards
 from cosae.interop.neuronpedia.settings import Dashboard, Options
-from cosae.interop.read import read_sae
 from cosae.io.staged import check_place
 from cosae.models.embedded import model_path
 from cosae.models.intervene.hooks import find_site
@@ -31,7 +30,7 @@ from cosae.run import provenance
 from cosae.run.dataset.corpus import adds_bos, check_corpus, long_enough, pad_id
 from cosae.run.dataset.model import batch_size, open_model
 from cosae.run.requests import Reading
-from cosae.run.saes import data_of
+from cosae.run.saes import check_recorded, read_with_model
 from cosae.sae.file import to_disk
 from cosae.sae.model import SAE
 from cosae.text.mixture import Cursor, mix, parse_corpus
@@ -56,18 +55,11 @@ class Opened:
 
 
 def open_reading(path: Path, reading: Reading, log: Callable[[str], None]) -> Opened:
-    """Read the SAE and its model, and cut the text. Raises CosaeError for whatever cannot be read."""
+    """Read the SAE and its model, and cut the text. Raises CosaeError for what cannot be read, or may not be."""
     check_least("prompts", reading.prompts, 1)
     check_least("context", reading.context, 3)
-    sae = read_sae(path, format=reading.format, device=reading.device)
-    try:
-        data = data_of(sae, path, reading)
-    except CosaeError as error:
-        if "--activations" not in str(error):
-            raise
-        raise CosaeError(
-            f"{path} does not say which language model it was trained on: give --model and --site."
-        ) from None
+    sae, data = read_with_model(path, reading)
+    check_recorded(data, reading, path)
     check_corpus(data)
     log("opening the model")
     model, tokenizer = open_model(data, reading.device)

@@ -1,4 +1,4 @@
-"""What `cosae eval`, `audit` and `export` are asked: their options, and the arguments of the functions behind them.
+"""What `cosae eval`, `audit`, `export`, `features` and `steer` are asked: their options, arguments of what is behind.
 
 The command line reads this for its help, so torch is imported only when something is asked.
 """
@@ -8,22 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cosae.errors import CosaeError, check_choice
+from cosae.errors import CosaeError, check_choice, check_least, check_positive
 
 if TYPE_CHECKING:
     from cosae.activations.sample import SinkRule
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Model, site and text. Options that are not given come from each SAE's file, then from DataConfig's defaults."""
+class Place:
+    """Model and site. Options that are not given come from each SAE's file."""
 
     model: str | None = None
     """Model: embedded, a folder of a Hugging Face model, or a repository. Default: from the SAE's file."""
     site: str | None = None
     """Site that the SAE reads, such as resid_post.5. Default: from its file."""
-    corpus: str | None = None
-    """Text on which the model runs, as for train. Default: from the SAE's file, else pylib."""
     format: str = "auto"
     """Format of the SAE files. auto: recognised by the files."""
     device: str = "cpu"
@@ -31,13 +29,82 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Origin(Place):
+    """Model, site and text. Options that are not given come from each SAE's file, then from DataConfig's defaults."""
+
+    corpus: str | None = None
+    """Text on which the model runs, as for train. Default: from the SAE's file, else pylib."""
+
+
+@dataclass(frozen=True)
 class Reading(Origin):
-    """Model, site and text of an export. The seed is of the order of documents, and of the windows that are drawn."""
+    """Model, site and text of an export or a look at features. The seed is of the order of documents and of windows."""
 
     prompts: int = 4096
     """Number of sequences of text; all, where the text has fewer."""
     context: int = 128
     """Tokens per sequence."""
+
+
+SORTS = ("density", "largest", "norm")
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """What to show of which features."""
+
+    feature: tuple[int, ...] = ()
+    """Features to show in full: examples in context, the tokens they promote and suppress. Default: a table."""
+    search: str | None = None
+    """Show the features that fire most on this text, relative to the largest value of each."""
+    rows: int = 20
+    """Rows of the table."""
+    sort: str = "density"
+    """Order of the table: density, largest (value), or norm (share of firings that the token's norm decides)."""
+    examples: int = 10
+    """Examples of a feature, each of another sequence."""
+
+    def check(self) -> None:
+        """Raises CosaeError for values that are not allowed."""
+        check_least("rows", self.rows, 1)
+        check_least("examples", self.examples, 1)
+        check_choice("sort", self.sort, SORTS)
+        if self.feature and self.search is not None:
+            raise CosaeError("features are named with --feature or looked for with --search, not both: drop one.")
+        if self.search is not None and not self.search.strip():
+            raise CosaeError("--search needs a text to look for. Got nothing but spaces.")
+
+
+@dataclass(frozen=True)
+class SteerOptions:
+    """What is done to which features. One of add, set, scale and ablate."""
+
+    feature: tuple[int, ...]
+    """Features to change."""
+    add: float | None = None
+    """Add this multiple of the features' decoder rows to every vector, in the activations' own units."""
+    set: float | None = None
+    """Give the features this value at every token."""
+    scale: float | None = None
+    """Multiply the features by this where they fire."""
+    ablate: bool = False
+    """Take the features out."""
+    new_tokens: int = 40
+    """Number of tokens to generate."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token; above, tokens are drawn, with the same seed with and without the change."""
+
+    def check(self) -> None:
+        """Raises CosaeError for values that are not allowed."""
+        check_least("new_tokens", self.new_tokens, 1)
+        check_positive("temperature", self.temperature, zero=True)
+        if not self.feature:
+            raise CosaeError("steer needs the number of a feature: --feature 7.")
+        named = [name for name in ("add", "set", "scale") if getattr(self, name) is not None]
+        named += ["ablate"] if self.ablate else []
+        if len(named) != 1:
+            got = " and ".join(f"--{name}" for name in named) or "none"
+            raise CosaeError(f"steer needs one of --add X, --set X, --scale X and --ablate. Got {got}.")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ the same tokens.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,13 +16,16 @@ from typing import Any
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.sample import Sample
 from cosae.errors import CosaeError
+from cosae.interop.read import read_sae
 from cosae.io.values import from_plain
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse
 from cosae.run.dataset.open import open_dataset
-from cosae.run.requests import EvalRequest, Reading
+from cosae.run.folder import ARMS
+from cosae.run.requests import EvalRequest, Place, Reading
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
+from cosae.text.mixture import parse_corpus
 
 TOKENS = 32_768
 
@@ -57,7 +61,7 @@ class Datasets:
         return self.opened[key]
 
 
-def data_of(sae: SAE, path: Path, request: EvalRequest | Reading) -> DataConfig:
+def data_of(sae: SAE, path: Path, request: EvalRequest | Reading | Place) -> DataConfig:
     """The data an SAE was trained on, as far as its file says, with what was asked for in its place.
 
     Raises CosaeError where neither says where its activations come from.
@@ -79,8 +83,62 @@ def data_of(sae: SAE, path: Path, request: EvalRequest | Reading) -> DataConfig:
         raise CosaeError(f"{path} does not say which model it reads: give --model and --site, or --activations FILE.")
     if site is None:
         raise CosaeError(f"{path} does not say which site it reads: give --site, for instance resid_post.3.")
-    changes: dict[str, Any] = {"model": model, "site": site, "corpus": request.corpus, "context": request.context}
+    changes: dict[str, Any] = {"model": model, "site": site}
+    changes |= {name: getattr(request, name, None) for name in ("corpus", "context")}
     return replace(data, **{k: v for k, v in changes.items() if v is not None})
+
+
+def read_with_model(path: Path, place: Place) -> tuple[SAE, DataConfig]:
+    """An SAE, and the model, site and text it is shown on. Raises CosaeError where no language model is known."""
+    sae = read_sae(path, format=place.format, device=place.device)
+    try:
+        return sae, data_of(sae, path, place)
+    except CosaeError as error:
+        if "--activations" not in str(error):
+            raise
+        hint = "name its language model with --model and --site"
+        raise CosaeError(f"{path} was not trained on a language model, or does not say on which: {hint}.") from None
+
+
+def check_recorded(data: DataConfig, place: Place, path: Path, *, corpus: bool = True) -> None:
+    """Raises CosaeError where the SAE's file, not the user, names a model or text of this machine.
+
+    A file may come from a stranger: it may name what is packaged and what the hub has, and no folder or file here.
+    """
+    if place.model is None and data.model != "embedded" and not _of_the_hub(data.model):
+        raise CosaeError(f"{path} names the model {data.model!r}, which is none of the hub: name it with --model.")
+    if corpus and getattr(place, "corpus", None) is None:
+        for source in parse_corpus(data.corpus):
+            if source.spec != "pylib" and not _of_the_hub(source.spec.removeprefix("hf:").partition(":")[0]):
+                what = f"{path} names the text {source.spec!r}, a place on this machine"
+                raise CosaeError(f"{what}: if you want it read, name it with --corpus.")
+
+
+def _of_the_hub(name: str) -> bool:
+    """Whether a name is of a repository, and of nothing that lies here."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not Path(name).exists()
+
+
+def choose_sae(path: Path, name: str | None = None) -> Path:
+    """The folder of one SAE: `path` itself, or one in a run's folder or in a folder of runs, by its name.
+
+    Raises CosaeError where there are several and none is named, and where none has that name.
+    """
+    found = {sae.name: sae for sae in sorted(path.glob(f"{ARMS}/[!.]*"))}
+    if not found:
+        found = {f"{sae.parents[1].name}/{sae.name}": sae for sae in sorted(path.glob(f"*/{ARMS}/[!.]*"))}
+    if not found:
+        if name is not None:
+            raise CosaeError(f"{path} is no run with finished SAEs, of which {name!r} could be one: drop --sae.")
+        return path
+    if name is None and len(found) == 1:
+        return next(iter(found.values()))
+    listed = ", ".join(found)
+    if name is None:
+        raise CosaeError(f"{path} holds several SAEs: choose one with --sae NAME, of {listed}.")
+    if name not in found:
+        raise CosaeError(f"{path} holds no SAE {name!r}: choose from {listed}.")
+    return found[name]
 
 
 def describe(dataset: Dataset, sample: Sample, request: EvalRequest) -> dict[str, Any]:

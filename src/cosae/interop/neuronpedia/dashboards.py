@@ -25,10 +25,10 @@ from cosae.errors import CosaeError
 from cosae.interop.cached_codes import Array, CachedCodes, cache_codes
 from cosae.interop.neuronpedia.correlations import correlated_features, correlated_neurons
 from cosae.interop.neuronpedia.settings import Dashboard
-from cosae.interop.neuronpedia.unembed import head_shares, residual_directions, spellings, unembedding
 from cosae.interop.neuronpedia.windows import histogram, rounded, windows
 from cosae.io.staged import filled
 from cosae.models.sources import digest_sequences
+from cosae.models.unembed import head_shares, residual_directions, spellings, unembedding
 from cosae.sae.model import SAE
 from cosae.types import Sequences, Site
 

@@ -57,20 +57,19 @@ def unembedding(model: nn.Module) -> Tensor | None:
 
 def spellings(tokenizer: Any, n_rows: int) -> list[str]:
     """Texts of ids 0 … n_rows − 1 with their spaces; a token that is part of a character is spelled as its piece."""
-    known = len(tokenizer)
-    pieces = tokenizer.convert_ids_to_tokens(list(range(min(known, n_rows))))
-    found = []
-    for token, piece in enumerate(pieces):
-        if piece is None:
-            found.append(OUT_OF_RANGE)
-            continue
-        text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        if "\ufffd" in text or not text:
-            text = piece
-        elif piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece strips it from a first word
-            text = " " + text
-        found.append(text)
-    return found + [OUT_OF_RANGE] * (n_rows - len(found))
+    return [spelling(tokenizer, token) for token in range(n_rows)]
+
+
+def spelling(tokenizer: Any, token: int) -> str:
+    """The text of one id with its spaces, as in `spellings`."""
+    piece = tokenizer.convert_ids_to_tokens([token])[0] if token < len(tokenizer) else None
+    if piece is None:
+        return OUT_OF_RANGE
+    text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if "\ufffd" in text or not text:
+        return str(piece)
+    starts = piece.startswith("\u2581") and not text.startswith(" ")  # SentencePiece strips it from a first word
+    return f" {text}" if starts else text
 
 
 def _linear_weight(model: nn.Module, site: Site) -> Tensor | None:
