@@ -33,7 +33,7 @@ def in_words(value: object, quoted: bool = False) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, str):
-        text = printable(value)
+        text = spelled_out(value)
         text = text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
         return f"'{text}'" if quoted else text
     if isinstance(value, Mapping):
@@ -43,7 +43,7 @@ def in_words(value: object, quoted: bool = False) -> str:
     return in_words(repr(value))
 
 
-def printable(text: str) -> str:
+def spelled_out(text: str) -> str:
     """The text in one line that moves no terminal's cursor: control characters as their escapes, \\n for a newline."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 

@@ -99,6 +99,26 @@ def test_batches_are_float32_contiguous_and_the_buffer_never_moves() -> None:
     assert [getattr(stream._buffer, f.name).data_ptr() for f in fields(Activations)] == places
 
 
+class FarFromZero(Numbered):
+    """Rows 300 standard deviations from zero, where bfloat16 alone would add a quarter of their variance as noise."""
+
+    def chunks(self, start: int = 0) -> Iterator[Activations]:
+        for number, chunk in enumerate(super().chunks(start), start):
+            noise_ND = torch.randn(chunk.x_ND.shape, generator=torch.Generator().manual_seed(number))
+            yield replace(chunk, x_ND=300 + noise_ND)
+
+
+def test_a_bfloat16_buffer_far_from_zero_keeps_the_variance() -> None:
+    exact, rounded = (opened(FarFromZero(), store_dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert rounded._buffer.x_ND.dtype == torch.bfloat16
+    true_ND, found_ND = (taken(stream, 20).x_ND.double() for stream in (exact, rounded))
+    assert float((found_ND - true_ND).square().mean() / true_ND.var(0).mean()) < 1e-3
+    again = opened(FarFromZero(), store_dtype=torch.bfloat16)
+    again.restore(rounded.state())
+    assert equal(taken(again, 20), taken(rounded, 20))
+    assert again.digest == rounded.digest
+
+
 def test_mixes_like_a_full_shuffle() -> None:
     """Autocorrelation of document ids along the stream, against what full shuffles of the same rows give."""
     n = 8192

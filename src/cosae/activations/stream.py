@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,6 +30,7 @@ from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary
 from cosae.activations.monitor import StreamMonitor
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.prefetch import Prefetcher
+from cosae.activations.store.format import choose_offset, restore_rows
 from cosae.errors import CosaeError, check_least
 from cosae.io.generators import keyed_generator
 from cosae.io.legacy import upgrade
@@ -142,6 +143,9 @@ class ActivationStream:
         except BaseException:
             self.close()
             raise
+        # bfloat16 rounds relative to the value: rows far from zero are kept relative to a centre (store.format)
+        centre_D, _ = choose_offset(self.sample_ND, str(store_dtype).removeprefix("torch."))
+        self._centre_D = None if centre_D is None else centre_D.to(self.device)
         self._buffer = _allocate(buffer_tokens, self.d_in, store_dtype, self.device)
         # slots in the order they will be handed out; those before the cursor are free, or filled for the next round
         self._order = torch.arange(buffer_tokens, device=self.device)
@@ -183,7 +187,8 @@ class ActivationStream:
             self._fill(min(self._cursor, self._filled + 2 * self.batch_tokens))
         slots_B = self._order[self._cursor : self._cursor + self.batch_tokens]
         rows = _gather(self._buffer, slots_B)
-        batch = Activations(rows.x_ND.float(), *(getattr(rows, f.name) for f in fields(rows)[1:]))
+        x_BD = restore_rows(rows.x_ND, None, self._centre_D).float()
+        batch = Activations(x_BD, *(getattr(rows, f.name) for f in fields(rows)[1:]))
         self._cursor += self.batch_tokens
         self.n_batches += 1
         self._digest = chain(self._digest, batch)
@@ -206,6 +211,7 @@ class ActivationStream:
             "chunk": chunk,
             "offset": offset,
             **({} if cursor is None else {"cursor": json.dumps(cursor)}),
+            **({} if self._centre_D is None else {"centre": self._centre_D}),
             "n_batches": self.n_batches,
             "digest": self.digest,
             "generator": self._generator.get_state(),
@@ -231,6 +237,8 @@ class ActivationStream:
         self.filter = from_plain(Filter, json.loads(state["filter"]), "the saved filter")
         self._monitor_state = state["monitor"]
         self.monitor.restore(self._monitor_state)
+        centre_D = state.get("centre")  # a state of cosae 0.1 has none, whatever its rows are
+        self._centre_D = None if centre_D is None else centre_D.to(self.device)
         live = len(state["buffer.x_ND"])
         for f in fields(self._buffer):
             getattr(self._buffer, f.name)[:live].copy_(state[f"buffer.{f.name}"])
@@ -315,6 +323,8 @@ class ActivationStream:
         while self._filled < end:
             rows = self._take(end - self._filled)
             slots = self._order[self._filled : self._filled + len(rows)]
+            if self._centre_D is not None:
+                rows = replace(rows, x_ND=rows.x_ND.to(self.device, torch.float32) - self._centre_D)
             for f in fields(rows):
                 target = getattr(self._buffer, f.name)
                 target.index_copy_(0, slots, getattr(rows, f.name).to(self.device, target.dtype))

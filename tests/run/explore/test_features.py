@@ -18,7 +18,7 @@ from cosae.run.saes import choose_sae
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
 from cosae.sae.model import SAE
-from cosae.shown import printable
+from cosae.shown import spelled_out
 
 SITE = "resid_post.3"
 FILTER = {"policy": {"kind": "position_0"}, "median_norm": 1.0, "seen_tokens": 9}
@@ -59,8 +59,8 @@ def test_examples_in_context_are_marked_and_safe_for_a_terminal(looked: Any) -> 
     example = looked.found.examples(feature)[0]
     text = looked.in_context(example)
     before, token, after = text.replace("«", "»").split("»")
-    assert token == printable(tokenizer.decode([example.ids_T[example.at]]))
-    whole = printable(tokenizer.decode(row_T.new_tensor(example.ids_T), skip_special_tokens=False))
+    assert token == spelled_out(tokenizer.decode([example.ids_T[example.at]]))
+    whole = spelled_out(tokenizer.decode(row_T.new_tensor(example.ids_T), skip_special_tokens=False))
     assert before + token + after in whole
     shown = screen(looked, FeatureOptions(feature=(feature,)))
     assert text in shown
@@ -74,7 +74,7 @@ def test_promoted_tokens_are_those_of_the_unembedding(looked: Any) -> None:
     logit_V = model.lm_head.weight.float() @ looked.opened.sae.W_dec[5].detach()
     best = logit_V.argsort(descending=True)[:4]
     assert looked.promoted(5, 4) == [
-        (printable(tokenizer.decode([i])), pytest.approx(float(logit_V[i]), rel=1e-4)) for i in best
+        (spelled_out(tokenizer.decode([i])), pytest.approx(float(logit_V[i]), rel=1e-4)) for i in best
     ]
     (lowest,) = looked.promoted(5, 1, down=True)
     assert lowest[1] == pytest.approx(float(logit_V.min()), rel=1e-4)

@@ -24,7 +24,7 @@ from cosae.run.dataset.corpus import adds_bos, pad_id
 from cosae.run.dataset.model import batch_size
 from cosae.run.export import Opened, open_reading
 from cosae.run.requests import FeatureOptions, Reading
-from cosae.shown import printable
+from cosae.shown import spelled_out
 from cosae.text.packing import sequences
 from cosae.text.pylib import Document
 from cosae.text.tokenization import tokenize_documents
@@ -56,7 +56,7 @@ class Look:
 
     def spell(self, token: int) -> str:
         """The text of a token id, in one line."""
-        return printable(spelling(self.opened.tokenizer, token))
+        return spelled_out(spelling(self.opened.tokenizer, token))
 
     def in_context(self, example: Example) -> str:
         """An example's text in one line, its own token «marked»."""
@@ -143,7 +143,7 @@ def screen(looked: Look, options: FeatureOptions) -> str:
     where = f"{known['sae']} at {known['site']} of {known['model']}"
     head = f"{where}: {found.n_tokens:,} tokens of {known['corpus']}{left_out}"
     if options.feature:
-        return "\n\n".join([printable(head), *(_in_full(looked, feature) for feature in options.feature)])
+        return "\n\n".join([spelled_out(head), *(_in_full(looked, feature) for feature in options.feature)])
     if options.search is not None:
         matches = looked.search(options.search, options.rows)
         columns: list[tuple[str, str, list[Any]]] = [
