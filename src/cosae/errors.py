@@ -15,6 +15,12 @@ class CosaeError(ValueError):
     """A mistake of the user's that one sentence can put right: what came, what is allowed, what to do."""
 
 
+def sentences(*parts: object) -> str:
+    """Parts of a message one after the other, each ended by a full stop where it has no end of its own."""
+    said = [text for part in parts if (text := str(part).strip())]
+    return " ".join(text if text[-1] in ".!?…" else f"{text}." for text in said)
+
+
 def check_least(name: str, value: float | None, least: float) -> None:
     """Raises CosaeError for a value below the least one; None is no value."""
     if value is not None and value < least:

@@ -145,6 +145,20 @@ class TestResults:
             run_evals(saes, ["meta_structure"], tmp_path, **PLACE)
         assert run_evals(saes, ["meta_structure"], tmp_path, force=True, **PLACE)["failed"] == {}
 
+    def test_forced_results_stay_until_new_ones_are_there(self, bench, tmp_path, monkeypatch):
+        saes = {"one": make()}
+        kept = Path(run_evals(saes, ["meta_structure"], tmp_path, **PLACE)["results"]["meta_structure"]["one"])
+        before = kept.read_bytes()
+
+        def fails(config, selected_saes, device, output_path, force_rerun=False):
+            kept.write_text("{")
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(sys.modules["sae_bench.evals.meta_structure.main"], "run_eval", fails)
+        found = run_evals(saes, ["meta_structure"], tmp_path, force=True, **PLACE)
+        assert "out of memory" in found["failed"]["meta_structure"]
+        assert kept.read_bytes() == before
+
     def test_data_sets_are_looked_for_in_the_given_folder_first(self, bench, tmp_path):
         (tmp_path / "data").mkdir()
         here = Path.cwd()

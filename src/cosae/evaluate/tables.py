@@ -143,6 +143,9 @@ def discovery(found: Mapping[str, Any]) -> Iterator[Table]:
     for by, both in found["by"].items():
         for kind, name in names.items():
             for one in both[kind]:
+                if "none" in one:
+                    rows.append([by, name, "0", "-", "-", "-", "-"])
+                    continue
                 gaps = [_estimate(one[f"gap_{which}"]) for which in ("full", "matched", "random")]
                 rows.append([by, name, str(one["matched"]), *gaps, _n(one["separability_frac"])])
     yield f"Gap in AUROC over {found['concepts']} concepts, sinks out; features chosen on training files", rows

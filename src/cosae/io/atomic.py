@@ -4,7 +4,7 @@ folder flushed after the rename."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,6 +37,32 @@ def replaced(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+@contextmanager
+def kept_until_new(paths: Iterable[Path]) -> Iterator[None]:
+    """For files that others write as they like: those there lie aside until the block ends well, else they come back.
+
+    What a block that was killed left aside comes back with the next one. Raises OSError.
+    """
+    aside = {path: path.with_name(f".{path.name}.previous") for path in paths}
+
+    def put_back() -> None:
+        for path, previous in aside.items():
+            if previous.exists():
+                previous.replace(path)
+
+    put_back()
+    for path, previous in aside.items():
+        if path.exists():
+            path.replace(previous)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
+    for previous in aside.values():
+        previous.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step. Raises OSError; what was there before is untouched then."""
     with replaced(path) as staged:
@@ -45,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
 
 def sync_file(path: Path) -> None:
     """Flush a file's content to the disk."""
-    with path.open("rb") as handle:
+    with path.open("rb+") as handle:  # Windows flushes no file that is open for reading alone
         os.fsync(handle.fileno())
 
 

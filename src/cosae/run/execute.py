@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cosae.activations.stream import ActivationStream
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, sentences
 from cosae.io.escape import printable
 from cosae.io.generators import generator_state, restore_generators
 from cosae.io.lines import Lines
@@ -223,7 +223,7 @@ class _Run:
             saved = checkpoints(self.out) if resumable and self.out is not None else []
             if saved and "cosae resume" not in str(end):
                 how = f"Saved up to {saved[-1].name}: go on with `cosae resume {self.out}`."
-                raise CosaeError(f"{end} {how}") from None
+                raise CosaeError(sentences(end, how)) from None
             raise
 
     def _train(self, stop: Stop) -> None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, sentences
 from cosae.io.digest import file_digest
 from cosae.io.legacy import upgrade
 from cosae.io.staged import staged
@@ -58,8 +58,10 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], 
         earlier = checkpoints(run)
         before = f"the one before it ({earlier[-1].name}) is kept" if earlier else "there is none before it"
         raise CosaeError(
-            f"the checkpoint at step {step} could not be written: {error} Make room, then go on with "
-            f"`cosae resume {run}`; {before}."
+            sentences(
+                f"the checkpoint at step {step} could not be written: {error}",
+                f"Make room, then go on with `cosae resume {run}`; {before}",
+            )
         ) from None
     for old in checkpoints(run)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)

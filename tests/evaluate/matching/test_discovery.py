@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from cosae.errors import CosaeError
+from cosae.evaluate import tables
+from cosae.evaluate.matching import compare
 from cosae.evaluate.matching.discovery import discovery_separability
 from cosae.evaluate.matching.match import Pairs
 
@@ -94,3 +98,16 @@ def test_what_does_not_fit_is_refused() -> None:
         discovery_separability(a, a, a, a, one_to_one(3))
     with pytest.raises(CosaeError, match="finite"):
         discovery_separability(a, a, a * np.nan, a, one_to_one(0))
+
+
+def test_a_pair_that_shares_no_feature_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several yardsticks may share nothing: its row says so, and the measurement goes on."""
+    empty = SimpleNamespace(pairs=SimpleNamespace(shared=one_to_one), numbers=lambda: {"pairs": 0})
+    monkeypatch.setattr(compare.matching, "match_saes", lambda *_, **__: empty)
+    context = SimpleNamespace(sample=lambda: SimpleNamespace(labelled_N=np.ones(3, bool)), encoded=lambda sae: sae)
+    sae = SimpleNamespace(d_sae=4)
+    found = compare._decompose(context, sae, sae, {}, "cosine")
+    assert "share no feature" in found["none"]
+    by = {"cosine": {"pairs": [found], "yardsticks": []}}
+    ((_, (_, row)),) = tables.discovery({"a": "A", "b": "B", "concepts": 3, "by": by})
+    assert row[2:] == ["0", "-", "-", "-", "-"]

@@ -49,8 +49,8 @@ def compare_discovery(context: Context) -> dict[str, Any]:
 
     Features are chosen on training files and scored on held-out ones, sinks out. Returns {"a", "b", "concepts", "by":
     {"correlation" | "cosine": {"pairs": […], "yardsticks": […]}}}, each an answer of `discovery_separability` with the
-    matching's numbers. Raises CosaeError for another number of arms, a corpus without known concepts, no concept
-    frequent enough, and two SAEs that share no feature.
+    matching's numbers; for two SAEs that share no feature {"none": why} and the matching's numbers. Raises CosaeError
+    for another number of arms, a corpus without known concepts, and no concept frequent enough.
     """
     names = _two(context, "discovery")
     if not context.data.has_concepts:
@@ -99,6 +99,9 @@ def _decompose(context: Context, a: SAE, b: SAE, known: Mapping[int, Qualities],
     method: matching.Method = "hungarian" if max(a.d_sae, b.d_sae) <= matching.HUNGARIAN_MAX else "mutual"
     labelled_N = torch.from_numpy(context.sample().labelled_N)
     found = matching.match_saes(context.encoded(a), context.encoded(b), keep_N=labelled_N, by=by, method=method)
+    if not len(found.pairs.shared()):
+        what = "these two SAEs share no feature by this measure: a gap on shared ones is not defined"
+        return {"none": what, "method": method, "matching": found.numbers()}
     gap = discovery_separability(*known[id(a)], *known[id(b)], found.pairs.shared(), seed=context.seed)
     gap["per_concept"] = {name: score_C.tolist() for name, score_C in gap["per_concept"].items()}
     return {**gap, "method": method, "matching": found.numbers()}

@@ -27,7 +27,7 @@ from cosae.interop.saebench.environment import run_elsewhere
 from cosae.interop.saebench.evals import EVALS, Named, call
 from cosae.interop.saebench.reasons import chain, errors_logged, one_sentence
 from cosae.interop.saebench.settings import Job, Settings
-from cosae.io.atomic import write_text
+from cosae.io.atomic import kept_until_new, write_text
 from cosae.models.embedded import model_path as embedded_path
 from cosae.sae.model import SAE
 
@@ -135,7 +135,8 @@ def _evaluate(name: str, job: Job, saes: Named) -> tuple[dict[str, str], dict[st
         if EVALS[name].decodes and not sae.decodes_alone:
             kind = f"frame {sae.sae.cfg.frame}, norm_restoring {sae.sae.cfg.norm_restoring}"
             raise CosaeError(f"{name} decodes without tokens' lengths: leave {name} out for {sae_name} ({kind}).")
-    with errors_logged() as said:
+    files = {sae_name: job.result_file(name, sae_name) for sae_name, _ in saes}
+    with kept_until_new(files.values()), errors_logged() as said:
         try:
             ours = call(name, job, saes)
         except CosaeError:
@@ -143,12 +144,11 @@ def _evaluate(name: str, job: Job, saes: Named) -> tuple[dict[str, str], dict[st
         except Exception as error:
             traceback.print_exc()  # into the log
             raise CosaeError(one_sentence(name, job, [*said, *chain(error)])) from error
-    files = {sae_name: job.result_file(name, sae_name) for sae_name, _ in saes}
-    if not all(file.is_file() for file in files.values()):
-        letters = "the model tells too few first letters apart (options min_GT_probe_f1 and min_feats_for_eval)"
-        silent = [letters if name == "absorption" else "it ended without a result"]
-        raise CosaeError(one_sentence(name, job, said or silent))
-    numbers = {sae_name: _finish(files[sae_name], sae, ours.get(sae_name, {})) for sae_name, sae in saes}
+        if not all(file.is_file() for file in files.values()):
+            letters = "the model tells too few first letters apart (options min_GT_probe_f1 and min_feats_for_eval)"
+            silent = [letters if name == "absorption" else "it ended without a result"]
+            raise CosaeError(one_sentence(name, job, said or silent))
+        numbers = {sae_name: _finish(files[sae_name], sae, ours.get(sae_name, {})) for sae_name, sae in saes}
     return {sae_name: str(file) for sae_name, file in files.items()}, numbers
 
 
@@ -184,8 +184,6 @@ def _check(saes: Mapping[str, SAE], evals: Sequence[str], out: Path, asked: Sett
     there = [file for name in evals for sae in saes if (file := job.result_file(name, sae)).exists()]
     if there and not asked.force:
         raise CosaeError(f"{there[0]} exists already: choose another out, or force its replacement.")
-    for file in there:
-        file.unlink()
 
 
 def _with_places(saes: Mapping[str, SAE], asked: Settings) -> Settings:

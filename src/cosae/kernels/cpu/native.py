@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
@@ -49,10 +50,14 @@ def run_parts(loop: Callable[..., Any], n_parts: int, *arguments: Any) -> list[A
     """
     if n_parts <= 1:
         return [loop(0, 1, *arguments)]
-    parts, results = iter(range(n_parts)), [None] * n_parts
+    parts, results = deque(range(n_parts)), [None] * n_parts  # a shared iterator is not safe without Python's lock
 
     def work() -> None:
-        for part in parts:
+        while True:
+            try:
+                part = parts.popleft()
+            except IndexError:
+                return
             results[part] = loop(part, n_parts, *arguments)
 
     others = range(1, min(n_parts, torch.get_num_threads()))

@@ -74,7 +74,9 @@ def capture_stores(
         try:
             return _write(request, out, model, text, widths, progress, log)
         finally:
-            (out / LOCK).unlink(missing_ok=True)  # a store is its own files, the same bytes whoever wrote them
+            # A store is its own files, the same bytes whoever wrote them. Removed while it is held and nothing more is
+            # written: who has opened it already finds it gone once locked (filelock looks), and opens the next one
+            (out / LOCK).unlink(missing_ok=True)
 
 
 def _write(
