@@ -55,3 +55,10 @@ def test_warnings_of_ours_are_one_line_on_the_command_line(capsys: pytest.Captur
     assert ours.startswith("cosae: warning: text with ")
     assert "\x1b" not in ours
     assert others.startswith("file.py:3: UserWarning")
+
+
+def test_on_windows_the_import_says_what_is_needed() -> None:
+    code = "import sys; sys.platform = 'win32'; import cosae"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert "POSIX" in said
+    assert "WSL" in said

@@ -16,6 +16,12 @@ if "torch" not in _sys.modules:
     # read once, when torch loads. Set OMP_WAIT_POLICY yourself to decide otherwise.
     _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+if _sys.platform == "win32":
+    import warnings as _warnings
+
+    _why = "cosae needs a POSIX system (signals, renames and locks of open files): on Windows, run it in WSL"
+    _warnings.warn(_why, RuntimeWarning, stacklevel=2)
+
 if TYPE_CHECKING:
     from cosae.errors import CosaeError
     from cosae.models.intervene.splice import spliced
