@@ -14,7 +14,12 @@ import pytest
 import cosae
 from cosae.cli import VERBS, main
 from cosae.errors import CosaeError
+from cosae.models.intervene.splice import Spliced
 from cosae.recipe import Recipe
+from cosae.sae.loss import LossConfig
+from cosae.sae.model import SAE
+from cosae.train.arm import parse_arm
+from cosae.types import Codes
 
 ROOT = Path(__file__).parents[1]
 HISTORY = {"LOG.md", "CLAIMS.md", "INTEROP.md", "from-0.1.md"}
@@ -142,6 +147,26 @@ def test_the_index_names_every_page_and_the_front_door() -> None:
     assert [name for name in cosae.__all__ if f"`cosae.{name}`" not in index] == []
     inside = (folder / "interop" / "README.md").read_text("utf-8")
     assert [path.name for path in (folder / "interop").glob("*.md") if path.name not in inside + "README.md"] == []
+
+
+@of_every_page
+def test_arms_of_a_command_can_be_parsed(page: Path) -> None:
+    for listed in found(r"--arms ((?:[a-z_]+[\w=+,.]*(?: |(?=[`\n])))+)", page.read_text("utf-8")):
+        for text in listed.split():
+            parse_arm(text.replace("start=FOLDER", "seed=1"))
+
+
+def test_what_our_objects_are_said_to_have_is_there() -> None:
+    """In the last column of coming-from.md: `sae.W_enc`, `codes.value_E`, `run.codes`, fields of an arm's loss."""
+    owners = {"sae": SAE.build(4, 8, score="inner", selector="topk", k=2, seed=0), "codes": Codes, "run": Spliced, "loss": LossConfig}
+    rows = re.findall(r"^\|.+\|(.+)\|$", (ROOT / "docs" / "coming-from.md").read_text("utf-8"), re.MULTILINE)
+    named = re.findall(rf"(?<![\w.])({'|'.join(owners)})\.(\w+)", " ".join(rows))
+    assert len(named) > 10
+    assert [f"{owner}.{name}" for owner, name in named if not has(owners[owner], name)] == []
+
+
+def has(owner: object, name: str) -> bool:
+    return hasattr(owner, name) or name in getattr(owner, "__dataclass_fields__", {})
 
 
 def test_the_new_names_of_modules_exist() -> None:
