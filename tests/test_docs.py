@@ -158,7 +158,8 @@ def test_arms_of_a_command_can_be_parsed(page: Path) -> None:
 
 def test_what_our_objects_are_said_to_have_is_there() -> None:
     """In the last column of coming-from.md: `sae.W_enc`, `codes.value_E`, `run.codes`, fields of an arm's loss."""
-    owners = {"sae": SAE.build(4, 8, score="inner", selector="topk", k=2, seed=0), "codes": Codes, "run": Spliced, "loss": LossConfig}
+    sae = SAE.build(4, 8, score="inner", selector="topk", k=2, seed=0)
+    owners = {"sae": sae, "codes": Codes, "run": Spliced, "loss": LossConfig}
     rows = re.findall(r"^\|.+\|(.+)\|$", (ROOT / "docs" / "coming-from.md").read_text("utf-8"), re.MULTILINE)
     named = re.findall(rf"(?<![\w.])({'|'.join(owners)})\.(\w+)", " ".join(rows))
     assert len(named) > 10
