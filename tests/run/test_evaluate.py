@@ -21,6 +21,7 @@ from cosae.interop.sae_probes import datasets as sae_probes
 from cosae.models.capture import capture
 from cosae.recipe import DataConfig
 from cosae.run.dataset.open import open_dataset
+from cosae.run.evaluate import counter
 from cosae.sae.calibrate import calibrate
 from cosae.text.labelled import read_labelled
 from tests.run.test_model_run import WORDS, save_tokenizer
@@ -151,13 +152,77 @@ def test_a_class_of_texts_is_probed_beside_its_floors(
     assert status == 0, said
     found = json.loads(out.read_text())["found"]
     assert found["arms"] == ["A", "B", "A, read without its norm", "untrained SAE"]  # B has no exponent to take out
-    assert found["sets"] == [{"name": "set", "texts": 120, "classes": ["self"]}]
+    assert found["sets"] == [{"name": "set", "texts": 120, "encoded": 120, "classes": ["self"]}]
     means = found["summary"]["sinks_out"]
     assert means["bag_of_tokens"]["ceiling"]["accuracy"]["mean"] == 1
     assert means["A"]["full"]["auroc"]["mean"] > 0.65
     assert means["A"]["mean_difference/top_1"]["auroc"]["mean"] > 0.5
     for words in ("auroc", "mean difference", "standardised difference", "bag of tokens (ceiling)", "sinks in"):
         assert words in printed
+
+
+def test_only_texts_that_are_drawn_are_encoded(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set of 3000 texts, sorted by class, 60 asked for: at most 2 × 60 go through the model; same ones each time."""
+    rng = np.random.default_rng(1)
+    others = [word for word in WORDS if word != "self"]
+    rows = [[*rng.choice(others, 6), "self" if i < 900 else "class"] for i in range(3000)]
+    lines = [json.dumps({"text": " ".join(row), "label": row[-1]}) for row in rows]
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "cosae.run.dataset.model.capture", lambda *a, **k: (seen.append(len(a[1])), capture(*a, **k))[1]
+    )
+    out = tmp_path / "found.json"
+    given = ["probing", *pair(world), *model(world), "--texts", str(tmp_path / "long.jsonl"), "--out", str(out)]
+    status, printed, said = run([*given, "--max-texts", "60", "--seeds", "2", "--top", "3"], capsys)
+    assert status == 0, said
+    result = json.loads(out.read_text())["found"]
+    held_out = 4  # passes of 32 tokens for the 100 tokens of the site
+    assert 60 <= result["sets"][0]["encoded"] <= 120
+    assert sum(seen) <= 120 + 64 + held_out  # and the first texts once more, for the median norm
+    assert f"encoding texts of long: 0 of {result['sets'][0]['encoded']}" in said
+    assert f"{result['sets'][0]['encoded']} of 3000 texts" in printed
+    chosen = result["latents"]["sinks_out"]["A"]["auroc"]["long"]["self"]
+    assert " ".join(map(str, chosen)) in printed
+    for by in result["summary"]["sinks_out"].values():
+        for metrics in by.values():
+            assert all(0 <= one["low"] <= one["mean"] <= one["high"] <= 1 for one in metrics.values())
+    run([*given, "--max-texts", "60", "--seeds", "2", "--top", "3"], capsys)
+    assert json.loads(out.read_text())["found"] == result
+
+
+def test_a_counter_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    clock = iter([0.0, 2.0, 10.0, 40.0])
+    monkeypatch.setattr("cosae.run.evaluate.time.monotonic", lambda: next(clock))
+    tell = counter(said.append)
+    for done in (0, 4, 10, 50):
+        tell("encoding", done, 50)
+    assert said == ["encoding: 0 of 50", "encoding: 10 of 50, about 40 s left", "encoding: 50 of 50"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "sentence"),
+    [(150, ["--max-texts", "40"], "max_texts must be at least 50"), (40, [], "no class with 20 train texts")],
+)
+def test_too_few_texts_are_refused_before_the_model_runs(
+    rows: int,
+    options: list[str],
+    sentence: str,
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = [json.dumps({"text": "self class", "label": i % 2}) for i in range(rows)]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr("cosae.run.dataset.model.capture", lambda *a, **k: pytest.fail("the model ran"))
+    given = ["probing", *pair(world), *model(world), "--texts", str(tmp_path / "few.jsonl")]
+    status, _, said = run([*given, *options], capsys)
+    assert status == 2
+    assert sentence in said
 
 
 def test_a_set_of_sae_probes_is_probed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -71,6 +71,7 @@ class Context:
     tops       latents of a probe; () is the measurement's own choice
     untrained  an untrained SAE, the floor of token probing
     baseline   the arm that the others are compared with; the first by default
+    progress   told of what takes long: what it is, how much is done, how much there is
     """
 
     arms: Mapping[str, Sequence[SAE]]
@@ -86,6 +87,7 @@ class Context:
     texts: TextProbes = field(default_factory=TextProbes)
     untrained: SAE | None = None
     baseline: str | None = None
+    progress: Callable[[str, int, int], None] = lambda what, done, n: None
     _samples: dict[Side, Sample] = field(default_factory=dict, repr=False)
     _passes: dict[tuple[int, Side], EncodedPass[SAE]] = field(default_factory=dict, repr=False)
     _medians: dict[int, MedianPass] = field(default_factory=dict, repr=False)

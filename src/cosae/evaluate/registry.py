@@ -133,9 +133,9 @@ def measure_recovery(context: Context) -> Numbers:
 def measure_probing(context: Context) -> Numbers:
     """Probes of labelled texts where there are any, else of the token-level concepts."""
     if context.texts.sets:
-        pooled = encode_texts(context.texts, context.arms, context.data, context.rule.factor)
-        texts, tops = context.texts, context.tops or TOPS
-        found = probe_texts(pooled, tops=tops, seeds=texts.seeds, max_texts=texts.max_texts, seed=context.seed)
+        texts, tops, told = context.texts, context.tops or TOPS, context.progress
+        pooled = encode_texts(texts, context.arms, context.data, context.rule.factor, told)
+        found = probe_texts(pooled, tops=tops, seeds=texts.seeds, seed=context.seed, progress=told)
         return {"kind": "texts", **found}
     return {"kind": "tokens", **measure_token_probing(context)}
 

@@ -126,16 +126,19 @@ def crossed_draws(
     return [(rng.integers(n_rows, size=n_rows), rng.integers(n_columns, size=n_columns)) for _ in range(n_resamples)]
 
 
-def crossed_interval(value_DS: Array, drawn: Sequence[tuple[Any, Any]]) -> tuple[float | None, float | None]:
+def crossed_interval(
+    value_DS: Array, drawn: Sequence[tuple[Any, Any]], within: tuple[float, float] = (-np.inf, np.inf)
+) -> tuple[float | None, float | None]:
     """Ends of the 95 % interval of a table's mean: rows and columns drawn (`crossed_draws`); of one row, Student's t
-    over its columns; of a single value, None."""
+    over its columns; of a single value, None. within: what the mean can be, beyond which no end lies."""
     n_rows, n_columns = value_DS.shape
     if n_rows > 1:
         return percentile_interval([value_DS[np.ix_(d, s)].mean() for d, s in drawn])
     if n_columns == 1:
         return None, None
     half = float(stats.t.ppf(0.975, n_columns - 1) * value_DS[0].std(ddof=1) / np.sqrt(n_columns))
-    return float(value_DS.mean()) - half, float(value_DS.mean()) + half
+    mean = float(value_DS.mean())
+    return max(mean - half, within[0]), min(mean + half, within[1])
 
 
 def weighted_medians(value_N: ArrayLike, unit_N: ArrayLike, counts_RU: NDArray[Any]) -> Array:

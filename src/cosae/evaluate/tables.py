@@ -85,9 +85,11 @@ def probing(found: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _text_probing(found: Mapping[str, Any]) -> Iterator[Table]:
-    listed = ", ".join(f"{one['name']} ({len(one['classes'])})" for one in found["sets"])
+    listed = ", ".join(
+        f"{one['name']} ({len(one['classes'])}; {one['encoded']} of {one['texts']} texts)" for one in found["sets"]
+    )
     over = found["interval"]["over"]
-    yield f"Accuracy on test texts{f'; 95 % over {over}' if over else ''}; sets (classes): {listed}", [[""]]
+    yield f"Accuracy on test texts{f'; 95 % over {over}' if over else ''}; sets (classes asked about): {listed}", [[""]]
     for which in ("sinks_out", "sinks_in"):
         summary = found["summary"][which]
         readings = [reading for reading in summary[found["baseline"]] if "/" in reading]
@@ -110,6 +112,22 @@ def _text_probing(found: Mapping[str, Any]) -> Iterator[Table]:
         row for row in found["paired"] if row["metric"] == "accuracy" and row["reading"].endswith(("top_1", "full"))
     ]
     yield from _paired("Accuracy", shown, ("sinks", "reading"))
+    yield "Features chosen on train texts of the first seed, best first, pooled with sinks out", _chosen(found)
+
+
+NAMED_CLASSES = 5
+"""Classes of a set whose features are named on the screen; the file has all."""
+
+
+def _chosen(found: Mapping[str, Any]) -> list[list[str]]:
+    rules = found["latents"]["sinks_out"]
+    rows = [["set", "class", "SAE", *(_said(rule) for rule in next(iter(rules.values())))]]
+    for one in found["sets"]:
+        for kind in one["classes"][:NAMED_CLASSES]:
+            for arm, by_rule in rules.items():
+                features = [" ".join(map(str, by[one["name"]][kind])) for by in by_rule.values()]
+                rows.append([one["name"], kind, arm, *features])
+    return rows
 
 
 def _token_probing(found: Mapping[str, Any]) -> Iterator[Table]:

@@ -5,6 +5,7 @@ paths → SAEs by arm → the dataset of their site → a row of evaluate.regist
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from cosae.errors import CosaeError, check_choice
 from cosae.evaluate.context import POOLED_CONTEXT, Context, TextProbes
+from cosae.evaluate.probing.encode_texts import draw_texts
 from cosae.evaluate.registry import REGISTRY
 from cosae.interop.read import read_sae
 from cosae.interop.sae_probes import datasets as sae_probes
@@ -85,6 +87,14 @@ def _open(
     sae_specs: Sequence[str], request: EvalRequest, options: EvalOptions, tokens: int, log: Callable[[str], None]
 ) -> tuple[Context, dict[str, Any], dict[str, str]]:
     """What to measure on, where its tokens come from, and warnings by arm."""
+    texts = TextProbes(
+        sets=[one for spec in options.texts for one in _labelled(spec, options)],
+        context=request.context or POOLED_CONTEXT,
+        pooling=options.pooling,
+        max_texts=options.max_texts,
+        seeds=options.seeds,
+    )
+    draw_texts(texts)  # sets that are too small are refused before anything is encoded
     datasets = Datasets(request, tokens)
     arms: dict[str, list[SAE]] = {}
     warnings: dict[str, str] = {}
@@ -104,13 +114,6 @@ def _open(
             warnings |= {} if warning is None else {name: warning}
     assert dataset is not None
     assert sample is not None
-    texts = TextProbes(
-        sets=[one for spec in options.texts for one in _labelled(spec, options)],
-        context=request.context or POOLED_CONTEXT,
-        pooling=options.pooling,
-        max_texts=options.max_texts,
-        seeds=options.seeds,
-    )
     context = Context(
         arms=arms,
         data=dataset,
@@ -120,9 +123,28 @@ def _open(
         features=options.features,
         tops=options.top,
         texts=texts,
+        progress=counter(log),
     )
     context.put(sample)
     return context, describe(dataset, sample, request), warnings
+
+
+def counter(log: Callable[[str], None], every: float = 5.0) -> Callable[[str, int, int], None]:
+    """What says how much is done of what takes long, and from the second time on how long the rest will take."""
+    began: dict[str, float] = {}
+    said: dict[str, float] = {}
+
+    def tell(what: str, done: int, n: int) -> None:
+        now = time.monotonic()
+        if what in said and now - said[what] < every and done < n:
+            return
+        began.setdefault(what, now)
+        seconds = (now - began[what]) * (n - done) / max(done, 1)
+        left = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+        said[what] = now
+        log(f"{what}: {done} of {n}" + (f", about {left} left" if 0 < done < n else ""))
+
+    return tell
 
 
 def _paths(sae_specs: Sequence[str]) -> dict[str, list[Path]]:

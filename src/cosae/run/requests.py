@@ -161,9 +161,10 @@ class EvalOptions:
     label_column: str = "label"
     """For probing texts: column with the label."""
     seeds: int = 3
-    """For probing texts: number of random splits."""
+    """For probing texts: number of random splits, each with texts of its own."""
     max_texts: int = 2000
-    """For probing texts: number of texts per question, training and test together."""
+    """For probing texts: number of texts per question and split, training and test together, at least 50. Only texts
+    that are drawn are encoded."""
     top: tuple[int, ...] = ()
     """For probing: numbers of features per probe. Default: 1 2 5 for texts, 1 for token-level concepts, where every
     other number means a regression for each concept and rule."""
@@ -174,4 +175,8 @@ class EvalOptions:
 
     def check(self) -> None:
         """Raises CosaeError for values that are not allowed."""
+        from cosae.evaluate.probing.texts import LEAST_TEXTS
+
         check_choice("pooling", self.pooling, ("mean", "last"))
+        check_least("seeds", self.seeds, 1)
+        check_least("max_texts", self.max_texts, LEAST_TEXTS)

@@ -1,6 +1,7 @@
 """Labelled texts → pooled codes of every SAE, for `probing.texts`, without ever holding all tokens.
 
-    texts → tokens (a text a sequence, its first `context` tokens) → activations → codes → pooled, sinks in and out
+    texts of all questions (`texts.draw`) → tokens (a text a sequence, its first `context` tokens) → activations →
+    codes → pooled, sinks in and out
 
 Beside the arms asked for: each one read without its codes' growth with the norm ("NAME, read without its norm", no
 retraining), and an untrained SAE of the first arm's make.
@@ -9,7 +10,7 @@ retraining), and an untrained SAE of the first arm's make.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from cosae.evaluate.context import Data, TextProbes
 from cosae.evaluate.encoded import Autoencoder, encode_all
 from cosae.evaluate.norms.read_time import remove_norm
 from cosae.evaluate.probing.pooling import pool, pool_vectors
-from cosae.evaluate.probing.texts import PooledSet
+from cosae.evaluate.probing.texts import PooledSet, Progress, Rows, Split, draw, no_progress
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
 from cosae.text.labelled import LabelledTexts
@@ -34,17 +35,43 @@ UNTRAINED = "untrained SAE"
 
 
 def encode_texts(
-    texts: TextProbes, saes: Mapping[str, Sequence[SAE]], data: Data, sink_factor: float
+    texts: TextProbes,
+    saes: Mapping[str, Sequence[SAE]],
+    data: Data,
+    sink_factor: float,
+    progress: Progress = no_progress,
 ) -> list[PooledSet]:
-    """The sets, encoded by every SAE of every arm and pooled. Texts without a token are left out.
+    """The texts that questions are asked about, encoded by every SAE of every arm and pooled. Of a set, a text that
+    turns out to have no token is left out.
 
-    saes: arm → its SAEs (of several seeds), calibrated. Changes none. Raises CosaeError for an SAE of another width or
-    without an inference threshold, and a set without tokens.
+    saes: arm → its SAEs (of several seeds), calibrated. Changes none. Raises CosaeError for a set with too few texts,
+    an SAE of another width or without an inference threshold, and a set without tokens.
     """
-    first = next(data.read_texts(texts.sets[0].texts, texts.context))[1]
+    drawn = draw_texts(texts)
+    first = next(data.read_texts([texts.sets[0].texts[row] for row in drawn[0].row_S], texts.context))[1]
     sample = Sample.of(first, SinkRule(sink_factor))
     arms = _arms(saes, first[~sample.sink_N], texts)
-    return [_encode(one, arms, data, texts, sample.rule) for one in texts.sets]
+    return [
+        _encode(one, mine, arms, data, texts, sample.rule, progress)
+        for one, mine in zip(texts.sets, drawn, strict=True)
+    ]
+
+
+class Drawn(NamedTuple):
+    """What is asked of one set: the splits of its questions, and the texts that they take, ascending."""
+
+    splits: Mapping[tuple[int, int], Split]
+    row_S: Rows
+
+
+def draw_texts(texts: TextProbes) -> list[Drawn]:
+    """The questions to each set, from its labels; blank texts are passed over. Raises what `texts.draw` raises."""
+    found = []
+    for one in texts.sets:
+        filled = np.array([bool(text.strip()) for text in one.texts])
+        splits = draw(one.name, one.classes, one.class_N, texts.seeds, texts.max_texts, filled)
+        found.append(Drawn(splits, np.unique(np.concatenate([split.rows for split in splits.values()]))))
+    return found
 
 
 def _arms(saes: Mapping[str, Sequence[SAE]], calm: Activations, texts: TextProbes) -> dict[str, list[Autoencoder]]:
@@ -83,13 +110,21 @@ def _untrained(sae: SAE, x_ND: Tensor) -> SAE:
 
 
 def _encode(
-    one: LabelledTexts, arms: Mapping[str, Sequence[Autoencoder]], data: Data, texts: TextProbes, rule: SinkRule
+    one: LabelledTexts,
+    drawn: Drawn,
+    arms: Mapping[str, Sequence[Autoencoder]],
+    data: Data,
+    texts: TextProbes,
+    rule: SinkRule,
+    progress: Progress,
 ) -> PooledSet:
     codes: dict[str, dict[str, list[list[Codes]]]] = {s: {n: [[] for _ in a] for n, a in arms.items()} for s in SINKS}
     dense: dict[str, dict[str, list[NDArray[Any]]]] = {s: {"norm": [], "length": [], "x": []} for s in SINKS}
     rows: list[int] = []
     tokens: list[Any] = []
-    for read, activations in data.read_texts(one.texts, texts.context):
+    what = f"encoding texts of {one.name}"
+    progress(what, 0, len(drawn.row_S))
+    for read, activations in data.read_texts([one.texts[row] for row in drawn.row_S], texts.context):
         place_N = activations.doc_N.numpy().astype(np.int64) - len(rows)
         n = len(read)
         rows += read
@@ -107,11 +142,18 @@ def _encode(
         vocabulary = max(data.vocabulary, int(activations.token_N.max()) + 1)
         ones = np.ones(len(place_N))
         tokens.append(sparse.csr_matrix((ones, (place_N, activations.token_N.numpy())), shape=(n, vocabulary)))
+        progress(what, len(rows), len(drawn.row_S))
+    row_S = drawn.row_S[rows]
+    splits = {key: split.among(row_S) for key, split in drawn.splits.items()}
+    if any(len(set(side)) < 2 for split in splits.values() for side in (split.train_label, split.test_label)):
+        raise CosaeError(f"too few of the texts drawn from {one.name} have a token: look at the texts, or draw more.")
     return PooledSet(
         name=one.name,
         classes=one.classes,
-        class_S=one.class_N[rows],
+        class_S=one.class_N[row_S],
         codes={s: {name: [Codes.cat(parts) for parts in listed] for name, listed in codes[s].items()} for s in SINKS},
         dense={s: {name: np.concatenate(parts) for name, parts in dense[s].items()} for s in SINKS},
         tokens_SV=sparse.vstack(tokens).tocsr(),
+        splits=splits,
+        n_texts=len(one),
     )

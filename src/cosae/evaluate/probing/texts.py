@@ -1,10 +1,11 @@
 """Probing of whole texts: do a few features tell a class of texts from the others? (paper §6)
 
-In: labelled sets, encoded and pooled (`probing.encode_texts`), with sinks in and out. Out: plain numbers.
+In: labelled sets, drawn here, encoded and pooled (`probing.encode_texts`), with sinks in and out. Out: plain numbers.
 
-One class against the others, as many negatives as positives, split into train and test by seed. On train, features are
-ranked by each rule (`probing.ranking`); a logistic regression on the first 1, 2 and 5, and one on all ("full"), is
-scored on test texts by accuracy and AUROC.
+One class against the others, as many negatives as positives, split into train and test by seed: `draw`, which reads
+labels alone, so that only texts of a question are encoded. On train, features are ranked by each rule
+(`probing.ranking`); a logistic regression on the first 1, 2 and 5, and one on all ("full"), is scored on test texts by
+accuracy and AUROC.
 
     auroc                    |AUROC − ½|: a feature may speak against a class here, the regression turns it
     mean_difference          |mean₊ − mean₋| of raw pooled codes: the paper's and SAEBench's rule
@@ -19,7 +20,7 @@ its tokens. Intervals draw sets and seeds (a seed draws texts and, where an arm 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -42,12 +43,22 @@ from cosae.evaluate.probing.ranking import (
 from cosae.evaluate.statistics import RESAMPLES, Array, crossed_draws, crossed_interval
 from cosae.types import Codes
 
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how much of it is done, and how much there is."""
+
+
+def no_progress(what: str, done: int, n: int) -> None:
+    """Tells nobody."""
+
+
 TOPS = (1, 2, 5)
 METRICS = ("accuracy", "auroc")
 FLOORS = ("norm", "length", "best_dimension")
 CEILINGS = ("logistic", "bag_of_tokens")
 MIN_TEXTS = 20
 """Texts of a class, and others, that train needs."""
+LEAST_TEXTS = 50
+"""Texts of a question, both kinds and both sides, that leave train so many."""
 
 Rows = NDArray[np.int64]
 
@@ -57,6 +68,8 @@ class PooledSet:
     """One labelled set, encoded and pooled. S texts; the mappings' first key is sinks_in or sinks_out.
 
     class_S   (S,) int64 index into classes
+    splits    (class, seed) → the texts of a question, among the S; none: `draw` makes them of all S
+    n_texts   texts of the whole set, where S are those that were drawn
     codes     arm → one Codes of S rows for each SAE of the arm
     dense     "norm" (S, 1), "length" (S, 1) and "x" (S, D): mean |x|, tokens counted, pooled x
     tokens_SV (S, V) sparse: how often each token id stands in the text
@@ -68,6 +81,8 @@ class PooledSet:
     codes: Mapping[str, Mapping[str, Sequence[Codes]]]
     dense: Mapping[str, Mapping[str, NDArray[Any]]]
     tokens_SV: Any = None
+    splits: Mapping[tuple[int, int], Split] | None = None
+    n_texts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,43 @@ class Split:
     test_R: Rows
     train_label: Labels
     test_label: Labels
+
+    @property
+    def rows(self) -> Rows:
+        """All its texts."""
+        return np.concatenate([self.train_R, self.test_R])
+
+    def among(self, rows_S: Rows) -> Split:
+        """The same question to the texts that are among rows_S (ascending), numbered as they stand there."""
+        train, test = np.isin(self.train_R, rows_S), np.isin(self.test_R, rows_S)
+        train_R, test_R = np.searchsorted(rows_S, self.train_R[train]), np.searchsorted(rows_S, self.test_R[test])
+        return Split(train_R, test_R, self.train_label[train], self.test_label[test])
+
+
+def draw(
+    name: str, classes: Sequence[str], class_S: Rows, seeds: int, max_texts: int, usable_S: Labels | None = None
+) -> dict[tuple[int, int], Split]:
+    """(class, seed) → the texts of each question that can be asked of a labelled set: of two classes about the second
+    alone, the first being its mirror image. usable_S: texts that may be drawn.
+
+    Raises CosaeError where there is no class with 20 train texts and as many others.
+    """
+    row_U = np.flatnonzero(np.ones(len(class_S), dtype=bool) if usable_S is None else usable_S)
+    candidates = [1] if len(classes) == 2 else range(len(classes))
+    drawn = {(c, s): split_of(class_S[row_U], c, s, max_texts) for c in candidates for s in range(seeds)}
+    found = {
+        key: Split(row_U[split.train_R], row_U[split.test_R], split.train_label, split.test_label)
+        for key, split in drawn.items()
+        if split is not None
+    }
+    if not found:
+        count_C = np.bincount(class_S[row_U], minlength=len(classes)).tolist()
+        raise CosaeError(
+            f"{name} has no class with {MIN_TEXTS} train texts and as many others, a fifth being kept for test: a "
+            f"class and its others need {LEAST_TEXTS // 2} texts each. Got {count_C} texts of its classes and "
+            f"max_texts {max_texts}: give more."
+        )
+    return found
 
 
 def split_of(class_S: Rows, wanted: int, seed: int, max_texts: int = 2000, test_frac: float = 0.2) -> Split | None:
@@ -109,15 +161,17 @@ def probe_texts(
     max_texts: int = 2000,
     seed: int = 0,
     n_resamples: int = RESAMPLES,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Every arm of the sets, with sinks in and out, by each rule; what it returns is ready for JSON.
 
     baseline   the arm that others are compared with; the first by default
     seeds      splits drawn, and SAEs of an arm taken in turn: split s reads SAE s mod their number
     max_texts  texts of one question, train and test together
+    progress   told of each question answered
 
-    Returns sets (name, texts, the classes probed), arms, seeds; values[sinks][arm][reading][metric]: (sets × seeds),
-    means over classes, a reading being "RULE/top_K", or "full", or "floor" / "ceiling" of what is no SAE;
+    Returns sets (name, texts, those encoded, the classes probed), arms, seeds;
+    values[sinks][arm][reading][metric]: (sets × seeds), means over classes, a reading being "RULE/top_K", or "full", or "floor" / "ceiling" of what is no SAE;
     summary[sinks][arm][reading][metric]: mean, low, high; paired: rows of arm, versus, sinks, reading, metric,
     difference, low, high; latents[sinks][arm][rule][set][class]: the first ones chosen, by the first seed;
     interval: what was drawn.
@@ -130,17 +184,21 @@ def probe_texts(
     values: dict[str, Any] = {sinks: {} for sinks in SINKS}
     latents: dict[str, Any] = {sinks: {arm: {rule: {} for rule in rules} for arm in arms} for sinks in SINKS}
     described = []
-    for d, one in enumerate(sets):
-        probed = _probed_classes(one)
+    questions = [one.splits or draw(one.name, one.classes, one.class_S, seeds, max_texts) for one in sets]
+    for d, (one, splits) in enumerate(zip(sets, questions, strict=True)):
+        probed = list(dict.fromkeys(c for c, _ in splits))
         for s in range(seeds):
-            found, chosen = _scores(one, probed, arms, rules, tops, full, s, max_texts)
+            progress("answering questions on texts", d * seeds + s, len(sets) * seeds)
+            found, chosen = _scores(one, {c: splits[c, s] for c in probed}, arms, rules, tops, full, s)
             for (sinks, name, reading), means in found.items():
                 by_metric = values[sinks].setdefault(name, {}).setdefault(reading, {})
                 for metric, value in zip(METRICS, means, strict=True):
                     by_metric.setdefault(metric, [[None] * seeds for _ in sets])[d][s] = value
             for (sinks, arm, kind, rule), feature_K in chosen.items() if s == 0 else ():
                 latents[sinks][arm][rule].setdefault(one.name, {})[kind] = feature_K.tolist()
-        described.append({"name": one.name, "texts": len(one.class_S), "classes": [one.classes[c] for c in probed]})
+        n_texts = len(one.class_S) if one.n_texts is None else one.n_texts
+        named = [one.classes[c] for c in probed]
+        described.append({"name": one.name, "texts": n_texts, "encoded": len(one.class_S), "classes": named})
     drawn = crossed_draws(len(sets), seeds, seed, n_resamples)
     over = "sets and seeds" if len(sets) > 1 else "seeds" if seeds > 1 else None
     how = {"sets and seeds": "bootstrap", "seeds": "Student's t", None: None}[over]
@@ -150,11 +208,11 @@ def probe_texts(
     names = [(sinks, arm, reading) for sinks in SINKS for arm in values[sinks] for reading in values[sinks][arm]]
     for (sinks, arm, reading), metric in product(names, METRICS):
         value_DS = np.array(values[sinks][arm][reading][metric])
-        summary[sinks].setdefault(arm, {}).setdefault(reading, {})[metric] = _interval(value_DS, drawn, "mean")
+        summary[sinks].setdefault(arm, {}).setdefault(reading, {})[metric] = _interval(value_DS, drawn, "mean", 0.0)
         if arm in arms and arm != baseline:
             gap_DS = value_DS - np.array(values[sinks][baseline][reading][metric])
             row = {"arm": arm, "versus": baseline, "sinks": sinks, "reading": reading, "metric": metric}
-            paired.append({**row, **_interval(gap_DS, drawn, "difference")})
+            paired.append({**row, **_interval(gap_DS, drawn, "difference", -1.0)})
     return {
         "sets": described,
         "arms": arms,
@@ -170,20 +228,17 @@ def probe_texts(
 
 def _scores(
     one: PooledSet,
-    probed: Sequence[int],
+    splits: Mapping[int, Split],
     arms: Sequence[str],
     rules: Sequence[Rule],
     tops: Sequence[int],
     full: bool,
     seed: int,
-    max_texts: int,
 ) -> tuple[dict[tuple[str, str, str], Array], dict[tuple[str, str, str, Rule], Rows]]:
     """(sinks, arm or reference, reading) → accuracy and AUROC, means over the classes; and the features chosen."""
     found: dict[tuple[str, str, str], list[Array]] = {}
     features: dict[tuple[str, str, str, Rule], Rows] = {}
-    for c, sinks in product(probed, SINKS):
-        split = split_of(one.class_S, c, seed, max_texts)
-        assert split is not None
+    for (c, split), sinks in product(splits.items(), SINKS):
         for arm in arms:
             codes = one.codes[sinks][arm][seed % len(one.codes[sinks][arm])]
             chosen = choose(codes, split, rules, max(tops))
@@ -238,18 +293,6 @@ def _score(x: Any, split: Split) -> Array:
     return np.array([accuracy, rank_quality(logit_M1, split.test_label[:, None])[0][0]])
 
 
-def _probed_classes(one: PooledSet) -> list[int]:
-    """Classes with texts enough; of two classes the second alone, the first being its mirror image."""
-    candidates = [1] if len(one.classes) == 2 else list(range(len(one.classes)))
-    probed = [c for c in candidates if split_of(one.class_S, c, 0) is not None]
-    if not probed:
-        raise CosaeError(
-            f"{one.name} has no class with {MIN_TEXTS} train texts and as many others (a fifth is kept for test). Got "
-            f"{np.bincount(one.class_S, minlength=len(one.classes)).tolist()} texts of its classes: give more."
-        )
-    return probed
-
-
 def _check(sets: Sequence[PooledSet], baseline: str | None, tops: Sequence[int], seeds: int) -> list[str]:
     if not sets or seeds < 1 or not tops or min(tops) < 1:
         raise CosaeError("probing texts needs a labelled set, a seed and a number of features to take. Got none.")
@@ -267,6 +310,6 @@ def _check(sets: Sequence[PooledSet], baseline: str | None, tops: Sequence[int],
     return arms
 
 
-def _interval(value_DS: Array, drawn: Sequence[tuple[Rows, Rows]], name: str) -> dict[str, float | None]:
-    low, high = crossed_interval(value_DS, drawn)
+def _interval(value_DS: Array, drawn: Sequence[tuple[Rows, Rows]], name: str, least: float) -> dict[str, float | None]:
+    low, high = crossed_interval(value_DS, drawn, (least, 1.0))
     return {name: float(value_DS.mean()), "low": low, "high": high}
