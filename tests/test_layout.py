@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -75,3 +76,13 @@ def test_no_test_edits_the_search_path() -> None:
     marks = ("sys" + ".path", "syspath" + "_prepend")
     texts = {path: path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py")}
     assert [path for path, text in texts.items() if any(mark in text for mark in marks)] == []
+
+
+def test_every_file_beside_the_code_is_part_of_the_package() -> None:
+    """setuptools packs .py files and what pyproject.toml lists; .ci/package looks into the wheel itself."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["cosae"]
+    packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".py"}
+    others = {path for path in others if path.parent.name != "__pycache__"}
+    assert {PACKAGE / "py.typed", PACKAGE / "embedded" / "model.safetensors"} <= others == packed

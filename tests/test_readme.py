@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,15 @@ def test_the_readme_says_what_its_figure_shows() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 105
+
+
+def test_the_readme_installs_extras_that_exist() -> None:
+    """.ci/package installs by this line what it has built."""
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    (users,) = re.findall(r'`pip install "cosae\[([a-z,]+)\]"`', README)
+    developers = re.findall(r'-e "\.\[([a-z,]+)\]"', README)
+    assert len(developers) == 2
+    assert {extra for line in (users, *developers) for extra in line.split(",")} <= set(known)
 
 
 @pytest.mark.parametrize("claim", STUDIES)
