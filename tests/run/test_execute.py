@@ -99,8 +99,8 @@ def test_auto_b_fits_itself_to_norms_far_from_root_d() -> None:
 
 
 class FakeWriter:
-    def __init__(self, folder: str) -> None:
-        Path(folder).mkdir()
+    def __init__(self, folder: str, purge_step: int | None = None) -> None:
+        Path(folder).mkdir(exist_ok=True)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         torch.rand(3)  # a careless service may draw from the global generator

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 
 from cosae.errors import CosaeError
 from cosae.recipe import Recipe
+from cosae.report.read import read_run
 from cosae.run import execute as module
-from cosae.run.execute import execute, resume
+from cosae.run.execute import Logs, execute, resume
 from cosae.train import checkpoint, log, loop
 from cosae.train.loop import Interrupted
 from tests.support.tiny_runs import QUIET, assert_same_run, metrics, recipe
@@ -28,6 +30,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from cosae.recipe import Recipe
+from cosae.report.read import read_run
 from cosae.run.execute import Logs, execute
 from cosae.train.log import JsonLines
 from cosae.train.loop import Interrupted
@@ -284,3 +287,140 @@ def test_a_run_on_a_tensor_needs_the_tensor_again(tmp_path: Path, monkeypatch: p
     refused(tmp_path / "run", "sha256", tensor=x_ND + 1)
     resume(tmp_path / "run", QUIET, tensor=x_ND)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------- what was asked at the start
+
+
+def interrupted(out: Path, monkeypatch: pytest.MonkeyPatch, step: int = 17, **asked: Any) -> None:
+    interrupt_after(monkeypatch, step)
+    with pytest.raises(Interrupted):
+        execute(recipe(), out, **{"logs": QUIET, **asked})
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("metrics_only", [False, True])
+def test_a_resumed_run_logs_where_it_was_started_to_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics_only: bool
+) -> None:
+    board: list[tuple[int | None, int]] = []
+    runs: list[tuple[str, str, list[int]]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            self.purge = purge_step
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            board.append((self.purge, step))
+
+        def close(self) -> None: ...
+
+    class Run:
+        def __init__(self, project: str, id: str, **named: Any) -> None:
+            runs.append((project, id, []))
+
+        def log(self, numbers: Any, step: int) -> None:
+            runs[-1][2].append(step)
+
+        def finish(self) -> None: ...
+
+    def services() -> None:
+        for name, kind in (("torch.utils.tensorboard", {"SummaryWriter": Writer}), ("wandb", {"init": Run})):
+            monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**kind))
+
+    out = tmp_path / "run"
+    services()
+    interrupted(out, monkeypatch, logs=Logs(progress=False, tensorboard=True, wandb="norms"))
+    services()
+    resume(out, Logs(progress=False, metrics_only=metrics_only))
+    record = json.loads((out / "run.json").read_text())["logs"]
+    if metrics_only:
+        assert max(step for _, step in board) == 16
+        assert (record["tensorboard"], record["wandb"], len(runs)) == (False, None, 1)
+    else:
+        assert {step for purge, step in board if purge == 18} == set(range(18, 41, 2))
+        assert [project for project, _, _ in runs] == ["norms", "norms"]
+        assert (runs[0][1], runs[1][2]) == (runs[1][1], list(range(18, 41, 2)))  # the same run goes on
+        assert record == {"tensorboard": True, "wandb": "norms", "wandb_run": runs[0][1]}
+
+
+@pytest.mark.parametrize(("asked", "then", "measured"), [(False, None, False), (True, None, True), (False, True, True)])
+def test_a_resumed_run_measures_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool, then: bool | None, measured: bool
+) -> None:
+    out = tmp_path / "run"
+    interrupted(out, monkeypatch, measured=asked)
+    assert (resume(out, QUIET, evaluate=then).evaluation is not None) == measured
+    assert (out / "evaluation.json").exists() == measured
+
+
+# --------------------------------------------------------------------------------- lines lost between the two
+
+
+def cut(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:40])
+
+
+def flip(path: Path) -> None:
+    """One digit of one number."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[4] = lines[4].replace(b'"l0": ', b'"l0": 9', 1)
+    path.write_bytes(b"".join(lines))
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(b"\0" * 99)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "lost", "n"),
+    [(cut, "6 to 16", 6), (flip, "8", 1), (Path.unlink, "1, 2 to 16", 9), (zeros, "1, 2 to 16", 9)],
+    ids=["cut", "changed", "deleted", "zeros"],
+)
+def test_lost_lines_are_named_kept_and_the_run_goes_on_exactly(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Any,
+    lost: str,
+    n: int,
+) -> None:
+    out = tmp_path / "run"
+    interrupted(out, monkeypatch)
+    spoil(out / "metrics.jsonl")
+    found = (out / "metrics.jsonl").read_bytes() if (out / "metrics.jsonl").exists() else None
+    resume(out, QUIET)
+    (warning,) = json.loads((out / "run.json").read_text())["resumed"][0]["warnings"]
+    assert f"{n} of its 9 lines are lost, of steps {lost}" in warning
+    assert warning in capsys.readouterr().err
+    assert warning in read_run(out).warnings  # on the page
+    aside = out / "damaged_metrics.jsonl"
+    assert (aside.read_bytes() if aside.exists() else None) == found
+    steps = [line["step"] for line in metrics(out)]
+    assert metrics(out) == [line for line in metrics(whole) if line["step"] in steps]
+    assert len(steps) == len(metrics(whole)) - n
+    (out / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes())
+    assert_same_run(whole, out)  # all else
+
+
+def test_untouched_lines_go_on_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    interrupted(out, monkeypatch)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 18, "arms": {}}\n{"step": 2')  # after the checkpoint, then torn: a crash leaves this
+    resume(out, QUIET)
+    assert json.loads((out / "run.json").read_text())["resumed"][0]["warnings"] == []
+    assert not list(out.glob("damaged*"))
+
+
+def test_a_change_of_the_exponent_is_unknown_where_its_lines_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    interrupted(out, monkeypatch, 31)
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_bytes(b"".join(line for line in lines if json.loads(line)["step"] != 30))
+    resume(out, QUIET)
+    assert json.loads((out / "run.json").read_text())["arms"]["cosine"]["a_change"] is None

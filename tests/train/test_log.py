@@ -94,7 +94,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def close(self) -> None: ...
 
     logger.close()
-    monkeypatch.setattr(logger._metrics, "_file", Full())
+    monkeypatch.setattr(logger.metrics, "_file", Full())
     with pytest.raises(CosaeError, match=r"metrics.jsonl .*No space left"):
         logger.log(record(1))
 
@@ -110,8 +110,8 @@ def test_tensorboard_gets_every_scalar(tmp_path: Path, monkeypatch: pytest.Monke
     seen: list[tuple[str, float, int]] = []
 
     class SummaryWriter:
-        def __init__(self, folder: str) -> None:
-            assert Path(folder) == tmp_path / "tensorboard"
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            assert (Path(folder), purge_step) == (tmp_path / "tensorboard", None)
 
         def add_scalar(self, tag: str, value: float, step: int) -> None:
             seen.append((tag, value, step))
@@ -136,7 +136,7 @@ def test_absent_services_are_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(CosaeError, match=r"pip install 'cosae\[tensorboard\]'"):
         TensorBoard(tmp_path)
     with pytest.raises(CosaeError, match=r"pip install 'cosae\[wandb\]'"):
-        WandB(tmp_path, "p", {})
+        WandB(tmp_path, "p", {}, "id")
 
 
 def test_wandb_gets_scalars_and_recipe_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,10 +152,11 @@ def test_wandb_gets_scalars_and_recipe_or_says_why_not(tmp_path: Path, monkeypat
     module = types.ModuleType("wandb")
     module.init = lambda **named: (seen.append(named), Run())[1]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
-    logger = WandB(tmp_path, "project", {"k": 4})
+    logger = WandB(tmp_path, "project", {"k": 4}, "1f")
     logger.log(record(3))
     logger.close()
-    assert seen[0] == {"project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"k": 4}}
+    known = {"project": "project", "name": tmp_path.name, "id": "1f", "resume": "allow"}
+    assert seen[0] == {**known, "dir": str(tmp_path), "config": {"k": 4}}
     assert seen[1] == ({f"standard/{m}": v for _, m, v in scalars(record(3))}, 3)
     assert seen[2] == "finished"
 
@@ -164,7 +165,7 @@ def test_wandb_gets_scalars_and_recipe_or_says_why_not(tmp_path: Path, monkeypat
 
     module.init = refuse  # type: ignore[attr-defined]
     with pytest.raises(CosaeError, match=r"W&B could not start \(no network\)"):
-        WandB(tmp_path, "project", {})
+        WandB(tmp_path, "project", {}, "id")
 
 
 def test_description_of_an_arm() -> None:

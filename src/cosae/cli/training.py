@@ -97,6 +97,8 @@ class Resume:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
+    metrics_only: bool = False
+    """Leave out TensorBoard and W&B, where the run was started with them."""
     quiet: bool = False
     """Do not print progress."""
 
@@ -165,7 +167,7 @@ def resume(command: Resume) -> int:
 
     if finished(command.run) and not (command.run / "report.html").exists():
         return report(Report((command.run,)))  # ended while its page was written
-    return _conclude([go_on(command.run, Logs(not command.quiet))], command.run)
+    return _conclude([go_on(command.run, Logs(not command.quiet, metrics_only=command.metrics_only))], command.run)
 
 
 def _conclude(finished: Sequence[Any], out: Path) -> int:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
 from cosae.io.atomic import replaced
+
+Index = list[tuple[int, int]]
+"""Step and CRC of every line of a file."""
 
 
 def finite(value: Any) -> Any:
@@ -30,15 +37,36 @@ class Lines:
 
     Opening it to go on after `resume_step` steps drops the lines after that step, and what a crash tore; a run that
     starts (0) starts an empty file. The file is replaced in one step: a crash while resuming loses no line.
+
+    index    step and CRC of every line so far, for a checkpoint
+    known    the index as the checkpoint holds it, None where it holds none. A line that is not in it is dropped; where
+             there was such a line, or one is lost, the file as it was found is kept beside
+    warning  what was lost, in a sentence; None where nothing was
     """
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, resume_step: int = 0, known: Index | None = None) -> None:
         self.path = path
+        self.index: Index = []
+        left, foreign = Counter(known or ()), 0
+        self.warning: str | None = None
         with self._disk_errors():
-            with replaced(path) as staged, staged.open("w", encoding="utf-8") as kept:
-                if path.exists() and resume_step > 0:
-                    with path.open(encoding="utf-8", errors="replace") as before:
-                        kept.writelines(line for line in before if _until(line, resume_step))
+            with replaced(path) as staged, staged.open("wb") as kept:
+                for step, line in _whole_lines(path) if resume_step > 0 else ():
+                    entry = (step, zlib.crc32(line))
+                    if step > resume_step:
+                        continue
+                    if known is not None and left[entry] == 0:
+                        foreign += 1
+                        continue
+                    left[entry] -= 1
+                    kept.write(line)
+                    self.index.append(entry)
+                if lost := [step for step, _ in left.elements()]:
+                    self.warning = f"{len(lost)} of its {len(known or ())} lines are lost, of steps {_ranges(lost)}"
+                elif foreign:
+                    self.warning = f"{foreign} of its lines are not the run's"
+                if self.warning is not None:
+                    self.warning = f"{path.name} was damaged before the run went on: {self.warning}{_set_aside(path)}."
             self._file = path.open("a", encoding="utf-8")
 
     @contextmanager
@@ -50,9 +78,11 @@ class Lines:
 
     def write(self, record: dict[str, Any]) -> None:
         """One more line; NaN and infinity become null. Raises CosaeError where the disk refuses."""
+        text = json.dumps(finite(record), allow_nan=False) + "\n"
         with self._disk_errors():
-            self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+            self._file.write(text)
             self._file.flush()
+        self.index.append((record["step"], zlib.crc32(text.encode())))
 
     def sync(self) -> None:
         """All lines so far survive a power cut: before a checkpoint is written. Raises CosaeError."""
@@ -65,9 +95,37 @@ class Lines:
             self._file.close()
 
 
-def _until(line: str, last_step: int) -> bool:
-    """Whether a line is complete and of a step up to the last."""
-    try:
-        return line.endswith("\n") and bool(json.loads(line)["step"] <= last_step)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are whole, with their steps; none where there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                step = json.loads(line)["step"]
+                if line.endswith(b"\n") and isinstance(step, int):
+                    yield step, line
+
+
+def _set_aside(path: Path) -> str:
+    """Copy a damaged file beside itself under a free name; says under which."""
+    if not path.exists():
+        return ""
+    names = (path.with_name(f"damaged_{f'{i}_' if i else ''}{path.name}") for i in itertools.count())
+    aside = next(name for name in names if not name.exists())
+    shutil.copyfile(path, aside)
+    return f"; {aside.name} is the file as it was found"
+
+
+def _ranges(steps: Sequence[int], shown: int = 6) -> str:
+    """1, 10 to 50, 90: steps as they follow one another at the commonest distance."""
+    steps = sorted(set(steps))
+    gap = Counter(b - a for a, b in itertools.pairwise(steps)).most_common(1)
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and gap and step - runs[-1][-1] == gap[0][0]:
+            runs[-1] = [runs[-1][0], step]
+        else:
+            runs.append([step])
+    words = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ", ".join(words[:shown]) + (f" and {len(words) - shown} more stretches" if len(words) > shown else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from cosae.activations.stream import ActivationStream
 from cosae.errors import CosaeError, sentences
 from cosae.io.escape import printable
 from cosae.io.generators import generator_state, restore_generators
-from cosae.io.lines import Lines
+from cosae.io.lines import Index, Lines
 from cosae.io.lock import hold
 from cosae.io.signals import Stop, stop_on_signals
 from cosae.io.values import from_plain, to_plain
@@ -55,6 +56,17 @@ class Logs:
     tensorboard: bool = False
     wandb: str | None = None
     """W&B project; None does not log there."""
+    metrics_only: bool = False
+    """Of a resumed run: whether to leave out the loggers it was started with."""
+
+    def since(self, record: Mapping[str, Any]) -> Logs:
+        """With the loggers a run was started with, as its run.json says."""
+        logs = record.get("logs") or {}
+        if self.metrics_only or not isinstance(logs, Mapping):
+            return self
+        return replace(
+            self, tensorboard=self.tensorboard or bool(logs.get("tensorboard")), wandb=self.wandb or logs.get("wandb")
+        )
 
 
 def execute(
@@ -78,23 +90,29 @@ def execute(
     if data is None:
         data = dataset_of(recipe, tensor)
         check_run(recipe, data, out)
-    run = _Run(recipe, data, out, logs or Logs())
+    run = _Run(recipe, data, out, logs or Logs(), measured)
     try:
         if out is None:
-            return run.go(measured)
+            return run.go()
         with hold(out):
             check_free(out)  # nobody else came first
             run.write_record("running")
             write_recipe(out, run.recipe)
-            return run.go(measured)
+            return run.go()
     finally:
         run.close()
 
 
-def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | ArrayLike | None = None) -> Finished:
+def resume(
+    out: str | Path,
+    logs: Logs | None = None,
+    tensor: Tensor | ArrayLike | None = None,
+    evaluate: bool | None = None,
+) -> Finished:
     """Go on with the run in `out` from its last whole checkpoint, to the same end as without the interruption.
 
-    A run that ended before its first checkpoint begins again, and so ends the same too.
+    A run that ended before its first checkpoint begins again, and so ends the same too. It logs where it was started to
+    log, and measures at its end if it was started so (`evaluate` says otherwise).
 
     tensor: the activations (N, D) of a run that was started on a tensor or array in memory; None for all others.
     Raises CosaeError where there is no run, none of its checkpoints is whole, the run is finished, another process
@@ -117,12 +135,13 @@ def resume(out: str | Path, logs: Logs | None = None, tensor: Tensor | ArrayLike
         check_device(recipe.device)
         data = dataset_of(recipe, None if tensor is None else as_matrix(tensor))
         check_run(recipe, data, out, begun=True)
-        run = _Run(recipe, data, out, logs or Logs())
+        measured = bool(record.get("evaluate", True)) if evaluate is None else evaluate
+        run = _Run(recipe, data, out, (logs or Logs()).since(record), measured)
         try:
             run.restore(record)
             if not known:
                 write_recipe(out, run.recipe)
-            return run.go(True)
+            return run.go()
         finally:
             run.close()
 
@@ -143,9 +162,9 @@ class _Records:
 class _Run:
     """What one execution holds while it goes: data, stream, arms, and where it writes."""
 
-    def __init__(self, recipe: Recipe, data: Dataset, out: Path | None, logs: Logs) -> None:
+    def __init__(self, recipe: Recipe, data: Dataset, out: Path | None, logs: Logs, measured: bool) -> None:
         torch.manual_seed(recipe.training.seed)
-        self.data, self.out, self.logs = data, out, logs
+        self.data, self.out, self.logs, self.measured = data, out, logs, measured
         self.recipe = recipe = replace(recipe.resolved(data.d_in), data=data.resolved())
         recipe.check()  # widths are known now
         training = recipe.training
@@ -174,6 +193,9 @@ class _Run:
         self._records = _Records()
         self.start, self.seconds = 0, 0.0
         self.started_at = provenance.now()
+        self.wandb_run = uuid.uuid4().hex[:12]
+        self._known_lines: dict[str, Index] = {}
+        self._lines: dict[str, Lines] = {}
         self.resumed: list[dict[str, Any]] = []
 
     def restore(self, record: Mapping[str, Any]) -> None:
@@ -194,9 +216,12 @@ class _Run:
             if "random" in parts:
                 restore_generators(parts["random"])
             quarantine(self.out, self.start)
+            known = numbers.get("lines", {})
+            self._known_lines = {name: [(step, crc) for step, crc in index] for name, index in known.items()}
         for warning in warnings:
             print(warning, file=sys.stderr, flush=True)  # with or without a progress display
         self.started_at = record.get("started_at") or self.started_at
+        self.wandb_run = (record.get("logs") or {}).get("wandb_run") or self.wandb_run
         self.resumed = [*record.get("resumed", []), {"at": provenance.now(), "step": self.start, "warnings": warnings}]
 
     def _check_unchanged(self, begun_with: Recipe | None) -> None:
@@ -206,7 +231,7 @@ class _Run:
             what = f"the recipe in {self.out}/{RECIPE} is not the one this run was started with"
             raise CosaeError(f"{what}: it differs in {', '.join(changed)}. Put it back, or start another run.")
 
-    def go(self, measured: bool) -> Finished:
+    def go(self) -> Finished:
         """Train, calibrate, save, measure; Ctrl-C and SIGTERM save first."""
         try:
             with stop_on_signals(loud=self.logs.progress) as stop:
@@ -215,7 +240,7 @@ class _Run:
                     raise Interrupted(self.recipe.training.steps)
                 # nothing is left to save: the next signal stops at once
                 stop.at_once = KeyboardInterrupt() if self.out is None else Interrupted(self.recipe.training.steps)
-                return self._finish(measured)
+                return self._finish()
         except (KeyboardInterrupt, CosaeError) as end:
             with suppress(CosaeError):  # a full disk: what stopped the run is what is said
                 self.write_record("failed" if isinstance(end, CosaeError) else "interrupted")
@@ -234,9 +259,8 @@ class _Run:
             self._log(warning)
         names = [state.arm.name for state in self.states]
         progress = Progress(training.steps, training.batch_tokens, names, self.start, self.logs.progress)
-        loggers = self._loggers(progress)
-        events = None if self.out is None else Lines(self.out / folder.EVENTS, self.start)
-        self._lines = [logger for logger in (*loggers, events) if isinstance(logger, JsonLines | Lines)]
+        loggers: list[Logger] = [progress, *self._loggers()]
+        events = self._lines.get(folder.EVENTS)
 
         def on_event(event: dict[str, Any]) -> None:
             progress.event(event)
@@ -270,7 +294,7 @@ class _Run:
         self.stream.close()
         self.data.close()
 
-    def _finish(self, measured: bool) -> Finished:
+    def _finish(self) -> Finished:
         self._log("calibrating inference thresholds")
         saes = {state.arm.name: state.sae for state in self.states}
         calibrations = self._calibrate(saes)
@@ -279,7 +303,7 @@ class _Run:
             if self.out is not None:
                 save(sae, self.out / folder.ARMS / name, self.stream.sample_ND[:8])
         evaluation = None
-        if measured:
+        if self.measured:
             evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, self._log)
             if self.out is not None:
                 write_json(self.out / folder.EVALUATION, evaluation)
@@ -300,7 +324,9 @@ class _Run:
         finished = status == "finished"
         moving = exponent_changes(self.recipe, self._records.lines, self.out) if finished else {}
         found = run_record(status, self.recipe, self.data, self.stream, self.states, calibrations or {}, moving)
-        record = {**found, "started_at": self.started_at, "resumed": self.resumed, "seconds": self.seconds}
+        logs = {"tensorboard": self.logs.tensorboard, "wandb": self.logs.wandb, "wandb_run": self.wandb_run}
+        asked = {"logs": logs, "evaluate": self.measured}
+        record = {**found, **asked, "started_at": self.started_at, "resumed": self.resumed, "seconds": self.seconds}
         if self.out is not None:
             write_json(self.out / RUN, record)
         return record
@@ -310,22 +336,31 @@ class _Run:
         whole = self.stream.state()
         tensors = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
         plain = {key: value for key, value in whole.items() if key not in tensors}
-        for lines in self._lines:
+        for lines in self._lines.values():
             lines.sync()
+        index = {name: one.index for name, one in self._lines.items()}
         parts = {"stream": tensors, "random": generator_state()}
         parts |= {f"arm.{s.arm.name}": s.tensors() for s in self.states}
         arms = {s.arm.name: s.numbers() for s in self.states}
-        numbers = {"seconds": seconds, "recipe": to_plain(self.recipe), "stream": plain, "arms": arms}
+        numbers = {"seconds": seconds, "recipe": to_plain(self.recipe), "stream": plain, "arms": arms, "lines": index}
         write_checkpoint(self.out, step, parts, numbers)
 
-    def _loggers(self, progress: Progress) -> list[Logger]:
+    def _loggers(self) -> list[Logger]:
+        """Beside the progress display. Damage of the files to go on with is said and recorded."""
         if self.out is None:
-            return [progress, self._records]
-        loggers: list[Logger] = [progress, JsonLines(self.out / folder.METRICS, self.start)]
+            return [self._records]
+        metrics = JsonLines(self.out / folder.METRICS, self.start, self._known_lines)
+        events = Lines(self.out / folder.EVENTS, self.start, self._known_lines.get(folder.EVENTS))
+        self._lines = {one.path.name: one for one in (metrics.metrics, metrics.timing, events)}
+        for warning in [one.warning for one in self._lines.values() if one.warning is not None]:
+            print(warning, file=sys.stderr, flush=True)  # with or without a progress display
+            self.resumed[-1]["warnings"].append(warning)
+        self.write_record("running")
+        loggers: list[Logger] = [metrics]
         if self.logs.tensorboard:
-            loggers.append(TensorBoard(self.out))
+            loggers.append(TensorBoard(self.out, self.start))
         if self.logs.wandb is not None:
-            loggers.append(WandB(self.out, self.logs.wandb, to_plain(self.recipe)))
+            loggers.append(WandB(self.out, self.logs.wandb, to_plain(self.recipe), self.wandb_run))
         return loggers
 
     def _log(self, text: str) -> None:

@@ -6,6 +6,7 @@ A logger reads numbers and changes nothing: with it or without, weights are bit-
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from cosae.errors import CosaeError
 from cosae.io.escape import printable
-from cosae.io.lines import Lines
+from cosae.io.lines import Index, Lines
 
 TIMING = "timing.jsonl"
 
@@ -29,34 +30,32 @@ class JsonLines:
     """metrics.jsonl: what was measured, the same to the bit however often the run was interrupted; timing.jsonl beside
     it: {"step", "seconds"}, which no two runs share."""
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        self._metrics = Lines(path, resume_step)
-        self._timing = Lines(path.with_name(TIMING), resume_step)
+    def __init__(self, path: Path, resume_step: int = 0, known: Mapping[str, Index] | None = None) -> None:
+        known = known or {}
+        self.metrics, self.timing = (
+            Lines(place, resume_step, known.get(place.name)) for place in (path, path.with_name(TIMING))
+        )
 
     def log(self, record: dict[str, Any]) -> None:
-        self._metrics.write({key: value for key, value in record.items() if key != "seconds"})
-        self._timing.write({"step": record["step"], "seconds": record["seconds"]})
-
-    def sync(self) -> None:
-        """As `Lines.sync`."""
-        self._metrics.sync()
-        self._timing.sync()
+        self.metrics.write({key: value for key, value in record.items() if key != "seconds"})
+        self.timing.write({"step": record["step"], "seconds": record["seconds"]})
 
     def close(self) -> None:
-        self._metrics.close()
-        self._timing.close()
+        self.metrics.close()
+        self.timing.close()
 
 
 class TensorBoard:
-    """Scalars under ARM/METRIC in the run's folder tensorboard/. Needs the extra `cosae[tensorboard]`."""
+    """Scalars under ARM/METRIC in the run's folder tensorboard/. Needs the extra `cosae[tensorboard]`.
 
-    def __init__(self, run: Path) -> None:
+    start: steps that are done; what was logged of later ones, before an interruption, is no longer shown."""
+
+    def __init__(self, run: Path, start: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            hint = "pip install 'cosae[tensorboard]', or leave it out"
-            raise CosaeError(f"TensorBoard is not installed: {hint}.") from None
-        self._writer = SummaryWriter(str(run / "tensorboard"))
+            raise CosaeError(f"TensorBoard is not installed: {_hint('tensorboard')}.") from None
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
 
     def log(self, record: dict[str, Any]) -> None:
         for name, metric, value in scalars(record):
@@ -67,17 +66,20 @@ class TensorBoard:
 
 
 class WandB:
-    """Scalars under ARM/METRIC in a W&B run. Needs the extra `cosae[wandb]`; WANDB_MODE=offline works."""
+    """Scalars under ARM/METRIC in a W&B run. Needs the extra `cosae[wandb]`; WANDB_MODE=offline works.
 
-    def __init__(self, run: Path, project: str, recipe: dict[str, Any]) -> None:
+    name: the run's id within the project; a run of this id that is there already is gone on with."""
+
+    def __init__(self, run: Path, project: str, recipe: dict[str, Any], name: str) -> None:
         try:
             import wandb
         except ImportError:
-            raise CosaeError("W&B is not installed: pip install 'cosae[wandb]', or leave it out.") from None
+            raise CosaeError(f"W&B is not installed: {_hint('wandb')}.") from None
         try:
-            self._run = wandb.init(project=project, name=run.name, dir=str(run), config=recipe)
+            known = {"project": project, "name": run.name, "id": name, "resume": "allow"}
+            self._run = wandb.init(**known, dir=str(run), config=recipe)
         except Exception as error:
-            hint = "log in, set WANDB_MODE=offline, or leave it out"
+            hint = "log in, set WANDB_MODE=offline, or leave it out (`cosae resume --metrics-only`)"
             raise CosaeError(f"W&B could not start ({error}): {hint}.") from None
 
     def log(self, record: dict[str, Any]) -> None:
@@ -85,6 +87,10 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _hint(extra: str) -> str:
+    return f"pip install 'cosae[{extra}]', or leave it out (`cosae resume --metrics-only`)"
 
 
 def scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:

@@ -6,6 +6,7 @@ any step continues to the bit. Ctrl-C and SIGTERM end the step in progress, save
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -184,9 +185,12 @@ def _record(
 def exponent_moving(path: Sequence[tuple[int, float]], config: TrainingConfig) -> float | None:
     """Change of the mean exponent over the last tenth of the steps at full learning rate; None where unknown.
 
-    path: (step, mean a) as logged. Beyond ±MOVING the run ended before a found its place: a value still moving is
-    no finding, since Adam moves a scalar by at most about lr per step.
+    path: (step, mean a) as logged; unknown too where a line is missing. Beyond ±MOVING the run ended before a found its
+    place: a value still moving is no finding, since Adam moves a scalar by at most about lr per step.
     """
     end = config.steps * (1 - config.optimizer.decay_frac)
-    late = [a for step, a in path if 0.9 * end <= step <= end]
-    return late[-1] - late[0] if len(late) >= 2 and all(math.isfinite(a) for a in late) else None
+    late = [(step, a) for step, a in path if 0.9 * end <= step <= end]
+    marks = [0.9 * end, *(step for step, _ in late), end]
+    if len(late) < 2 or max(b - a for a, b in itertools.pairwise(marks)) > config.log_every:
+        return None
+    return late[-1][1] - late[0][1] if all(math.isfinite(a) for _, a in late) else None
