@@ -171,7 +171,8 @@ def probe_texts(
     progress   told of each question answered
 
     Returns sets (name, texts, those encoded, the classes probed), arms, seeds;
-    values[sinks][arm][reading][metric]: (sets × seeds), means over classes, a reading being "RULE/top_K", or "full", or "floor" / "ceiling" of what is no SAE;
+    values[sinks][arm][reading][metric]: (sets × seeds), means over classes, a reading being "RULE/top_K", or "full",
+    or "floor" / "ceiling" of what is no SAE;
     summary[sinks][arm][reading][metric]: mean, low, high; paired: rows of arm, versus, sinks, reading, metric,
     difference, low, high; latents[sinks][arm][rule][set][class]: the first ones chosen, by the first seed;
     interval: what was drawn.
