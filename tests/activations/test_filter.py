@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary
+from cosae.activations.filter import Filter, FilterKind, FilterPolicy, describe_sinks, fit, norm_summary
 from cosae.activations.sample import Sample
 from cosae.activations.sinks import median_norm, sink_mask
 from cosae.activations.store.reader import Store
@@ -129,3 +129,34 @@ def test_one_median_tells_the_sinks_everywhere(tmp_path: Path, zeros: int) -> No
     assert medians == [390.0] * 4
     sinks = int((~fitted.keep(given)).sum()), int(Sample.of(given).sink_N.sum()), store.statistics["sinks"]["any"]
     assert sinks == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "kept"),
+    [
+        ("none", "with filter none they dominate loss and FVE (99 % of the squared norm)", 0.02),
+        ("norm", "the filter norm leaves them out of training", 0.0),
+        (
+            "position_0",
+            "with filter position_0 those it keeps (1 %) dominate loss and FVE (98 % of the squared norm)",
+            0.01,
+        ),
+    ],
+)
+def test_what_a_filter_does_with_sinks_is_one_sentence(kind: FilterKind, words: str, kept: float) -> None:
+    norm_N = torch.ones(200)
+    norm_N[:4] = torch.tensor([90.0, 50.0, 90.0, 50.0])
+    window = replace(Activations.bare(torch.nn.functional.pad(norm_N[:, None], (0, 1))), norm_N=norm_N)
+    window.position_N[:] = torch.arange(200, dtype=window.position_N.dtype) % 100 + 1
+    window.position_N[:2] = 0
+    policy = FilterPolicy(kind)
+    found = describe_sinks(window, fit(policy, norm_N))
+    assert found["text"].startswith("2 % of tokens are attention sinks, up to 90 × the median norm; ")
+    assert found["text"].endswith(words)
+    assert (found["share"], found["kept"], found["largest_over_median"]) == (0.02, kept, 90.0)
+
+
+def test_no_sinks_are_a_short_line() -> None:
+    window = Activations.bare(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]))
+    found = describe_sinks(window, fit(FilterPolicy("none"), window.norm_N))
+    assert (found["text"], found["share"]) == ("no attention sinks: the largest norm is 1.5 × the median", 0.0)

@@ -19,6 +19,7 @@ from cosae.activations.synthetic import World
 from cosae.errors import CosaeError
 from cosae.io.values import from_plain
 from cosae.recipe import Recipe
+from cosae.report.read import read_run
 from cosae.run import measure
 from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Logs, execute
@@ -346,3 +347,32 @@ def test_a_shift_at_deployment_only_is_met_by_thresholds_set_without_it() -> Non
     assert l0(shifted, "gated") == pytest.approx(l0(calm, "gated"), rel=0.15)
     on_a_model = recipe(perturbation=shift, inject_into="training").changed({"data.world": None})
     assert describe_setting(on_a_model).endswith("in training only")
+
+
+@pytest.mark.parametrize("kind", ["none", "norm"])
+def test_sinks_are_said_after_the_first_window_and_both_fves_while_they_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    out = tmp_path / "run"
+    execute(replace(recipe(**{"filter.kind": kind}), arms=ARMS[:1]), out, logs=Logs(progress=True))
+    shown, events = capsys.readouterr().err, (out / "events.jsonl").read_text().splitlines()
+    text = json.loads((out / "run.json").read_text())["sinks"]["text"]
+    assert "% of tokens are attention sinks, up to" in text
+    assert ("with filter none they dominate loss and FVE" in text) == (kind == "none")
+    assert ("the filter norm leaves them out of training" in text) == (kind == "norm")
+    assert shown.count(text) == 1
+    assert shown.index(text) < shown.index("step 1/40")
+    assert (json.loads(events[0])["step"], json.loads(events[0])["text"]) == (0, text)
+    assert text in read_run(out).warnings
+    assert ("(sinks out " in shown) == (kind == "none")
+    last = metrics(out)[-1]["arms"]["standard"]
+    assert ("fve_sinks_out" in last) == (kind == "none")
+    assert kind == "norm" or last["fve_sinks_out"] < last["fve"] - 0.05
+
+
+def test_without_sinks_no_record_or_event_of_them(tmp_path: Path) -> None:
+    calm = World(d_in=16, n_features=32, l0=3, norm="none")
+    small = replace(recipe(**{"data.world": calm, "training.steps": 4, "filter.kind": "none"}), arms=ARMS[:1])
+    execute(small, tmp_path / "run", logs=QUIET)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["sinks"] is None
+    assert (tmp_path / "run" / "events.jsonl").read_text() == ""

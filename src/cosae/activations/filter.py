@@ -12,7 +12,7 @@ filtered sinks, most analyses did not).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -128,6 +128,32 @@ def norm_summary(window: Activations, filter: Filter) -> NormSummary:
         total_variance=_total_variance(window.x_ND, keep_N),
         filtered_frac=1.0 - float(keep_N.double().mean()),
     )
+
+
+def describe_sinks(window: Activations, filter: Filter) -> dict[str, Any]:
+    """The tokens of a window with at least `factor` × its median norm, as an event: numbers, and "text", a sentence.
+
+    share, kept  of all tokens, before and after the filter;  energy  their share of the kept tokens' summed |x|²
+    """
+    policy, median = filter.policy, median_norm(window.norm_N)
+    large_N, keep_N = window.norm_N >= policy.factor * median, filter.keep(window)
+    over = float(window.norm_N.max()) / median if median > 0 else 1.0
+    large_N &= torch.tensor(median > 0, device=large_N.device)
+    square_N = window.norm_N.double().square() * keep_N
+    numbers = {
+        "share": float(large_N.double().mean()),
+        "largest_over_median": over,
+        "kept": float((large_N & keep_N).double().mean()),
+        "energy": float(square_N[large_N].sum() / square_N.sum().clamp_min(1e-300)),
+    }
+    if not numbers["share"]:
+        return {"kind": "sinks", **numbers, "text": f"no attention sinks: the largest norm is {over:.3g} × the median"}
+    text = f"{100 * numbers['share']:.2g} % of tokens are attention sinks, up to {over:.3g} × the median norm"
+    if not numbers["kept"]:
+        return {"kind": "sinks", **numbers, "text": f"{text}; the filter {policy.kind} leaves them out of training"}
+    which = "they" if numbers["kept"] == numbers["share"] else f"those it keeps ({100 * numbers['kept']:.2g} %)"
+    what = f"with filter {policy.kind} {which} {'dominate' if numbers['energy'] > 0.5 else 'weigh on'} loss and FVE"
+    return {"kind": "sinks", **numbers, "text": f"{text}; {what} ({100 * numbers['energy']:.2g} % of the squared norm)"}
 
 
 def _total_variance(x_ND: Tensor, keep_N: Tensor, rows: int = 8192) -> float:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cosae.activations import perturbation as perturbations
 from cosae.activations.digest import chain
-from cosae.activations.filter import Filter, FilterPolicy, fit, norm_summary
+from cosae.activations.filter import Filter, FilterPolicy, describe_sinks, fit, norm_summary
 from cosae.activations.monitor import StreamMonitor
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.prefetch import Prefetcher
@@ -92,6 +92,7 @@ class ActivationStream:
     After construction:
     filter      Filter       the fitted policy
     norm_summary  NormSummary    of the first window, before the filter
+    sinks       dict           an event: which share of it are attention sinks, and what the filter does with them
     monitor     StreamMonitor  what was dropped, and events: rows that are not finite, norms that shifted
     sample_ND   (≤ 16384, D) fp32, evenly spaced kept rows of the first window, for initialisation
     Looking at the window takes nothing from training: its tokens are handed out like all others.
@@ -99,6 +100,7 @@ class ActivationStream:
 
     filter: Filter
     norm_summary: NormSummary
+    sinks: dict[str, Any]
 
     def __init__(
         self,
@@ -157,6 +159,11 @@ class ActivationStream:
     def n_tokens(self) -> int:
         """Tokens handed out so far."""
         return self.n_batches * self.batch_tokens
+
+    @property
+    def sink_norm(self) -> float | None:
+        """Norm from which on a token in a batch is a sink; None where the filter left none in the first window."""
+        return self.filter.policy.factor * self.filter.median_norm if self.sinks["kept"] else None
 
     @property
     def digest(self) -> str:
@@ -288,6 +295,7 @@ class ActivationStream:
             )
         self.filter = fit(policy, window.norm_N)
         self.norm_summary = norm_summary(window, self.filter)
+        self.sinks = describe_sinks(window, self.filter)
         kept = self.filter.keep(window).nonzero().flatten()
         spaced = torch.linspace(0, len(kept) - 1, min(len(kept), SAMPLE_ROWS), dtype=torch.float64).long()
         self.sample_ND: Tensor = window.x_ND[kept[spaced.to(kept.device)]].float().to(self.device)

@@ -255,12 +255,14 @@ class _Run:
         """All steps that are left, and a checkpoint after the last."""
         training = self.recipe.training
         self.write_record("running")
-        for warning in self.data.warnings:
-            self._log(warning)
+        for line in (*self.data.warnings, self.stream.sinks["text"]):
+            self._log(line)
         names = [state.arm.name for state in self.states]
         progress = Progress(training.steps, training.batch_tokens, names, self.start, self.logs.progress)
         loggers: list[Logger] = [progress, *self._loggers()]
         events = self._lines.get(folder.EVENTS)
+        if events is not None and self.start == 0 and self.stream.sinks["share"]:
+            events.write({"step": 0, "arm": None, **self.stream.sinks})
 
         def on_event(event: dict[str, Any]) -> None:
             progress.event(event)

@@ -46,6 +46,7 @@ def run_record(
         "stream_digest": stream.digest,
         "tokens": stream.n_tokens,
         "norm_summary": asdict(stream.norm_summary),
+        "sinks": stream.sinks if stream.sinks["share"] else None,
         "filter": to_plain(stream.filter),
         "non_finite": stream.monitor.metadata(),
         "source": data.describe(),

@@ -177,10 +177,8 @@ class Progress:
 
 
 def describe(numbers: dict[str, Any]) -> str:
-    """Loss, FVE, L0, dead share and a of one arm in a line."""
-    a = numbers.get("a")
-    text = (
-        f"loss {numbers['loss']:.4f}  FVE {numbers['fve']:.3f}  L0 {numbers['l0']:5.1f}  "
-        f"dead {100 * numbers['dead_frac']:4.1f} %"
-    )
+    """Loss, FVE (without attention sinks too, where they are trained on), L0, dead share and a of one arm in a line."""
+    a, calm = numbers.get("a"), numbers.get("fve_sinks_out")
+    fve = f"{numbers['fve']:.3f}" if calm is None else f"{numbers['fve']:.3f} (sinks out {calm:.3f})"
+    text = f"loss {numbers['loss']:.4f}  FVE {fve}  L0 {numbers['l0']:5.1f}  dead {100 * numbers['dead_frac']:4.1f} %"
     return text if a is None else f"{text}  a {a:+.3f}"

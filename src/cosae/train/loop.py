@@ -89,7 +89,7 @@ def train(
     """
     with stop_on_signals() if stop is None else nullcontext(stop) as stop:
         notify = on_event or (lambda event: None)
-        monitor = getattr(stream, "monitor", None)
+        monitor, sink_norm = getattr(stream, "monitor", None), getattr(stream, "sink_norm", None)
         begun = time.perf_counter() - seconds
         saved = start
         workspace = Workspace()
@@ -108,7 +108,8 @@ def train(
             scale = lr_scale(step, config.steps, config.optimizer)
             logged = done % config.log_every == 0 or done == config.steps or step == 0
             numbers = {}
-            rows, print_ = Batch.of(batch.x_ND), fingerprint(batch)
+            sink_B = None if sink_norm is None else batch.norm_N >= sink_norm
+            rows, print_ = Batch.of(batch.x_ND, sink_B), fingerprint(batch)
             for state in states:
                 if state.stopped is not None:
                     continue

@@ -160,21 +160,28 @@ class Batch:
     """x (B, d_in) fp32 and what every arm asks of it: arms in lockstep work it out once.
 
     live_B (B,) bool: rows that are not all zero;  spread () |x − batch mean|² over live rows.
+    calm_B, calm_spread  the same without attention sinks; None where it is not asked which rows are
     """
 
     x_BD: Tensor
     live_B: Tensor
     spread: Tensor
+    calm_B: Tensor | None = None
+    calm_spread: Tensor | None = None
 
     @classmethod
-    def of(cls, x_BD: Tensor) -> Batch:
+    def of(cls, x_BD: Tensor, sink_B: Tensor | None = None) -> Batch:
         """These rows with what every arm asks of them."""
         live_B = live_rows(x_BD)
         mean_D = x_BD.sum(0) / live_B.sum().clamp_min(1)
         # masked rows are zero and would count |mean|² each
         masked = (~live_B).sum() * mean_D.square().sum()
         distance_B = torch.linalg.vector_norm(x_BD - mean_D, dim=-1)
-        return cls(x_BD, live_B, distance_B.square().sum() - masked)
+        spread = distance_B.square().sum() - masked
+        if sink_B is None:
+            return cls(x_BD, live_B, spread)
+        calm_ND = x_BD[calm_B := live_B & ~sink_B]
+        return cls(x_BD, live_B, spread, calm_B, (calm_ND - calm_ND.mean(0)).square().sum())
 
 
 def train_step(
@@ -189,7 +196,8 @@ def train_step(
     sae, arm = state.sae, state.arm
     batch = x_BD if isinstance(x_BD, Batch) else Batch.of(x_BD)
     if arm.input_noise != 1.0:
-        batch = Batch.of(input_noise(batch.x_BD, arm.input_noise, arm.seed or 0, step))
+        sink_B = None if batch.calm_B is None else batch.live_B & ~batch.calm_B
+        batch = Batch.of(input_noise(batch.x_BD, arm.input_noise, arm.seed or 0, step), sink_B)
     output = sae.train_forward(batch.x_BD, state.hint, batch.live_B, state.cache)
     fired_F, n_fired = _fired(sae, output)
     n_live = output.framed.live_B.sum()
@@ -229,7 +237,7 @@ def train_step(
         "grad_norm": grad_norm,
         "l0": l0,
         "dead_frac": dead_F.float().mean() if has_dead else 0.0,
-        "fve": _batch_fve(output, batch),
+        **_batch_fve(output, batch),
     }
 
 
@@ -242,10 +250,17 @@ def _fired(sae: SAE, output: TrainOutput) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
-def _batch_fve(output: TrainOutput, batch: Batch) -> Tensor:
-    """1 − |x − x̂|² / |x − batch mean|² in raw units, masked rows left out: a training-time glance, not the metric."""
-    error = losses.squared_error(output, output.error[-1], "raw")[batch.live_B].sum()
-    return 1 - error / batch.spread.clamp_min(losses.DENOMINATOR_MIN)
+def _batch_fve(output: TrainOutput, batch: Batch) -> dict[str, Tensor]:
+    """1 − |x − x̂|² / |x − batch mean|² in raw units, masked rows left out: a training-time glance, not the metric.
+
+    Where it is known which rows are sinks, without them too.
+    """
+    error_B = losses.squared_error(output, output.error[-1], "raw")
+    found = {"fve": 1 - error_B[batch.live_B].sum() / batch.spread.clamp_min(losses.DENOMINATOR_MIN)}
+    if batch.calm_B is not None and batch.calm_spread is not None:
+        calm = error_B[batch.calm_B].sum() / batch.calm_spread.clamp_min(losses.DENOMINATOR_MIN)
+        found["fve_sinks_out"] = 1 - calm if bool(batch.calm_B.any()) else calm.new_tensor(math.nan)
+    return found
 
 
 @torch.no_grad()
