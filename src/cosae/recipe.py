@@ -172,6 +172,18 @@ class Recipe(Shown):
         """Raises CosaeError for arms that no SAE can be, as far as that is known before the data are read."""
         self._filled(self.d_sae)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed and may not be what was meant."""
+        steps, optimizer = self.training.steps, self.training.optimizer
+        if optimizer.warmup_steps <= steps * (1 - optimizer.decay_frac):
+            return []
+        return [
+            f"of {steps} steps the first {optimizer.warmup_steps} are the warm-up and the last "
+            f"{optimizer.decay_frac:.0%} the decay: the learning rate never reaches {optimizer.lr:g}. Take more steps, "
+            "or lower training.optimizer.warmup_steps."
+        ]
+
     def resolved(self, d_in: int) -> Recipe:
         """The recipe with every open field of its arms filled in, given the width of the activations."""
         d_sae = self.d_sae or 16 * d_in

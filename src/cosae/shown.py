@@ -55,3 +55,9 @@ def html_table(caption: str, rows: Sequence[Sequence[object]], head: Sequence[st
         cells = "".join(f"<td style='text-align:left'>{escape(in_words(value))}</td>" for value in rest)
         lines.append(f"<tr><th style='text-align:left'>{escape(in_words(first))}</th>{cells}</tr>")
     return f"<table><caption>{escape(in_words(caption))}</caption>{''.join(lines)}</table>"
+
+
+def counted(number: int, what: str) -> str:
+    """A number with its noun: 1 document, 12,000 documents, 2 batches."""
+    ending = "" if number == 1 else "es" if what.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number:,} {what}{ending}"

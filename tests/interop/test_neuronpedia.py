@@ -207,7 +207,7 @@ def test_dead_features_and_features_that_fire_at_the_first_token_only(model: Any
     assert plan.dead >= 1
     assert plan.features + plan.dead == 48
     assert plan.source == "2-cosae-res-48"
-    assert "dead features have nothing to show" in str(plan)
+    assert "1 dead feature left out: nothing to show" in str(plan)
 
 
 @pytest.mark.parametrize(

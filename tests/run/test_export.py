@@ -51,7 +51,7 @@ def test_neuronpedia_from_the_command_line(place: Path, tmp_path: Path, capsys: 
     status, said, progress = run(capsys, *common, *options)
     assert status == 0
     assert f"{out}: " in said
-    assert "in 1 batches for source 1-mine of model little" in said
+    assert "in 1 batch for source 1-mine of model little" in said
     assert said.strip().endswith("Nothing was sent; --upload sends it.")
     assert "wrote 1 of 1 batches" in progress
     batch = json.loads((out / "batch-0.json").read_text())

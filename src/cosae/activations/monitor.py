@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cosae.activations.sinks import quantiles
 from cosae.errors import CosaeError, check_choice
+from cosae.shown import counted
 from cosae.types import Activations
 
 NonFinite = Literal["fatal", "drop"]
@@ -164,7 +165,7 @@ class StreamMonitor:
         del self._located[LOCATED:]
         first, tokens = self._new[0], self._n_new
         numbers = {"tokens": tokens, **{k: v for k, v in first.items() if k not in ("where", "row")}}
-        text = f"dropped {tokens} tokens that are not finite, the first ({first['what']}) at {first['where']}"
+        text = f"dropped {counted(tokens, 'token')} not finite, the first ({first['what']}) at {first['where']}"
         self._events.append({"kind": "non_finite", **numbers, "text": text})
         self._new, self._n_new = [], 0
 

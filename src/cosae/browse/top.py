@@ -19,6 +19,7 @@ from cosae.activations.filter import Filter
 from cosae.errors import CosaeError, check_least
 from cosae.models.capture import capture
 from cosae.sae.model import SAE
+from cosae.shown import counted
 from cosae.types import Activations, Codes, Sequences, Site
 
 CHUNK_TOKENS = 8192
@@ -69,7 +70,7 @@ class Features:
         """The largest examples of a feature, the largest first. Raises CosaeError for a feature there is not."""
         n = len(self.count_F)
         if not 0 <= feature < n:
-            raise CosaeError(f"Feature {feature} is out of range: the SAE has {n} features, 0 to {n - 1}.")
+            raise CosaeError(f"Feature {feature} is out of range: the SAE has {counted(n, 'feature')}, 0 to {n - 1}.")
         width = self.sequences.ids_ST.shape[1]
         found = []
         for value, place in zip(self.value_Fn[feature], self.place_Fn[feature].tolist(), strict=True):
@@ -123,7 +124,7 @@ def read_features(
             both, union = _at_median(sae, x_ND, median_r, token_E, feature_E)
             both_F, union_F = both_F + both, union_F + union
             _merge(value_Fn, place_Fn, feature_E, value_E, place_N[token_E], width)
-        log(f"read {min(first + step, n_rows):,} of {n_rows:,} sequences")
+        log(f"read {min(first + step, n_rows):,} of {counted(n_rows, 'sequence')}")
     driven_F = np.where(union_F > 0, 1 - both_F / np.maximum(union_F, 1), np.nan)
     largest_F = np.abs(value_Fn[:, 0])
     return Features(sequences, n_tokens, n_left_out, count_F, largest_F, driven_F, value_Fn, place_Fn)

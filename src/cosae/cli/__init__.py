@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from cosae.cli import exploring, looking, sharing, stores, training
+from cosae.cli.help import registry
 from cosae.errors import CosaeError, CosaeWarning
 from cosae.io.escape import printable
 from cosae.io.signals import Interrupted
@@ -82,7 +83,7 @@ def _show(message: Warning | str, category: type[Warning], filename: str, lineno
 def _parse(given: list[str]) -> Any:
     """A verb's options. `plan` is asked of train, or of capture where that is named."""
     if given[:2] == ["plan", "capture"]:
-        return tyro.cli(stores.PlanCapture, args=given[2:], prog="cosae plan capture", use_underscores=False)
+        return tyro.cli(stores.PlanCapture, args=given[2:], prog="cosae plan capture", **_options(given))
     if given[:2] == ["plan", "train"]:
         given = ["plan", *given[2:]]
     return tyro.extras.subcommand_cli_from_dict(
@@ -90,8 +91,13 @@ def _parse(given: list[str]) -> Any:
         args=given or ["--help"],
         prog="cosae",
         description="Train and evaluate sparse autoencoders with inner-product and cosine scores, side by side.",
-        use_underscores=False,
+        **_options(given),
     )
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    return {"use_underscores": False, "config": config, "registry": registry(given)}
 
 
 def _call_of(command: Any) -> Callable[..., int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -16,10 +16,10 @@ from cosae.run.requests import EvalOptions, EvalRequest
 
 @dataclass(frozen=True)
 class Inspect:
-    """Print as JSON what a saved SAE is (score, selector, width, provenance), or a store of activations."""
+    """Print as JSON what a saved SAE is (score, selector, width, provenance), all SAEs of a run, or a store."""
 
-    sae: Annotated[Path, tyro.conf.Positional]
-    """Folder of a saved SAE or of a store."""
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of a saved SAE, of a run or of a store."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Audit:
     """
 
     saes: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders or files of SAEs. SAEs of one site are audited on the same tokens."""
+    """Folders or files of SAEs, or a run's folder for all of its SAEs. Those of one site get the same tokens."""
     request: Annotated[EvalRequest, tyro.conf.arg(name="")] = field(default_factory=EvalRequest)
     out: Path = Path("audit")
     """Folder for audit.json and audit.html."""
@@ -44,14 +44,15 @@ class Eval:
     """Measure saved SAEs side by side. Nothing is trained.
 
     The measurement is one of reconstruction, norms, sinks, geometry, exponents, probing, matching, discovery, splice,
-    causal, patching, gradients, recovery. An SAE is [NAME=]PATH[,PATH…]; several paths are SAEs of different seeds.
+    causal, patching, gradients, recovery. An SAE is [NAME=]PATH[,PATH…]; several paths are SAEs of different seeds. A
+    run's folder stands for all of its SAEs.
     Example: cosae eval probing A=run/arms/standard B=run/arms/cosine --texts reviews.jsonl
     """
 
     measurement: Annotated[str, tyro.conf.Positional]
     """What to measure."""
     saes: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """SAEs of one site, of any format that `audit` reads. The others are compared with the first."""
+    """SAEs of one site, of any format that `audit` reads, or a run's folder. The others are compared with the first."""
     options: Annotated[EvalOptions, tyro.conf.arg(name="")] = field(default_factory=EvalOptions)
     request: Annotated[EvalRequest, tyro.conf.arg(name="")] = field(default_factory=EvalRequest)
     out: Path | None = None
@@ -62,16 +63,23 @@ class Eval:
 
 def inspect(command: Inspect) -> int:
     from cosae.activations.store.reader import find_stores
-    from cosae.sae.file import load
+    from cosae.run.saes import saes_in
 
-    if stores := find_stores(command.sae):
+    if stores := find_stores(command.source):
         print(json.dumps([inspect_store(place) for place in stores], indent=2))
         return 0
-    sae = load(command.sae)
+    found = {name: _inspected(path) for name, path in saes_in(command.source).items()}
+    print(json.dumps(found or _inspected(command.source), indent=2))
+    return 0
+
+
+def _inspected(path: Path) -> dict[str, Any]:
+    from cosae.sae.file import load
+
+    sae = load(path)
     measured = {"calibrated": sae.calibrated, "a_mean": float(sae.scale_a.detach().mean())}
     provenance = {k: v for k, v in sae.metadata.items() if k != "recipe"}
-    print(json.dumps({**sae.cfg.to_dict(), **measured, "provenance": provenance}, indent=2))
-    return 0
+    return {**sae.cfg.to_dict(), **measured, "provenance": provenance}
 
 
 def audit(command: Audit) -> int:

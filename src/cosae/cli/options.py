@@ -8,23 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosae.cli.help import FIELDS
 from cosae.errors import CosaeError
 from cosae.io.escape import printable
 from cosae.io.values import literal
 
 if TYPE_CHECKING:
     from cosae.recipe import Recipe
-
-FIELDS = {
-    **{name: name for name in ("inject_into", "d_sae", "k", "device", "kernel")},
-    **{name: f"data.{name}" for name in ("model", "corpus", "activations", "store", "context")},
-    **{name: f"training.{name}" for name in ("steps", "seed")},
-    "dtype": "data.model_dtype",
-    "filter": "filter.kind",
-    "batch": "training.batch_tokens",
-    "lr": "training.optimizer.lr",
-}
-"""Options that are short for a field of the recipe, by its dotted path."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from cosae.errors import CosaeError
 from cosae.interop.neuronpedia.settings import Options
 from cosae.interop.saebench.settings import Settings
 from cosae.run.requests import Reading
+from cosae.shown import counted
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ExportNeuronpedia:
     quiet: bool = False
     """Do not print progress."""
     reading: Reading = field(default_factory=Reading)
-    shown: Options = field(default_factory=Options)
+    dashboard: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def export(command: Export) -> int:
     if isinstance(to, ExportDelphi):
         written = exports.export_delphi(to.sae, to.out, to.reading, to.n_splits, log)
         left_out = f" ({written.dropped:,} below delphi's least left out)" if written.dropped else ""
-        print(f"{written.entries:,} activations{left_out} of module {written.module} in {written.out}")
+        print(f"{counted(written.entries, 'activation')}{left_out} of module {written.module} in {written.out}")
         return 0
-    plan, lines = exports.export_neuronpedia(to.sae, to.out, to.reading, to.shown, to.upload, log)
+    plan, lines = exports.export_neuronpedia(to.sae, to.out, to.reading, to.dashboard, to.upload, log)
     print(f"{to.out}: {plan}.", *lines, *([] if to.upload else ["Nothing was sent; --upload sends it."]), sep="\n")
     return 0
 

@@ -12,6 +12,7 @@ import tyro
 
 from cosae.cli.options import RecipeOptions, logger
 from cosae.errors import CosaeError
+from cosae.shown import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,9 @@ class Capture(RecipeOptions):
     out: Path
     """Folder for the store; with several sites, each gets a store in it."""
     tokens: int
-    """Number of training tokens to capture."""
+    """Number of training tokens to capture; those of --held-out-tokens come on top."""
     held_out_tokens: int = 196_608
-    """Number of tokens of held-out documents to capture, for thresholds and evaluation."""
+    """Number of tokens of held-out documents to capture beside --tokens, for thresholds and evaluation."""
     site: tuple[str, ...] = ()
     """One or several sites: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3, …"""
     store_dtype: str = "bfloat16"
@@ -43,7 +44,7 @@ class PlanCapture(Capture):
     out: Path = Path("stores/plan")
     """Folder to which the store would be written; its disk is checked."""
     tokens: int = 1_000_000
-    """Number of training tokens to capture."""
+    """Number of training tokens to capture; those of --held-out-tokens come on top."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def go_on_capturing(out: Path) -> str:
     from cosae.activations.store.writer import rows_written
 
     rows = [rows_written(place) for place in find_stores(out)]
-    kept = f"{min(rows)} tokens are written. " if any(rows) else "Nothing was written yet. "
+    kept = f"{counted(min(rows), 'token')} written. " if any(rows) else "Nothing was written yet. "
     return f"{kept}Go on with the same command."
 
 
@@ -134,8 +135,10 @@ def _summary(folder: Path) -> str:
 
     store = Store(folder)
     size = sum(entry["bytes"] for entry in store.record["shards"]) / 1e6
-    rows = f"{store.n_rows('train')} train and {store.n_rows('held_out')} held-out tokens"
-    return f"{rows}, width {store.d_in}, {store.dtype}, {size:.1f} MB in {len(store.record['shards'])} shards"
+    rows = f"{counted(store.n_rows('train'), 'train token')} and {store.n_rows('held_out'):,} held-out"
+    return (
+        f"{rows}, width {store.d_in}, {store.dtype}, {size:.3g} MB in {counted(len(store.record['shards']), 'shard')}"
+    )
 
 
 def _bar(total: int) -> Callable[[int], None]:

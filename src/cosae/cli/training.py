@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from cosae.cli.options import RecipeOptions, logger
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, CosaeWarning
 
 if TYPE_CHECKING:
     from cosae.recipe import Recipe
@@ -41,11 +42,11 @@ class Train(RecipeOptions):
     inject: str | None = None
     """Perturbation of the norms, recorded in the run: log_normal:sigma=1.0 or sinks:frac=0.006,factor=160."""
     inject_into: str | None = None
-    """Which tokens are perturbed: both (default), training, or evaluation (a shift at deployment)."""
+    """Which tokens are perturbed: both, training, or evaluation (a shift at deployment)."""
     filter: str | None = None
     """Tokens left out of training: none, position_0, or norm (those of at least 10 × the median norm)."""
     d_sae: int | None = None
-    """Number of features, where an arm does not set it. Default: 16 × d."""
+    """Number of features, where an arm does not set it."""
     k: int | None = None
     """Mean number of active features per token, where an arm does not set it."""
     steps: int | None = None
@@ -144,6 +145,8 @@ def train(command: Train) -> int:
 
         print(json.dumps(to_plain(recipe), indent=2))
         return 0
+    for text in recipe.warnings:
+        warnings.warn(CosaeWarning(text), stacklevel=2)
     if command.dry_run or isinstance(command, Plan):
         from cosae.run.plan.check import plan_run, screen
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cosae.shown import counted
+
 Rows = list[list[str]]
 Table = tuple[str, Rows]
 """A caption and rows of cells, the head first."""
@@ -21,7 +23,7 @@ def reconstruction(found: Mapping[str, Any]) -> Iterator[Table]:
             by = " ".join(_n(q["fve"], 2) for q in one["by_norm_quartile"])
             shares = [_n(one["dead_frac"]), _n(one["rare_frac"])]
             rows.append([name, *(_n(one[key]) for key in keys), _n(one["l0"], 1), *shares, by])
-        yield f"Reconstruction, {_said(which)}, {one['tokens']} tokens", rows
+        yield f"Reconstruction, {_said(which)}, {counted(one['tokens'], 'token')}", rows
     yield from _paired("FVE", found["paired"])
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from cosae.shown import counted
+
 NORM_DRIVEN = 0.05
 """Share of firings that depend on the length alone, above which an SAE is said to be fooled by norm."""
 L0_RATIO = 1.5
@@ -34,24 +36,21 @@ class Line(NamedTuple):
 
 
 def verdict(numbers: Mapping[str, Any]) -> dict[str, str]:
-    """The one-line answer."""
+    """The one-line answer. Of an SAE that does not reconstruct these tokens, it says so whatever the answer is."""
     found = numbers["norm_driven"]
-    share = found["sinks_out"]["share"]
+    share, fve = found["sinks_out"]["share"], numbers["reconstruction"]["sinks_out"]["fve"]
+    bound = f"of its firings come or go with the token's length alone (bound {_percent(NORM_DRIVEN)}), sinks left out"
     if found["invariant"]:
-        return {"fooled": "no", "because": "its scores do not read the token's length at all"}
-    if share is None:
-        return {"fooled": "unknown", "because": "no feature fires on these tokens"}
-    if share > NORM_DRIVEN:
-        return {
-            "fooled": "yes",
-            "because": f"{_percent(share)} of its firings come or go with the token's length alone (bound "
-            f"{_percent(NORM_DRIVEN)}), sinks left out",
-        }
-    return {
-        "fooled": "no",
-        "because": f"only {_percent(share)} of its firings come or go with the token's length alone (bound "
-        f"{_percent(NORM_DRIVEN)}), sinks left out",
-    }
+        fooled, because = "no", "its scores do not read the token's length at all"
+    elif share is None:
+        fooled, because = "unknown", "no feature fires on these tokens"
+    elif share > NORM_DRIVEN:
+        fooled, because = "yes", f"{_percent(share)} {bound}"
+    else:
+        fooled, because = "no", f"only {_percent(share)} {bound}"
+    if fve is not None and fve < 0:
+        because += f"; but it reconstructs these tokens worse than their mean would (FVE {_number(fve, 2)})"
+    return {"fooled": fooled, "because": because}
 
 
 def lines(numbers: Mapping[str, Any]) -> list[Line]:
@@ -116,7 +115,7 @@ def _driven_line(numbers: Mapping[str, Any]) -> Line:
     evidence = (
         f"{_percent(out['share'])} of firings change ({_percent(out['vanished_frac'])} vanish, "
         f"{_percent(out['appeared_frac'])} appear); {_percent(share_in)} with sinks in; "
-        f"{out['features_mostly']} of {out['features_counted']} features mostly norm-driven"
+        f"{out['features_mostly']:,} of {counted(out['features_counted'], 'feature')} mostly norm-driven"
     )
     return Line("norm-driven", "look" if fooled else "ok", sentence, evidence)
 
@@ -179,8 +178,8 @@ def _sinks_line(numbers: Mapping[str, Any]) -> Line:
         "Sinks are far longer than other tokens." if long else "What is set apart as sinks is of ordinary length."
     )
     evidence = (
-        f"{sinks['n_sinks']} tokens ({_percent(sinks['sink_frac'], 2)}), {_number(sinks['norm_over_median'], 1)} × "
-        f"median length{place}{spelled}"
+        f"{counted(sinks['n_sinks'], 'token')} ({_percent(sinks['sink_frac'], 2)}), "
+        f"{_number(sinks['norm_over_median'], 1)} × median length{place}{spelled}"
     )
     return Line("sinks", "look" if long else "note", sentence, evidence)
 
@@ -227,7 +226,7 @@ def _dead_line(numbers: Mapping[str, Any]) -> Line:
     sentence = "Many features never fire here." if many else "Nearly every feature fires."
     evidence = (
         f"{_percent(out['dead_frac'])} dead and {_percent(out['rare_frac'])} firing on fewer than 1 in 10 000, "
-        f"over {out['tokens']} tokens"
+        f"over {counted(out['tokens'], 'token')}"
     )
     return Line("dead features", "look" if many else "ok", sentence, evidence)
 
@@ -238,8 +237,9 @@ def _duplicates_line(numbers: Mapping[str, Any]) -> Line:
     many = near["frac"] > DUPLICATES
     sentence = "Some features point the same way." if many else "Hardly any two features point the same way."
     evidence = (
-        f"{near['pairs']} pairs with cosine ≥ {near['cosine']} ({_percent(near['frac'])} of features); mean max cosine "
-        f"{_number(found['mean_max_cosine'], 2)}; {_number(found['participation_ratio'], 0)} effective dimensions"
+        f"{counted(near['pairs'], 'pair')} with cosine ≥ {near['cosine']} ({_percent(near['frac'])} of features); "
+        f"mean max cosine {_number(found['mean_max_cosine'], 2)}; "
+        f"{_number(found['participation_ratio'], 0)} effective dimensions"
     )
     return Line("duplicates", "look" if many else "ok", sentence, evidence)
 

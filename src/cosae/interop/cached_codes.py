@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cosae.errors import CosaeError
 from cosae.models.capture import capture
 from cosae.sae.model import SAE
+from cosae.shown import counted
 from cosae.types import Codes, Sequences, Site
 
 CHUNK_TOKENS = 8192
@@ -161,7 +162,7 @@ def cache_codes(
                 written += chunk.nnz
                 tokens.write((chunk.indices.astype(np.int64) + first * context).astype(np.int32).tobytes())
                 values.write(chunk.data.astype(np.float32).tobytes())
-                log(f"read {min(first + rows, len(sequences)):,} of {len(sequences):,} sequences")
+                log(f"read {min(first + rows, len(sequences)):,} of {counted(len(sequences), 'sequence')}")
     except OSError as error:
         raise CosaeError(f"{folder} cannot be written ({error.strerror}): make room or choose another place.") from None
     return CachedCodes(folder, sequences.ids_ST, sae.d_sae, np.stack(starts), sums)

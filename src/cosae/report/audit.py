@@ -126,7 +126,7 @@ def audit_text(result: Mapping[str, Any]) -> str:
 
 def _answers(found: AuditedSAE) -> str:
     made = found.sae
-    make = f"{made.score} × {made.selector}, frame {made.frame}, {made.d_sae} features, k {made.k}"
+    make = f"{made.score} × {made.selector}, frame {made.frame}, {made.d_sae or 0:,} features, k {made.k}"
     said = [f"{found.name}: {make}", f"fooled by norm: {found.verdict.fooled}: {found.verdict.because}"]
     said += [f"note: {found.warning}"] if found.warning else []
     rows = []

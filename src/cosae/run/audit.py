@@ -18,7 +18,7 @@ from cosae.report.audit import write_audit_page
 from cosae.run import provenance
 from cosae.run.folder import write_json
 from cosae.run.requests import EvalRequest
-from cosae.run.saes import TOKENS, Datasets, calibrated, describe, names_of
+from cosae.run.saes import TOKENS, Datasets, calibrated, describe, every_sae, names_of
 
 FORMAT, VERSION = "cosae-audit", 2
 SHOWN_METADATA = ("format", "model", "site", "hook_name", "tokens", "filter", "norm_summary")
@@ -29,6 +29,8 @@ def run_audit(
 ) -> dict[str, Any]:
     """Audit the SAEs at `paths`; returns what audit.json holds, and writes it with audit.html into `out` if given.
 
+    A run's folder stands for all of its SAEs.
+
     Raises CosaeError for a path that holds no SAE, a model, site, corpus or file that cannot be read, widths that do
     not fit, and a place that cannot be written.
     """
@@ -37,6 +39,7 @@ def run_audit(
         raise CosaeError("audit needs at least one SAE: cosae audit SAE…")
     if out is not None and out.exists() and not out.is_dir():
         raise CosaeError(f"{out} is a file; give a folder for the audit with --out.")
+    paths = every_sae(paths)
     saes = [read_sae(path, format=request.format, device=request.device) for path in paths]
     datasets = Datasets(request, request.tokens or TOKENS)
     found = []

@@ -15,6 +15,7 @@ from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Logs, execute
 from cosae.run.finished import Finished
 from cosae.run.folder import RECIPE
+from cosae.shown import counted
 
 
 def demo(out: Path, steps: int | None = None, progress: bool = True) -> list[Finished]:
@@ -32,6 +33,10 @@ def demo(out: Path, steps: int | None = None, progress: bool = True) -> list[Fin
     finished = []
     for recipe, folder in ((natural, "natural"), (injected, "injected")):
         if progress:
-            print(f"{recipe.name}: {len(recipe.arms)} arms, {training.steps} steps", file=sys.stderr, flush=True)
+            print(
+                f"{recipe.name}: {counted(len(recipe.arms), 'arm')}, {counted(training.steps, 'step')}",
+                file=sys.stderr,
+                flush=True,
+            )
         finished.append(execute(recipe, out / folder, logs=Logs(progress), data=data.again(DataUse.of(recipe))))
     return finished

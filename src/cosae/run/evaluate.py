@@ -22,7 +22,7 @@ from cosae.report.terminal import printable, text_table
 from cosae.run import provenance
 from cosae.run.folder import write_json
 from cosae.run.requests import EvalOptions, EvalRequest
-from cosae.run.saes import TOKENS, Datasets, calibrated, describe, names_of
+from cosae.run.saes import TOKENS, Datasets, calibrated, describe, every_sae, names_of, saes_in
 from cosae.sae.model import SAE
 from cosae.text.labelled import LabelledTexts, read_labelled
 
@@ -45,7 +45,8 @@ def evaluate(
 
     measurement  a name in evaluate.registry.REGISTRY
     sae_specs    [NAME=]PATH[,PATH…] for each arm: several paths are SAEs of several seeds (probing averages over them,
-                 matching and discovery hold the second arm against the others of the first, all else reads the first)
+                 matching and discovery hold the second arm against the others of the first, all else reads the first);
+                 the folder of a run stands for all of its SAEs
 
     Raises CosaeError for an unknown measurement, a path that holds no SAE, SAEs of different sites, a measurement that
     needs what is not there (the model, labels, tokens), and a place that cannot be written.
@@ -155,9 +156,13 @@ def _paths(sae_specs: Sequence[str]) -> dict[str, list[Path]]:
     for text in sae_specs:
         name, equals, rest = text.partition("=")
         if Path(text).exists():
-            named.append((None, [Path(text)]))
-        else:
-            named.append((name if equals else None, [Path(p) for p in (rest if equals else text).split(",")]))
+            named += [(None, [path]) for path in every_sae([Path(text)])]
+            continue
+        paths = [Path(p) for p in (rest if equals else text).split(",")]
+        for path in paths:
+            if len(found := saes_in(path)) > 1:
+                raise CosaeError(f"{path} holds several SAEs: name one of them: {', '.join(map(str, found.values()))}.")
+        named.append((name if equals else None, every_sae(paths)))
     shortest = names_of([listed[0] for _, listed in named])
     arms = {given or short: listed for (given, listed), short in zip(named, shortest, strict=True)}
     if len(arms) < len(named):

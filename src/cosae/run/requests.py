@@ -25,7 +25,9 @@ class Place:
     format: str = "auto"
     """Format of the SAE files. auto: recognised by the files."""
     device: str = "cpu"
+    """Device: cpu, cuda or cuda:N."""
     seed: int = 0
+    """Seed of everything that is drawn."""
 
 
 @dataclass(frozen=True)

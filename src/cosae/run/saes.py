@@ -21,7 +21,7 @@ from cosae.io.values import from_plain
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse
 from cosae.run.dataset.open import open_dataset
-from cosae.run.folder import ARMS
+from cosae.run.folder import ARMS, RECIPE
 from cosae.run.requests import EvalRequest, Place, Reading
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
@@ -119,14 +119,28 @@ def _of_the_hub(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not Path(name).exists()
 
 
+def saes_in(path: Path) -> dict[str, Path]:
+    """Name → folder of the SAEs of a run, or of a folder of runs; nothing for a path that is neither.
+
+    Raises CosaeError for a run none of whose SAEs is finished.
+    """
+    found = {sae.name: sae for sae in sorted(path.glob(f"{ARMS}/[!.]*"))}
+    if not found and (path / RECIPE).is_file():
+        raise CosaeError(f"{path} is a run without finished SAEs: let it finish, or go on with cosae resume {path}.")
+    return found or {f"{sae.parents[1].name}/{sae.name}": sae for sae in sorted(path.glob(f"*/{ARMS}/[!.]*"))}
+
+
+def every_sae(paths: Sequence[Path]) -> list[Path]:
+    """The paths, with the SAEs of a run in the place of its folder."""
+    return [sae for path in paths for sae in (saes_in(path).values() or [path])]
+
+
 def choose_sae(path: Path, name: str | None = None) -> Path:
     """The folder of one SAE: `path` itself, or one in a run's folder or in a folder of runs, by its name.
 
     Raises CosaeError where there are several and none is named, and where none has that name.
     """
-    found = {sae.name: sae for sae in sorted(path.glob(f"{ARMS}/[!.]*"))}
-    if not found:
-        found = {f"{sae.parents[1].name}/{sae.name}": sae for sae in sorted(path.glob(f"*/{ARMS}/[!.]*"))}
+    found = saes_in(path)
     if not found:
         if name is not None:
             raise CosaeError(f"{path} is no run with finished SAEs, of which {name!r} could be one: drop --sae.")

@@ -11,6 +11,7 @@ from cosae.activations.filter import Filter
 from cosae.errors import CosaeError
 from cosae.io.values import from_plain
 from cosae.sae.config import SAEConfig
+from cosae.shown import counted
 
 ALWAYS = ("d_in", "d_sae", "score", "selector", "k", "frame")
 
@@ -53,8 +54,8 @@ def _trained_on(metadata: Mapping[str, Any]) -> str | None:
         origin = ", ".join(map(str, origin))
     tokens = _value(metadata, "tokens", int)
     if not isinstance(origin, str):
-        return None if tokens is None else f"{tokens:,} tokens"
-    return origin if tokens is None else f"{tokens:,} tokens of {origin}"
+        return None if tokens is None else counted(tokens, "token")
+    return origin if tokens is None else f"{counted(tokens, 'token')} of {origin}"
 
 
 def _sinks(fitted: object) -> str | None:

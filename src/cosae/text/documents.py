@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from cosae.errors import CosaeError, check_choice, check_range
+from cosae.shown import counted
 from cosae.text import pylib
 from cosae.text.files import Reading, Tally, document_of, read_path
 from cosae.text.pylib import Document, Split
@@ -106,14 +107,15 @@ def _key(document: Document) -> bytes:
 
 
 def _empty(spec: str, split: str, tally: Tally) -> CosaeError:
+    read = counted(tally.read, "document")
     passed = f", passed over {tally.warning}" if tally.warning else ""
     if tally.read == tally.blank:
         return CosaeError(
-            f"The corpus {spec} must hold at least one document with text. Got {tally.read} documents, none with "
+            f"The corpus {spec} must hold at least one document with text. Got {read}, none with "
             f"text{passed}: name another corpus."
         )
     return CosaeError(
-        f"The corpus {spec} must hold at least one document in its {split!r} split. Got {tally.read} documents, "
+        f"The corpus {spec} must hold at least one document in its {split!r} split. Got {read}, "
         f"none of them there{passed}: give more documents (a .txt file is one, unless data.txt_unit is paragraph "
         "or line) or change data.held_out_frac."
     )

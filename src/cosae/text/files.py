@@ -12,6 +12,7 @@ import numpy as np
 
 from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io.kind import which_is
+from cosae.shown import counted
 from cosae.text.pylib import Document
 from cosae.text.rows import read_jsonl, read_parquet, valid_text
 
@@ -124,7 +125,7 @@ def _files_of(folder: Path, suffixes: tuple[str, ...], order_key: Sequence[int] 
         what = "file with one of these endings" if suffixes else "text or source file"
         raise CosaeError(
             f"A corpus folder must hold at least one {what}. Got {str(folder)!r}, which has none of "
-            f"{' '.join(sorted(wanted))} among its {len(files)} files{which_is(folder)} instead."
+            f"{' '.join(sorted(wanted))} among its {counted(len(files), 'file')}{which_is(folder)} instead."
         )
     if order_key is not None:
         found = [found[i] for i in np.random.default_rng(list(order_key)).permutation(len(found))]

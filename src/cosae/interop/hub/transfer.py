@@ -32,6 +32,7 @@ from cosae.io.staged import filled
 from cosae.io.untrusted import read_json
 from cosae.sae import file
 from cosae.sae.model import SAE
+from cosae.shown import counted
 
 CARD, METRICS, EVALUATION = "README.md", "metrics.json", "evaluation.json"
 _OTHERS = (gemma_scope.ARCHIVE, gemma_scope.WEIGHTS, cosine_paper.NAME)
@@ -105,7 +106,7 @@ def push(
                 api.create_repo(place.repo, private=private, exist_ok=True)
                 if place.path and _may_write_root_card(api, hub, place, revision):
                     files.setdefault(CARD, files[place.inside(CARD)])
-                log(f"{len(files)} files")
+                log(counted(len(files), "file"))
                 added = [hub.CommitOperationAdd(name, str(path)) for name, path in files.items()]
                 message = message or f"cosae: {', '.join(n or place.path or 'SAE' for n in saes)}"
                 done = api.create_commit(place.repo, added, commit_message=message, revision=revision)

@@ -24,6 +24,7 @@ from cosae.interop.neuronpedia.dashboards import FORMAT, MARK
 from cosae.interop.neuronpedia.settings import Dashboard
 from cosae.io.atomic import write_text
 from cosae.io.untrusted import one_line, read_json
+from cosae.shown import counted
 
 SENT = "upload.json"
 KEY = "NEURONPEDIA_API_KEY"
@@ -50,9 +51,9 @@ class Plan:
         return sum(n for _, n in self.batches)
 
     def __str__(self) -> str:
-        left_out = f"; {self.dead:,} dead features have nothing to show and are left out" if self.dead else ""
+        left_out = f"; {counted(self.dead, 'dead feature')} left out: nothing to show" if self.dead else ""
         to = f"source {self.source} of model {self.model_id}"
-        return f"{self.features:,} features in {len(self.batches)} batches for {to}{left_out}"
+        return f"{counted(self.features, 'feature')} in {counted(len(self.batches), 'batch')} for {to}{left_out}"
 
 
 def check_ready() -> None:
@@ -127,11 +128,11 @@ def upload(out: Path, plan: Plan, log: Callable[[str], None] = lambda _: None) -
     source: Any = _source(client, plan) if todo else None
     for done, (name, _) in enumerate(todo):
         features = [_feature(client, one, plan) for one in _read_batch(out / name)["features"] if one["activations"]]
-        _ask(partial(source.upload_batch, features), f"{done} of {len(todo)} batches arrived")
+        _ask(partial(source.upload_batch, features), f"{done} of {counted(len(todo), 'batch')} arrived")
         sent.append(name)
         write_text(place, json.dumps({"target": target, "batches": sent}))
-        log(f"sent {done + 1} of {len(todo)} batches")
-    return f"sent {sum(n for _, n in todo):,} features to source {plan.source} of model {plan.model_id}"
+        log(f"sent {done + 1} of {counted(len(todo), 'batch')}")
+    return f"sent {counted(sum(n for _, n in todo), 'feature')} to source {plan.source} of model {plan.model_id}"
 
 
 def _client() -> Any:

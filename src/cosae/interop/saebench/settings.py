@@ -28,8 +28,11 @@ class Settings:
     dtype: str = "float32"
     """Precision of the model and of the SAEs' inputs and outputs: float32, bfloat16, float16, float64."""
     llm_batch_size: int = 32
+    """Sequences per forward pass of the model."""
     device: str = "cpu"
+    """Device: cpu, cuda or cuda:N."""
     seed: int = 42
+    """Seed of SAEBench's evals."""
     force: bool = False
     """Replace existing results."""
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.models.intervene.window import Where, Window, check_where, chosen
+from cosae.shown import counted
 from cosae.types import Codes
 
 Features = int | Sequence[int] | Tensor
@@ -109,7 +110,7 @@ def check_edits(edits: Any, d_sae: int, name: str) -> tuple[Edit, ...]:
         if max(edit.features) >= d_sae:
             worst = max(edit.features)
             raise CosaeError(
-                f"Feature {worst} is out of range: the SAE at {name} has {d_sae} features, 0 to {d_sae - 1}."
+                f"Feature {worst} is out of range: the SAE at {name} has {counted(d_sae, 'feature')}, 0 to {d_sae - 1}."
             )
     return listed
 

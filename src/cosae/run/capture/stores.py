@@ -32,6 +32,7 @@ from cosae.run.capture.text import CaptureText, Part
 from cosae.run.dataset.corpus import check_corpus
 from cosae.run.dataset.model import batch_size, open_model
 from cosae.run.plan.check import check_capture
+from cosae.shown import counted
 from cosae.types import Activations, Site
 
 UNRELATED = ["site", "activations", "activations_key", "world", "store", "store_site", "n_workers", "prefetch_chunks"]
@@ -121,7 +122,7 @@ def _write(
                 writer.end(side)
     for side, asked in (("train", request.tokens), ("held_out", request.held_out_tokens)):
         if text.n_rows[side] < asked:
-            log(f"the {side} side of the corpus ended after {text.n_rows[side]} of {asked} tokens")
+            log(f"the {side} side of the corpus ended after {text.n_rows[side]:,} of {counted(asked, 'token')}")
     for warning in text.corpus.warnings:
         log(warning)
     text.corpus.close()

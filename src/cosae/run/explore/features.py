@@ -24,7 +24,7 @@ from cosae.run.dataset.corpus import adds_bos, pad_id
 from cosae.run.dataset.model import batch_size
 from cosae.run.export import Opened, open_reading
 from cosae.run.requests import FeatureOptions, Reading
-from cosae.shown import spelled_out
+from cosae.shown import counted, spelled_out
 from cosae.text.packing import sequences
 from cosae.text.pylib import Document
 from cosae.text.tokenization import tokenize_documents
@@ -141,7 +141,7 @@ def screen(looked: Look, options: FeatureOptions) -> str:
     what = ["special tokens", *([looked.fitted.policy.left_out] if looked.fitted is not None else [])]
     left_out = f" ({found.n_left_out:,} left out: {', '.join(what)})" if found.n_left_out else ""
     where = f"{known['sae']} at {known['site']} of {known['model']}"
-    head = f"{where}: {found.n_tokens:,} tokens of {known['corpus']}{left_out}"
+    head = f"{where}: {counted(found.n_tokens, 'token')} of {known['corpus']}{left_out}"
     if options.feature:
         return "\n\n".join([spelled_out(head), *(_in_full(looked, feature) for feature in options.feature)])
     if options.search is not None:
@@ -154,7 +154,8 @@ def screen(looked: Look, options: FeatureOptions) -> str:
         return _table(looked, [match.feature for match in matches], columns, [head, f"features on {options.search!r}"])
     dead = int((found.count_F == 0).sum())
     order = np.argsort(-np.nan_to_num(_keys(found)[options.sort], nan=-1.0), kind="stable")[: options.rows]
-    title = f"{len(order)} of {len(found.count_F):,} features by {options.sort}; {dead:,} never fire on these tokens"
+    n_features = counted(len(found.count_F), "feature")
+    title = f"{len(order):,} of {n_features} by {options.sort}; {dead:,} never fire on these tokens"
     return _table(looked, order.tolist(), [], [head, title])
 
 

@@ -31,6 +31,7 @@ from cosae.recipe import Recipe
 from cosae.run.capture.request import Capture
 from cosae.run.dataset.base import Sizes
 from cosae.run.plan.resources import Item, human, total
+from cosae.shown import counted
 from cosae.train.checkpoint import KEEP
 
 FLOAT = 4
@@ -140,4 +141,5 @@ def capture_disk(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -> 
     """Disk of the stores: rows × what a row takes; headers and the index are a few kB."""
     rows, pairs = request.tokens + request.held_out_tokens, zip(request.sites, sizes, strict=True)
     shapes = {site: ShardShape(1, size.d_in, request.dtype, label_bytes) for site, size in pairs}
-    return tuple(Item(f"the store of {site}", rows * shape.row_bytes()) for site, shape in shapes.items())
+    sides = f"{counted(request.tokens, 'training token')} and {request.held_out_tokens:,} held-out"
+    return tuple(Item(f"the store of {site}: {sides}", rows * shape.row_bytes()) for site, shape in shapes.items())
