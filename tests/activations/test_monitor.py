@@ -92,7 +92,7 @@ def test_dropped_rows_are_counted_located_and_never_handed_out() -> None:
     ]
     later = stream.monitor.take_events()
     assert sum(event["tokens"] for event in later) == 2
-    assert "dropped 1 tokens" in later[0]["text"]
+    assert "dropped 1 token " in later[0]["text"]
     assert "NaN) at document 9 (file9.py), position 7" in later[0]["text"]
     assert stream.monitor.take_events() == []
     assert stream.digest == _without(bad)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from cosae.cli.options import RecipeOptions, logger
-from cosae.errors import CosaeError, CosaeWarning
+from cosae.errors import CosaeError
 
 if TYPE_CHECKING:
     from cosae.recipe import Recipe
@@ -146,7 +145,7 @@ def train(command: Train) -> int:
         print(json.dumps(to_plain(recipe), indent=2))
         return 0
     for text in recipe.warnings:
-        warnings.warn(CosaeWarning(text), stacklevel=2)
+        print(f"cosae: warning: {text}", file=sys.stderr)
     if command.dry_run or isinstance(command, Plan):
         from cosae.run.plan.check import plan_run, screen
 

@@ -275,7 +275,8 @@ def test_a_planned_run_is_not_changed_by_its_plan(tmp_path: Path) -> None:
 def test_the_command_line_plans(verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     options = ["--world", "none:n_features=64,d_in=16", "--steps", "10", "--d-sae", "64", "--out", str(out), "--quiet"]
-    options += ["--set", "training.buffer_tokens=4096", "filter.window_tokens=2048", "training.optimizer.warmup_steps=2"]
+    options += ["--set", "training.buffer_tokens=4096", "filter.window_tokens=2048"]
+    options += ["training.optimizer.warmup_steps=2"]
     with pytest.raises(SystemExit) as stopped:
         main([*verb, *options])
     printed = capsys.readouterr()
