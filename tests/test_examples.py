@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [path for path in DOCS if "```python\n" in path.read_text(encoding="utf-8")]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 SMALL = {
     "fit_tensor": (["--steps", "20"], r"cosine +\d\.\d{3}.*\n.*FVE of cosine − standard: [+-]\d\.\d{3} \["),
     "own_activations": (["--steps", "20"], r"cosine-selector=topk +FVE -?\d\.\d{3}  L0  6\.00"),
@@ -56,6 +58,35 @@ def test_a_run_that_was_stopped_and_continued_ends_like_an_uninterrupted_one(tmp
     assert re.search(r"stopped after step \d+", done.stdout), done.stdout
     ends = dict(line.split(" batches ") for line in done.stdout.splitlines() if " batches " in line)
     assert ends["continued    "] == ends["uninterrupted"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
+    """They would name one machine, and every run would change the file."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (path,) = NOTEBOOKS
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    printed = "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
+    tables = "".join(output.get("data", {}).get("text/html", "") for output in outputs)
+    progress = "".join(output.get("text", "") for output in outputs if output.get("name") == "stderr")
+    assert re.search(r"'import' +feature +\d+  \d", printed)
+    assert re.search(r"fires on \d+\.\d% of tokens; promotes .+\n    .*«.+»", printed)
+    plain, steered = re.findall(r"next token, \w+: (.+)", printed)
+    assert plain != steered
+    assert all(f"<caption>{name}</caption>" in tables for name in ("SAE", "Codes", "Spliced"))
+    assert "200/200" in progress
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
