@@ -48,9 +48,15 @@ def verdict(numbers: Mapping[str, Any]) -> dict[str, str]:
         fooled, because = "yes", f"{_percent(share)} {bound}"
     else:
         fooled, because = "no", f"only {_percent(share)} {bound}"
-    if fve is not None and fve < 0:
+    if worse_than_mean(numbers):
         because += f"; but it reconstructs these tokens worse than their mean would (FVE {_number(fve, 2)})"
     return {"fooled": fooled, "because": because}
+
+
+def worse_than_mean(numbers: Mapping[str, Any]) -> bool:
+    """Whether the mean of the tokens would be nearer to them than the reconstruction is, sinks left out."""
+    fve = numbers["reconstruction"]["sinks_out"]["fve"]
+    return fve is not None and fve < 0
 
 
 def lines(numbers: Mapping[str, Any]) -> list[Line]:

@@ -94,6 +94,7 @@ class AuditedSAE:
     source: Source = field(default_factory=Source)
     tokens: float | None = None
     warning: str | None = None
+    elsewhere: str | None = None
     verdict: Verdict = field(default_factory=Verdict)
     lines: tuple[Line, ...] = ()
     reconstruction: ReconstructionBySinks = field(default_factory=ReconstructionBySinks)
@@ -127,7 +128,9 @@ def audit_text(result: Mapping[str, Any]) -> str:
 def _answers(found: AuditedSAE) -> str:
     made = found.sae
     make = f"{made.score} × {made.selector}, frame {made.frame}, {made.d_sae or 0:,} features, k {made.k}"
-    said = [f"{found.name}: {make}", f"fooled by norm: {found.verdict.fooled}: {found.verdict.because}"]
+    said = [f"{found.name}: {make}"]
+    said += [f"warning: {found.elsewhere}"] if found.elsewhere else []
+    said += [f"fooled by norm: {found.verdict.fooled}: {found.verdict.because}"]
     said += [f"note: {found.warning}"] if found.warning else []
     rows = []
     for line in found.lines:

@@ -12,11 +12,13 @@ from typing import Any
 
 from cosae.errors import CosaeError
 from cosae.evaluate.audit import audit
+from cosae.evaluate.verdict import worse_than_mean
 from cosae.interop.read import read_sae
 from cosae.io.atomic import written
 from cosae.report.audit import write_audit_page
 from cosae.run import provenance
 from cosae.run.folder import write_json
+from cosae.run.identity import warn_elsewhere
 from cosae.run.requests import EvalRequest
 from cosae.run.saes import TOKENS, Datasets, calibrated, describe, every_sae, names_of
 
@@ -47,6 +49,7 @@ def run_audit(
         log(f"activations for {name}")
         dataset, sample = datasets.of(sae, path)
         log(f"auditing {name}")
+        elsewhere = warn_elsewhere(name, sae.metadata, dataset)
         sae, warning = calibrated(sae, sample)
         about = {
             "name": name,
@@ -55,8 +58,12 @@ def run_audit(
             "source": describe(dataset, sample, request),
             "provenance": {key: sae.metadata.get(key) for key in SHOWN_METADATA},
             "warning": warning,
+            "elsewhere": elsewhere or None,
         }
-        found.append({**about, **audit(sae, sample, spell=dataset.spell, seed=request.seed)})
+        numbers = audit(sae, sample, spell=dataset.spell, seed=request.seed)
+        if elsewhere and worse_than_mean(numbers):
+            numbers["verdict"]["because"] += f"; {elsewhere}"
+        found.append({**about, **numbers})
     result = {"format": FORMAT, "version": VERSION, **provenance.stamp(), "seed": request.seed, "saes": found}
     if out is not None:
         with written(out, "choose another --out"):

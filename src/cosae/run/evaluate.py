@@ -21,6 +21,7 @@ from cosae.interop.sae_probes import datasets as sae_probes
 from cosae.report.terminal import printable, text_table
 from cosae.run import provenance
 from cosae.run.folder import write_json
+from cosae.run.identity import warn_elsewhere
 from cosae.run.requests import EvalOptions, EvalRequest
 from cosae.run.saes import TOKENS, Datasets, calibrated, describe, every_sae, names_of, saes_in
 from cosae.sae.model import SAE
@@ -110,9 +111,11 @@ def _open(
                 what = f"{path} reads another site or corpus than the SAEs before it"
                 raise CosaeError(f"{what}: measure them apart, or name one --model and --site.")
             dataset = mine
+            elsewhere = warn_elsewhere(name, sae.metadata, mine)
             sae, warning = calibrated(sae, sample)
             arms[name].append(sae)
-            warnings |= {} if warning is None else {name: warning}
+            said = [text for text in (warnings.get(name), elsewhere, warning) if text]
+            warnings |= {name: "; ".join(dict.fromkeys(said))} if said else {}
     assert dataset is not None
     assert sample is not None
     context = Context(
@@ -178,9 +181,20 @@ def _labelled(spec: str, options: EvalOptions) -> list[LabelledTexts]:
     return [read_labelled(spec, text=options.text_column, label=options.label_column)]
 
 
+def _worse_than_mean(found: Any) -> bool:
+    """Whether the mean would do better than the reconstruction: by the FVE, or by the loss where it is spliced."""
+    found = found if isinstance(found, dict) else {}
+    places = [found.get("sinks_out"), (found.get("everywhere") or {}).get("sinks_in")]
+    known = [place.get(key) for place in places if isinstance(place, dict) for key in ("fve", "recovered_mean")]
+    return any(value is not None and value < 0 for value in known)
+
+
 def screen(result: Mapping[str, Any]) -> str:
     """Every table of a measurement, and the warnings on SAEs whose file held no threshold, for a terminal."""
     shown = [printable(f"{key}: {value}") for key, value in result["warnings"].items()]
     for caption, (head, *rows) in REGISTRY[result["measurement"]].tables(result["found"]):
         shown.append(text_table(head, rows, title=caption, align="l" * len(head)))
+    for name, found in (result["found"].get("saes") or {}).items():
+        if name in result["warnings"] and _worse_than_mean(found):
+            shown.append(printable(f"{name} is worse than the mean here: {result['warnings'][name]}"))
     return "\n\n".join(shown)

@@ -8,6 +8,7 @@ What the SAE's file does not say must be said: model, site, corpus. Rows that oc
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cosae.errors import CosaeError, check_least
+from cosae.errors import CosaeError, CosaeWarning, check_least
 from cosae.interop.delphi import Written, write_cache
 from cosae.interop.neuronpedia import upload as uploads
 from cosae.interop.neuronpedia.dashboards import MARK, write_dashboards
@@ -29,6 +30,7 @@ from cosae.recipe import DataConfig
 from cosae.run import provenance
 from cosae.run.dataset.corpus import adds_bos, check_corpus, long_enough, pad_id
 from cosae.run.dataset.model import batch_size, open_model
+from cosae.run.identity import read_elsewhere
 from cosae.run.requests import Reading
 from cosae.run.saes import check_recorded, read_with_model
 from cosae.sae.file import to_disk
@@ -67,6 +69,8 @@ def open_reading(path: Path, reading: Reading, log: Callable[[str], None]) -> Op
     if limit is not None and reading.context > limit:
         raise CosaeError(f"context must be at most {limit}, the model's own. Got {reading.context} instead.")
     site = find_site(model, data.site)
+    if said := read_elsewhere(sae.metadata, data.model, site, model):
+        warnings.warn(CosaeWarning(f"{path}: {said}"), stacklevel=2)
     log("reading the text")
     sequences = read_sequences(data, tokenizer, reading)
     known = {

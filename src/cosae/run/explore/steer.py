@@ -17,10 +17,12 @@ from torch import Tensor
 
 from cosae.errors import CosaeError, CosaeWarning
 from cosae.models.intervene import edits
+from cosae.models.intervene.hooks import find_site
 from cosae.models.intervene.splice import spliced
 from cosae.models.intervene.window import own_filter
 from cosae.run.dataset.corpus import adds_bos, pad_id
 from cosae.run.dataset.model import open_model
+from cosae.run.identity import read_elsewhere
 from cosae.run.requests import Place, SteerOptions
 from cosae.run.saes import check_recorded, read_with_model
 from cosae.text.pylib import Document
@@ -55,6 +57,7 @@ def steer(
     edits.check_edits(edit, sae.d_sae, data.site)
     log("opening the model")
     model, tokenizer = open_model(data, place.device)
+    elsewhere = read_elsewhere(sae.metadata, data.model, find_site(model, data.site), model)
     read = tokenize_documents([Document("prompt", prompt)], tokenizer, add_bos=adds_bos(data, tokenizer))
     ids_T = next((one.ids_T for one in read), None)
     if ids_T is None or not len(ids_T):
@@ -72,7 +75,8 @@ def steer(
         without = generate(model, tokenizer, ids_ST, options, place.seed)
         with splice:
             changed = generate(model, tokenizer, ids_ST, options, place.seed)
-    notes = tuple(dict.fromkeys(str(one.message) for one in said if issubclass(one.category, CosaeWarning)))
+    ours = [str(one.message) for one in said if issubclass(one.category, CosaeWarning)]
+    notes = tuple(dict.fromkeys([*([f"warning: {elsewhere}"] if elsewhere else []), *ours]))
     for one in said:
         if not issubclass(one.category, CosaeWarning):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
