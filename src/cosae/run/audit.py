@@ -43,7 +43,7 @@ def run_audit(
         raise CosaeError(f"{out} is a file; give a folder for the audit with --out.")
     paths = every_sae(paths)
     saes = [read_sae(path, format=request.format, device=request.device) for path in paths]
-    datasets = Datasets(request, request.tokens or TOKENS)
+    datasets = Datasets(request, request.tokens or TOKENS, log)
     found = []
     for name, path, sae in zip(names_of(paths), paths, saes, strict=True):
         log(f"activations for {name}")

@@ -97,7 +97,7 @@ def _open(
         seeds=options.seeds,
     )
     draw_texts(texts)  # sets that are too small are refused before anything is encoded
-    datasets = Datasets(request, tokens)
+    datasets = Datasets(request, tokens, log)
     arms: dict[str, list[SAE]] = {}
     warnings: dict[str, str] = {}
     dataset = sample = None

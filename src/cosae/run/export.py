@@ -32,7 +32,7 @@ from cosae.run.dataset.corpus import adds_bos, check_corpus, long_enough, pad_id
 from cosae.run.dataset.model import batch_size, open_model
 from cosae.run.identity import read_elsewhere
 from cosae.run.requests import Reading
-from cosae.run.saes import check_recorded, read_with_model
+from cosae.run.saes import read_with_model
 from cosae.sae.file import to_disk
 from cosae.sae.model import SAE
 from cosae.text.mixture import Cursor, mix, parse_corpus
@@ -61,7 +61,6 @@ def open_reading(path: Path, reading: Reading, log: Callable[[str], None]) -> Op
     check_least("prompts", reading.prompts, 1)
     check_least("context", reading.context, 3)
     sae, data = read_with_model(path, reading)
-    check_recorded(data, reading, path)
     check_corpus(data)
     log("opening the model")
     model, tokenizer = open_model(data, reading.device)

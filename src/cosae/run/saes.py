@@ -7,9 +7,8 @@ the same tokens.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,14 @@ from cosae.activations.perturbation import Perturbation
 from cosae.activations.sample import Sample
 from cosae.errors import CosaeError
 from cosae.interop.read import read_sae
-from cosae.io.values import from_plain
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse
 from cosae.run.dataset.open import open_dataset
 from cosae.run.folder import ARMS, RECIPE
-from cosae.run.requests import EvalRequest, Place, Reading
+from cosae.run.recorded import data_of
+from cosae.run.requests import EvalRequest, Place
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
-from cosae.text.mixture import parse_corpus
 
 TOKENS = 32_768
 
@@ -36,6 +34,7 @@ class Datasets:
 
     request: EvalRequest
     tokens: int = TOKENS
+    log: Callable[[str], None] = lambda _: None
     opened: dict[str, tuple[Dataset, Sample]] = field(default_factory=dict)
 
     def of(self, sae: SAE, path: Path) -> tuple[Dataset, Sample]:
@@ -49,6 +48,9 @@ class Datasets:
             config = data_of(sae, path, request)
         key = repr(config)
         if key not in self.opened:
+            if (config.activations, config.store, config.world) == (None, None, None):
+                corpus = config.corpus if isinstance(config.corpus, str) else ", ".join(config.corpus)
+                self.log(f"text: {corpus}, read by the model {config.model}")
             perturbation = Perturbation() if request.inject is None else Perturbation.parse(request.inject)
             both = dict.fromkeys(("train", "held_out"), perturbation)
             known: dict[str, Any] = {"seed": request.seed, "device": request.device, "held_out_tokens": self.tokens}
@@ -61,35 +63,9 @@ class Datasets:
         return self.opened[key]
 
 
-def data_of(sae: SAE, path: Path, request: EvalRequest | Reading | Place) -> DataConfig:
-    """The data an SAE was trained on, as far as its file says, with what was asked for in its place.
-
-    Raises CosaeError where neither says where its activations come from.
-    """
-    known = sae.metadata
-    recorded = known.get("recipe", {}).get("data") if isinstance(known.get("recipe"), dict) else None
-    data = from_plain(DataConfig, recorded, "recipe.data") if isinstance(recorded, dict) else DataConfig()
-    if request.model is not None and (data.store, data.activations, data.world) != (None, None, None):
-        data = DataConfig()
-    if data.store is not None:
-        raise CosaeError(f"{path} was trained on the store {data.store}: name it with --store FOLDER.")
-    if data.activations is not None:
-        raise CosaeError(f"{path} was trained on the file {data.activations}: name it with --activations FILE.")
-    if data.world is not None:
-        return data
-    model = request.model or known.get("model")
-    site = request.site or known.get("site") or known.get("hook_name") or known.get("hf_hook_name")
-    if model is None:
-        raise CosaeError(f"{path} does not say which model it reads: give --model and --site, or --activations FILE.")
-    if site is None:
-        raise CosaeError(f"{path} does not say which site it reads: give --site, for instance resid_post.3.")
-    changes: dict[str, Any] = {"model": model, "site": site}
-    changes |= {name: getattr(request, name, None) for name in ("corpus", "context")}
-    return replace(data, **{k: v for k, v in changes.items() if v is not None})
-
-
 def read_with_model(path: Path, place: Place) -> tuple[SAE, DataConfig]:
-    """An SAE, and the model, site and text it is shown on. Raises CosaeError where no language model is known."""
+    """An SAE, and the model, site and text it is shown on. Raises CosaeError where no language model is known, or may
+    not be taken from the SAE's file."""
     sae = read_sae(path, format=place.format, device=place.device)
     try:
         return sae, data_of(sae, path, place)
@@ -98,25 +74,6 @@ def read_with_model(path: Path, place: Place) -> tuple[SAE, DataConfig]:
             raise
         hint = "name its language model with --model and --site"
         raise CosaeError(f"{path} was not trained on a language model, or does not say on which: {hint}.") from None
-
-
-def check_recorded(data: DataConfig, place: Place, path: Path, *, corpus: bool = True) -> None:
-    """Raises CosaeError where the SAE's file, not the user, names a model or text of this machine.
-
-    A file may come from a stranger: it may name what is packaged and what the hub has, and no folder or file here.
-    """
-    if place.model is None and data.model != "embedded" and not _of_the_hub(data.model):
-        raise CosaeError(f"{path} names the model {data.model!r}, which is none of the hub: name it with --model.")
-    if corpus and getattr(place, "corpus", None) is None:
-        for source in parse_corpus(data.corpus):
-            if source.spec != "pylib" and not _of_the_hub(source.spec.removeprefix("hf:").partition(":")[0]):
-                what = f"{path} names the text {source.spec!r}, a place on this machine"
-                raise CosaeError(f"{what}: if you want it read, name it with --corpus.")
-
-
-def _of_the_hub(name: str) -> bool:
-    """Whether a name is of a repository, and of nothing that lies here."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not Path(name).exists()
 
 
 def saes_in(path: Path) -> dict[str, Path]:

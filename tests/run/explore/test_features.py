@@ -1,4 +1,4 @@
-"""`cosae features` and `cosae steer`: values against direct computation, safe output, and whose word names a file."""
+"""`cosae features` and `cosae steer`: values against direct computation, and safe output."""
 
 from __future__ import annotations
 
@@ -134,36 +134,6 @@ def test_the_command_takes_a_run_and_a_name(folder: Path, capsys: pytest.Capture
 def test_options_of_features_that_are_not_allowed(options: dict[str, Any], says: str) -> None:
     with pytest.raises(CosaeError, match=says):
         FeatureOptions(**options).check()
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        ({"corpus": "diary"}, "names the text 'diary'.*--corpus"),
-        ({"corpus": ["pylib", "hf:/home/me/diary"]}, "names the text 'hf:/home/me/diary'"),
-        ({"corpus": "/usr"}, "names the text '/usr'"),
-        ({"model": "model"}, "names the model 'model'.*--model"),
-        ({"model": "/somewhere/model"}, "names the model"),
-        ({"model": "../model"}, "names the model"),
-    ],
-)
-def test_a_file_names_no_place_of_this_machine(
-    data: dict[str, Any], says: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A pulled SAE whose metadata name a local corpus or model: nothing of it is opened."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("diary", "model"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "diary" / "secret.txt").write_text("secret " * 500)
-    sae = SAE.build(192, 32, "inner", "topk", k=4)
-    model = data.get("model", "embedded")
-    sae.metadata = {"model": model, "site": SITE, "recipe": {"data": data}}
-    save(sae, tmp_path / "sae")
-    with pytest.raises(CosaeError, match=says):
-        look(tmp_path / "sae", Reading())
-    if "model" in data:  # steering reads no corpus
-        with pytest.raises(CosaeError, match=says):
-            steered(tmp_path / "sae")
 
 
 def steered(path: Path, prompt: str = "def g(", place: Place | None = None, **options: Any) -> Any:

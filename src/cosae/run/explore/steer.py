@@ -24,7 +24,7 @@ from cosae.run.dataset.corpus import adds_bos, pad_id
 from cosae.run.dataset.model import open_model
 from cosae.run.identity import read_elsewhere
 from cosae.run.requests import Place, SteerOptions
-from cosae.run.saes import check_recorded, read_with_model
+from cosae.run.saes import read_with_model
 from cosae.text.pylib import Document
 from cosae.text.tokenization import tokenize_documents
 
@@ -52,7 +52,6 @@ def steer(
     a prompt that is empty or too long."""
     options.check()
     sae, data = read_with_model(path, place)
-    check_recorded(data, place, path, corpus=False)
     edit = edit_of(options)
     edits.check_edits(edit, sae.d_sae, data.site)
     log("opening the model")
