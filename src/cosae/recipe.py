@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,26 @@ class DataConfig:
     store_site: str | None = None
     """Which of the stores in that folder, where it holds one for each of several sites."""
 
+    @property
+    def origin(self) -> str:
+        """Where activations come from: store, world, activations or model."""
+        return next((name for name in ORIGINS if getattr(self, name, None) is not None), "model")
+
+    def from_origin(self, origin: str) -> DataConfig:
+        """The same with everything that names another origin taken back."""
+        kept = {"held_out_frac": self.held_out_frac, "non_finite": self.non_finite}
+        return self if origin == self.origin else DataConfig(**{n: v for n, v in kept.items() if n in ORIGINS[origin]})
+
+    def check_applies(self, names: Iterable[str], origin: str | None = None) -> None:
+        """Raises CosaeError for a field, among those that were asked for, that has no say in data of this origin."""
+        origin = origin or self.origin
+        for name in names:
+            if name in ORIGINS and name != origin:
+                listed = "model, store, world and activations"
+                raise CosaeError(f"activations are taken from one of {listed}. Got {origin} and {name}: drop one.")
+            if name not in {origin, *ORIGINS[origin]}:
+                raise CosaeError(f"{name} has no say in {_IN_WORDS[origin]}: drop it.")
+
     def __post_init__(self) -> None:
         check_policy(self.non_finite)
         parse_corpus(self.corpus)
@@ -97,6 +117,21 @@ class DataConfig:
         check_choice("packing", self.packing, ("packed", "document"))
         if self.max_chars is not None and self.min_chars > self.max_chars:
             raise CosaeError(f"min_chars must be at most max_chars. Got {self.min_chars} and {self.max_chars} instead.")
+
+
+ORIGINS: dict[str, tuple[str, ...]] = {
+    "store": ("store_site",),
+    "world": (),
+    "activations": ("activations_key", "held_out_frac", "non_finite"),
+    "model": tuple(f.name for f in fields(DataConfig) if not f.name.startswith(("store", "world", "activations"))),
+}
+"""Where activations can come from → the fields of DataConfig that have a say in them beside it."""
+_IN_WORDS = {
+    "store": "a store, which holds activations already",
+    "world": "a synthetic world",
+    "activations": "a file of activations",
+    "model": "activations of a model",
+}
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,18 @@ class Site:
     call: int = 0
     calls: int = 1
 
+    def is_named(self, name: str) -> bool:
+        """Whether a name means this site: short, TransformerLens style, or a module path, with or without its beginning.
+
+        What goes into a block is what comes out of the block before.
+        """
+        before, after = ("resid_post", self.block - 1), ("resid_pre", self.block + 1)
+        kind, block = {f"resid_pre.{self.block}": before, f"resid_post.{self.block}": after}.get(self.name, ("", 0))
+        if name in {self.name, self.hook_name} or (kind and name in {f"{kind}.{block}", f"blocks.{block}.hook_{kind}"}):
+            return True
+        path, other = f".{self.module_path}", f".{name.removesuffix('.output')}"
+        return self.reads == "output" and (path.endswith(other) or other.endswith(path))
+
     def to_record(self) -> dict[str, Any]:
         """Plain values that `Site(**record)` takes; which run is meant only where there are several."""
         several = ("call", "calls") if self.calls > 1 else ()

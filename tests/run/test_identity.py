@@ -12,7 +12,7 @@ import torch
 import cosae
 from cosae.cli import main
 from cosae.errors import CosaeWarning
-from cosae.models.sites import KINDS, is_named, resolve_site
+from cosae.models.sites import KINDS, resolve_site
 from cosae.run.audit import run_audit
 from cosae.run.evaluate import evaluate, screen
 from cosae.run.identity import read_elsewhere
@@ -103,12 +103,12 @@ def test_names_of_one_place_are_equal_and_others_are_not() -> None:
         site = resolve_site(model, f"{kind}.2")
         paths = {site.module_path, site.module_path.removeprefix("model.")} if site.reads == "output" else set()
         names = {site.name, site.hook_name} | paths
-        assert [name for name in names if not is_named(site, name)] == []
+        assert [name for name in names if not site.is_named(name)] == []
         others = {f"{other}.{block}" for other in KINDS for block in range(4)} - {site.name}
         same = {"resid_pre": "resid_post.1", "resid_post": "resid_pre.3"}.get(kind)
-        assert {name for name in others if is_named(site, name)} == ({same} if same else set())
-        assert not is_named(site, "layers.12.mlp")
-    assert is_named(resolve_site(model, "resid_post.2"), "model.layers.2.output")
+        assert {name for name in others if site.is_named(name)} == ({same} if same else set())
+        assert not site.is_named("layers.12.mlp")
+    assert resolve_site(model, "resid_post.2").is_named("model.layers.2.output")
 
 
 @pytest.mark.parametrize(

@@ -420,7 +420,7 @@ def test_ctrl_c_ends_after_the_shard_in_progress_and_says_how_to_go_on(corpus: P
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 130, said
-    assert re.search(r"interrupted. (\d+) tokens are written. Go on with the same command.", said), said
+    assert re.search(r"interrupted. ([\d,]+) tokens are written. Go on with the same command.", said), said
     assert "Traceback" not in said
     listed = (out / "journal.jsonl").read_text().splitlines()
     assert len(listed) == len(list(out.glob("*.safetensors")))
@@ -440,14 +440,14 @@ def test_the_command_line_from_capture_to_verify(
 
     status, out, error = run("verify", str(plain))
     assert (status, error) == (0, "")
-    assert re.fullmatch(rf"{plain}: complete; 3000 train and \d+ held-out tokens, width 192, float32, .* shards\n", out)
+    assert re.fullmatch(rf"{plain}: complete; 3,000 train and [\d,]+ held-out tokens, width 192, float32, .* shards\n", out)
     status, shown, _ = run("inspect", str(plain))
     assert status == 0
     assert json.loads(shown)[0]["rows"]["train"] == 3000
     status, _, error = run("verify", str(tmp_path / "nowhere"))
     assert (status, "holds no store" in error) == (2, True)
     status, _, error = run("train", "--store", str(plain), "--model", "embedded", "--out", str(tmp_path / "run"))
-    assert (status, "a store holds activations already: drop --model" in error) == (2, True)
+    assert (status, "Got store and model: drop one" in error) == (2, True)
     bad = shutil.copytree(plain, tmp_path / "bad")
     for name in ("train-00001.safetensors", "held_out-00000.safetensors"):
         content = bytearray((bad / name).read_bytes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,20 @@ class RecipeOptions:
     def changed_recipe(self, more: Mapping[str, Any]) -> Recipe:
         """The recipe with the options given, `more` by dotted path, and --set on it. Raises CosaeError."""
         from cosae.presets import preset
-        from cosae.recipe import Recipe
+        from cosae.io.legacy import upgrade_path
+        from cosae.recipe import ORIGINS, Recipe
 
         recipe = Recipe.read(self.recipe) if self.recipe is not None else preset(self.preset)
         given = {path: getattr(self, name) for name, path in FIELDS.items() if hasattr(self, name)}
         given["data.corpus"] = self.corpus[0] if len(self.corpus) == 1 else self.corpus or None
-        named = {path: value for path, value in {**given, **more}.items() if value is not None}
-        return recipe.changed({**named, **settings(self.set)})
+        named = {path: value for path, value in {**given, **more}.items() if value is not None} | settings(self.set)
+        if origin := next((name for name in ORIGINS if f"data.{name}" in named), None):
+            recipe = replace(recipe, data=recipe.data.from_origin(origin))
+        if (origin or recipe.data.origin) == "store" and "data.site" in named:
+            named["data.store_site"] = named.pop("data.site")  # which of the stores in a folder
+        recipe = recipe.changed(named)
+        recipe.data.check_applies(upgrade_path(path).split(".")[1] for path in named if path.startswith("data."))
+        return recipe
 
 
 def settings(texts: Sequence[str]) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def go_on_capturing(out: Path) -> str:
     from cosae.activations.store.writer import rows_written
 
     rows = [rows_written(place) for place in find_stores(out)]
-    kept = f"{counted(min(rows), 'token')} written. " if any(rows) else "Nothing was written yet. "
-    return f"{kept}Go on with the same command."
+    written = f"{counted(min(rows), 'token')} {'is' if min(rows) == 1 else 'are'} written" if any(rows) else ""
+    return f"{written or 'Nothing was written yet'}. Go on with the same command."
 
 
 def verify(command: Verify) -> int:
@@ -135,7 +135,7 @@ def _summary(folder: Path) -> str:
 
     store = Store(folder)
     size = sum(entry["bytes"] for entry in store.record["shards"]) / 1e6
-    rows = f"{counted(store.n_rows('train'), 'train token')} and {store.n_rows('held_out'):,} held-out"
+    rows = f"{store.n_rows('train'):,} train and {counted(store.n_rows('held_out'), 'held-out token')}"
     return (
         f"{rows}, width {store.d_in}, {store.dtype}, {size:.3g} MB in {counted(len(store.record['shards']), 'shard')}"
     )

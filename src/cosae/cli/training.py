@@ -119,13 +119,9 @@ def build_recipe(command: Train) -> Recipe:
     from cosae.activations.synthetic import World
     from cosae.train.arm import parse_arm
 
-    if command.store is not None and (command.model or command.corpus or command.dtype or command.context):
-        raise CosaeError(
-            "a store holds activations already: drop --model, --corpus, --dtype and --context, or --store."
-        )
     more = {
         "arms": tuple(parse_arm(text) for text in command.arms) or None,
-        "data.site" if command.store is None else "data.store_site": command.site,
+        "data.site": command.site,
         "data.world": None if command.world is None else World.parse(command.world),
         "perturbation": None if command.inject is None else Perturbation.parse(command.inject),
     }

@@ -55,19 +55,6 @@ def resolve_site(model: nn.Module, site: str | Site) -> Site:
     return _path_site(model, site, blocks_path, n_blocks)
 
 
-def is_named(site: Site, name: str) -> bool:
-    """Whether a name means the site: short, TransformerLens style, or a module path with or without its beginning.
-
-    What goes into a block is what comes out of the block before.
-    """
-    before, after = ("resid_post", site.block - 1), ("resid_pre", site.block + 1)
-    kind, block = {f"resid_pre.{site.block}": before, f"resid_post.{site.block}": after}.get(site.name, ("", 0))
-    if name in {site.name, site.hook_name} or (kind and name in {f"{kind}.{block}", f"blocks.{block}.hook_{kind}"}):
-        return True
-    path, other = f".{site.module_path}", f".{name.removesuffix('.output')}"
-    return site.reads == "output" and (path.endswith(other) or other.endswith(path))
-
-
 def find_blocks(model: nn.Module) -> tuple[str, int]:
     """Path of the list of decoder blocks and how many there are.
 

@@ -32,6 +32,7 @@ from cosae.run import folder, provenance
 from cosae.run.dataset.arrays import as_matrix
 from cosae.run.dataset.base import Dataset
 from cosae.run.dataset.open import dataset_of
+from cosae.run.dataset.store import CAPTURED
 from cosae.run.finished import Finished
 from cosae.run.folder import RECIPE, RUN, check_free, write_json, write_recipe
 from cosae.run.measure import evaluate
@@ -227,7 +228,8 @@ class _Run:
     def _check_unchanged(self, begun_with: Recipe | None) -> None:
         """Raises CosaeError where the recipe differs, in what decides weights, from that of the run's beginning."""
         differing = () if begun_with is None else begun_with.diff(self.recipe)
-        if changed := [path for path in differing if path not in _FREE and not path.startswith("evaluation.")]:
+        free = [*_FREE, *(f"data.{name}" for name in ("site", *CAPTURED) if self.recipe.data.store is not None)]
+        if changed := [path for path in differing if path not in free and not path.startswith("evaluation.")]:
             what = f"the recipe in {self.out}/{RECIPE} is not the one this run was started with"
             raise CosaeError(f"{what}: it differs in {', '.join(changed)}. Put it back, or start another run.")
 

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cosae.errors import CosaeError
+from cosae.io.legacy import upgrade_path
 from cosae.presets import preset
 from cosae.recipe import Recipe
 from cosae.run.dataset.arrays import as_matrix
@@ -57,6 +58,9 @@ def fit(
         recipe = replace(recipe, arms=tuple(arm if isinstance(arm, Arm) else parse_arm(arm) for arm in chosen))
     given = {_SHORT.get(key, key.replace("__", ".")): value for key, value in changes.items()}
     recipe = recipe.changed(given)
+    if recipe.data.origin != "store":  # which compares what is asked with what it was captured with
+        named = [upgrade_path(path).split(".")[1] for path in given if path.startswith("data.")]
+        recipe.data.check_applies(named, "activations" if tensor is not None and not recipe.data.activations else None)
     if tensor is not None:
         recipe = _fitted_to(recipe, tensor, given)
     place = None if out is None else Path(out)

@@ -9,7 +9,6 @@ from typing import Any
 
 from cosae.errors import CosaeError, CosaeWarning
 from cosae.models.intervene.hooks import find_site
-from cosae.models.sites import is_named
 from cosae.run.dataset.base import Dataset
 from cosae.types import Site
 
@@ -55,8 +54,8 @@ def _last(name: str) -> str:
 
 
 def _same(site: Site, name: str, model: Any) -> bool:
-    if is_named(site, name):
+    if site.is_named(name):
         return True
     with suppress(CosaeError):
-        return model is not None and is_named(site, find_site(model, name).name)
+        return model is not None and site.is_named(find_site(model, name).name)
     return False

@@ -215,21 +215,25 @@ def open_store(folder: str | Path, site: str | None = None) -> Store:
     """The store in a folder, or of one site where the folder holds one for each of several sites.
 
     site: any of a site's names; needed only where there are several. Raises CosaeError as `Store` does, and for a
-    site that is not there or not named.
+    site that is not there, or not named where there are several.
     """
     places = find_stores(folder)
     if not places:
         what = f"{folder}{which_is(Path(folder))}"
         raise CosaeError(f"{what} holds no store (no {INDEX} in it or below it); make one with `cosae capture`.")
-    if len(places) == 1:
-        return Store(places[0])
     names = ", ".join(place.name for place in places)
+    if len(places) == 1:
+        store = Store(places[0])
+        if site is None or (store.site is not None and store.site.is_named(site)):
+            return store
+        holds = "no site that it knows" if store.site is None else store.site.name
+        raise CosaeError(f"{folder} is a store of {holds}, not of {site}: drop the site, or give another store.")
     if site is None:
         raise CosaeError(f"{folder} holds a store for each of several sites ({names}): name one of these folders.")
     for place in places:
         if place.name == site or (place / INDEX).exists():
             store = Store(place)
-            if store.site is not None and site in (store.site.name, store.site.hook_name, store.site.module_path):
+            if store.site is not None and store.site.is_named(site):
                 return store
     raise CosaeError(f"{folder} holds no store for the site {site!r}; it has {names}.")
 

@@ -10,9 +10,14 @@ from cosae.activations.store.reader import open_store
 from cosae.activations.store.source import BLOCK_ROWS, StoreSource
 from cosae.activations.store.statistics import noise_warning
 from cosae.errors import CosaeError
+from cosae.io.values import from_plain, to_plain
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse, Sizes, Split, side_of, split_held_out
 from cosae.text.concepts.table import CONCEPTS
+
+CAPTURED = ("model", "revision", "model_dtype", "attention", "corpus", "text_field", "suffixes", "txt_unit", "context")
+CAPTURED += ("packing", "add_bos", "max_chars", "min_chars", "held_out_frac")
+"""What a store says of its model and text, under the names of a recipe's data."""
 
 
 class StoreDataset(Dataset):
@@ -20,14 +25,23 @@ class StoreDataset(Dataset):
 
     Held-out and calibration tokens are the store's held-out rows, drawn as those of a live capture are; probing has
     labels where the store was captured from the embedded corpus under the same list of concepts. Raises CosaeError for
-    a store that cannot be read, is damaged, or has no held-out rows.
+    a store that cannot be read, is damaged, is of another site than the configuration names, or has no held-out rows.
     """
 
     def __init__(self, config: DataConfig, use: DataUse) -> None:
         super().__init__(config, use)
         assert config.store is not None
-        self.store = open_store(config.store, config.store_site)
+        named = None if config.site == DataConfig.site else config.site
+        self.store = open_store(config.store, config.store_site or named)
         self.site = self.store.site
+        if named is not None and (self.site is None or not self.site.is_named(named)):
+            what = f"{self.store.folder} is a store of {config.store_site}, not of {named}"
+            raise CosaeError(f"{what}: drop data.site, which the store knows.")
+        request, asked, usual = self.store.record["request"], to_plain(config), to_plain(DataConfig())
+        for name in CAPTURED:
+            if asked[name] not in (usual[name], request.get(name, asked[name])):
+                what = f"{self.store.folder} was captured with {name} {request[name]!r}, not {asked[name]!r}"
+                raise CosaeError(f"{what}: drop data.{name}, which the store knows.")
         self.model_name = self.store.record["request"].get("model")
         if not self.store.n_rows("held_out"):
             what = f"{self.store.folder} has no held-out rows, on which thresholds are calibrated"
@@ -39,6 +53,13 @@ class StoreDataset(Dataset):
     def warnings(self) -> list[str]:
         warning = noise_warning(self.store.statistics, self.store.dtype)
         return [] if warning is None else [f"store {self.store.folder.name}: {warning}."]
+
+    def resolved(self) -> DataConfig:
+        """The configuration with the model, site and text that the store was captured from."""
+        request = self.store.record["request"]
+        known = {name: request[name] for name in CAPTURED if request.get(name) is not None}
+        known |= {} if self.site is None else {"site": self.site.name}
+        return from_plain(DataConfig, {**to_plain(self.config), **known}, str(self.store.folder))
 
     def sizes(self) -> Sizes:
         return Sizes(self.source.d_in, (), self.source.chunk_tokens)
