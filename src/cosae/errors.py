@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,16 @@ class CosaeError(ValueError):
     """A mistake of the user's that one sentence can put right: what came, what is allowed, what to do."""
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 12, 12, 8
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 160
+
+
+def short(value: object) -> str:
+    """A value as it is written in Python, cut where it is long: what came may be a stranger's."""
+    return " ".join(_SHORT.repr(value).split())
+
+
 def sentences(*parts: object) -> str:
     """Parts of a message one after the other, each ended by a full stop where it has no end of its own."""
     said = [text for part in parts if (text := str(part).strip())]
@@ -24,20 +35,20 @@ def sentences(*parts: object) -> str:
 def check_least(name: str, value: float | None, least: float) -> None:
     """Raises CosaeError for a value below the least one; None is no value."""
     if value is not None and value < least:
-        raise CosaeError(f"{name} must be at least {least}. Got {value!r} instead.")
+        raise CosaeError(f"{name} must be at least {least}. Got {short(value)} instead.")
 
 
 def check_positive(name: str, value: float, *, zero: bool = False) -> None:
     """Raises CosaeError for what is not a finite number above 0 (with `zero`: of at least 0)."""
     if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
         allowed = "finite number of at least 0" if zero else "positive number"
-        raise CosaeError(f"{name} must be a {allowed}. Got {value!r} instead.")
+        raise CosaeError(f"{name} must be a {allowed}. Got {short(value)} instead.")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises CosaeError for a value that is not among the choices."""
     if value not in (listed := tuple(choices)):
-        raise CosaeError(f"{name} must be one of {', '.join(map(str, listed))}. Got {value!r} instead.")
+        raise CosaeError(f"{name} must be one of {', '.join(map(str, listed))}. Got {short(value)} instead.")
 
 
 def check_range(name: str, value: float, allowed: str) -> None:
@@ -46,4 +57,4 @@ def check_range(name: str, value: float, allowed: str) -> None:
     above = value >= low if allowed[0] == "[" else value > low
     below = value <= high if allowed[-1] == "]" else value < high
     if not (above and below):
-        raise CosaeError(f"{name} must lie in {allowed}. Got {value!r} instead.")
+        raise CosaeError(f"{name} must lie in {allowed}. Got {short(value)} instead.")

@@ -347,3 +347,18 @@ def test_names_of_0_1_still_work_or_say_what_replaced_them(tmp_path: Path) -> No
     for name in ("cosae.share", "cosae.share.saelens"):
         with pytest.raises(ModuleNotFoundError, match=r"cosae\.interop\.read"):
             importlib.import_module(name)
+
+
+def test_a_threshold_of_the_paper_that_was_never_set_is_batch_top_k(tmp_path: Path) -> None:
+    """The paper's code, threshold < 0: the k · B largest of ReLU(scores) of the whole batch; k is 80 (paper §3)."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (300, 16), "b_enc": (300,), "W_dec": (300, 16), "b_dec": (16,)}
+    state = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    torch.save({"state_dict": {**state, "threshold": torch.tensor(-1.0)}}, tmp_path / "sae_final.pt")
+    sae = read_sae(tmp_path)
+    x_BD = torch.randn(6, 16, generator=draw)
+    score_BF = ((x_BD - state["b_dec"]) @ state["W_enc"].T + state["b_enc"]).relu()
+    least = score_BF.flatten().topk(80 * 6).values[-1]
+    assert int((score_BF > 0).sum()) > 80 * 6
+    assert not sae.calibrated
+    assert torch.allclose(sae.encode(x_BD).to_dense(), score_BF.where(score_BF >= least, 0), atol=1e-5)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosae import SAE, CosaeError, load, save
+from cosae.io.digest import value_digest
 from cosae.sae import file
 from cosae.sae.config import SAEConfig
 from cosae.sae.fold import fold_decoder_norm
@@ -124,6 +126,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object], digests: b
         for name in config["sha256"]:
             config["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     change(config)
+    if digests:
+        own = {name: value for name, value in config.items() if name != file.DIGEST}
+        config[file.DIGEST] = value_digest(json.loads(json.dumps(own), parse_constant=lambda _: None))
     (folder / file.CONFIG).write_text(json.dumps(config))
 
 
@@ -181,6 +186,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cfg not text": (lambda f: (f / file.CONFIG).write_bytes(b"\xff\xfe\x00{"), "not readable JSON"),
     "cfg nested without end": (lambda f: (f / file.CONFIG).write_text("[" * 100_000), "not readable JSON"),
     "cfg a list": (lambda f: (f / file.CONFIG).write_text("[1, 2]"), "must hold a mapping"),
+    "cfg of gigabytes": (lambda f: os.truncate(f / file.CONFIG, 1_500_000_000), "too large to be an SAE's"),
+    "metadata that are a list": (lambda f: rewrite(f, lambda c: c.update(provenance=[1])), "must be a mapping"),
+    "no digest of its own": (lambda f: rewrite(f, lambda c: c["sae"].update(bandwidth=1.0), digests=False), "altered"),
+    "a width beyond memory without weights": (
+        lambda f: (rewrite(f, lambda c: c["sae"].update(d_sae=200_000_000)), retensor(f, lambda t: t.pop("W_dec"))),
+        "missing: W_dec",
+    ),
+    "a width beyond numbers": (lambda f: rewrite(f, lambda c: c["sae"].update(d_sae=1e30)), "no SAE has such sizes"),
+    "groups beyond numbers": (
+        lambda f: rewrite(f, lambda c: c["sae"].update(score="cosine_grouped", n_groups=1e30)), "n_groups must be",
+    ),
+    "an infinite prefix": (lambda f: rewrite(f, lambda c: c["sae"].update(prefixes=[math.inf])), "prefixes[0] must be"),
+    "truth in text": (lambda f: rewrite(f, lambda c: c["sae"].update(norm_restoring="false")), "must be of type bool"),
+    "a setting of the decoder": (
+        lambda f: rewrite(f, lambda c: c["sae"].update(norm_restoring=True)), "no longer give their stored recon",
+    ),
+    "a decoder edited": (lambda f: retensor(f, lambda t: t["W_dec"].mul_(-1)), "no longer give their stored recon"),
+    "ever so many probes": (
+        lambda f: retensor(f, lambda t: t.update(x=torch.ones(10**5, 5)), file.SELF_CHECK), "does not fit the SAE",
+    ),
     "another library's cfg": (
         lambda f: (f / file.CONFIG).write_text('{"architecture": "standard", "d_in": 5}'), "was not written by cosae",
     ),
@@ -191,12 +216,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "digests missing": (lambda f: rewrite(f, lambda c: c.update(sha256={})), "digest differs"),
     "an unknown field": (lambda f: rewrite(f, lambda c: c["sae"].update(colour="red")), "colour"),
     "a field missing": (lambda f: rewrite(f, lambda c: c["sae"].pop("d_in")), "d_in"),
-    "a field of another type": (lambda f: rewrite(f, lambda c: c["sae"].update(k="three")), "k must be a whole number"),
+    "a field of another type": (lambda f: rewrite(f, lambda c: c["sae"].update(k="three")), "k must be of type int"),
     "an unknown score": (lambda f: rewrite(f, lambda c: c["sae"].update(score="dot")), "score must be one of"),
     "prefixes of null": (lambda f: rewrite(f, lambda c: c["sae"].update(prefixes=None)), "cfg.json"),
     "a bandwidth of text": (lambda f: rewrite(f, lambda c: c["sae"].update(bandwidth="wide")), "cfg.json"),
-    "a width beyond memory": (lambda f: rewrite(f, lambda c: c["sae"].update(d_sae=10**13)), "W_dec must have shape"),
-    "another width": (lambda f: rewrite(f, lambda c: c["sae"].update(d_in=6)), "W_dec must have shape"),
+    "a width beyond memory": (lambda f: rewrite(f, lambda c: c["sae"].update(d_sae=10**13)), "must have shape"),
+    "another width": (lambda f: rewrite(f, lambda c: c["sae"].update(d_in=6)), "must have shape"),
     "another score": (lambda f: rewrite(f, lambda c: c["sae"].update(score="inner")), "unknown: scale_a, scale_b"),
     "another selector": (lambda f: rewrite(f, lambda c: c["sae"].update(selector="gated")), "missing: b_gate, b_mag"),
     "a tensor missing": (lambda f: retensor(f, lambda t: t.pop("b_dec")), "missing: b_dec"),
@@ -229,6 +254,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: retensor(f, lambda t: t["value"].fill_(math.nan), file.SELF_CHECK), "no longer give",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_flipped_bit_of_the_configuration_loads(seed: int, tmp_path: Path) -> None:
+    path = save(make(), tmp_path / "sae")
+    whole = (path / file.CONFIG).read_bytes()
+    draw = random.Random(seed)
+    for _ in range(100):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        (path / file.CONFIG).write_bytes(data)
+        sentence(path)
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -291,7 +328,7 @@ def test_names_and_layouts_on_disk(tmp_path: Path) -> None:
     assert torch.equal(state["W_enc"].T, sae.score.rows_FD)
     assert torch.equal(state["scale_a"], sae.score.exponent_base + sae.score.exponent_delta_F)
     config = json.loads((tmp_path / "sae" / file.CONFIG).read_text())
-    assert (config["format"], config["version"], config["d_in"], config["d_sae"]) == ("cosae-sae", 2, D, F)
+    assert (config["format"], config["version"], config["d_in"], config["d_sae"]) == ("cosae-sae", 3, D, F)
     standard = SAE.build(D, F, "inner", k=3)
     standard.selector.threshold.fill_(0.5)
     config = json.loads((save(standard, tmp_path / "standard") / file.CONFIG).read_text())

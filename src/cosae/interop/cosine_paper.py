@@ -2,8 +2,8 @@
 
 A pickled mapping {state_dict, num_tokens_since_fired, step}, or the state dict alone: W_enc and W_dec (F, D), b_enc,
 b_dec, threshold (), and for cosine scores scale_a, scale_b, () (global) or (F,) (per feature; direct, no base). Stored
-lengths of W_enc mean nothing under a cosine score. Fires where the score exceeds the threshold; one that was never set
-(−1) lets every positive score pass, as their ReLU does.
+lengths of W_enc mean nothing under a cosine score. Fires where the score exceeds the threshold; below 0 (−1) it was
+never set, and the paper's code takes the k largest scores a token of the batch: the SAE that is read has no threshold.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.interop.linear import Linear, linear_sae
-from cosae.io.untrusted import read_pickled, take, tensors
+from cosae.io.untrusted import number, read_pickled, take, tensors
 from cosae.sae.config import SAEConfig
 from cosae.sae.model import SAE
 
@@ -37,8 +37,9 @@ def read(path: str | Path) -> SAE:
         raise CosaeError(f"{file}: the threshold must be one number. Got shape {tuple(threshold.shape)} instead.")
     step = whole.get("step") if isinstance(whole, dict) else None
     metadata = {"format": "cosine_paper", "step": step if isinstance(step, int) else None, "k_guessed": True}
+    known = threshold.reshape(()) if number(threshold, "threshold", file) >= 0 else None
     k = min(PAPER_K, max(len(rows_FD), 1)) if rows_FD.ndim else 1
-    weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, threshold.reshape(()))
+    weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "batch_topk", k, known)
     sae = linear_sae(weights, str(file), metadata)
     return _cosine(sae, state, file) if "scale_a" in state or "scale_b" in state else sae
 

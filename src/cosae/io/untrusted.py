@@ -1,12 +1,14 @@
-"""Files of others: JSON, safetensors, NumPy archives and pickled tensors, read as data and never executed.
+"""Files of others: text, JSON, safetensors, NumPy archives and pickled tensors, read as data and never executed.
 
-`.pt` goes through torch's weights-only unpickler; archives are held against their size on disk before anything is
-unpacked. Every failure is one CosaeError sentence.
+Bytes, depth and number of what a file holds are bounded before memory is taken for it; `.pt` goes through torch's
+weights-only unpickler; archives are held against their size on disk before anything is unpacked. Every failure is one
+CosaeError sentence.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,18 +24,78 @@ from cosae.errors import CosaeError
 MAX_RATIO, FREE_BYTES = 16, 16 * 2**20
 """A file may unpack to at most FREE_BYTES and so many times its size: weights hardly compress, bombs do."""
 MAX_HEADER_BYTES = MAX_JSON_BYTES = 16 * 2**20
+MAX_DEPTH, MAX_ITEMS = 64, 2_000_000
+"""Of lists and mappings in one another, and of all values in them."""
+MAX_ENTRIES = 4096
+"""Of an archive."""
+
+
+class one_sentence:
+    """`with one_sentence(said, advice):` whatever fails inside becomes a CosaeError: what is said, the reason in
+    brackets, and the advice. Libraries have many ways to refuse bytes that nobody wrote on purpose."""
+
+    def __init__(self, said: str, advice: str = "") -> None:
+        self.said, self.advice = said, f": {advice}" if advice else ""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, CosaeError):
+            raise CosaeError(f"{self.said} ({one_line(error)}){self.advice}.") from None
+
+
+def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
+    """The UTF-8 text of a plain file of at most so many bytes. Raises OSError, ValueError."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no plain file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return data.decode("utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value; NaN, infinities and numbers beyond floats become None. Raises ValueError, for depth too."""
+    try:
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("its lists and mappings lie too deep in one another") from None
+    check_bounded(value)
+    return value
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def check_bounded(value: Any) -> None:
+    """Raises ValueError for lists and mappings deeper than MAX_DEPTH or with more than MAX_ITEMS values in all."""
+    level, items = [value], 0
+    for _ in range(MAX_DEPTH + 1):
+        level = [one for node in level for one in (node.values() if isinstance(node, dict) else node)
+                 if isinstance(node, dict | list)]  # fmt: skip
+        items += len(level)
+        if items > MAX_ITEMS:
+            raise ValueError(f"it holds more than {MAX_ITEMS} values")
+        level = [one for one in level if isinstance(one, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"its lists and mappings lie more than {MAX_DEPTH} deep in one another")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON mapping; NaN and infinities become None. Raises CosaeError."""
     if not path.is_file():
         raise CosaeError(f"{path} does not exist: the SAE's folder is incomplete, copy it whole.")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CosaeError(f"{path} is too large to be an SAE's configuration ({path.stat().st_size} bytes).")
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CosaeError(f"{path} is too large to be an SAE's configuration ({path.stat().st_size} bytes).")
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except (OSError, ValueError, RecursionError):
-        raise CosaeError(f"{path} is not readable JSON: the file is damaged.") from None
+        value = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
+        raise CosaeError(f"{path} is not readable JSON: the file is damaged ({one_line(error)}).") from None
     if not isinstance(value, dict):
         raise CosaeError(f"{path} must hold a mapping of settings. Got {type(value).__name__} instead.")
     return value
@@ -43,14 +104,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU. Raises CosaeError."""
     _there(path)
-    with path.open("rb") as handle:
-        header = int.from_bytes(handle.read(8), "little")
-    if header > MAX_HEADER_BYTES:
-        raise CosaeError(f"{path} claims a header of {header} bytes: that is no file of weights, not opened.")
-    try:
+    with one_sentence(f"{path} is not a complete safetensors file", "copy it again"):
+        with path.open("rb") as handle:
+            header = int.from_bytes(handle.read(8), "little")
+        if header > MAX_HEADER_BYTES:
+            raise CosaeError(f"{path} claims a header of {header} bytes: that is no file of weights, not opened.")
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CosaeError(f"{path} is not a complete safetensors file ({one_line(error)}): copy it again.") from None
 
 
 def read_pickled(path: Path) -> Any:
@@ -67,11 +126,12 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     """Arrays of a `.npz` archive of numbers as tensors. Raises CosaeError."""
     _there(path)
     _check_archive(path)
-    try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
-            return {name: _array(archive, name) for name in archive.files}
-    except Exception as error:  # zip, numpy and torch each have their own ways to refuse
-        raise CosaeError(f"{path} is not a whole archive of plain number arrays ({one_line(error)}).") from None
+    with (
+        one_sentence(f"{path} is not a whole archive of plain number arrays"),
+        path.open("rb") as handle,
+        np.load(handle, allow_pickle=False) as archive,
+    ):
+        return {name: _array(archive, name) for name in archive.files}
 
 
 def _array(archive: Any, name: str) -> Tensor:
@@ -149,11 +209,11 @@ def _check_archive(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         return
     size = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise CosaeError(f"{path} is a damaged archive ({one_line(error)}): copy it again.") from None
+    with one_sentence(f"{path} is a damaged archive", "copy it again"), zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
+    if len(entries) > MAX_ENTRIES:
+        raise CosaeError(f"{path} has {len(entries)} entries, no SAE more than {MAX_ENTRIES}: not opened.")
     if unpacked > FREE_BYTES + MAX_RATIO * size:
         raise CosaeError(f"{path} would unpack from {size} to {unpacked} bytes: no file of weights, not opened.")
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
-from cosae.errors import CosaeError, check_choice
+from cosae.errors import CosaeError, check_choice, short
 
 T = TypeVar("T")
 
@@ -35,8 +35,11 @@ def from_plain(kind: type[T], plain: Any, where: str) -> T:
     if not isinstance(plain, dict):
         raise CosaeError(f"{where} must be a mapping of fields. Got {type(plain).__name__} instead.")
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    if other := [name for name in plain if not isinstance(name, str)]:
+        raise CosaeError(f"{where} must have names of fields in text. Got {short(other[0])} instead.")
     if unknown := sorted(set(plain) - set(known)):
-        raise CosaeError(f"{where} has no field {', '.join(map(repr, unknown))}. It has {', '.join(sorted(known))}.")
+        named = ", ".join(map(short, unknown[:8]))
+        raise CosaeError(f"{where} has no field {named}. It has {', '.join(sorted(known))}.")
     needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in plain]:
         raise CosaeError(f"{where} must have the field {', '.join(map(repr, missing))}, which is missing.")
@@ -66,15 +69,16 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, hint) else from_plain(hint, value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise CosaeError(f"{where} must be a list. Got {value!r} instead.")
+            raise CosaeError(f"{where} must be a list. Got {short(value)} instead.")
         inner = typing.get_args(hint)[0]
         return tuple(convert(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        with suppress(OverflowError):
+            return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
-        raise CosaeError(f"{where} must be of type {hint.__name__}. Got {value!r} instead.")
+        raise CosaeError(f"{where} must be of type {hint.__name__}. Got {short(value)} instead.")
     return value
 
 

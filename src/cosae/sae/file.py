@@ -18,20 +18,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.io.digest import file_digest
+from cosae.io.digest import file_digest, value_digest
 from cosae.io.legacy import upgrade
 from cosae.io.staged import staged
-from cosae.io.untrusted import one_line, read_json, read_safetensors
+from cosae.io.untrusted import one_line, one_sentence, read_json, read_safetensors
+from cosae.io.values import from_plain
 from cosae.kernels import Entries
 from cosae.sae.config import SAEConfig
 from cosae.sae.model import SAE
 
 FORMAT = "cosae-sae"
-VERSION = 2
+VERSION = 3
+"""3: cfg.json has a digest of its own, under DIGEST."""
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SELF_CHECK = "self_check.safetensors"
+DIGEST = "cfg_sha256"
 PROBE_ROWS = 8
+MOST_PROBES = 64
 
 
 def to_disk(sae: SAE) -> dict[str, Tensor]:
@@ -64,11 +68,8 @@ def _own_tensors(sae: SAE) -> dict[str, Tensor]:
 @torch.no_grad()
 def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
     """The inverse of `to_disk`. Raises CosaeError naming `source` on missing, unknown or ill-shaped tensors."""
-    came = tuple(state["W_dec"].shape) if "W_dec" in state else None
-    if came not in (None, (cfg.d_sae, cfg.d_in)):  # before memory is taken for the SAE
-        raise CosaeError(f"{source}: W_dec must have shape {(cfg.d_sae, cfg.d_in)}. Got {came} instead.")
-    sae = SAE(cfg)
-    wanted = shapes(sae)
+    with one_sentence(f"{source}: no SAE has such sizes"), torch.device("meta"):
+        wanted = shapes(SAE(cfg))  # before memory is taken for the SAE
     missing = sorted(name for name, (_, needed) in wanted.items() if needed and name not in state)
     unknown = sorted(set(state) - set(wanted))
     if missing or unknown:
@@ -82,7 +83,7 @@ def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
             raise CosaeError(f"{source}: {name} must have shape {allowed}. Got {tuple(value.shape)} instead.")
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             raise CosaeError(f"{source}: {name} holds values that are not finite numbers; the file is damaged.")
-    sae.to(state["W_dec"].dtype)
+    sae = SAE(cfg).to(state["W_dec"].dtype)
     for name, tensor in _own_tensors(sae).items():
         tensor.copy_(state[name])
     if not sae.score.is_plain:
@@ -167,7 +168,8 @@ def _write(sae: SAE, folder: Path, probes: Tensor | None) -> None:
         "sha256": {name: file_digest(folder / name) for name in (WEIGHTS, SELF_CHECK)},
     }
     try:
-        text = json.dumps(config, indent=2, allow_nan=False, default=_jsonable)
+        config = json.loads(json.dumps(config, allow_nan=False, default=_jsonable))
+        text = json.dumps({**config, DIGEST: value_digest(config)}, indent=2)
     except (TypeError, ValueError) as error:
         raise CosaeError(f"sae.metadata must be plain finite numbers, texts, lists and mappings: {error}.") from None
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -230,14 +232,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", kernel: str = "au
     state = read_safetensors(path / WEIGHTS)
     probe = read_safetensors(path / SELF_CHECK)
     try:
-        fields = dict(config["sae"])
-        fields["prefixes"] = tuple(fields.get("prefixes", ()))
-        cfg = SAEConfig(**fields)
+        cfg = from_plain(SAEConfig, config["sae"], "sae")
         cfg.sizes  # noqa: B018 (an SAE leaves none open)
-    except (TypeError, ValueError) as error:
+    except CosaeError as error:
         raise CosaeError(f"{path / CONFIG}: {error}") from None
+    metadata = config["provenance"] if "provenance" in config else upgrade(config.get("facts", {}))
+    if not isinstance(metadata, dict):
+        got = type(metadata).__name__
+        raise CosaeError(f"{path / CONFIG}: provenance must be a mapping. Got {got} instead: the file is damaged.")
     sae = from_disk(cfg, state, str(path / WEIGHTS))
-    sae.metadata = config["provenance"] if "provenance" in config else upgrade(config.get("facts", {}))
+    sae.metadata = metadata
     sae.kernel = "auto" if kernel == "triton" else kernel  # the probes are encoded on the CPU
     _check_probe(sae, probe, path)
     sae.kernel = kernel
@@ -254,8 +258,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if config.get("format") != FORMAT:
         raise CosaeError(f"{path} was not written by cosae (its {CONFIG} has no format {FORMAT!r}).")
     version = config.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise CosaeError(f"{path} has format version {version}; this cosae reads up to {VERSION}: upgrade cosae.")
+    if version >= 3 or DIGEST in config:
+        own = {name: value for name, value in config.items() if name != DIGEST}
+        if value_digest(own) != config.get(DIGEST):
+            raise CosaeError(f"{path / CONFIG} was altered since it was saved (its digest differs): copy it again.")
     if not isinstance(config.get("sae"), dict) or not isinstance(config.get("sha256"), dict):
         raise CosaeError(f"{path / CONFIG} lacks its sections 'sae' and 'sha256': the file is damaged.")
     return config
@@ -263,17 +271,24 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _check_probe(sae: SAE, probe: dict[str, Tensor], path: Path) -> None:
-    """Stored probes must give their stored values again (0.1 % of the largest), with nearly the same entries."""
+    """Stored probes must give their stored values again (0.1 % of the largest), with nearly the same entries, and the
+    stored entries their stored reconstruction."""
     try:
+        if not len(probe["x"]) == len(probe["x_hat"]) <= MOST_PROBES:
+            raise IndexError(f"{len(probe['x'])} activations, {len(probe['x_hat'])} reconstructions")
         entries = Entries(probe["token"], probe["feature"])
         _check_entries(entries, probe["value"], len(probe["x"]), sae.d_sae)
         framed = sae._framed(sae._checked(probe["x"]))
         terms = sae.score.terms(framed)
         got = sae.selector._evaluate(terms, sae._kernel(), entries).value_E
         want = probe["value"]
-        dense = sae.encode(probe["x"]).to_dense()
+        codes = sae.encode(probe["x"])
+        dense = codes.to_dense()
         stored = torch.zeros_like(dense).index_put((entries.token_E, entries.feature_E), want)
-    except (KeyError, IndexError, RuntimeError, CosaeError) as error:
+        x_hat, kept = sae.decode(stored, codes.norm_stats), probe["x_hat"]
+        apart = float((x_hat - kept).abs().max()) if len(kept) else 0.0
+        span = float((kept - sae.centre_D).abs().max()) if len(kept) else 1.0
+    except (KeyError, IndexError, RuntimeError, TypeError, CosaeError) as error:
         reason = one_line(error)
         raise CosaeError(f"{path / SELF_CHECK} does not fit the SAE ({reason}): the folder mixes two SAEs.") from None
     largest = float(want.abs().max()) if len(want) else 1.0
@@ -283,6 +298,11 @@ def _check_probe(sae: SAE, probe: dict[str, Tensor], path: Path) -> None:
         raise CosaeError(
             f"{path}: the stored probe activations no longer give their stored codes (off by {off:.3g}, {flipped} "
             "entries differ): the weights or this version's formula changed."
+        )
+    if not apart <= 1e-3 * max(span, 1e-30):
+        raise CosaeError(
+            f"{path}: the stored codes no longer give their stored reconstruction (off by {apart:.3g}): the weights, "
+            "the settings of the decoder or this version's formula changed."
         )
 
 
