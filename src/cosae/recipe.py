@@ -18,7 +18,7 @@ from cosae.activations.monitor import check_policy
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError, check_choice, check_least
-from cosae.io.legacy import upgrade, upgrade_path
+from cosae.io.legacy import V01_ORDER, upgrade, upgrade_path
 from cosae.io.values import convert, from_plain, to_plain
 from cosae.shown import Shown
 from cosae.text.files import Reading
@@ -75,6 +75,9 @@ class DataConfig:
     """Share of documents (or rows) kept out of training; pylib has a split of its own."""
     non_finite: str = "fatal"
     """What NaN and infinity do: fatal (the run stops and says where), or drop (left out, counted in run.json)."""
+    order: str = "shuffled"
+    """shuffled, or v0.1: documents of a data set on disk in its own order, and rows of a store in blocks of 256, as 0.1
+    read them; what 0.1 began goes on so."""
     activations: str | None = None
     """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
     activations_key: str | None = None
@@ -115,6 +118,7 @@ class DataConfig:
             if getattr(self, name) != "auto":
                 check_least(name, getattr(self, name), least)
         check_choice("packing", self.packing, ("packed", "document"))
+        check_choice("order", self.order, ("shuffled", V01_ORDER))
         if self.max_chars is not None and self.min_chars > self.max_chars:
             raise CosaeError(f"min_chars must be at most max_chars. Got {self.min_chars} and {self.max_chars} instead.")
 

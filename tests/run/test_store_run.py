@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -102,6 +103,57 @@ def test_a_folder_takes_one_capture_at_a_time(plain: Path, corpus: Path, tmp_pat
         capture_stores(wanted(corpus), tmp_path / "store")
     capture_stores(wanted(corpus), tmp_path / "store")
     assert sorted(p.name for p in (tmp_path / "store").iterdir()) == sorted(p.name for p in plain.iterdir())
+
+
+def test_documents_of_a_sorted_data_set_come_mixed(tmp_path: Path) -> None:
+    """English documents before French ones: both sides of a short capture have both, unless 0.1's order is asked for.
+
+    A store that 0.1 began goes on in its order."""
+    rows = [
+        {"id": f"{kind} {i}", "text": f"{kind} text number {i} goes on"} for kind in ("en", "fr") for i in range(300)
+    ]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "sorted"))
+    asked = wanted(tmp_path / "sorted", tokens=600, held_out_tokens=200)
+    asked = replace(asked, data=replace(asked.data, held_out_frac=0.3))
+    kinds = {}
+    for order in ("shuffled", "v0.1"):
+        (folder,) = capture_stores(replace(asked, data=replace(asked.data, order=order)), tmp_path / order)
+        store = Store(folder)
+        kinds[order] = {side: {name[:2] for name in store.documents(side)} for side in ("train", "held_out")}
+        assert store.record["request"].get("order") == (None if order == "v0.1" else order)
+    assert kinds == {
+        "shuffled": {"train": {"en", "fr"}, "held_out": {"en", "fr"}},
+        "v0.1": {"train": {"en"}, "held_out": {"en"}},
+    }
+    (again,) = capture_stores(asked, tmp_path / "v0.1")
+    assert {name[:2] for name in Store(again).documents("train")} == {"en"}
+
+
+def test_a_stream_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps({"text": f"number {i} goes on"}) for i in range(200)))
+    said: list[str] = []
+    capture_stores(wanted(tmp_path / "s.jsonl", tokens=300, held_out_tokens=50), tmp_path / "held", log=said.append)
+    assert not [line for line in said if "own order" in line]
+    monkeypatch.setattr("cosae.run.dataset.corpus.STREAM_ABOVE_BYTES", 1000)
+    capture_stores(wanted(tmp_path / "s.jsonl", tokens=300, held_out_tokens=50), tmp_path / "streamed", log=said.append)
+    assert len([line for line in said if "own order" in line]) == 1
+
+
+def test_held_out_tokens_are_in_proportion_and_may_be_none(corpus: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    asked = wanted(corpus, tokens=100, held_out_tokens=None)
+    (folder,) = capture_stores(asked, tmp_path / "small", log=said.append)
+    store = Store(folder)
+    assert store.n_rows("train") == 100
+    assert 100 <= store.n_rows("held_out") < 100 + asked.data.context
+    assert "100 train tokens, and 100 held-out tokens on top" in said[0]
+    (tmp_path / "one.txt").write_text("one document, and no other " * 40)
+    alone = wanted(tmp_path / "one.txt", tokens=100, held_out_tokens=0)
+    alone = replace(alone, data=replace(alone.data, held_out_frac=0.0))
+    (folder,) = capture_stores(alone, tmp_path / "alone")
+    assert (Store(folder).n_rows("train"), Store(folder).n_rows("held_out")) == (100, 0)
+    with pytest.raises(CosaeError, match="held-out side"):
+        capture_stores(replace(alone, held_out_tokens=10), tmp_path / "both")
 
 
 def test_a_batch_that_was_measured_is_not_measured_anew(

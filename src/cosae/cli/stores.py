@@ -27,8 +27,9 @@ class Capture(RecipeOptions):
     """Folder for the store; with several sites, each gets a store in it."""
     tokens: int
     """Number of training tokens to capture; those of --held-out-tokens come on top."""
-    held_out_tokens: int = 196_608
-    """Number of tokens of held-out documents to capture beside --tokens, for thresholds and evaluation."""
+    held_out_tokens: int | None = None
+    """Number of tokens of held-out documents to capture, for thresholds and evaluation; 0 for none. Default: as many as
+    of training, at most 196 608."""
     site: tuple[str, ...] = ()
     """One or several sites: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3, …"""
     store_dtype: str = "bfloat16"

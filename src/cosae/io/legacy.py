@@ -22,10 +22,18 @@ ARM_FIELDS = {**dict.fromkeys(_SAE.split(), "sae"), **dict.fromkeys(("a_init", "
 """Field of an arm in 0.1 → the section of it that holds the field since 0.2."""
 
 
+DATA_FIELDS = frozenset(("model", "corpus", "world", "activations", "store", "store_site", "prefetch_chunks"))
+"""Fields of a recipe's data in every record; people who write a recipe leave some out."""
+V01_ORDER = "v0.1"
+"""The order of documents and rows in a record that names none."""
+
+
 def upgrade(value: Any) -> Any:
     """A JSON value that 0.1 wrote, with today's names for its fields; a value with today's names as it is."""
     if isinstance(value, dict):
         renamed = {RENAMED.get(key, key): upgrade(item) for key, item in value.items()}
+        if renamed.keys() >= DATA_FIELDS:
+            renamed.setdefault("order", V01_ORDER)
         if isinstance(arms := renamed.get("arms"), list | tuple):
             renamed["arms"] = [_upgrade_arm(arm) if isinstance(arm, dict) else arm for arm in arms]
         return renamed

@@ -60,7 +60,8 @@ def read_documents(
                         may be a local folder
     reading  where rows have their text, which files of a folder count, where documents are cut
     sides    texts (by SHA-256) whose side is known: what is read beside `pylib` takes its sides
-    order_key  seeds of another order of a folder's files: sorted, any stretch of it would be one corner
+    order_key  seeds of another order of a folder's files, or of the rows of a data set on disk: sorted, any stretch of
+               it would be one corner
     tally    filled while reading
 
     Documents with nothing but white space are passed over. Corpora other than pylib split by
@@ -74,7 +75,7 @@ def read_documents(
         return _cut(iter(pylib.documents(split, include_tests)), reading.max_chars)
     if spec.startswith("hf:") or is_saved_dataset(Path(spec)):
         name = spec.removeprefix("hf:").split(":")[0]
-        rows = enumerate(open_dataset(spec))
+        rows = open_dataset(spec, order_key)
         read: Iterator[Document] = (
             document_of(row, f"{spec}, row {n}", f"{name}:{n}", reading.text_field) for n, row in rows
         )

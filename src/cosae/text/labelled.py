@@ -102,7 +102,7 @@ def _in_order(labels: set[str]) -> tuple[str, ...]:
 def _read(spec: str, columns: tuple[str, str]) -> Iterator[Any]:
     path = Path(spec)
     if spec.startswith("hf:") or is_saved_dataset(path):
-        return open_dataset(spec)
+        return (row for _, row in open_dataset(spec))
     if not path.is_file() or path.suffix.lower() not in (".jsonl", ".parquet"):
         raise CosaeError(
             "labelled texts must be an existing .jsonl or .parquet file, a folder written by datasets' save_to_disk, "

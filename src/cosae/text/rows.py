@@ -5,10 +5,13 @@ What their specs mean: cosae.text.documents.read_documents.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cosae.errors import CosaeError
 from cosae.text.worker import said
@@ -56,9 +59,12 @@ def is_saved_dataset(path: Path) -> bool:
     )
 
 
-def open_dataset(spec: str) -> Iterator[Any]:
-    """Rows of a data set, in its own order. Raises CosaeError at the call for one that cannot be opened, and while
-    reading for whatever the data set itself raises, naming the row."""
+def open_dataset(spec: str, order_key: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
+    """Each row's number, from 0, and the row. order_key: seeds of another order than its own, for a data set on disk.
+
+    Raises CosaeError at the call for one that cannot be opened, and while reading for whatever the data set itself
+    raises, naming the row.
+    """
     name, *rest = spec.removeprefix("hf:").split(":")
     if not name or len(rest) > 2:
         raise CosaeError(f"A hub corpus must be 'hf:DATASET[:CONFIG][:SPLIT]'. Got {spec!r} instead.")
@@ -70,6 +76,9 @@ def open_dataset(spec: str) -> Iterator[Any]:
         ) from None
     if is_saved_dataset(Path(name)):
         rows = _open_saved(datasets, name, rest[-1] if rest else None, spec)
+        if order_key is not None:
+            order = np.random.default_rng(list(order_key)).permutation(len(rows))
+            return _rows(_try(spec, rows.select, order, keep_in_memory=True), spec, order)
     else:
         config = rest[0] if len(rest) == 2 else None
         rows = _try(spec, datasets.load_dataset, name, config, split=rest[-1] if rest else "train", streaming=True)
@@ -97,17 +106,16 @@ def _try(spec: str, load: Any, *args: Any, **options: Any) -> Any:
         raise CosaeError(f"The data set {spec!r} cannot be opened: {said(error)}.") from error
 
 
-def _rows(rows: Any, spec: str) -> Iterator[Any]:
-    number, reading = 0, iter(rows)
-    while True:
+def _rows(rows: Any, spec: str, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, Any]]:
+    reading = iter(rows)
+    for number in itertools.count() if numbers is None else numbers:
         try:
             row = next(reading)
         except StopIteration:
             return
         except Exception as error:
             raise CosaeError(f"The data set {spec!r} failed at row {number}: {said(error)}.") from error
-        yield row
-        number += 1
+        yield int(number), row
 
 
 def valid_text(text: str) -> str:

@@ -20,7 +20,7 @@ from cosae.activations.filter import FilterPolicy, fit, norm_summary
 from cosae.activations.store.format import restore_rows, round_rows, store_dtype
 from cosae.activations.store.reader import Store, find_stores, open_store
 from cosae.activations.store.shards import ShardRows
-from cosae.activations.store.source import StoreSource
+from cosae.activations.store.source import V01, Mixing, StoreSource, mixing_of
 from cosae.activations.store.statistics import noise_warning
 from cosae.activations.stream import ActivationStream, Source
 from cosae.errors import CosaeError
@@ -183,6 +183,32 @@ def test_chunks_are_repeatable_and_epochs_differ(tmp_path: Path) -> None:
     assert not torch.equal(first[0].index_N, other_seed.index_N)
     steps = first[0].index_N.diff().abs()
     assert int((steps == 1).sum()) < 20  # rows of a block do not stay neighbours
+
+
+@pytest.mark.parametrize(("mixing", "least", "most"), [(None, -0.2, 0.2), (Mixing(8, 64), -0.2, 0.25), (V01, 0.4, 1.0)])
+def test_batches_of_a_sorted_store_are_no_more_alike_than_by_chance(
+    mixing: Mixing | None, least: float, most: float, tmp_path: Path
+) -> None:
+    """Rows of one label, then rows of another: the share of a label in a batch and in the next (0.1: alike)."""
+    n = 40_960
+    store = Store(write_store(tmp_path / "s", rows(n, 4), shard_tokens=2048))
+    source = StoreSource(store, chunk_tokens=4096, mixing=mixing)
+    policy = FilterPolicy(kind="none", window_tokens=4096)
+    stream = ActivationStream(source, batch_tokens=256, buffer_tokens=2048, seed=0, filter=policy)
+    label_B = np.array([float((stream.next_batch().index_N < n // 2).float().mean()) for _ in range(n // 256)])
+    lag_1 = float(np.corrcoef(label_B[1:], label_B[:-1])[0, 1])
+    assert least <= lag_1 <= most
+
+
+def test_how_a_store_is_shuffled_follows_from_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(write_store(tmp_path / "s", rows(3000, 4), shard_tokens=700))
+    assert mixing_of(store) == Mixing(1, 64)
+    monkeypatch.setattr("cosae.activations.store.source.FULL_ROWS", 2000)
+    large = StoreSource(store, chunk_tokens=512)
+    assert large.mixing.block_rows > 50  # a page of rows of a few bytes
+    assert large.describe()["block_rows"] == large.mixing.block_rows
+    epoch = Activations.cat(list(islice(large.chunks(), large.chunks_per_epoch)))
+    assert torch.equal(epoch.index_N.sort().values, store.take("train", torch.arange(3000)).index_N.sort().values)
 
 
 def test_a_guard_is_told_the_norms_of_the_whole_store_and_the_names_of_documents(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ What is not as it was written is named and refused before a row of it is handed 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cosae.activations.store.format import (
@@ -36,16 +37,10 @@ from cosae.io.kind import which_is
 from cosae.io.records import read_record
 from cosae.types import Activations, Site
 
-MIX_SHARDS = 8
+MAPPED_SHARDS = 64
 """Shards mapped at once, and mixed into one another by `StoreSource`."""
 
-
-class Piece(NamedTuple):
-    """Rows first … last − 1 of shard number `shard` of a side."""
-
-    shard: int
-    first: int
-    last: int
+Rows = NDArray[np.int64]
 
 
 class Store:
@@ -105,14 +100,13 @@ class Store:
         """Rows of each shard of a side."""
         return [shard.shape.rows for shard in self._shards[side]]
 
-    def read(self, side: str, pieces: Sequence[Piece]) -> Activations:
-        """The rows of `pieces`, in their order, copied out of the mapped files; rows of int8 and of centred
-        stores become float32.
+    def take(self, side: str, row_N: Tensor) -> Activations:
+        """Rows by their numbers within a side, in any order, copied out of the mapped files; rows of int8 and of
+        centred stores become float32.
 
         Raises CosaeError, naming the shard, where one is not what was written.
         """
-        n = sum(piece.last - piece.first for piece in pieces)
-        kind = STORE_DTYPES[self.dtype]
+        n, kind = len(row_N), STORE_DTYPES[self.dtype]
         stored_ND = torch.empty(n, self.d_in, dtype=kind)
         columns = {"norm": torch.empty(n), "special": torch.empty(n, dtype=torch.bool)}
         columns |= {name: torch.empty(n, dtype=torch.int32) for name in ("token", "document", "position", "index")}
@@ -120,41 +114,45 @@ class Store:
             columns["scale"] = torch.empty(n)
         bits_ND = stored_ND.view(torch.int16).numpy() if kind == torch.bfloat16 else stored_ND.numpy()
         into = {"x": bits_ND} | {name: column.numpy() for name, column in columns.items()}
-        offsets: list[tuple[slice, Tensor]] = []
-        done = 0
-        for shard, first, last in pieces:
-            found = self._open(self._shards[side][shard]).column
-            rows = slice(done, done + last - first)
+        offsets: list[tuple[Tensor, Tensor]] = []
+        for mapped, place_K, local_K in self._by_shard(side, row_N):
+            found = mapped.column
             for name, target in into.items():
-                target[rows] = found[name][first:last]
+                target[place_K] = found[name][local_K]
             if "offset" in found:
-                offsets.append((rows, torch.from_numpy(found["offset"].copy())))
-            done = rows.stop
+                offsets.append((torch.from_numpy(place_K), torch.from_numpy(found["offset"].copy())))
         for mapped in self._mapped.values():
             mapped.release()
         x_ND = restore_rows(stored_ND, columns.get("scale"))
         if self.centred:
             x_ND = x_ND.float()
-        for rows, offset_D in offsets:
-            x_ND[rows] += offset_D
+        for places, offset_D in offsets:
+            x_ND[places] += offset_D
         return Activations(x_ND=x_ND, **{field: columns[name] for name, field in COLUMNS.items()})
 
-    def take(self, side: str, row_N: Tensor) -> Activations:
-        """Rows by their numbers within a side, ascending."""
-        return self.read(side, self._pieces(side, row_N))
+    def _by_shard(self, side: str, row_N: Tensor) -> Iterator[tuple[MappedShard, Rows, Rows]]:
+        """Each shard that has some of the rows: their places among row_N, and their numbers within it, ascending: the
+        disk is read forwards."""
+        rows = row_N.numpy()
+        order_N = np.argsort(rows, kind="stable")
+        firsts = np.cumsum([0, *self.shard_rows(side)])
+        ends = np.searchsorted(rows[order_N], firsts)
+        for s, (a, b) in enumerate(itertools.pairwise(ends.tolist())):
+            if a < b:
+                place_K = order_N[a:b]
+                yield self._open(self._shards[side][s]), place_K, rows[place_K] - firsts[s]
 
     def labels(self, side: str, row_N: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """(N, C) and (N,) bool: concept labels of rows (by number, ascending), and whether they could be labelled."""
+        """(N, C) and (N,) bool: concept labels of rows (by number), and whether they could be labelled."""
         if self.concepts is None:
             raise CosaeError(f"{self.folder} holds no concept labels: its corpus has none.")
-        labels, labelled = [], []
-        for shard, first, last in self._pieces(side, row_N):
-            column = self._open(self._shards[side][shard]).column
-            labels.append(column["labels"][first:last])
-            labelled.append(column["labelled"][first:last])
-        packed_NL = np.concatenate(labels)
+        packed_NL = np.empty((len(row_N), -(-len(self.concepts) // 8)), dtype=np.uint8)
+        labelled_N = np.empty(len(row_N), dtype=bool)
+        for mapped, place_K, local_K in self._by_shard(side, row_N):
+            packed_NL[place_K] = mapped.column["labels"][local_K]
+            labelled_N[place_K] = mapped.column["labelled"][local_K]
         labels_NC = np.unpackbits(packed_NL, axis=1, count=len(self.concepts), bitorder="little").astype(bool)
-        return labels_NC, np.concatenate(labelled)
+        return labels_NC, labelled_N
 
     def faults(self) -> Iterator[str]:
         """One sentence for each shard that is not what was written, after reading every byte."""
@@ -172,23 +170,12 @@ class Store:
         wrong = document_N[(document_N >= 0) & ((document_N < first) | (document_N >= last))]
         return f"document {wrong[0]} is not one of the {side} side" if len(wrong) else None
 
-    def _pieces(self, side: str, row_N: Tensor) -> list[Piece]:
-        """Stretches of consecutive rows within a shard that make up ascending row numbers."""
-        rows = row_N.numpy()
-        firsts = np.cumsum([0, *self.shard_rows(side)])
-        shard_N = np.searchsorted(firsts, rows, side="right") - 1
-        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shard_N) != 0)) + 1
-        bounds = itertools.pairwise([0, *breaks.tolist(), len(rows)]) if len(rows) else []
-        return [
-            Piece(s := int(shard_N[a]), int(rows[a] - firsts[s]), int(rows[b - 1] - firsts[s]) + 1) for a, b in bounds
-        ]
-
     def _open(self, shard: Shard) -> MappedShard:
         """A shard, mapped; the first time, every byte of it is checked."""
         if shard not in self._mapped:
             _refuse(shard, shard.header_fault() if shard in self._checked else shard.content_fault())
             self._checked.add(shard)
-            while len(self._mapped) >= MIX_SHARDS:
+            while len(self._mapped) >= MAPPED_SHARDS:
                 del self._mapped[next(iter(self._mapped))]
             self._mapped[shard] = shard.map()
         return self._mapped[shard]

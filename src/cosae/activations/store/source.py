@@ -1,7 +1,8 @@
 """A store's train rows as endless chunks, each epoch in an order of its own.
 
-The shards are permuted and taken `MIX_SHARDS` at a time; the blocks of `BLOCK_ROWS` consecutive rows of such a group
-are permuted; a chunk is as many of them as fit, its rows permuted once more.
+The shards are permuted and taken some at a time; the blocks of consecutive rows of such a group are permuted; a chunk
+is as many of them as fit, its rows permuted once more. A store of up to 64 shards, 4 GiB and 8 million rows is one
+group of blocks of one row: a full shuffle. Of a larger one a block has about a page of the disk.
 """
 
 from __future__ import annotations
@@ -9,45 +10,72 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cosae.activations.monitor import MARKS, NormReference
-from cosae.activations.store.reader import MIX_SHARDS, Piece, Store
+from cosae.activations.store.format import ShardShape
+from cosae.activations.store.reader import MAPPED_SHARDS, Store
 from cosae.errors import check_least
 from cosae.io.generators import seeded
 from cosae.types import Activations
 
-BLOCK_ROWS = 256
 CHUNK_BYTES = 64 * 2**20
 """A chunk holds this much in float32, but 1024 to 65 536 rows."""
+FULL_BYTES, FULL_ROWS = 4 * 2**30, 2**23
+"""Up to this, rows are permuted one by one: reading and checking a store of this size leaves it in the disk cache."""
+PAGE_BYTES, MOST_BLOCKS = 4096, 2**22
+"""A block of a larger store: at least a page, and not so small that their order takes much memory."""
+
+
+class Mixing(NamedTuple):
+    """Consecutive rows that stay together until they are in a chunk, and shards that are mixed into one another."""
+
+    block_rows: int
+    shards: int
+
+
+V01 = Mixing(256, 8)
+
+
+def mixing_of(store: Store) -> Mixing:
+    """How a store's train rows are shuffled: a function of its size alone."""
+    rows = store.n_rows("train")
+    row_bytes = ShardShape(1, store.d_in, store.dtype, -(-len(store.concepts or ()) // 8)).row_bytes()
+    if rows <= FULL_ROWS and rows * row_bytes <= FULL_BYTES:
+        return Mixing(1, MAPPED_SHARDS)
+    return Mixing(max(1, PAGE_BYTES // row_bytes, -(-rows // MOST_BLOCKS)), MAPPED_SHARDS)
 
 
 class StoreSource:
     """Endless chunks of a store's train rows, each epoch in an order of its own.
 
     seed          of the orders
-    chunk_tokens  rows per chunk, whole blocks of 256; None takes CHUNK_BYTES of float32
+    chunk_tokens  rows per chunk, whole blocks; None takes CHUNK_BYTES of float32
+    mixing        how rows are shuffled; by default as the store's size allows
 
     Any chunk can be made again to the bit, by another process too. Raises what `Store` raises.
     """
 
-    def __init__(self, store: Store, *, seed: int = 0, chunk_tokens: int | None = None) -> None:
+    def __init__(
+        self, store: Store, *, seed: int = 0, chunk_tokens: int | None = None, mixing: Mixing | None = None
+    ) -> None:
         if chunk_tokens is None:
             chunk_tokens = min(max(CHUNK_BYTES // (4 * store.d_in), 1024), 65536)
         check_least("chunk_tokens", chunk_tokens, 1)
         self.store, self.seed, self.d_in = store, seed, store.d_in
-        self._chunk_blocks = max(1, chunk_tokens // BLOCK_ROWS)
-        self._rows = store.shard_rows("train")
-        self.n_blocks = sum(-(-rows // BLOCK_ROWS) for rows in self._rows)
+        self.mixing = mixing or mixing_of(store)
+        self._chunk_blocks = max(1, chunk_tokens // self.mixing.block_rows)
+        self._bounds = torch.tensor([0, *itertools.accumulate(store.shard_rows("train"))])
+        self.n_blocks = sum(-(-rows // self.mixing.block_rows) for rows in store.shard_rows("train"))
         self._order: tuple[int, Tensor] | None = None
 
     @property
     def chunk_tokens(self) -> int:
         """Rows of a chunk; the last of an epoch may have fewer."""
-        return self._chunk_blocks * BLOCK_ROWS
+        return self._chunk_blocks * self.mixing.block_rows
 
     @property
     def chunks_per_epoch(self) -> int:
@@ -69,11 +97,12 @@ class StoreSource:
         """Chunk `start`, `start + 1`, ... without end."""
         for number in itertools.count(start):
             epoch, chunk = divmod(number, self.chunks_per_epoch)
-            blocks_N2 = self._epoch(epoch)[chunk * self._chunk_blocks : (chunk + 1) * self._chunk_blocks]
-            pieces = [Piece(s, first, min(first + BLOCK_ROWS, self._rows[s])) for s, first in blocks_N2.tolist()]
-            rows = self.store.read("train", pieces)
-            order = torch.randperm(len(rows), generator=seeded("store rows", self.seed, number))
-            yield Activations(**{name: column.index_select(0, order) for name, column in vars(rows).items()})
+            first_B = self._epoch(epoch)[chunk * self._chunk_blocks : (chunk + 1) * self._chunk_blocks]
+            end_B = self._bounds[torch.searchsorted(self._bounds, first_B, right=True)]  # of the block's shard
+            row_BR = first_B[:, None] + torch.arange(self.mixing.block_rows)
+            row_N = row_BR[row_BR < end_B[:, None]]
+            order = torch.randperm(len(row_N), generator=seeded("store rows", self.seed, number))
+            yield self.store.take("train", row_N[order])
 
     def describe(self) -> dict[str, Any]:
         """Where the activations come from, in plain values; the store by its digest, not by its place."""
@@ -85,25 +114,24 @@ class StoreSource:
             "n_tokens": self.store.n_rows("train"),
             "n_held_out": self.store.n_rows("held_out"),
             "chunk_blocks": self._chunk_blocks,
-            "block_rows": BLOCK_ROWS,
-            "mix_shards": MIX_SHARDS,
+            "block_rows": self.mixing.block_rows,
+            "mix_shards": self.mixing.shards,
             "order_seed": self.seed,
         }
 
     def _epoch(self, epoch: int) -> Tensor:
-        """(n_blocks, 2) int64: shard and first row of the blocks of one epoch, in its order."""
+        """(n_blocks,) int64: first row of each block of one epoch, in its order."""
         if self._order is None or self._order[0] != epoch:
             generator = seeded("store blocks", self.seed, epoch)
-            shards = torch.randperm(len(self._rows), generator=generator).tolist()
+            shards = torch.randperm(len(self._bounds) - 1, generator=generator).tolist()
             groups = []
-            for first in range(0, len(shards), MIX_SHARDS):
-                group_N2 = torch.cat([_blocks_of(s, self._rows[s]) for s in shards[first : first + MIX_SHARDS]])
-                groups.append(group_N2[torch.randperm(len(group_N2), generator=generator)])
+            for first in range(0, len(shards), self.mixing.shards):
+                group = [self._blocks_of(s) for s in shards[first : first + self.mixing.shards]]
+                first_B = torch.cat(group)
+                groups.append(first_B[torch.randperm(len(first_B), generator=generator)])
             self._order = epoch, torch.cat(groups)
         return self._order[1]
 
-
-def _blocks_of(shard: int, rows: int) -> Tensor:
-    """(n, 2) int64: the shard and the first row of each of its blocks."""
-    first_N = torch.arange(0, rows, BLOCK_ROWS)
-    return torch.stack([torch.full_like(first_N, shard), first_N], 1)
+    def _blocks_of(self, shard: int) -> Tensor:
+        """First row of each of a shard's blocks."""
+        return torch.arange(int(self._bounds[shard]), int(self._bounds[shard + 1]), self.mixing.block_rows)

@@ -23,6 +23,7 @@ from cosae.activations.store.shards import ShardRows
 from cosae.activations.store.writer import StoreWriter, started_request
 from cosae.errors import CosaeError
 from cosae.io.digest import file_digest
+from cosae.io.legacy import V01_ORDER
 from cosae.io.lock import LOCK, hold
 from cosae.io.signals import stop_on_signals
 from cosae.io.values import to_plain
@@ -60,6 +61,7 @@ def capture_stores(
     from cosae.models.sites import resolve_site
 
     check_corpus(request.data)
+    request = request.as_begun(out)
     check_capture(request, out)
     model, tokenizer = open_model(request.data, request.device)
     sites = [resolve_site(model, name) for name in request.sites]
@@ -68,7 +70,8 @@ def capture_stores(
     if request.data.batch_sequences == "auto":
         at_once = started_with(out, "batch_sequences") or batch_size(request.data, model, sites, "float32")
         request = replace(request, data=replace(request.data, batch_sequences=at_once))
-    text = CaptureText(request.data, tokenizer, request.seed, request.held_out_tokens)
+    text = CaptureText(request.data, tokenizer, request.seed, request.n_held_out)
+    log(f"capturing {counted(request.tokens, 'train token')}, and {counted(request.n_held_out, 'held-out token')} on top")
     first = next(text.parts("train", 1)).sequences[:1]
     widths = {site: int(capture(model, first, site)[site.name].x_ND.shape[1]) for site in sites}
     with hold(out):  # two captures into one folder would take each other's shards for their own
@@ -97,7 +100,10 @@ def _write(
     if all(writer.finished for writer in writers.values()):
         log(f"{out} is complete")
         return folders
-    report = (lambda _: None) if progress is None else progress(request.tokens + request.held_out_tokens)
+    report = (lambda _: None) if progress is None else progress(request.tokens + request.n_held_out)
+    told = set(text.corpus.warnings)
+    for warning in text.corpus.warnings:
+        log(warning)
     # in float32 whatever the store's dtype: rows are centred, and scales taken, before any rounding
     options: dict[str, Any] = {"batch_sequences": request.data.batch_sequences}
     documents: dict[str, Sequence[str]] = {}
@@ -120,10 +126,10 @@ def _write(
             documents[side] = text.names(side)
             for writer in writers.values():
                 writer.end(side)
-    for side, asked in (("train", request.tokens), ("held_out", request.held_out_tokens)):
+    for side, asked in (("train", request.tokens), ("held_out", request.n_held_out)):
         if text.n_rows[side] < asked:
             log(f"the {side} side of the corpus ended after {text.n_rows[side]:,} of {counted(asked, 'token')}")
-    for warning in text.corpus.warnings:
+    for warning in (w for w in text.corpus.warnings if w not in told):
         log(warning)
     text.corpus.close()
     for writer in writers.values():
@@ -161,8 +167,10 @@ def _writers(
         "add_bos": text.corpus.add_bos,
         "seed": request.seed,
         "tokens": request.tokens,
-        "held_out_tokens": request.held_out_tokens,
+        "held_out_tokens": request.n_held_out,
     }
+    if request.data.order == V01_ORDER:
+        del record["order"]  # which 0.1 did not write
     written_by = {"commit": provenance.commit(), "packages": provenance.packages(), "threads": torch.get_num_threads()}
     label_bytes = -(-len(text.concepts or ()) // 8)
     return {

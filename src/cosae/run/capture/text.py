@@ -46,7 +46,7 @@ class CaptureText:
 
     def __init__(self, data: DataConfig, tokenizer: Any, seed: int, held_out_tokens: int) -> None:
         self._data, self._held_out_tokens = data, held_out_tokens
-        self.corpus = CorpusText(data, tokenizer, seed)
+        self.corpus = CorpusText(data, tokenizer, seed, held_out=held_out_tokens > 0)
         self.n_rows: dict[str, int] = {"held_out": 0, "train": 0}
         self._train_names: list[str] = []
         self.concepts: tuple[str, ...] | None = None

@@ -1,6 +1,7 @@
 """A recipe's corpus, one source or several weighted ones: tokenised, packed, endless.
 
-Small sources are held and read in a seeded order of documents; large ones and data sets are streamed in their own.
+Small sources are held and read in a seeded order of documents, and so are data sets that lie on disk, a row at a time;
+large files and what comes from the hub are streamed in their own.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from cosae.errors import CosaeError
+from cosae.io.legacy import V01_ORDER
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Side
 from cosae.text.documents import pylib_sides, read_documents
-from cosae.text.files import Reading, Tally
+from cosae.text.files import ROW_SUFFIXES, Reading, Tally
 from cosae.text.mixture import Cursor, Text, mix, parse_corpus
 from cosae.text.packing import iterate_sequences, sequences
 from cosae.text.pylib import Document
@@ -34,6 +36,7 @@ class CorpusText:
     """What a recipe's corpus gives, through a tokenizer.
 
     seed     of the order of documents, and of a mixture
+    held_out whether there must be documents for the held-out side
     streamed whether training reads it as it comes (`text`), not as a list of documents
     add_bos  whether documents start with BOS
     warnings  what a person should be told of what was read so far
@@ -41,7 +44,7 @@ class CorpusText:
     Raises CosaeError where a source names nothing or leaves no document for the held-out side.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: Any, seed: int) -> None:
+    def __init__(self, data: DataConfig, tokenizer: Any, seed: int, held_out: bool = True) -> None:
         self._data, self._tokenizer, self._seed = data, tokenizer, seed
         self.sources = parse_corpus(data.corpus)
         self.streamed = len(self.sources) > 1 or streamed(self.sources[0].spec)
@@ -49,7 +52,7 @@ class CorpusText:
         self._workers = Workers(tokenizer, data.n_workers) if data.n_workers else None
         self.add_bos = adds_bos(data, tokenizer)
         self._tallies = {spec: Tally() for spec in self.specs}
-        for spec in self.specs:
+        for spec in self.specs if held_out else ():
             self._check_held_out(spec)
 
     @property
@@ -58,7 +61,9 @@ class CorpusText:
 
     @property
     def warnings(self) -> list[str]:
-        return [f"{spec}: passed over {t.warning}" for spec, t in self._tallies.items() if t.warning]
+        what = "is read in its own order, so that a batch holds one kind of text if it is sorted: shuffle it first"
+        in_order = [f"{spec} {what}" for spec in self.specs if streamed(spec) and in_file_order(spec)]
+        return [*in_order, *(f"{spec}: passed over {t.warning}" for spec, t in self._tallies.items() if t.warning)]
 
     def close(self) -> None:
         """End the tokenising processes; a later request starts others."""
@@ -139,7 +144,8 @@ def long_enough(
 ) -> Iterator[Document]:
     """Documents of one source that are long enough, in an order seeded by `key`; streamed ones in their own."""
     held, reading = not streamed(spec), reading_of(data)
-    options |= {"held_out_frac": data.held_out_frac, "order_key": None if held else key}
+    as_it_comes = held or (data.order == V01_ORDER and random_access(spec))
+    options |= {"held_out_frac": data.held_out_frac, "order_key": None if as_it_comes else key}
     found = read_documents(spec, split, reading=reading, **options)
     if held:
         listed = list(found)
@@ -167,6 +173,18 @@ def streamed(spec: str) -> bool:
         return True
     sizes = itertools.accumulate(p.stat().st_size for p in itertools.chain([path], path.rglob("*")) if p.is_file())
     return any(size > STREAM_ABOVE_BYTES for size in sizes)
+
+
+def random_access(spec: str) -> bool:
+    """Whether any row of a source can be read at once: a data set that lies on disk."""
+    return is_saved_dataset(Path(spec.removeprefix("hf:").split(":")[0]))
+
+
+def in_file_order(spec: str) -> bool:
+    """Whether documents come in the order of a file or of the hub, not in one that a seed decides."""
+    path = Path(spec)
+    rows = not path.is_dir() or any(p.suffix.lower() in ROW_SUFFIXES for p in path.rglob("*"))
+    return rows and not random_access(spec)
 
 
 def adds_bos(data: DataConfig, tokenizer: Any) -> bool:

@@ -7,17 +7,24 @@ from torch import Tensor
 
 from cosae.activations.sample import Sample, SinkRule
 from cosae.activations.store.reader import open_store
-from cosae.activations.store.source import BLOCK_ROWS, StoreSource
+from cosae.activations.store.source import V01, StoreSource
 from cosae.activations.store.statistics import noise_warning
 from cosae.errors import CosaeError
 from cosae.io.values import from_plain, to_plain
+from cosae.io.legacy import V01_ORDER
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse, Sizes, Split, side_of, split_held_out
+from cosae.run.plan.resources import Item
 from cosae.text.concepts.table import CONCEPTS
 
 CAPTURED = ("model", "revision", "model_dtype", "attention", "corpus", "text_field", "suffixes", "txt_unit", "context")
 CAPTURED += ("packing", "add_bos", "max_chars", "min_chars", "held_out_frac")
 """What a store says of its model and text, under the names of a recipe's data."""
+
+SAMPLE_ROWS = 256
+"""Consecutive train rows that are sampled together."""
+ORDER_BYTES = 24
+"""Of a block of a store, while an epoch's order is drawn."""
 
 
 class StoreDataset(Dataset):
@@ -46,7 +53,9 @@ class StoreDataset(Dataset):
         if not self.store.n_rows("held_out"):
             what = f"{self.store.folder} has no held-out rows, on which thresholds are calibrated"
             raise CosaeError(f"{what}: capture a store with --held-out-tokens above 0.")
-        self.source: StoreSource = StoreSource(self.store, seed=use.seed)
+        self.source: StoreSource = StoreSource(
+            self.store, seed=use.seed, mixing=V01 if config.order == V01_ORDER else None
+        )
         self.has_concepts = self.store.concepts == tuple(concept.name for concept in CONCEPTS)
 
     @property
@@ -62,7 +71,8 @@ class StoreDataset(Dataset):
         return from_plain(DataConfig, {**to_plain(self.config), **known}, str(self.store.folder))
 
     def sizes(self) -> Sizes:
-        return Sizes(self.source.d_in, (), self.source.chunk_tokens)
+        order = Item("the order of the store's rows", ORDER_BYTES * self.source.n_blocks)
+        return Sizes(self.source.d_in, (order,), self.source.chunk_tokens)
 
     def sample(self, split: Split, n_tokens: int, rule: SinkRule | None = None) -> Sample:
         side = side_of(split)
@@ -80,8 +90,8 @@ class StoreDataset(Dataset):
     def _spread(self, n_tokens: int) -> Tensor:
         """Ascending numbers of about n_tokens train rows: whole blocks drawn from all over the store."""
         n = self.store.n_rows("train")
-        first_N = torch.arange(0, n, BLOCK_ROWS)
+        first_N = torch.arange(0, n, SAMPLE_ROWS)
         order = torch.randperm(len(first_N), generator=torch.Generator().manual_seed(0))
-        chosen_N = first_N[order[: -(-n_tokens // BLOCK_ROWS)].sort().values]
-        row_N = (chosen_N[:, None] + torch.arange(BLOCK_ROWS)).flatten()
+        chosen_N = first_N[order[: -(-n_tokens // SAMPLE_ROWS)].sort().values]
+        row_N = (chosen_N[:, None] + torch.arange(SAMPLE_ROWS)).flatten()
         return row_N[row_N < n]

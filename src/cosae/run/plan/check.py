@@ -110,6 +110,7 @@ def plan_run(recipe: Recipe, out: Path | None, log: Callable[[str], None] = lamb
 
 def plan_capture(request: Capture, out: Path, log: Callable[[str], None] = lambda _: None) -> Plan:
     """The plan of a capture, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
+    request = request.as_begun(out)
     checked = check_capture(request, out)
     return replace(checked, time=capture_time(request, log))
 

@@ -129,7 +129,7 @@ def capture_memory(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -
     value = torch.float32.itemsize
     shards = []
     for site, size in zip(request.sites, sizes, strict=True):
-        rows = min(request.rows_per_shard(size.d_in, label_bytes), max(request.tokens, request.held_out_tokens))
+        rows = min(request.rows_per_shard(size.d_in, label_bytes), max(request.tokens, request.n_held_out))
         n_bytes = 2 * rows * (value * size.d_in + IDS_BYTES + label_bytes)
         shards.append(Item(f"rows of {site} on their way to a shard, twice", n_bytes))
     chunk = sum(2 * size.chunk_rows * (value * size.d_in + IDS_BYTES) for size in sizes) + sizes[0].chunk_work
@@ -139,7 +139,7 @@ def capture_memory(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -
 
 def capture_disk(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -> tuple[Item, ...]:
     """Disk of the stores: rows × what a row takes; headers and the index are a few kB."""
-    rows, pairs = request.tokens + request.held_out_tokens, zip(request.sites, sizes, strict=True)
+    rows, pairs = request.tokens + request.n_held_out, zip(request.sites, sizes, strict=True)
     shapes = {site: ShardShape(1, size.d_in, request.dtype, label_bytes) for site, size in pairs}
     sides = f"{counted(request.tokens, 'training token')} and {request.held_out_tokens:,} held-out"
     return tuple(Item(f"the store of {site}: {sides}", rows * shape.row_bytes()) for site, shape in shapes.items())
