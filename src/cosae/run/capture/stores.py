@@ -71,7 +71,9 @@ def capture_stores(
         at_once = started_with(out, "batch_sequences") or batch_size(request.data, model, sites, "float32")
         request = replace(request, data=replace(request.data, batch_sequences=at_once))
     text = CaptureText(request.data, tokenizer, request.seed, request.n_held_out)
-    log(f"capturing {counted(request.tokens, 'train token')}, and {counted(request.n_held_out, 'held-out token')} on top")
+    log(
+        f"capturing {counted(request.tokens, 'train token')}, and {counted(request.n_held_out, 'held-out token')} on top"
+    )
     first = next(text.parts("train", 1)).sequences[:1]
     widths = {site: int(capture(model, first, site)[site.name].x_ND.shape[1]) for site in sites}
     with hold(out):  # two captures into one folder would take each other's shards for their own

@@ -10,8 +10,8 @@ from cosae.activations.store.reader import open_store
 from cosae.activations.store.source import V01, StoreSource
 from cosae.activations.store.statistics import noise_warning
 from cosae.errors import CosaeError
-from cosae.io.values import from_plain, to_plain
 from cosae.io.legacy import V01_ORDER
+from cosae.io.values import from_plain, to_plain
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse, Sizes, Split, side_of, split_held_out
 from cosae.run.plan.resources import Item

@@ -141,5 +141,5 @@ def capture_disk(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -> 
     """Disk of the stores: rows × what a row takes; headers and the index are a few kB."""
     rows, pairs = request.tokens + request.n_held_out, zip(request.sites, sizes, strict=True)
     shapes = {site: ShardShape(1, size.d_in, request.dtype, label_bytes) for site, size in pairs}
-    sides = f"{counted(request.tokens, 'training token')} and {request.held_out_tokens:,} held-out"
+    sides = f"{counted(request.tokens, 'training token')} and {request.n_held_out:,} held-out"
     return tuple(Item(f"the store of {site}: {sides}", rows * shape.row_bytes()) for site, shape in shapes.items())
