@@ -96,7 +96,7 @@ class DataConfig:
 
     def from_origin(self, origin: str) -> DataConfig:
         """The same with everything that names another origin taken back."""
-        kept = {"held_out_frac": self.held_out_frac, "non_finite": self.non_finite}
+        kept = {name: getattr(self, name) for name in ("held_out_frac", "non_finite", "order")}
         return self if origin == self.origin else DataConfig(**{n: v for n, v in kept.items() if n in ORIGINS[origin]})
 
     def check_applies(self, names: Iterable[str], origin: str | None = None) -> None:
@@ -124,7 +124,7 @@ class DataConfig:
 
 
 ORIGINS: dict[str, tuple[str, ...]] = {
-    "store": ("store_site",),
+    "store": ("store_site", "order"),
     "world": (),
     "activations": ("activations_key", "held_out_frac", "non_finite"),
     "model": tuple(f.name for f in fields(DataConfig) if not f.name.startswith(("store", "world", "activations"))),
