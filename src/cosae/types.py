@@ -82,7 +82,7 @@ class Site:
     calls: int = 1
 
     def is_named(self, name: str) -> bool:
-        """Whether a name means this site: short, TransformerLens style, or a module path, with or without its beginning.
+        """Whether a name means this site: short, TransformerLens style, or a module path, with or without its start.
 
         What goes into a block is what comes out of the block before.
         """

@@ -30,10 +30,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of resid_post.4 of the embedded model."""
     folder = tmp_path_factory.mktemp("origins") / "store"
     with pytest.raises(SystemExit) as end:
-        main(
-            ["capture", "--site", "resid_post.4", "--tokens", "300", "--held-out-tokens", "200", "--context", "32"]
-            + ["--out", str(folder), "--quiet", "--set", "data.max_chars=2000"]
-        )
+        sizes = ["--tokens", "300", "--held-out-tokens", "200", "--context", "32", "--set", "data.max_chars=2000"]
+        main(["capture", "--site", "resid_post.4", *sizes, "--out", str(folder), "--quiet"])
     assert end.value.code == 0
     return folder
 
@@ -55,7 +53,7 @@ def test_a_site_that_is_not_the_stores_is_refused(
     assert f"is a store of resid_post.4, not of {site}" in said
     assert not (tmp_path / "run").exists()
     if site != "resid_post.5":  # the default of a recipe, which nobody asked for
-        with pytest.raises(CosaeError, match="store of resid_post.4, not of"):
+        with pytest.raises(CosaeError, match=r"store of resid_post\.4, not of"):
             execute(Recipe(data=DataConfig(store=str(store), site=site)), tmp_path / "run")
 
 
@@ -67,23 +65,29 @@ def test_the_recipe_of_a_run_on_a_store_has_the_stores_own_site_model_and_text(
     cosae.fit(str(store), "standard", out=out, evaluate=False, data__store_site=site, **SMALL)
     data = json.loads((out / "recipe.json").read_text())["data"]
     assert {name: data[name] for name in ("site", "model", "corpus", "context", "max_chars", "store")} == {
-        "site": "resid_post.4", "model": "embedded", "corpus": "pylib", "context": 32, "max_chars": 2000, "store": str(store)
+        "site": "resid_post.4", "model": "embedded", "corpus": "pylib", "context": 32, "max_chars": 2000,
+        "store": str(store),
     }  # fmt: skip
     saved = cosae.load(out / "arms" / "standard").metadata
     assert (saved["recipe"]["data"]["site"], saved["site"]) == ("resid_post.4", "resid_post.4")
 
 
 def test_a_run_whose_recipe_said_another_site_goes_on(store: Path, tmp_path: Path) -> None:
-    """0.1 wrote the default into recipes of stores: it decided nothing, and the same run goes on to the same weights."""
+    """0.1 wrote the default into recipes of stores: it decided nothing, and the same run goes on as it would."""
     out, whole = tmp_path / "run", tmp_path / "whole"
     recipe = Recipe(data=DataConfig(store=str(store)), d_sae=12, k=2, arms=Recipe().arms[:1]).changed(
         {name.replace("__", "."): value for name, value in SMALL.items() if "__" in name}
-        | {"training.batch_tokens": 16, "training.steps": 6, "training.checkpoint_every": 2, "evaluation.probing": False}
+        | {
+            "training.batch_tokens": 16,
+            "training.steps": 6,
+            "training.checkpoint_every": 2,
+            "evaluation.probing": False,
+        }
     )
     execute(recipe, whole, logs=Logs(False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StoreDataset, "resolved", lambda self: self.config)
-        patch.setattr("cosae.run.execute.calibrate", lambda *_: (_ for _ in ()).throw(OSError("stop")))
+        patch.setattr("cosae.run.execute.calibrate", lambda *_, **__: (_ for _ in ()).throw(OSError("stop")))
         with pytest.raises(OSError, match="stop"):
             execute(recipe, out, logs=Logs(False))
     assert Recipe.read(out / "recipe.json").data.site == "resid_post.5"
@@ -137,7 +141,7 @@ def test_an_origin_that_is_named_takes_the_place_of_the_recipes(tmp_path: Path) 
 def test_a_store_that_knows_no_site_takes_none(tmp_path: Path) -> None:
     write_store(tmp_path / "s", rows(200), rows(40))
     assert (tmp_path / "s" / INDEX).is_file()
-    with pytest.raises(CosaeError, match="a store of no site that it knows, not of resid_post.1"):
+    with pytest.raises(CosaeError, match=r"a store of no site that it knows, not of resid_post\.1"):
         cosae.fit(str(tmp_path / "s"), "standard", evaluate=False, data__store_site="resid_post.1", **SMALL)
 
 

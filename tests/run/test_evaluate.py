@@ -21,10 +21,9 @@ from cosae.interop.sae_probes import datasets as sae_probes
 from cosae.models.capture import capture
 from cosae.recipe import DataConfig
 from cosae.run.dataset.open import open_dataset
-from cosae.run.evaluate import counter
 from cosae.sae.calibrate import calibrate
 from cosae.text.labelled import read_labelled
-from tests.run.test_model_run import WORDS, save_tokenizer
+from tests.support.tiny_model_runs import WORDS, save_tokenizer
 
 from tests.support.tiny_models import make_model, make_sequences  # isort: skip
 
@@ -182,7 +181,7 @@ def test_only_texts_that_are_drawn_are_encoded(
     held_out = 4  # passes of 32 tokens for the 100 tokens of the site
     assert 60 <= result["sets"][0]["encoded"] <= 120
     assert sum(seen) <= 120 + 64 + held_out  # and the first texts once more, for the median norm
-    assert f"encoding texts of long: 0 of {result['sets'][0]['encoded']}" in said
+    assert f"encoding texts of long (0 of {result['sets'][0]['encoded']} texts)" in said
     assert f"{result['sets'][0]['encoded']} of 3000 texts" in printed
     chosen = result["latents"]["sinks_out"]["A"]["auroc"]["long"]["self"]
     assert " ".join(map(str, chosen)) in printed
@@ -191,16 +190,6 @@ def test_only_texts_that_are_drawn_are_encoded(
             assert all(0 <= one["low"] <= one["mean"] <= one["high"] <= 1 for one in metrics.values())
     run([*given, "--max-texts", "60", "--seeds", "2", "--top", "3"], capsys)
     assert json.loads(out.read_text())["found"] == result
-
-
-def test_a_counter_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    clock = iter([0.0, 2.0, 10.0, 40.0])
-    monkeypatch.setattr("cosae.run.evaluate.time.monotonic", lambda: next(clock))
-    tell = counter(said.append)
-    for done in (0, 4, 10, 50):
-        tell("encoding", done, 50)
-    assert said == ["encoding: 0 of 50", "encoding: 10 of 50, about 40 s left", "encoding: 50 of 50"]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_progress_is_shown_where_somebody_looks(
     assert "step 1/5" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ipykernel", object())  # a notebook without widgets
     cosae.fit(x_of(), "standard", **SMALL)
-    assert "5/5" in capsys.readouterr().err
+    assert "training (5 of 5 steps)" in capsys.readouterr().err
     cosae.fit(x_of(), "standard", progress=False, **SMALL)
     assert capsys.readouterr().err == ""
 

@@ -11,7 +11,6 @@ import torch
 
 import cosae
 from cosae.errors import CosaeError
-from cosae.recipe import Recipe
 from cosae.run.dataset import corpus as module
 from cosae.run.dataset.base import DataUse
 from cosae.run.dataset.model import ModelDataset
@@ -21,27 +20,9 @@ from cosae.text.documents import read_documents
 from cosae.train import log
 from cosae.train.arm import ARMS
 from cosae.train.loop import Interrupted
+from tests.support.tiny_model_runs import recipe, save_tokenizer, write_texts
 from tests.support.tiny_models import make_model
 from tests.support.tiny_runs import QUIET, assert_same_run
-
-WORDS = ("def return import class self the of in for if not is x y z ( ) : = . , + 0 1 \" '").split()  # noqa: SIM905
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Whole words and punctuation; everything else is one unknown token: as many ids as the tiny models have."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
-    for code in range(33, 127):
-        if len(vocabulary) < 97:
-            vocabulary.setdefault(chr(code), len(vocabulary))
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -54,41 +35,7 @@ def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 files, each of its own mixture of words."""
-    folder = tmp_path_factory.mktemp("texts")
-    generator = torch.Generator().manual_seed(0)
-    for i in range(40):
-        share = torch.rand(len(WORDS), generator=generator) ** 3
-        draw = torch.multinomial(share, 150, replacement=True, generator=generator)
-        (folder / f"{i:02d}.txt").write_text(" ".join(WORDS[int(j)] for j in draw), encoding="utf-8")
-    return folder
-
-
-def recipe(model: Path, corpus: Path | str, **changes: Any) -> Recipe:
-    small = {
-        "data.model": str(model),
-        "data.site": "resid_post.2",
-        "data.corpus": str(corpus),
-        "data.context": 32,
-        "data.add_bos": True,
-        "data.held_out_frac": 0.3,
-        "data.chunk_sequences": 16,
-        "filter.window_tokens": 512,
-        "training.steps": 12,
-        "training.batch_tokens": 64,
-        "training.buffer_tokens": 512,
-        "training.dead_after_tokens": 300,
-        "training.log_every": 3,
-        "training.checkpoint_every": 5,
-        "training.optimizer.warmup_steps": 2,
-        "evaluation.held_out_tokens": 600,
-        "evaluation.calibration_tokens": 400,
-        "evaluation.probe_tokens": 600,
-        "evaluation.min_positives": 8,
-        "evaluation.resamples": 20,
-    }
-    arms = (ARMS["standard"], ARMS["cosine"])
-    return replace(Recipe(name="tiny"), arms=arms, d_sae=48, k=4).changed({**small, **changes})
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 def test_a_folder_of_texts_end_to_end(model_folder: Path, texts: Path, tmp_path: Path) -> None:
@@ -110,9 +57,9 @@ def test_interrupted_and_resumed_on_a_model(
 ) -> None:
     small = recipe(model_folder, texts)
     execute(small, tmp_path / "whole", logs=QUIET)
-    real, count = log.Progress.step, [0]
+    real, count = log.TrainingDisplay.step, [0]
 
-    def stepped(self: log.Progress) -> None:
+    def stepped(self: log.TrainingDisplay) -> None:
         real(self)
         count[0] += 1
         if count[0] == 7:
@@ -121,7 +68,7 @@ def test_interrupted_and_resumed_on_a_model(
 
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(log.Progress, "step", stepped)
+    monkeypatch.setattr(log.TrainingDisplay, "step", stepped)
     with pytest.raises(Interrupted):
         execute(small, tmp_path / "run", logs=QUIET)
     monkeypatch.undo()

@@ -58,14 +58,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signal.SIGINT) -> None:
     """Send this process a signal once `step` steps are done, as Ctrl-C would."""
-    real, count = log.Progress.step, itertools.count(1)
+    real, count = log.TrainingDisplay.step, itertools.count(1)
 
-    def stepped(self: log.Progress) -> None:
+    def stepped(self: log.TrainingDisplay) -> None:
         real(self)
         if next(count) == step:
             os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(log.Progress, "step", stepped)
+    monkeypatch.setattr(log.TrainingDisplay, "step", stepped)
 
 
 @pytest.mark.parametrize(

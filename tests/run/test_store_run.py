@@ -465,17 +465,19 @@ def test_a_write_that_the_system_refuses_is_one_sentence_and_the_same_command_go
     assert list(Store(out).faults()) == []
 
 
-def test_ctrl_c_ends_after_the_shard_in_progress_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_at_once_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     process = start(corpus, out)
-    wait_for(out, 1, process)
+    while not (out / "journal.jsonl").is_file() or b"\n" not in (out / "journal.jsonl").read_bytes():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 130, said
     assert re.search(r"interrupted. ([\d,]+) tokens are written. Go on with the same command.", said), said
     assert "Traceback" not in said
     listed = (out / "journal.jsonl").read_text().splitlines()
-    assert len(listed) == len(list(out.glob("*.safetensors")))
+    assert len(list(out.glob("*.safetensors"))) - len(listed) in (0, 1)  # the last may be there and not yet listed
 
 
 # The command line
@@ -492,7 +494,9 @@ def test_the_command_line_from_capture_to_verify(
 
     status, out, error = run("verify", str(plain))
     assert (status, error) == (0, "")
-    assert re.fullmatch(rf"{plain}: complete; 3,000 train and [\d,]+ held-out tokens, width 192, float32, .* shards\n", out)
+    assert re.fullmatch(
+        rf"{plain}: complete; 3,000 train and [\d,]+ held-out tokens, width 192, float32, .* shards\n", out
+    )
     status, shown, _ = run("inspect", str(plain))
     assert status == 0
     assert json.loads(shown)[0]["rows"]["train"] == 3000

@@ -21,8 +21,8 @@ from cosae.run.execute import execute, resume
 from cosae.train.checkpoint import checkpoints
 from cosae.train.loop import Interrupted
 from cosae.types import Activations
-from tests.run.test_model_run import WORDS, recipe, save_tokenizer
 from tests.run.test_resume import interrupt_after
+from tests.support.tiny_model_runs import WORDS, recipe, save_tokenizer
 from tests.support.tiny_models import make_model
 from tests.support.tiny_runs import QUIET, assert_same_run
 

@@ -13,7 +13,10 @@ import pytest
 
 from cosae.errors import CosaeError
 from cosae.io.lines import finite
-from cosae.train.log import JsonLines, Progress, TensorBoard, WandB, describe, scalars
+from cosae.io.progress import Progress
+from cosae.train.log import JsonLines, TensorBoard, TrainingDisplay, WandB, describe, scalars
+from cosae.train.loop import TrainingConfig
+from tests.support.clock import FakeClock
 
 
 def record(step: int, **numbers: Any) -> dict[str, Any]:
@@ -173,42 +176,42 @@ def test_description_of_an_arm() -> None:
     assert describe(record(1, a=-0.25)["arms"]["standard"]).endswith("a -0.250")
 
 
-def test_progress_writes_plain_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(100, 8, ["standard", "x"], shown=True)
-    progress.step()
-    progress.log(record(1))
-    progress.log(record(2))  # within 15 s of the last line
-    progress.log(record(200))
-    progress.message("hello")
-    progress.close()
-    shown = capsys.readouterr().err
-    assert shown.count("step ") == 2
-    assert "step 1/100" in shown
-    assert "80 tokens/s  about 10 s left" in shown
-    assert "  standard  loss 0.5000" in shown
-    assert "hello" in shown
-    assert "\r" not in shown
+def display(progress: Progress, *arms: str, steps: int = 100, start: int = 0) -> TrainingDisplay:
+    return TrainingDisplay(progress, TrainingConfig(steps=steps, batch_tokens=8), arms, start)
 
 
-def test_progress_says_nothing_when_told_so(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(100, 8, ["standard"], shown=False)
-    progress.step()
-    progress.log(record(1))
-    progress.message("hello")
-    progress.close()
+def test_training_writes_plain_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = FakeClock()
+    with display(Progress(clock=clock), "standard", "x") as shown:
+        for step, now in ((1, 400.0), (2, 401.0), (30, 429.0)):  # the first carries a wait of 400 s, compiling and all
+            clock.now = now
+            while shown._phase.done < step:
+                shown.step()
+            shown.log(record(step))
+    lines = capsys.readouterr().err.splitlines()
+    heads = [line for line in lines if line.startswith("step ")]
+    assert heads == ["step 1/100", "step 30/100  8 tokens/s, about 70 s left"]
+    assert "  standard  loss 0.5000" in lines[2]
+    assert lines[0] == "training (0 of 100 steps)"
+
+
+def test_training_says_nothing_when_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with display(Progress(shown=False), "standard") as shown:
+        shown.step()
+        shown.log(record(1))
+        shown.event({"step": 1, "arm": None, "kind": "norm_shift", "text": "norms shifted"})
     captured = capsys.readouterr()
     assert captured.err == captured.out == ""
 
 
-def test_progress_on_a_terminal_shows_each_arm(
+def test_training_on_a_terminal_shows_each_arm(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = Progress(10, 8, ["standard", "gone"], start=3, shown=True)
-    progress.step()
-    progress.log(record(4, a=0.5))
-    progress.close()
-    shown = capsys.readouterr().err
-    assert "standard  loss 0.5000" in shown
-    assert "a +0.500" in shown
-    assert "gone: stopped" in shown
+    with display(Progress(), "standard", "gone", steps=10, start=3) as shown:
+        shown.step()
+        shown.log(record(4, a=0.5))
+    seen = capsys.readouterr().err
+    assert "standard  loss 0.5000" in seen
+    assert "a +0.500" in seen
+    assert "gone: stopped" in seen

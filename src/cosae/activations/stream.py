@@ -34,6 +34,7 @@ from cosae.activations.store.format import choose_offset, restore_rows
 from cosae.errors import CosaeError, check_least
 from cosae.io.generators import keyed_generator
 from cosae.io.legacy import upgrade
+from cosae.io.progress import SILENT, Progress
 from cosae.io.values import from_plain, to_plain
 from cosae.types import Activations, NormSummary
 
@@ -84,6 +85,7 @@ class ActivationStream:
     prefetch_chunks   chunks of the source made ahead in a thread of their own, while batches are used; 0 for none. The
                    batches are the same
     non_finite     fatal, or drop: leave out rows that are not finite, and count them
+    progress       told how far the first window is, and the buffer's first filling
 
     Raises CosaeError for settings outside these, for activations of another width than the source promised,
     and under `fatal` for activations that are not finite, naming document and position (or chunk and row).
@@ -115,6 +117,7 @@ class ActivationStream:
         store_dtype: torch.dtype = torch.float32,
         prefetch_chunks: int = 0,
         non_finite: str = "fatal",
+        progress: Progress = SILENT,
     ) -> None:
         check_least("batch_tokens", batch_tokens, 1)
         if buffer_tokens < 2 * batch_tokens:
@@ -125,7 +128,7 @@ class ActivationStream:
         if store_dtype not in (torch.float32, torch.bfloat16):
             raise CosaeError(f"store_dtype must be torch.float32 or torch.bfloat16. Got {store_dtype} instead.")
         check_least("prefetch_chunks", prefetch_chunks, 0)
-        self.source = source
+        self.source, self.progress = source, progress
         self.prefetch_chunks = prefetch_chunks
         self.d_in = source.d_in
         self.batch_tokens = batch_tokens
@@ -141,7 +144,9 @@ class ActivationStream:
         self._chunks: Iterator[Activations] | None = None
         self._open(chunk=0, offset=0)
         try:
-            self._look(filter or FilterPolicy())
+            policy = filter or FilterPolicy()
+            with progress.phase("first window", policy.window_tokens):
+                self._look(policy)
         except BaseException:
             self.close()
             raise
@@ -182,13 +187,23 @@ class ActivationStream:
             "store_dtype": str(self.store_dtype).removeprefix("torch."),
         }
 
+    def fill(self) -> None:
+        """Read what the first batch waits for, which would read it otherwise: a phase of its own."""
+        if self._needs_round:
+            with self.progress.phase("filling buffer", self._cursor):
+                self._fill(self._cursor)
+
+    @property
+    def _needs_round(self) -> bool:
+        live = self.buffer_tokens - self._cursor
+        return live <= self.buffer_tokens // 2 or live < self.batch_tokens
+
     def next_batch(self) -> Activations:
         """The next `batch_tokens` rows.
 
         x_ND is (B, D) float32 and contiguous; norm_N is the source's, from before any rounding to bfloat16.
         """
-        live = self.buffer_tokens - self._cursor
-        if live <= self.buffer_tokens // 2 or live < self.batch_tokens:
+        if self._needs_round:
             self._begin_round()
         else:  # what the last batch left; twice that where a restored stream has to catch up
             self._fill(min(self._cursor, self._filled + 2 * self.batch_tokens))
@@ -284,6 +299,7 @@ class ActivationStream:
         while seen < policy.window_tokens:
             self._waiting.append(self._read())
             seen += len(self._waiting[-1])
+            self.progress.reached(seen)
         reference = getattr(self.source, "norm_reference", None)
         self.monitor.begin(reference() if reference is not None and self.perturbation.kind == "none" else None)
         self._monitor_state = self.monitor.state()  # as of the beginning of the round, where a resumption reads on
@@ -337,6 +353,7 @@ class ActivationStream:
                 target = getattr(self._buffer, f.name)
                 target.index_copy_(0, slots, getattr(rows, f.name).to(self.device, target.dtype))
             self._filled += len(rows)
+            self.progress.reached(self._filled)
 
     def _take(self, at_most: int) -> Activations:
         """Up to `at_most` kept rows from the source, at least one, in its order."""

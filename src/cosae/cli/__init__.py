@@ -16,7 +16,7 @@ from cosae.cli import exploring, looking, sharing, stores, training
 from cosae.cli.help import registry
 from cosae.errors import CosaeError, CosaeWarning
 from cosae.io.escape import printable
-from cosae.io.signals import Interrupted
+from cosae.io.signals import Interrupted, stop_on_signals
 
 VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
     "train": (training.Train, training.train),
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep_memory()
         with warnings.catch_warnings():
             warnings.showwarning = _show  # type: ignore[assignment]  # what it is called with, by place
-            sys.exit(_call_of(command)(command))
+            with stop_on_signals(at_once=KeyboardInterrupt()):
+                sys.exit(_call_of(command)(command))
     except CosaeError as error:
         print("cosae: " + printable(str(error), keep="\n"), file=sys.stderr)
         sys.exit(2)
@@ -111,9 +112,11 @@ def _how_to_go_on(command: Any) -> str:
         return sharing.after_interruption(command)
     if isinstance(command, stores.Capture):
         return stores.go_on_capturing(command.out)
-    from cosae.train.checkpoint import checkpoints
+    if isinstance(command, looking.Audit | looking.Eval):
+        return "Nothing was written: give the same command again."
+    from cosae.run.folder import RECIPE
 
     place = command.run if isinstance(command, training.Resume) else getattr(command, "out", None)
     runs = [place, place / "natural", place / "injected"] if isinstance(place, Path) else []
-    unfinished = [run for run in runs if run.is_dir() and checkpoints(run) and not training.finished(run)]
+    unfinished = [run for run in runs if (run / RECIPE).is_file() and not training.finished(run)]
     return f"Go on with: cosae resume {unfinished[0]}" if unfinished else "Nothing was saved yet: start again."

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cosae.cli.options import logger
+from cosae.cli.options import progress
 from cosae.cli.stores import inspect_store
 from cosae.run.requests import EvalOptions, EvalRequest
 
@@ -86,7 +86,7 @@ def audit(command: Audit) -> int:
     from cosae.report.audit import audit_text
     from cosae.run.audit import run_audit
 
-    print(audit_text(run_audit(command.saes, command.request, command.out, logger(command.quiet))))
+    print(audit_text(run_audit(command.saes, command.request, command.out, progress(command.quiet))))
     print(f"\nReport: {command.out / 'audit.html'}")
     return 0
 
@@ -95,5 +95,5 @@ def evaluate(command: Eval) -> int:
     from cosae.run.evaluate import evaluate, screen
 
     asked = command.measurement, command.saes, command.request, command.options
-    print(screen(evaluate(*asked, out=command.out, log=logger(command.quiet))))
+    print(screen(evaluate(*asked, out=command.out, progress=progress(command.quiet))))
     return 0

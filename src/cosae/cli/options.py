@@ -14,6 +14,7 @@ from cosae.io.escape import printable
 from cosae.io.values import literal
 
 if TYPE_CHECKING:
+    from cosae.io.progress import Progress
     from cosae.recipe import Recipe
 
 
@@ -47,8 +48,8 @@ class RecipeOptions:
 
     def changed_recipe(self, more: Mapping[str, Any]) -> Recipe:
         """The recipe with the options given, `more` by dotted path, and --set on it. Raises CosaeError."""
-        from cosae.presets import preset
         from cosae.io.legacy import upgrade_path
+        from cosae.presets import preset
         from cosae.recipe import ORIGINS, Recipe
 
         recipe = Recipe.read(self.recipe) if self.recipe is not None else preset(self.preset)
@@ -73,6 +74,13 @@ def settings(texts: Sequence[str]) -> dict[str, Any]:
             raise CosaeError(f"--set takes field=value, with a dotted path for the field. Got {text!r} instead.")
         changes[path] = literal(value)
     return changes
+
+
+def progress(quiet: bool) -> Progress:
+    """What shows the phases of a command on standard error, or keeps quiet."""
+    from cosae.io.progress import Progress
+
+    return Progress(not quiet)
 
 
 def logger(quiet: bool) -> Callable[[str], None]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from cosae.cli.options import RecipeOptions, logger
+from cosae.cli.options import RecipeOptions, logger, progress
 from cosae.errors import CosaeError
 from cosae.shown import counted
 
@@ -75,7 +74,7 @@ def capture(command: Capture) -> int:
     if command.dry_run or isinstance(command, PlanCapture):
         print(screen(plan_capture(request, command.out, log)))
         return 0
-    stores = capture_stores(request, command.out, progress=None if command.quiet else _bar, log=log)
+    stores = capture_stores(request, command.out, progress=progress(command.quiet), log=log)
     for store in stores:
         print(f"{store}: {_summary(store)}")
     print(f"Train on it with: cosae train --store {stores[0]} --out RUN")
@@ -140,16 +139,3 @@ def _summary(folder: Path) -> str:
     return (
         f"{rows}, width {store.d_in}, {store.dtype}, {size:.3g} MB in {counted(len(store.record['shards']), 'shard')}"
     )
-
-
-def _bar(total: int) -> Callable[[int], None]:
-    from tqdm import tqdm
-
-    bar = tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True, desc="capture")
-
-    def more(n: int) -> None:
-        bar.update(n)
-        if bar.n >= total:
-            bar.close()
-
-    return more

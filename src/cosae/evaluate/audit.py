@@ -23,6 +23,7 @@ from cosae.evaluate.norms.describe import describe_norms
 from cosae.evaluate.norms.driven import firing_norms, norm_driven
 from cosae.evaluate.norms.sinks import sink_metrics
 from cosae.evaluate.verdict import lines, verdict
+from cosae.io.progress import SILENT, Progress
 from cosae.sae.model import SAE
 from cosae.types import Codes
 
@@ -34,6 +35,7 @@ def audit(
     spell: Callable[[int], str | None] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Everything about one SAE on a sample; plain numbers, JSON-able. Two passes: as the tokens are, and at the median.
 
@@ -43,8 +45,10 @@ def audit(
     """
     if bool(sample.sink_N.all()):
         raise CosaeError("all tokens given are sinks: there is nothing left to audit on; raise the sink factor.")
-    encoded = encode_sample(sae, sample, batch_tokens)
-    median = at_median(encoded)
+    with progress.phase("encoding tokens", len(sample)):
+        encoded = encode_sample(sae, sample, batch_tokens, progress.rows)
+    with progress.phase("encoding tokens at the median norm", len(sample)):
+        median = at_median(encoded, on_rows=progress.rows)
     numbers: dict[str, Any] = {
         "tokens": len(sample),
         "norms": describe_norms(sample.activations, seed=seed, sink_N=sample.sink_N),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -10,6 +10,7 @@ from cosae.activations.sample import Sample, SinkRule
 from cosae.evaluate.encoded import EncodedPass, encode_sample
 from cosae.evaluate.norms.counterfactual import MedianPass, at_median
 from cosae.evaluate.statistics import RESAMPLES
+from cosae.io.progress import SILENT, Progress
 from cosae.sae.model import SAE
 from cosae.text.labelled import LabelledTexts
 from cosae.types import Activations, Sequences, Site
@@ -71,7 +72,7 @@ class Context:
     tops       latents of a probe; () is the measurement's own choice
     untrained  an untrained SAE, the floor of token probing
     baseline   the arm that the others are compared with; the first by default
-    progress   told of what takes long: what it is, how much is done, how much there is
+    progress   told of what takes long
     """
 
     arms: Mapping[str, Sequence[SAE]]
@@ -87,7 +88,7 @@ class Context:
     texts: TextProbes = field(default_factory=TextProbes)
     untrained: SAE | None = None
     baseline: str | None = None
-    progress: Callable[[str, int, int], None] = lambda what, done, n: None
+    progress: Progress = SILENT
     _samples: dict[Side, Sample] = field(default_factory=dict, repr=False)
     _passes: dict[tuple[int, Side], EncodedPass[SAE]] = field(default_factory=dict, repr=False)
     _medians: dict[int, MedianPass] = field(default_factory=dict, repr=False)
@@ -128,11 +129,18 @@ class Context:
     def encoded(self, sae: SAE, side: Side = "held_out") -> EncodedPass[SAE]:
         """The SAE's pass over a sample, made once."""
         if (id(sae), side) not in self._passes:
-            self._passes[id(sae), side] = encode_sample(sae, self.sample(side))
+            sample = self.sample(side)
+            with self.progress.phase(f"encoding {side.replace('_', '-')} tokens: {self._name(sae)}", len(sample)):
+                self._passes[id(sae), side] = encode_sample(sae, sample, on_rows=self.progress.rows)
         return self._passes[id(sae), side]
 
     def at_median(self, sae: SAE) -> MedianPass:
         """The SAE's second pass over the held-out sample, every token at the median length; made once."""
         if id(sae) not in self._medians:
-            self._medians[id(sae)] = at_median(self.encoded(sae))
+            encoded = self.encoded(sae)
+            with self.progress.phase(f"encoding tokens at the median norm: {self._name(sae)}", len(encoded.sample)):
+                self._medians[id(sae)] = at_median(encoded, on_rows=self.progress.rows)
         return self._medians[id(sae)]
+
+    def _name(self, sae: SAE) -> str:
+        return next((name for name, listed in self.arms.items() if any(one is sae for one in listed)), "untrained SAE")

@@ -6,7 +6,7 @@ norms and cosines of every reconstruction. Encoding is the costly part, so no me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
@@ -104,8 +104,13 @@ class EncodedPass(Generic[S_co]):
 
 
 @torch.no_grad()
-def encode_sample(sae: S, sample: Sample, batch_tokens: int = BATCH_TOKENS) -> EncodedPass[S]:
-    """Encode and decode every token once. Changes no state. Raises CosaeError without tokens."""
+def encode_sample(
+    sae: S, sample: Sample, batch_tokens: int = BATCH_TOKENS, on_rows: Callable[[int], None] = lambda n: None
+) -> EncodedPass[S]:
+    """Encode and decode every token once. Changes no state. Raises CosaeError without tokens.
+
+    on_rows: gets the number of tokens after each batch.
+    """
     activations = sample.activations
     n = len(activations)
     live_N = (activations.x_ND != 0).any(-1).cpu()
@@ -129,6 +134,7 @@ def encode_sample(sae: S, sample: Sample, batch_tokens: int = BATCH_TOKENS) -> E
         cosine_N[rows] = ((x_BD * recon_BD).sum(-1) / lengths_B.clamp_min(1e-300)).cpu()
         for sinks in SINKS:
             _add_within(within[sinks], quartile[sinks][rows], x_BD, residual_BD)
+        on_rows(len(x_BD))
     if not parts:
         raise CosaeError("a measurement needs at least one token. Got none: check the filter, or ask for more tokens.")
     codes = Codes.cat(parts)

@@ -133,9 +133,9 @@ def measure_recovery(context: Context) -> Numbers:
 def measure_probing(context: Context) -> Numbers:
     """Probes of labelled texts where there are any, else of the token-level concepts."""
     if context.texts.sets:
-        texts, tops, told = context.texts, context.tops or TOPS, context.progress
-        pooled = encode_texts(texts, context.arms, context.data, context.rule.factor, told)
-        found = probe_texts(pooled, tops=tops, seeds=texts.seeds, seed=context.seed, progress=told)
+        texts, tops, progress = context.texts, context.tops or TOPS, context.progress
+        pooled = encode_texts(texts, context.arms, context.data, context.rule.factor, progress)
+        found = probe_texts(pooled, tops=tops, seeds=texts.seeds, seed=context.seed, progress=progress)
         return {"kind": "texts", **found}
     return {"kind": "tokens", **measure_token_probing(context)}
 
@@ -169,6 +169,7 @@ def measure_token_probing(context: Context) -> Numbers:
             n_bootstrap=context.resamples,
             tops=context.tops or (1,),
             seed=context.seed,
+            progress=context.progress,
         )
     return found
 
@@ -184,6 +185,7 @@ def measure_splice(context: Context) -> Numbers:
         median_norm=context.sample().median_norm,
         factor=context.rule.factor,
         seed=context.seed,
+        progress=context.progress,
     )
 
 
@@ -193,7 +195,7 @@ def measure_causal(context: Context) -> Numbers:
     batch = data.sequences("held_out", len(context.sample()))
     for name, sae in context.firsts.items():
         features = context.features or _most_firing(context.encoded(sae).codes)
-        options: dict[str, Any] = {"seed": context.seed}
+        options: dict[str, Any] = {"seed": context.seed, "progress": context.progress}
         found[name] = {
             "ablation": causal.measure_ablation(data.model, context.site, sae, batch, features, **options),
             "steering": causal.measure_steering(data.model, context.site, sae, batch, features, **options),

@@ -18,34 +18,48 @@ class Interrupted(KeyboardInterrupt):
         self.step = step
 
 
+class StopAsked(KeyboardInterrupt):
+    """Somebody asked to stop while data were being read; whoever has something to save does so first."""
+
+
 class Stop:
     """Whether somebody asked to stop.
 
     asked    set by the first signal; read between steps
-    at_once  what the next signal raises right away, once nothing is left to save; None while there is
+    at_once  what a signal raises right away, while nothing is left to save; None while there is
     """
 
-    def __init__(self, loud: bool = False) -> None:
+    def __init__(self, loud: bool = False, at_once: KeyboardInterrupt | None = None) -> None:
         self.asked = False
-        self.at_once: KeyboardInterrupt | None = None
+        self.at_once = at_once
         self._loud = loud
 
     def ask(self, signum: int, frame: FrameType | None) -> None:
         """The handler of both signals."""
+        before, self.asked = self.asked, True
         if self.at_once is not None:
             raise self.at_once
-        if self.asked and signum == signal.SIGINT:
+        if before and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.asked and self._loud:
+        if not before and self._loud:
             with suppress(OSError, RuntimeError):  # a signal may come in the middle of another line
                 print("\nstopping after this step, to save; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-        self.asked = True
+
+    def check(self, reading: bool = False) -> None:
+        """Raise what was asked for, in any thread: while there is something to save, only where data are `reading`.
+
+        What the handler raises can be lost on its way, in a destructor of another library.
+        """
+        if self.asked and self.at_once is not None:
+            raise self.at_once
+        if self.asked and reading:
+            raise StopAsked
 
 
 @contextmanager
-def stop_on_signals(loud: bool = False) -> Iterator[Stop]:
+def stop_on_signals(loud: bool = False, at_once: KeyboardInterrupt | None = None) -> Iterator[Stop]:
     """Listen for SIGINT and SIGTERM; outside the main thread, where that cannot be, for nothing."""
-    stop = Stop(loud)
+    stop = Stop(loud, at_once)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

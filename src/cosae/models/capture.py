@@ -11,7 +11,7 @@ one sequence attend to one another, as they do wherever sequences are packed wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ def capture(
     store_dtype: torch.dtype = torch.float32,
     store_device: str = "cpu",
     allow_non_finite: bool = False,
+    on_rows: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Activations]:
     """Activations of every real token of `sequences`, by site, all sites from the same forward passes.
 
@@ -42,6 +43,7 @@ def capture(
     store_dtype      float32, bfloat16 or float16 for `x_ND`; `norm_N` is fp32, from before that rounding
     store_device     where the activations are kept
     allow_non_finite leave rows that are not finite to the caller (cosae.activations.monitor)
+    on_rows          gets the number of tokens after each forward pass
 
     `position_N` counts real tokens from 0, and is the position the model was told. The tensors are ordinary ones,
     usable in autograd even when the caller is under `torch.inference_mode`. Hooks are removed whatever happens.
@@ -68,6 +70,7 @@ def capture(
                 if not allow_non_finite:
                     _check_finite(part, batch, site, store_dtype)
                 parts[site].append(part)
+            on_rows(int(batch.mask_ST.sum()))
         return {name: Activations.cat(parts[site]) for name, site in by_name.items()}
 
 

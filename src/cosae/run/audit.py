@@ -6,7 +6,7 @@ sample, for the audit only, and the audit says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from cosae.evaluate.audit import audit
 from cosae.evaluate.verdict import worse_than_mean
 from cosae.interop.read import read_sae
 from cosae.io.atomic import written
+from cosae.io.progress import SILENT, Progress
 from cosae.report.audit import write_audit_page
 from cosae.run import provenance
 from cosae.run.folder import write_json
@@ -27,7 +28,7 @@ SHOWN_METADATA = ("format", "model", "site", "hook_name", "tokens", "filter", "n
 
 
 def run_audit(
-    paths: Sequence[Path], request: EvalRequest, out: Path | None = None, log: Callable[[str], None] = lambda _: None
+    paths: Sequence[Path], request: EvalRequest, out: Path | None = None, progress: Progress = SILENT
 ) -> dict[str, Any]:
     """Audit the SAEs at `paths`; returns what audit.json holds, and writes it with audit.html into `out` if given.
 
@@ -42,15 +43,15 @@ def run_audit(
     if out is not None and out.exists() and not out.is_dir():
         raise CosaeError(f"{out} is a file; give a folder for the audit with --out.")
     paths = every_sae(paths)
-    saes = [read_sae(path, format=request.format, device=request.device) for path in paths]
-    datasets = Datasets(request, request.tokens or TOKENS, log)
+    with progress.phase("reading SAEs"):
+        saes = [read_sae(path, format=request.format, device=request.device) for path in paths]
+    datasets = Datasets(request, request.tokens or TOKENS, progress)
     found = []
     for name, path, sae in zip(names_of(paths), paths, saes, strict=True):
-        log(f"activations for {name}")
-        dataset, sample = datasets.of(sae, path)
-        log(f"auditing {name}")
-        elsewhere = warn_elsewhere(name, sae.metadata, dataset)
-        sae, warning = calibrated(sae, sample)
+        with progress.phase(f"activations for {name}"):
+            dataset, sample = datasets.of(sae, path)
+            elsewhere = warn_elsewhere(name, sae.metadata, dataset)
+            sae, warning = calibrated(sae, sample)
         about = {
             "name": name,
             "path": str(path),
@@ -60,7 +61,8 @@ def run_audit(
             "warning": warning,
             "elsewhere": elsewhere or None,
         }
-        numbers = audit(sae, sample, spell=dataset.spell, seed=request.seed)
+        with progress.phase(f"auditing {name}"):
+            numbers = audit(sae, sample, spell=dataset.spell, seed=request.seed, progress=progress)
         if elsewhere and worse_than_mean(numbers):
             numbers["verdict"]["because"] += f"; {elsewhere}"
         found.append({**about, **numbers})

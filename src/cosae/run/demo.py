@@ -5,10 +5,10 @@ One capture serves both runs; the two settings differ in nothing but each token'
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from cosae.errors import CosaeError
+from cosae.io.progress import Progress
 from cosae.presets import preset
 from cosae.run.dataset.base import DataUse
 from cosae.run.dataset.open import dataset_of
@@ -27,16 +27,12 @@ def demo(out: Path, steps: int | None = None, progress: bool = True) -> list[Fin
     natural, injected = (preset(name).changed(changes) for name in ("demo", "demo-injected"))
     training = natural.training
     keep = training.steps * training.batch_tokens + 2 * training.buffer_tokens + natural.filter.window_tokens
-    if progress:
-        print("reading the embedded corpus and model", file=sys.stderr, flush=True)
+    shown = Progress(progress)
     data = dataset_of(natural, keep_tokens=keep)
+    data.progress = shown
     finished = []
     for recipe, folder in ((natural, "natural"), (injected, "injected")):
-        if progress:
-            print(
-                f"{recipe.name}: {counted(len(recipe.arms), 'arm')}, {counted(training.steps, 'step')}",
-                file=sys.stderr,
-                flush=True,
-            )
-        finished.append(execute(recipe, out / folder, logs=Logs(progress), data=data.again(DataUse.of(recipe))))
+        shown.note(f"{recipe.name}: {counted(len(recipe.arms), 'arm')}, {counted(training.steps, 'step')}")
+        mine = data.again(DataUse.of(recipe))
+        finished.append(execute(recipe, out / folder, logs=Logs(progress), data=mine, progress=shown))
     return finished

@@ -5,8 +5,7 @@ paths → SAEs by arm → the dataset of their site → a row of evaluate.regist
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from cosae.evaluate.probing.encode_texts import draw_texts
 from cosae.evaluate.registry import REGISTRY
 from cosae.interop.read import read_sae
 from cosae.interop.sae_probes import datasets as sae_probes
+from cosae.io.progress import SILENT, Progress
 from cosae.report.terminal import printable, text_table
 from cosae.run import provenance
 from cosae.run.folder import write_json
@@ -40,7 +40,7 @@ def evaluate(
     options: EvalOptions | None = None,
     *,
     out: Path | None = None,
-    log: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """One measurement of the SAEs asked for; returns what the JSON file `out` holds, and writes it if given.
 
@@ -63,11 +63,10 @@ def evaluate(
         what = "runs the model itself, in which nothing is injected" if row.reads == "model" else "reads weights alone"
         raise CosaeError(f"{measurement} {what}: drop --inject.")
     tokens = request.tokens or (MODEL_TOKENS if row.reads == "model" else TOKENS)
-    context, source, warnings = _open(sae_specs, request, options, tokens, log)
+    context, source, warnings = _open(sae_specs, request, options, tokens, progress)
     if row.reads == "model":
         _ = context.data.model  # refused before anything is measured
-    log(f"measuring {measurement}")
-    with torch.no_grad():
+    with progress.phase(f"measuring {measurement}"), torch.no_grad():
         found = row.measure(context)
     result = {
         "format": FORMAT,
@@ -86,7 +85,7 @@ def evaluate(
 
 
 def _open(
-    sae_specs: Sequence[str], request: EvalRequest, options: EvalOptions, tokens: int, log: Callable[[str], None]
+    sae_specs: Sequence[str], request: EvalRequest, options: EvalOptions, tokens: int, progress: Progress
 ) -> tuple[Context, dict[str, Any], dict[str, str]]:
     """What to measure on, where its tokens come from, and warnings by arm."""
     texts = TextProbes(
@@ -97,16 +96,16 @@ def _open(
         seeds=options.seeds,
     )
     draw_texts(texts)  # sets that are too small are refused before anything is encoded
-    datasets = Datasets(request, tokens, log)
+    datasets = Datasets(request, tokens, progress)
     arms: dict[str, list[SAE]] = {}
     warnings: dict[str, str] = {}
     dataset = sample = None
     for name, paths in _paths(sae_specs).items():
         arms[name] = []
         for path in paths:
-            sae = read_sae(path, format=request.format, device=request.device)
-            log(f"activations for {name}")
-            mine, sample = datasets.of(sae, path)
+            with progress.phase(f"activations for {name}"):
+                sae = read_sae(path, format=request.format, device=request.device)
+                mine, sample = datasets.of(sae, path)
             if dataset is not None and mine is not dataset:
                 what = f"{path} reads another site or corpus than the SAEs before it"
                 raise CosaeError(f"{what}: measure them apart, or name one --model and --site.")
@@ -127,28 +126,10 @@ def _open(
         features=options.features,
         tops=options.top,
         texts=texts,
-        progress=counter(log),
+        progress=progress,
     )
     context.put(sample)
     return context, describe(dataset, sample, request), warnings
-
-
-def counter(log: Callable[[str], None], every: float = 5.0) -> Callable[[str, int, int], None]:
-    """What says how much is done of what takes long, and from the second time on how long the rest will take."""
-    began: dict[str, float] = {}
-    said: dict[str, float] = {}
-
-    def tell(what: str, done: int, n: int) -> None:
-        now = time.monotonic()
-        if what in said and now - said[what] < every and done < n:
-            return
-        began.setdefault(what, now)
-        seconds = (now - began[what]) * (n - done) / max(done, 1)
-        left = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
-        said[what] = now
-        log(f"{what}: {done} of {n}" + (f", about {left} left" if 0 < done < n else ""))
-
-    return tell
 
 
 def _paths(sae_specs: Sequence[str]) -> dict[str, list[Path]]:

@@ -10,7 +10,7 @@ import json
 import sys
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from cosae.activations.stream import ActivationStream
 from cosae.errors import CosaeError, sentences
-from cosae.io.escape import printable
 from cosae.io.generators import generator_state, restore_generators
 from cosae.io.lines import Index, Lines
 from cosae.io.lock import hold
+from cosae.io.progress import Progress
 from cosae.io.signals import Stop, stop_on_signals
 from cosae.io.values import from_plain, to_plain
 from cosae.recipe import Recipe
@@ -44,7 +44,7 @@ from cosae.sae.calibrate import calibrate, measure_fve
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
 from cosae.train.checkpoint import checkpoints, has_checkpoints, quarantine, read_latest, write_checkpoint
-from cosae.train.log import JsonLines, Logger, Progress, TensorBoard, WandB
+from cosae.train.log import JsonLines, Logger, TensorBoard, TrainingDisplay, WandB
 from cosae.train.loop import Interrupted, train
 from cosae.train.step import ArmState
 
@@ -78,8 +78,11 @@ def execute(
     data: Dataset | None = None,
     tensor: Tensor | None = None,
     measured: bool = True,
+    progress: Progress | None = None,
 ) -> Finished:
     """Run `recipe` into the new folder `out` (None keeps everything in memory).
+
+    progress: shows the phases; None makes one, shown as `logs` says.
 
     Raises CosaeError for what cannot be read or is not allowed, before `out` is made; Interrupted after a checkpoint
     was written.
@@ -88,20 +91,21 @@ def execute(
     check_device(recipe.device)
     if out is not None:
         check_free(out)
-    if data is None:
-        data = dataset_of(recipe, tensor)
-        check_run(recipe, data, out)
-    run = _Run(recipe, data, out, logs or Logs(), measured)
-    try:
-        if out is None:
-            return run.go()
-        with hold(out):
-            check_free(out)  # nobody else came first
-            run.write_record("running")
-            write_recipe(out, run.recipe)
-            return run.go()
-    finally:
-        run.close()
+    logs = logs or Logs()
+    with stop_on_signals(logs.progress, KeyboardInterrupt()) as stop:
+        progress = progress or Progress(logs.progress)
+        progress.stop = stop
+        if data is None:
+            data = dataset_of(recipe, tensor)
+            check_run(recipe, data, out)
+        with closing(_Run(recipe, data, out, logs, measured, progress)) as run:
+            if out is None:
+                return run.go(stop)
+            with hold(out):
+                check_free(out)  # nobody else came first
+                run.write_record("running")
+                write_recipe(out, run.recipe)
+                return run.go(stop)
 
 
 def resume(
@@ -123,7 +127,8 @@ def resume(
     out = Path(out)
     if not (out / RECIPE).is_file() and not (out / RUN).is_file():
         raise CosaeError(f"{out} holds no run to go on with (it has no {RECIPE}); give the folder of a run.")
-    with hold(out):
+    logs = logs or Logs()
+    with hold(out), stop_on_signals(logs.progress, KeyboardInterrupt()) as stop:
         record = folder.read_json(out / RUN) if (out / RUN).exists() else {}
         if record.get("status") == "finished":
             raise CosaeError(f"the run in {out} is finished; see `cosae report {out}`, or start another run elsewhere.")
@@ -137,14 +142,13 @@ def resume(
         data = dataset_of(recipe, None if tensor is None else as_matrix(tensor))
         check_run(recipe, data, out, begun=True)
         measured = bool(record.get("evaluate", True)) if evaluate is None else evaluate
-        run = _Run(recipe, data, out, (logs or Logs()).since(record), measured)
-        try:
+        progress = Progress(logs.progress)
+        progress.stop = stop
+        with closing(_Run(recipe, data, out, logs.since(record), measured, progress)) as run:
             run.restore(record)
             if not known:
                 write_recipe(out, run.recipe)
-            return run.go()
-        finally:
-            run.close()
+            return run.go(stop)
 
 
 @dataclass
@@ -163,9 +167,12 @@ class _Records:
 class _Run:
     """What one execution holds while it goes: data, stream, arms, and where it writes."""
 
-    def __init__(self, recipe: Recipe, data: Dataset, out: Path | None, logs: Logs, measured: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, data: Dataset, out: Path | None, logs: Logs, measured: bool, progress: Progress
+    ) -> None:
         torch.manual_seed(recipe.training.seed)
-        self.data, self.out, self.logs, self.measured = data, out, logs, measured
+        self.data, self.out, self.logs, self.measured, self.progress = data, out, logs, measured, progress
+        data.progress = progress
         self.recipe = recipe = replace(recipe.resolved(data.d_in), data=data.resolved())
         recipe.check()  # widths are known now
         training = recipe.training
@@ -180,17 +187,13 @@ class _Run:
             store_dtype=getattr(torch, training.store_dtype),
             prefetch_chunks=recipe.data.prefetch_chunks,
             non_finite=recipe.data.non_finite,
+            progress=progress,
         )
-        sample_ND = self.stream.sample_ND
-        if not self.stream.norm_summary.total_variance > 0:
-            raise CosaeError("activations must differ from one another: their variance in the first window is 0.")
-        self.states = []
-        for arm in recipe.arms:
-            sae = arm.build(data.d_in, sample_ND, recipe.device)
-            variance = _variance(sae, sample_ND) if arm.loss.normalise == "variance" else 1.0
-            if arm.loss.normalise == "variance" and arm.loss.space == "raw":
-                variance = self.stream.norm_summary.total_variance
-            self.states.append(ArmState.start(arm, sae, variance, training.optimizer))
+        try:
+            self._initialise()
+        except BaseException:
+            self.close()
+            raise
         self._records = _Records()
         self.start, self.seconds = 0, 0.0
         self.started_at = provenance.now()
@@ -198,6 +201,21 @@ class _Run:
         self._known_lines: dict[str, Index] = {}
         self._lines: dict[str, Lines] = {}
         self.resumed: list[dict[str, Any]] = []
+
+    def _initialise(self) -> None:
+        """Every arm's fresh state, from a sample of the first window."""
+        sample_ND = self.stream.sample_ND
+        if not self.stream.norm_summary.total_variance > 0:
+            raise CosaeError("activations must differ from one another: their variance in the first window is 0.")
+        self.states: list[ArmState] = []
+        recipe, centred = self.recipe, any(arm.init.centre == "geometric_median" for arm in self.recipe.arms)
+        name = "initialising with the geometric median" if centred else "initialising"
+        for arm in self.progress.each(recipe.arms, name, "SAEs"):
+            sae = arm.build(self.data.d_in, sample_ND, recipe.device)
+            variance = _variance(sae, sample_ND) if arm.loss.normalise == "variance" else 1.0
+            if arm.loss.normalise == "variance" and arm.loss.space == "raw":
+                variance = self.stream.norm_summary.total_variance
+            self.states.append(ArmState.start(arm, sae, variance, recipe.training.optimizer))
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Put back the last whole checkpoint, if there is any; `record` is run.json as it was left."""
@@ -233,16 +251,15 @@ class _Run:
             what = f"the recipe in {self.out}/{RECIPE} is not the one this run was started with"
             raise CosaeError(f"{what}: it differs in {', '.join(changed)}. Put it back, or start another run.")
 
-    def go(self) -> Finished:
-        """Train, calibrate, save, measure; Ctrl-C and SIGTERM save first."""
+    def go(self, stop: Stop) -> Finished:
+        """Train, calibrate, save, measure; Ctrl-C and SIGTERM save first what is not saved yet."""
         try:
-            with stop_on_signals(loud=self.logs.progress) as stop:
-                self._train(stop)
-                if stop.asked and self.out is not None:
-                    raise Interrupted(self.recipe.training.steps)
-                # nothing is left to save: the next signal stops at once
-                stop.at_once = KeyboardInterrupt() if self.out is None else Interrupted(self.recipe.training.steps)
-                return self._finish()
+            self._train(stop)
+            # nothing is left to save: the next signal stops at once
+            stop.at_once = KeyboardInterrupt() if self.out is None else Interrupted(self.recipe.training.steps)
+            if self.out is not None:
+                stop.check()
+            return self._finish()
         except (KeyboardInterrupt, CosaeError) as end:
             with suppress(CosaeError):  # a full disk: what stopped the run is what is said
                 self.write_record("failed" if isinstance(end, CosaeError) else "interrupted")
@@ -255,51 +272,46 @@ class _Run:
 
     def _train(self, stop: Stop) -> None:
         """All steps that are left, and a checkpoint after the last."""
-        training = self.recipe.training
-        self.write_record("running")
+        training, names = self.recipe.training, [state.arm.name for state in self.states]
         for line in (*self.data.warnings, self.stream.sinks["text"]):
-            self._log(line)
-        names = [state.arm.name for state in self.states]
-        progress = Progress(training.steps, training.batch_tokens, names, self.start, self.logs.progress)
-        loggers: list[Logger] = [progress, *self._loggers()]
-        events = self._lines.get(folder.EVENTS)
-        if events is not None and self.start == 0 and self.stream.sinks["share"]:
-            events.write({"step": 0, "arm": None, **self.stream.sinks})
+            self.progress.note(line)
+        with ExitStack() as opened:
+            opened.callback(self.stream.close)  # what comes after needs the model for itself
+            loggers = self._loggers(opened)
+            events = self._lines.get(folder.EVENTS)
+            if events is not None and self.start == 0 and self.stream.sinks["share"]:
+                events.write({"step": 0, "arm": None, **self.stream.sinks})
+            if self.start < training.steps:
+                self.stream.fill()
+            shown = opened.enter_context(TrainingDisplay(self.progress, training, names, self.start))
 
-        def on_event(event: dict[str, Any]) -> None:
-            progress.event(event)
-            if events is not None:
-                events.write(event)
+            def on_event(event: dict[str, Any]) -> None:
+                shown.event(event)
+                if events is not None:
+                    events.write(event)
 
-        try:
+            stop.at_once = None
             self.seconds = train(
                 self.states,
                 self.stream,
                 training,
                 start=self.start,
                 seconds=self.seconds,
-                loggers=loggers,
+                loggers=[*loggers, shown],
                 save=self._checkpoint if self.out is not None else None,
-                on_step=progress.step,
-                log=progress.message,
+                on_step=shown.step,
+                log=self.progress.note,
                 on_event=on_event,
                 stop=stop,
             )
             if self.out is not None and self.start < training.steps:
                 self._checkpoint(training.steps, self.seconds)
-        finally:
-            self.stream.close()  # what comes after needs the model for itself
-            if events is not None:
-                events.close()
-            for logger in loggers:
-                logger.close()
 
     def close(self) -> None:
         self.stream.close()
         self.data.close()
 
     def _finish(self) -> Finished:
-        self._log("calibrating inference thresholds")
         saes = {state.arm.name: state.sae for state in self.states}
         calibrations = self._calibrate(saes)
         for name, sae in saes.items():
@@ -308,7 +320,7 @@ class _Run:
                 save(sae, self.out / folder.ARMS / name, self.stream.sample_ND[:8])
         evaluation = None
         if self.measured:
-            evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, self._log)
+            evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, self.progress)
             if self.out is not None:
                 write_json(self.out / folder.EVALUATION, evaluation)
         record = self.write_record("finished", calibrations)
@@ -321,7 +333,13 @@ class _Run:
         """
         sample = self.data.sample("calibration", self.recipe.evaluation.calibration_tokens).activations
         x_ND = sample.x_ND[self.stream.filter.keep(sample)].float().to(self.recipe.device)
-        return {name: replace(calibrate(sae, x_ND), fve=measure_fve(sae, x_ND)) for name, sae in saes.items()}
+        found = {}
+        with self.progress.phase("calibrating thresholds", 2 * len(x_ND) * len(saes)):
+            for i, (name, sae) in enumerate(saes.items(), 1):
+                calibration = calibrate(sae, x_ND, on_rows=self.progress.rows)
+                found[name] = replace(calibration, fve=measure_fve(sae, x_ND))
+                self.progress.reached(2 * len(x_ND) * i)
+        return found
 
     def write_record(self, status: str, calibrations: Mapping[str, Calibration] | None = None) -> dict[str, Any]:
         """run.json as things stand."""
@@ -349,12 +367,14 @@ class _Run:
         numbers = {"seconds": seconds, "recipe": to_plain(self.recipe), "stream": plain, "arms": arms, "lines": index}
         write_checkpoint(self.out, step, parts, numbers)
 
-    def _loggers(self) -> list[Logger]:
-        """Beside the progress display. Damage of the files to go on with is said and recorded."""
+    def _loggers(self, opened: ExitStack) -> list[Logger]:
+        """Where numbers go, closed with `opened`. Damage of the files to go on with is said and recorded."""
         if self.out is None:
             return [self._records]
         metrics = JsonLines(self.out / folder.METRICS, self.start, self._known_lines)
+        opened.callback(metrics.close)
         events = Lines(self.out / folder.EVENTS, self.start, self._known_lines.get(folder.EVENTS))
+        opened.callback(events.close)
         self._lines = {one.path.name: one for one in (metrics.metrics, metrics.timing, events)}
         for warning in [one.warning for one in self._lines.values() if one.warning is not None]:
             print(warning, file=sys.stderr, flush=True)  # with or without a progress display
@@ -363,13 +383,11 @@ class _Run:
         loggers: list[Logger] = [metrics]
         if self.logs.tensorboard:
             loggers.append(TensorBoard(self.out, self.start))
+            opened.callback(loggers[-1].close)
         if self.logs.wandb is not None:
             loggers.append(WandB(self.out, self.logs.wandb, to_plain(self.recipe), self.wandb_run))
+            opened.callback(loggers[-1].close)
         return loggers
-
-    def _log(self, text: str) -> None:
-        if self.logs.progress:
-            print(printable(text, keep="\n"), file=sys.stderr, flush=True)  # before or after the bars
 
 
 def _variance(sae: SAE, sample_ND: Tensor) -> float:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.io.legacy import upgrade_path
+from cosae.io.progress import is_watched
 from cosae.presets import preset
 from cosae.recipe import Recipe
 from cosae.run.dataset.arrays import as_matrix
 from cosae.run.execute import Logs, execute
 from cosae.run.finished import Finished
 from cosae.train.arm import Arm, parse_arm
-from cosae.train.log import is_watched
 
 
 def fit(

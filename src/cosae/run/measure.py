@@ -5,7 +5,7 @@ Held-out tokens throughout, with attention sinks in and out. Measuring changes n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from cosae.activations.sample import Sample, SinkRule
 from cosae.evaluate import registry
 from cosae.evaluate.context import Context
 from cosae.evaluate.norms.describe import describe_norms
+from cosae.io.progress import SILENT, Progress
 from cosae.recipe import Recipe
 from cosae.run.dataset.base import Dataset
 from cosae.sae.calibrate import calibrate
@@ -27,7 +28,7 @@ def evaluate(
     recipe: Recipe,
     data: Dataset,
     fitted: Filter,
-    log: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """evaluation.json of trained, calibrated SAEs that saw the same stream (shape: cosae.report.records)."""
     config = recipe.evaluation
@@ -41,15 +42,14 @@ def evaluate(
         resamples=config.resamples,
         min_positives=config.min_positives,
         baseline="standard" if "standard" in saes else None,
+        progress=progress,
     )
-    log("capturing held-out activations")
     held_out = context.sample()
     removed_N = ~fitted.keep(held_out.activations)
-    norms = describe_norms(held_out.activations, removed_N, config.seed, sink_N=held_out.sink_N)
-    for name, sae in saes.items():
-        log(f"measuring reconstruction of {name}")
-        context.encoded(sae)
-    reconstruction = registry.measure_reconstruction(context)
+    with progress.phase("measuring norms"):
+        norms = describe_norms(held_out.activations, removed_N, config.seed, sink_N=held_out.sink_N)
+    with progress.phase("measuring reconstruction"):
+        reconstruction = registry.measure_reconstruction(context)
     result = {
         "tokens": len(held_out),
         "dropped_tokens": held_out.n_dropped,
@@ -62,9 +62,9 @@ def evaluate(
         "paired_fve": reconstruction["paired"],
     }
     if config.probing and data.has_concepts:
-        log("probing concepts")
-        context.untrained = untrained_baseline(saes[context.first], recipe, context.sample("train"), fitted)
-        result["probing"] = registry.measure_token_probing(context)
+        with progress.phase("probing concepts"):
+            context.untrained = untrained_baseline(saes[context.first], recipe, context.sample("train"), fitted)
+            result["probing"] = registry.measure_token_probing(context)
     return result
 
 

@@ -7,7 +7,7 @@ the same tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from cosae.activations.perturbation import Perturbation
 from cosae.activations.sample import Sample
 from cosae.errors import CosaeError
 from cosae.interop.read import read_sae
+from cosae.io.progress import SILENT, Progress
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse
 from cosae.run.dataset.open import open_dataset
@@ -34,7 +35,7 @@ class Datasets:
 
     request: EvalRequest
     tokens: int = TOKENS
-    log: Callable[[str], None] = lambda _: None
+    progress: Progress = SILENT
     opened: dict[str, tuple[Dataset, Sample]] = field(default_factory=dict)
 
     def of(self, sae: SAE, path: Path) -> tuple[Dataset, Sample]:
@@ -50,11 +51,12 @@ class Datasets:
         if key not in self.opened:
             if (config.activations, config.store, config.world) == (None, None, None):
                 corpus = config.corpus if isinstance(config.corpus, str) else ", ".join(config.corpus)
-                self.log(f"text: {corpus}, read by the model {config.model}")
+                self.progress.note(f"text: {corpus}, read by the model {config.model}")
             perturbation = Perturbation() if request.inject is None else Perturbation.parse(request.inject)
             both = dict.fromkeys(("train", "held_out"), perturbation)
             known: dict[str, Any] = {"seed": request.seed, "device": request.device, "held_out_tokens": self.tokens}
             dataset = open_dataset(config, DataUse(**known, perturbations=both))
+            dataset.progress = self.progress
             self.opened[key] = dataset, dataset.sample("held_out", self.tokens, request.rule)
         width = self.opened[key][1].activations.x_ND.shape[1]
         if width != sae.d_in:

@@ -8,6 +8,7 @@ batch size and on no running average. A gated entry whose magnitude is 0 is no f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,8 +26,13 @@ FVE_TOKENS = 8192
 
 
 @torch.no_grad()
-def calibrate(sae: SAE, x_ND: Tensor, target_l0: float | None = None) -> Calibration:
+def calibrate(
+    sae: SAE, x_ND: Tensor, target_l0: float | None = None, on_rows: Callable[[int], None] = lambda n: None
+) -> Calibration:
     """Set the inference threshold in place so that the mean L0 on x (N, d_in) is target_l0 (default k).
+
+    on_rows gets the number of tokens after each part: of all of them twice, or more often where a first search for the
+    threshold did not reach it.
 
     topk and abs_topk have none and are only measured. Raises CosaeError for an x without a live row or that `encode`
     would refuse, and for a target outside (0, d_sae]; the SAE is then as it was.
@@ -41,18 +47,19 @@ def calibrate(sae: SAE, x_ND: Tensor, target_l0: float | None = None) -> Calibra
     if sae.cfg.selector in CALIBRATED_SELECTORS:
         if sae.cfg.selector == "batch_topk":
             sae.selector.threshold = sae.selector.threshold.new_tensor(float("nan"))
-        margin = _order_statistic(sae, x_ND, target)
+        margin = _order_statistic(sae, x_ND, target, on_rows)
         sae.selector.set_margin(margin)
-    return Calibration(target, measure_l0(sae, x_ND), len(x_ND), margin)
+    return Calibration(target, measure_l0(sae, x_ND, on_rows), len(x_ND), margin)
 
 
 @torch.no_grad()
-def measure_l0(sae: SAE, x_ND: Tensor) -> float:
+def measure_l0(sae: SAE, x_ND: Tensor, on_rows: Callable[[int], None] = lambda n: None) -> float:
     """Mean number of active features per live token of x (N, d_in) at the inference rule."""
     fired = live = 0
     for rows in torch.split(x_ND, 4096):
         fired += int(sae.encode(rows).feature_E.shape[0])
         live += int((rows != 0).any(-1).sum())
+        on_rows(len(rows))
     return fired / max(live, 1)
 
 
@@ -68,7 +75,7 @@ def measure_fve(sae: SAE, x_ND: Tensor, n_tokens: int = FVE_TOKENS) -> float | N
     return 1 - residual / total if total > 0 and math.isfinite(residual) else None
 
 
-def _order_statistic(sae: SAE, x_ND: Tensor, target: float) -> float:
+def _order_statistic(sae: SAE, x_ND: Tensor, target: float, on_rows: Callable[[int], None]) -> float:
     """The statistic above which round(target · N) of the firing entries lie; below all of them where fewer fire."""
     per_token = 2.0 * target
     while True:
@@ -83,6 +90,7 @@ def _order_statistic(sae: SAE, x_ND: Tensor, target: float) -> float:
             live += int(framed.live_B.sum())
             kept.append(m)
             floors.append(float(m.min()) if len(m) == n else -math.inf)
+            on_rows(len(rows))
         merged = torch.cat(kept)
         n_keep = round(target * live)
         t = _below_all(sae, merged) if len(merged) <= n_keep else _between(merged, n_keep)

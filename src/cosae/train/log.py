@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSONL always, TensorBoard and W&B when asked, a progress display where a person looks.
+"""Where a run's numbers go: JSONL always, TensorBoard and W&B when asked, a display where a person looks.
 
 A logger reads numbers and changes nothing: with it or without, weights are bit-identical.
 """
@@ -6,15 +6,15 @@ A logger reads numbers and changes nothing: with it or without, weights are bit-
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
 from cosae.errors import CosaeError
-from cosae.io.escape import printable
 from cosae.io.lines import Index, Lines
+from cosae.io.progress import Progress
 
 TIMING = "timing.jsonl"
 
@@ -103,77 +103,60 @@ def scalars(record: dict[str, Any]) -> list[tuple[str, str, float]]:
     ]
 
 
-def is_watched() -> bool:
-    """Whether somebody sees a bar move: on a terminal, or in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+class TrainingDisplay:
+    """The phase `training`: its bar with a line for each arm on a terminal or in a notebook, plain lines elsewhere."""
 
-
-class Progress:
-    """One bar for the run and one line per arm on a terminal or in a notebook; a plain line now and then elsewhere."""
-
-    def __init__(self, steps: int, batch_tokens: int, arms: list[str], start: int = 0, shown: bool = True) -> None:
-        self._tokens = batch_tokens
-        self._terminal = shown and is_watched()
-        rows = sys.stderr.isatty() or any("notebook" in kind.__module__ for kind in tqdm.__mro__)
-        self._shown = shown
+    def __init__(self, progress: Progress, config: Any, arms: Sequence[str], start: int = 0) -> None:
+        self._progress, self._tokens = progress, config.batch_tokens
         self._width = max((len(name) for name in arms), default=0)
-        self._bar: Any = tqdm(
-            total=steps,
-            initial=start,
-            unit="step",
-            disable=not self._terminal,
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-            position=0,
-        )
-        self._lines: dict[str, Any] = {
-            name: tqdm(total=0, bar_format="{desc}", position=i + 1, leave=True)
-            for i, name in enumerate(arms if self._terminal and rows else ())
-        }
-        self._next_line = 0.0
-        self._n_events = 0
+        self._around = progress.phase("training", config.steps, "steps", start)
+        rows = progress.watched and (sys.stderr.isatty() or any("notebook" in k.__module__ for k in tqdm.__mro__))
+        self._arms, self._n_events = arms if rows else (), 0
+        self._lines: dict[str, Any] = {}
+
+    def __enter__(self) -> TrainingDisplay:
+        self._phase = self._around.__enter__()
+        self._phase.next_line = 0.0  # its first line is that of the first step
+        self._lines = {name: tqdm(total=0, bar_format="{desc}", leave=True) for name in self._arms}
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for line in self._lines.values():
+            line.close()
+        self._around.__exit__(*raised)
 
     def step(self) -> None:
-        self._bar.update(1)
+        """One more step is done."""
+        self._progress.advance()
 
     def log(self, record: dict[str, Any]) -> None:
-        rate = self._bar.format_dict["rate"] if self._terminal else None
-        if rate:
-            self._bar.set_postfix_str(f"{rate * self._tokens:,.0f} tokens/s{self._events()}")
-        for name, line in self._lines.items():
-            numbers = record["arms"].get(name)
-            text = f"{name:<{self._width}}  {describe(numbers)}" if numbers else f"{name}: stopped"
-            line.set_description_str(f"  {text}")
-        if self._shown and not self._terminal and record["seconds"] >= self._next_line:
-            self._next_line = record["seconds"] + 15
-            rate = record["tokens"] / max(record["seconds"], 1e-9)
-            left = (self._bar.total - record["step"]) * record["seconds"] / max(record["step"], 1)
-            head = f"step {record['step']}/{self._bar.total}  {rate:,.0f} tokens/s  about {left:,.0f} s left"
-            lines = [head + self._events()]
-            lines += [f"  {name:<{self._width}}  {describe(numbers)}" for name, numbers in record["arms"].items()]
-            print("\n".join(lines), file=sys.stderr, flush=True)
+        phase = self._phase
+        if not self._progress.shown or (phase.bar is None and not self._progress.due(phase)):
+            return
+        texts = {
+            name: f"  {name:<{self._width}}  {describe(numbers)}" if numbers else f"  {name}: stopped"
+            for name, numbers in {**dict.fromkeys(self._lines), **record["arms"]}.items()
+        }
+        rate = "" if phase.rate is None else f"  {phase.rate * self._tokens:,.0f} tokens/s"
+        events = f"  {self._n_events} event{'s' if self._n_events > 1 else ''}" if self._n_events else ""
+        if phase.bar is not None:
+            phase.bar.set_postfix_str(rate + events, refresh=False)
+            self._progress.draw(phase)
+            for name, line in self._lines.items():
+                line.set_description_str(texts[name])
+        else:
+            head = f"step {record['step']}/{phase.total}{rate}{phase.left}{events}"
+            self._progress.note("\n".join([head, *texts.values()]))
 
     def event(self, event: dict[str, Any]) -> None:
         """Something worth a line: above the bars, and counted beside them."""
         self._n_events += 1
         who = "" if event["arm"] is None else f"{event['arm']}: "
         if event["kind"] != "stopped":  # logged already
-            self.message(f"step {event['step']}: {who}{event['text']}")
-
-    def _events(self) -> str:
-        return f"  {self._n_events} event{'s' if self._n_events > 1 else ''}" if self._n_events else ""
-
-    def message(self, text: str) -> None:
-        """A line above the bars."""
-        text = printable(text, keep="\n")
-        if self._terminal:
-            tqdm.write(text, file=sys.stderr)
-        elif self._shown:
-            print(text, file=sys.stderr, flush=True)
+            self._progress.note(f"step {event['step']}: {who}{event['text']}")
 
     def close(self) -> None:
-        for line in self._lines.values():
-            line.close()
-        self._bar.close()
+        """Nothing: the phase ends with its block."""
 
 
 def describe(numbers: dict[str, Any]) -> str:

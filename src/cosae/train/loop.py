@@ -18,7 +18,7 @@ import torch
 
 from cosae.activations.digest import chain, fingerprint
 from cosae.errors import CosaeError, check_choice, check_least
-from cosae.io.signals import Interrupted, Stop, stop_on_signals
+from cosae.io.signals import Interrupted, Stop, StopAsked, stop_on_signals
 from cosae.kernels import Workspace
 from cosae.train.arm import check_seed
 from cosae.train.log import Logger
@@ -98,9 +98,11 @@ def train(
         for step in range(start, config.steps):
             try:
                 batch = stream.next_batch()
-            except CosaeError:  # a source that broke takes no steps with it
+            except (CosaeError, StopAsked) as end:  # a source that broke, or was stopped, takes no steps with it
                 if save is not None and saved != step:
                     save(step, time.perf_counter() - begun)
+                if isinstance(end, StopAsked):
+                    raise Interrupted(step) from None
                 raise
             done = step + 1
             for event in monitor.take_events() if monitor is not None else ():

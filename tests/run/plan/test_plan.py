@@ -220,7 +220,7 @@ def test_a_run_goes_on_only_where_there_is_room(tmp_path: Path, monkeypatch: pyt
     assert set(resume(out, Logs(False)).saes) == {arm.name for arm in recipe.arms}
 
 
-def _no_room(*_: object) -> None:
+def _no_room(*_: object, **__: object) -> None:
     raise OSError("no room")
 
 

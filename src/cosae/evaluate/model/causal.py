@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from cosae.errors import CosaeError
 from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, scored_batches
 from cosae.evaluate.statistics import RESAMPLES, mean_interval, mean_or_none, ratio_interval, resample_counts
+from cosae.io.progress import SILENT, Progress
 from cosae.models.capture import capture
 from cosae.models.intervene.edits import Edit, ablate, check_edits, steer
 from cosae.models.intervene.hooks import Intervention, find_site
@@ -96,6 +97,7 @@ def measure_edits(
     batch_sequences: int = 8,
     seed: int = 0,
     n_resamples: int = RESAMPLES,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Effects of named edits, each alone, on the predictions of `sequences`.
 
@@ -118,7 +120,7 @@ def measure_edits(
     rules, reference = {name: replaced(edits=one) for name, one in listed.items()}, replaced(edits=())
     held = _check_holds(holds, list(edits), sequences)
     gathered: dict[str, list[_Tokens]] = {name: [] for name in edits}
-    for rows, batch, at_ST in scored_batches(sequences, batch_sequences):
+    for rows, batch, at_ST in scored_batches(sequences, batch_sequences, progress):
         pass_ = _Pass(model, found, batch, at_ST, reference)
         for name, rule in rules.items():
             on_ST = held[name][rows] if held is not None else pass_.fires(listed[name])

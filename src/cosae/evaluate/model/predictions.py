@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError
 from cosae.evaluate.encoded import row_slices
+from cosae.io.progress import SILENT, Progress
 from cosae.models.hooks import arguments_of, body_of
 from cosae.types import Sequences
 
@@ -34,14 +35,17 @@ def predicting(sequences: Sequences) -> Tensor:
     return found_ST
 
 
-def scored_batches(sequences: Sequences, size: int) -> Iterator[tuple[slice, Sequences, Tensor]]:
+def scored_batches(
+    sequences: Sequences, size: int, progress: Progress = SILENT
+) -> Iterator[tuple[slice, Sequences, Tensor]]:
     """Rows, sequences and `predicting` (S, T) of each batch in which a token predicts another.
 
     Raises CosaeError where there is no such batch.
     """
     if not bool(predicting(sequences).any()):
         raise CosaeError("no token here predicts another of its document: give sequences of two tokens and more.")
-    for rows in row_slices(len(sequences), size):
+    batches = [*row_slices(len(sequences), size)]
+    for rows in progress.each(batches, "running the model", "batches of sequences"):
         batch = sequences[rows]
         at_ST = predicting(batch)
         if bool(at_ST.any()):

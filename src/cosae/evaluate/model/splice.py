@@ -33,6 +33,7 @@ from cosae.errors import CosaeError
 from cosae.evaluate.encoded import BATCH_TOKENS, norm_quartiles, resampling_units, row_slices
 from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, predicting, scored_batches
 from cosae.evaluate.statistics import RESAMPLES, Array, mean_or_none, ratio_interval, resample_counts
+from cosae.io.progress import SILENT, Progress
 from cosae.models.capture import capture
 from cosae.models.intervene.hooks import Intervention, Rule, find_site
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
@@ -68,6 +69,7 @@ def measure_splice(
     batch_sequences: int = 8,
     seed: int = 0,
     n_resamples: int = RESAMPLES,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Loss and KL with each SAE spliced in at one site, beside two ablations, as plain numbers.
 
@@ -98,7 +100,7 @@ def measure_splice(
     sample = Sample.of(activations, SinkRule(factor, median_norm))
     at_N = predicting(sequences)[sequences.mask_ST]
     sink_ST = torch.zeros_like(sequences.mask_ST).masked_scatter(sequences.mask_ST, sample.sink_N)
-    own_N, with_error, costs = _run(model, found, saes, sequences, activations, sink_ST, batch_sequences)
+    own_N, with_error, costs = _run(model, found, saes, sequences, activations, sink_ST, batch_sequences, progress)
     norm_n, doc_n = activations.norm_N.cpu().double()[at_N], activations.doc_N.cpu()[at_N]
     quartiles = {over: norm_quartiles(norm_n, sample.keep(over)[at_N])[0].numpy() for over in SINKS}
     unit_n, unit = resampling_units(doc_n)
@@ -136,12 +138,13 @@ def _run(
     activations: Activations,
     sink_ST: Tensor,
     batch_sequences: int,
+    progress: Progress,
 ) -> tuple[Array, dict[str, dict[str, float | None]], Costs]:
     """The model's own cross-entropy per token, what is left with the error term, and every rule's cost per token."""
     centres = _means(activations, sink_ST[sequences.mask_ST])
     own: list[Tensor] = []
     parts: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
-    for rows, batch, at_ST in scored_batches(sequences, batch_sequences):
+    for rows, batch, at_ST in scored_batches(sequences, batch_sequences, progress):
         off_ST = batch.mask_ST & ~sink_ST[rows]
         clean_nV, next_n = logits_at(model, batch, at_ST), next_ids(batch, at_ST)
         own.append(cross_entropy(clean_nV, next_n))

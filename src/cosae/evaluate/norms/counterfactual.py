@@ -11,7 +11,7 @@ unit and layer_norm frames take the length out before anything is scored: there 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +82,9 @@ class MedianPass:
 
 
 @torch.no_grad()
-def at_median(encoded: EncodedPass[SAE], median_r: float | None = None) -> MedianPass:
+def at_median(
+    encoded: EncodedPass[SAE], median_r: float | None = None, on_rows: Callable[[int], None] = lambda n: None
+) -> MedianPass:
     """Every token by the inference rule at r = median_r; the median r of the tokens that are no sinks by default.
 
     A token at the centre has no direction and stays as it is. Raises CosaeError for a batch_topk without a threshold
@@ -122,6 +124,7 @@ def at_median(encoded: EncodedPass[SAE], median_r: float | None = None) -> Media
             score_BF = _scores(terms, content_BF) * factor_BF
             score_BF[~out_N[rows].to(score_BF.device)] = -torch.inf
             largest.add(score_BF, rows.start)
+        on_rows(rows.stop - rows.start)
     return MedianPass(middle, r_N, counts, None if largest is None else largest.ids())
 
 

@@ -24,7 +24,8 @@ from cosae.evaluate.context import Data, TextProbes
 from cosae.evaluate.encoded import Autoencoder, encode_all
 from cosae.evaluate.norms.read_time import remove_norm
 from cosae.evaluate.probing.pooling import pool, pool_vectors
-from cosae.evaluate.probing.texts import PooledSet, Progress, Rows, Split, draw, no_progress
+from cosae.evaluate.probing.texts import PooledSet, Rows, Split, draw
+from cosae.io.progress import SILENT, Progress
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
 from cosae.text.labelled import LabelledTexts
@@ -39,7 +40,7 @@ def encode_texts(
     saes: Mapping[str, Sequence[SAE]],
     data: Data,
     sink_factor: float,
-    progress: Progress = no_progress,
+    progress: Progress = SILENT,
 ) -> list[PooledSet]:
     """The texts that questions are asked about, encoded by every SAE of every arm and pooled. Of a set, a text that
     turns out to have no token is left out.
@@ -122,9 +123,10 @@ def _encode(
     dense: dict[str, dict[str, list[NDArray[Any]]]] = {s: {"norm": [], "length": [], "x": []} for s in SINKS}
     rows: list[int] = []
     tokens: list[Any] = []
-    what = f"encoding texts of {one.name}"
-    progress(what, 0, len(drawn.row_S))
-    for read, activations in data.read_texts([one.texts[row] for row in drawn.row_S], texts.context):
+    reading = data.read_texts([one.texts[row] for row in drawn.row_S], texts.context)
+    for read, activations in progress.each(
+        reading, f"encoding texts of {one.name}", "texts", len(drawn.row_S), lambda part: len(part[0])
+    ):
         place_N = activations.doc_N.numpy().astype(np.int64) - len(rows)
         n = len(read)
         rows += read
@@ -142,7 +144,6 @@ def _encode(
         vocabulary = max(data.vocabulary, int(activations.token_N.max()) + 1)
         ones = np.ones(len(place_N))
         tokens.append(sparse.csr_matrix((ones, (place_N, activations.token_N.numpy())), shape=(n, vocabulary)))
-        progress(what, len(rows), len(drawn.row_S))
     row_S = drawn.row_S[rows]
     splits = {key: split.among(row_S) for key, split in drawn.splits.items()}
     if any(len(set(side)) < 2 for split in splits.values() for side in (split.train_label, split.test_label)):

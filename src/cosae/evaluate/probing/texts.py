@@ -20,7 +20,7 @@ its tokens. Intervals draw sets and seeds (a seed draws texts and, where an arm 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -41,15 +41,8 @@ from cosae.evaluate.probing.ranking import (
     rank_quality,
 )
 from cosae.evaluate.statistics import RESAMPLES, Array, crossed_draws, crossed_interval
+from cosae.io.progress import SILENT, Progress
 from cosae.types import Codes
-
-Progress = Callable[[str, int, int], None]
-"""Told what is done, how much of it is done, and how much there is."""
-
-
-def no_progress(what: str, done: int, n: int) -> None:
-    """Tells nobody."""
-
 
 TOPS = (1, 2, 5)
 METRICS = ("accuracy", "auroc")
@@ -161,7 +154,7 @@ def probe_texts(
     max_texts: int = 2000,
     seed: int = 0,
     n_resamples: int = RESAMPLES,
-    progress: Progress = no_progress,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Every arm of the sets, with sinks in and out, by each rule; what it returns is ready for JSON.
 
@@ -188,8 +181,7 @@ def probe_texts(
     questions = [one.splits or draw(one.name, one.classes, one.class_S, seeds, max_texts) for one in sets]
     for d, (one, splits) in enumerate(zip(sets, questions, strict=True)):
         probed = list(dict.fromkeys(c for c, _ in splits))
-        for s in range(seeds):
-            progress("answering questions on texts", d * seeds + s, len(sets) * seeds)
+        for s in progress.each(range(seeds), f"probing texts of {one.name}", "splits"):
             found, chosen = _scores(one, {c: splits[c, s] for c in probed}, arms, rules, tops, full, s)
             for (sinks, name, reading), means in found.items():
                 by_metric = values[sinks].setdefault(name, {}).setdefault(reading, {})

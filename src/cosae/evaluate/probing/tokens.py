@@ -12,7 +12,7 @@ Intervals are percentile bootstrap over concepts; all arms share the resamples: 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -34,6 +34,7 @@ from cosae.evaluate.probing.ranking import (
     select_by,
 )
 from cosae.evaluate.statistics import RESAMPLES, mean_interval, paired_mean_interval
+from cosae.io.progress import SILENT, Progress
 from cosae.text.concepts.labels import Concept
 from cosae.types import Activations, Codes
 
@@ -74,6 +75,7 @@ def probe(
     seed: int = 0,
     keep_train: Labels | None = None,
     keep_held_out: Labels | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Sparse probing of every arm, beside its floors and its ceiling; what it returns is ready for JSON.
 
@@ -109,7 +111,7 @@ def probe(
         min_positives,
     )
     readings = {arm: partial(_readings, *sides, arm, rules, tops) for arm in names}
-    floors: dict[str, Table] = _side_by_side({**_baselines(*sides), **readings})
+    floors: dict[str, Table] = _side_by_side({**_baselines(*sides), **readings}, progress)
     arms: dict[str, dict[str, Table]] = {name: floors.pop(name) for name in names}
     rows = arms | {name: {"baseline": row} for name, row in floors.items()}
     return {
@@ -203,11 +205,13 @@ def _baselines(train: Split, held_out: Split) -> dict[str, Callable[[], Table]]:
     }
 
 
-def _side_by_side(tasks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+def _side_by_side(tasks: Mapping[str, Callable[[], Any]], progress: Progress) -> dict[str, Any]:
     """What the tasks return, by name; on several threads, since sorting and sparse sums let go of the lock."""
     pool = ThreadPoolExecutor(max(1, min(AT_ONCE, torch.get_num_threads())))
     try:
         waiting = {name: pool.submit(task) for name, task in tasks.items()}
+        for _ in progress.each(as_completed(waiting.values()), "probing", "SAEs and baselines", len(waiting)):
+            pass
         return {name: one.result() for name, one in waiting.items()}
     finally:
         pool.shutdown(cancel_futures=True)  # after a fault or Ctrl-C only what is being ranked is waited for

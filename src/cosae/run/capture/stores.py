@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from cosae.errors import CosaeError
 from cosae.io.digest import file_digest
 from cosae.io.legacy import V01_ORDER
 from cosae.io.lock import LOCK, hold
+from cosae.io.progress import SILENT, Progress
 from cosae.io.signals import stop_on_signals
 from cosae.io.values import to_plain
 from cosae.run import provenance
@@ -39,31 +41,34 @@ from cosae.types import Activations, Site
 UNRELATED = ["site", "activations", "activations_key", "world", "store", "store_site", "n_workers", "prefetch_chunks"]
 """Fields of a recipe's data that decide nothing of what is captured."""
 
-Progress = Callable[[int], None]
-"""Gets how many more rows are done; those found on disk first."""
-
 
 def capture_stores(
     request: Capture,
     out: Path,
     *,
-    progress: Callable[[int], Progress] | None = None,
+    progress: Progress = SILENT,
     log: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:
     """Write, or go on writing, the stores; returns their folders.
 
-    progress: given the number of rows in all, makes what gets the progress. Raises CosaeError for a model, site or
-    corpus that cannot be read, what cannot fit in memory or on disk, a folder that holds something else or that
-    another capture is writing, and a disk that refuses; KeyboardInterrupt after Ctrl-C or SIGTERM, when the shard in
-    progress is written. Complete shards are kept: the same call resumes.
+    Raises CosaeError for a model, site or corpus that cannot be read, what cannot fit in memory or on disk, a folder
+    that holds something else or that another capture is writing, and a disk that refuses; KeyboardInterrupt after
+    Ctrl-C or SIGTERM, at once: complete shards are kept, what is on its way to one is captured again by the same call,
+    which resumes.
     """
-    from cosae.models.capture import capture
-    from cosae.models.sites import resolve_site
-
     check_corpus(request.data)
     request = request.as_begun(out)
     check_capture(request, out)
-    model, tokenizer = open_model(request.data, request.device)
+    with stop_on_signals(at_once=KeyboardInterrupt()) as progress.stop:
+        return _capture(request, out, progress, log)
+
+
+def _capture(request: Capture, out: Path, progress: Progress, log: Callable[[str], None]) -> list[Path]:
+    from cosae.models.capture import capture
+    from cosae.models.sites import resolve_site
+
+    with progress.phase("loading model"):
+        model, tokenizer = open_model(request.data, request.device)
     sites = [resolve_site(model, name) for name in request.sites]
     if len(set(sites)) < len(sites):
         raise CosaeError(f"each site may be named once. Got {', '.join(request.sites)} instead.")
@@ -71,18 +76,18 @@ def capture_stores(
         at_once = started_with(out, "batch_sequences") or batch_size(request.data, model, sites, "float32")
         request = replace(request, data=replace(request.data, batch_sequences=at_once))
     text = CaptureText(request.data, tokenizer, request.seed, request.n_held_out)
-    log(
-        f"capturing {counted(request.tokens, 'train token')}, and {counted(request.n_held_out, 'held-out token')} on top"
-    )
-    first = next(text.parts("train", 1)).sequences[:1]
-    widths = {site: int(capture(model, first, site)[site.name].x_ND.shape[1]) for site in sites}
-    with hold(out):  # two captures into one folder would take each other's shards for their own
-        try:
-            return _write(request, out, model, text, widths, progress, log)
-        finally:
-            # A store is its own files, the same bytes whoever wrote them. Removed while it is held and nothing more is
-            # written: who has opened it already finds it gone once locked (filelock looks), and opens the next one
-            (out / LOCK).unlink(missing_ok=True)
+    train, held_out = counted(request.tokens, "train token"), counted(request.n_held_out, "held-out token")
+    log(f"capturing {train}, and {held_out} on top")
+    with closing(text.corpus):
+        first = next(text.parts("train", 1)).sequences[:1]
+        widths = {site: int(capture(model, first, site)[site.name].x_ND.shape[1]) for site in sites}
+        with hold(out):  # two captures into one folder would take each other's shards for their own
+            try:
+                return _write(request, out, model, text, widths, progress, log)
+            finally:
+                # A store is its own files, the same bytes whoever wrote them. Removed while it is held and nothing more
+                # is written: who has opened it already finds it gone once locked (filelock looks), and opens the next
+                (out / LOCK).unlink(missing_ok=True)
 
 
 def _write(
@@ -91,7 +96,7 @@ def _write(
     model: Any,
     text: CaptureText,
     widths: Mapping[Site, int],
-    progress: Callable[[int], Progress] | None,
+    progress: Progress,
     log: Callable[[str], None],
 ) -> list[Path]:
     """The stores' folders, written to their end."""
@@ -102,15 +107,15 @@ def _write(
     if all(writer.finished for writer in writers.values()):
         log(f"{out} is complete")
         return folders
-    report = (lambda _: None) if progress is None else progress(request.tokens + request.n_held_out)
     told = set(text.corpus.warnings)
     for warning in text.corpus.warnings:
         log(warning)
     # in float32 whatever the store's dtype: rows are centred, and scales taken, before any rounding
-    options: dict[str, Any] = {"batch_sequences": request.data.batch_sequences}
+    options: dict[str, Any] = {"batch_sequences": request.data.batch_sequences, "on_rows": progress.rows}
     documents: dict[str, Sequence[str]] = {}
-    rows_then: dict[Path, int] = {}
-    with stop_on_signals() as stop:
+    before = 0
+    there = min(sum(writer.n_rows(side) for side in SIDES) for writer in writers.values())
+    with progress.phase("capturing", request.tokens + request.n_held_out, done=there):
         for side in SIDES:
             done = 0
             for part in text.parts(side, request.tokens):
@@ -122,9 +127,8 @@ def _write(
                         if writer in missing:
                             writer.append(side, done, _rows(found[site.name], part)[:n])
                 done += n
-                report(n)
-                if stop.asked and _shard_finished(missing, rows_then):
-                    raise KeyboardInterrupt
+                progress.reached(before + done)
+            before += done
             documents[side] = text.names(side)
             for writer in writers.values():
                 writer.end(side)
@@ -133,7 +137,6 @@ def _write(
             log(f"the {side} side of the corpus ended after {text.n_rows[side]:,} of {counted(asked, 'token')}")
     for warning in (w for w in text.corpus.warnings if w not in told):
         log(warning)
-    text.corpus.close()
     for writer in writers.values():
         if not writer.finished:
             writer.finish(documents)
@@ -202,11 +205,3 @@ def _digest_of(model: str) -> str | None:
         if path.is_file():
             running.update(path.name.encode() + bytes.fromhex(file_digest(path)))
     return running.hexdigest()
-
-
-def _shard_finished(missing: Sequence[StoreWriter], rows_then: dict[Path, int]) -> bool:
-    """Whether one of the stores has more rows on disk than at the last look, or none misses any."""
-    rows_now = {writer.folder: sum(writer.n_rows(side) for side in SIDES) for writer in missing}
-    finished = not missing or any(rows_then.get(folder, n) != n for folder, n in rows_now.items())
-    rows_then.update(rows_now)
-    return finished

@@ -21,6 +21,7 @@ from cosae.activations.perturbation import Perturbation
 from cosae.activations.sample import Sample, SinkRule
 from cosae.activations.stream import Source
 from cosae.errors import CosaeError
+from cosae.io.progress import SILENT, Progress
 from cosae.recipe import DataConfig, Recipe
 from cosae.run.plan.resources import Item
 from cosae.types import Activations, Sequences, Site
@@ -85,12 +86,14 @@ class Dataset(ABC):
     source          the endless training source
     has_concepts    whether tokens carry the labels of the concepts in cosae.text.concepts
     site            where a model is read, None elsewhere; model_name likewise
+    progress        told what is loaded and read
     """
 
     has_concepts: bool = False
     site: Site | None = None
     model_name: str | None = None
     source: Source
+    progress: Progress = SILENT
 
     def __init__(self, config: DataConfig, use: DataUse) -> None:
         self.config, self.use = config, use

@@ -56,7 +56,8 @@ class ModelDataset(Dataset):
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        return open_model(self.config, self.use.device)
+        with self.progress.phase("loading model"):
+            return open_model(self.config, self.use.device)
 
     @property
     def model(self) -> Any:
@@ -87,15 +88,18 @@ class ModelDataset(Dataset):
             "batch_sequences": self.batch_sequences,
             "store_dtype": getattr(torch, self.use.store_dtype),
             "allow_non_finite": self.config.non_finite == "drop",
+            "on_rows": self.progress.rows,
         }
 
     @cached_property
     def source(self) -> Source:  # type: ignore[override]
         source: Source
+        _ = self.model  # a phase of its own
         if self.text.streamed:
             source = StreamedModelSource(self.model, self.text.text(), self.site, **self._options)
         else:
-            packed = self.text.pack(self.text.tokenized("train", self.use.train_tokens))
+            with self.progress.phase("reading text"):
+                packed = self.text.pack(self.text.tokenized("train", self.use.train_tokens))
             options = {**self._options, "chunk_sequences": self.config.chunk_sequences, "seed": self.use.seed}
             source = ModelSource(self.model, packed, self.site, **options)
         return CachedSource(source, self.use.keep_tokens) if self.use.keep_tokens else source
@@ -196,7 +200,9 @@ class ModelDataset(Dataset):
         """About n_tokens of one side, unperturbed: sequences of many documents, and what a Sample says of them."""
         tokenized, packed = self._draw(side, n_tokens)
         options = {**self._options, "store_dtype": torch.float32} if self.use.device == "cpu" else self._options
-        found = capture(self.model, packed, self.site, **options)[self.site.name]
+        what = "held-out" if side == "held_out" else "training"
+        with self.progress.phase(f"reading {what} activations", int(packed.mask_ST.sum())):
+            found = capture(self.model, packed, self.site, **options)[self.site.name]
         activations = finite_rows(found)
         used = {int(doc) for doc in torch.unique(activations.doc_N)}
         known: dict[str, Any] = {

@@ -17,7 +17,17 @@ from cosae.run.dataset.base import Dataset, DataUse, Sizes, Split, side_of, spli
 from cosae.run.plan.resources import Item
 from cosae.text.concepts.table import CONCEPTS
 
-CAPTURED = ("model", "revision", "model_dtype", "attention", "corpus", "text_field", "suffixes", "txt_unit", "context")
+CAPTURED: tuple[str, ...] = (
+    "model",
+    "revision",
+    "model_dtype",
+    "attention",
+    "corpus",
+    "text_field",
+    "suffixes",
+    "txt_unit",
+    "context",
+)
 CAPTURED += ("packing", "add_bos", "max_chars", "min_chars", "held_out_frac")
 """What a store says of its model and text, under the names of a recipe's data."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from cosae.io.progress import duration
 from cosae.recipe import Recipe
 from cosae.report.terminal import text_table
 from cosae.run.capture.request import Capture
@@ -138,16 +139,8 @@ def screen(plan: Plan) -> str:
     if plan.disk:
         shown.append(sizes(f"disk: about {human(total(plan.disk))}; {human(plan.free_disk)} are free", plan.disk))
     if plan.time is not None:
-        title = f"time: about {_duration(plan.time.seconds)}, by a short sample on this machine as it is now"
+        title = f"time: about {duration(plan.time.seconds)}, by a short sample on this machine as it is now"
         rates = ", ".join(f"{what} {rate:.0f}" for what, rate in plan.time.tokens_per_second.items())
-        rows = [(_duration(seconds), what) for what, seconds in plan.time.parts.items()]
+        rows = [(duration(seconds), what) for what, seconds in plan.time.parts.items()]
         shown.append(text_table((), rows, title=title, notes=[f"tokens a second: {rates}"], align="rl"))
     return "\n".join(shown)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
