@@ -38,6 +38,13 @@ def check_least(name: str, value: float | None, least: float) -> None:
         raise CosaeError(f"{name} must be at least {least}. Got {short(value)} instead.")
 
 
+def check_most(name: str, value: float | None, most: float) -> None:
+    """Raises CosaeError for a value above the largest one; None is no value."""
+    if value is not None and value > most:
+        allowed = f"{most:,}" if isinstance(most, int) else f"{most:g}"
+        raise CosaeError(f"{name} must be at most {allowed}. Got {short(value)} instead.")
+
+
 def check_positive(name: str, value: float, *, zero: bool = False) -> None:
     """Raises CosaeError for what is not a finite number above 0 (with `zero`: of at least 0)."""
     if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):

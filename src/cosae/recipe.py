@@ -19,6 +19,7 @@ from cosae.activations.perturbation import Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io.legacy import V01_ORDER, upgrade, upgrade_path
+from cosae.io.untrusted import check_bounded, one_sentence, parse_json, read_text
 from cosae.io.values import convert, from_plain, to_plain
 from cosae.shown import Shown
 from cosae.text.files import Reading
@@ -262,14 +263,10 @@ class Recipe(Shown):
         Raises CosaeError where the file is missing, not readable, or has unknown fields or wrong kinds.
         """
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CosaeError(f"the recipe {path} cannot be read ({error}); give a .json or .yaml file.") from None
-        try:
-            plain = _parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-        except ValueError as error:
-            raise CosaeError(f"the recipe {path} is not well-formed: {error}.") from None
+        with one_sentence(f"the recipe {path} cannot be read", "give a .json or .yaml file"):
+            text = read_text(path)
+        with one_sentence(f"the recipe {path} is not well-formed"):
+            plain = _parse_yaml(text) if path.suffix in (".yaml", ".yml") else parse_json(text, finite=False)
         return from_plain(cls, upgrade(plain), str(path))
 
 
@@ -280,14 +277,19 @@ def _parse_yaml(text: str) -> Any:
         raise CosaeError("reading YAML needs pyyaml: pip install pyyaml, or write the recipe as JSON.") from None
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """YAML 1.1 reads 1e-3 as text, for want of a dot; a recipe means the number."""
+        """YAML 1.1 reads 1e-3 as text, for want of a dot; a recipe means the number. Nothing stands for itself many
+        times: a few lines of aliases of aliases would be read as gigabytes."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("a recipe has no aliases: write values where they belong")
+            return super().compose_node(parent, index)
 
     numbers = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", numbers, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    plain = yaml.load(text, Loader)
+    check_bounded(plain)
+    return plain
 
 
 def _change(node: Any, path: list[str], value: Any, whole: str) -> Any:

@@ -42,6 +42,19 @@ def test_non_finite_input_is_named_with_its_position(frame: str, selector: str, 
     refused(r"Got nan at position \[0, 0, 0\] \(25 non-finite", sae.encode, cube)
 
 
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_row_whose_square_overflows_is_refused_wherever_it_comes_in(frame: str) -> None:
+    """Or it would become NaN, or no codes, without a word."""
+    sae = SAE.build(6, 11, "cosine", "topk", 3, 0, frame)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.ones(2, 4, 6, dtype=dtype)
+        x[1, 2] = 1e19
+        for call in (sae.encode, sae, sae.scores):
+            refused(r"at most 1.8e\+19, .*Got 2.45e\+19 at row 6 \(1 such", call, x)
+        x[1, 2] = 1e18
+        assert bool(torch.isfinite(sae(x)).all())
+
+
 def test_large_finite_values_pass_the_door() -> None:
     """The sum of fp16 values may overflow where no value does."""
     sae = SAE.build(64, 11, "inner", "topk", 3)

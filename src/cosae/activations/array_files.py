@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.io.kind import PICKLE, kind_of, which_is
-from cosae.io.untrusted import one_line
+from cosae.io.untrusted import FREE_BYTES, MAX_RATIO, one_sentence
 
 Array = Tensor | NDArray[Any]
 ALLOWED = "float32, float16, bfloat16 or float64"
@@ -25,13 +25,18 @@ def open_array(path: Path, key: str | None = None) -> tuple[Array, str | None, s
 
     `.npy` files are memory-mapped and never unpickled; the others are read whole. Raises `CosaeError`.
     """
-    readers = {".safetensors": _read_safetensors, ".npy": _read_npy, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    readers = {
+        ".safetensors": ("safetensors", _read_safetensors),
+        ".npy": ("NumPy array", _read_npy),
+        ".parquet": ("Parquet", _read_parquet),
+    }
+    if (suffix := path.suffix.lower()) not in readers:
         raise CosaeError(f"Activations must be a {', '.join(readers)} file. Got '{path}'{which_is(path)} instead.")
     if not path.is_file():
         raise CosaeError(f"Activations file '{path}' does not exist; check the path.")
-    array, found = reader(path, key)
+    kind, reader = readers[suffix]
+    with one_sentence(f"'{path}' is damaged, cut short or no {kind} file", "write it again"):
+        array, found = reader(path, key)
     dtype = str(array.dtype).removeprefix("torch.").lstrip("<>")
     dtype = {"f2": "float16", "f4": "float32", "f8": "float64"}.get(dtype, dtype)
     if dtype not in ("float32", "float16", "bfloat16", "float64"):
@@ -41,10 +46,6 @@ def open_array(path: Path, key: str | None = None) -> tuple[Array, str | None, s
             f"'{path}' must hold an N × d array that is not empty. Got shape {tuple(array.shape)} instead."
         )
     return array, found, dtype
-
-
-def _damaged(path: Path, kind: str, error: Exception) -> CosaeError:
-    return CosaeError(f"'{path}' is damaged, cut short or no {kind} file ({one_line(error)}); write it again.")
 
 
 def _choose(path: Path, key: str | None, available: dict[str, str], what: str) -> str:
@@ -58,15 +59,12 @@ def _choose(path: Path, key: str | None, available: dict[str, str], what: str) -
 
 
 def _read_safetensors(path: Path, key: str | None) -> tuple[Array, str]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            shapes = {name: str(tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
-            key = _choose(path, key, shapes, "tensor")
-            return file.get_tensor(key), key
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, "safetensors", error) from error
+    with safe_open(str(path), framework="pt") as file:
+        shapes = {name: str(tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+        key = _choose(path, key, shapes, "tensor")
+        return file.get_tensor(key), key
 
 
 def _read_npy(path: Path, key: str | None) -> tuple[Array, None]:
@@ -79,7 +77,7 @@ def _read_npy(path: Path, key: str | None) -> tuple[Array, None]:
             raise CosaeError(
                 f"'{path}' holds Python objects, pickled, which may run code: save an array of {ALLOWED} instead."
             ) from None
-        raise _damaged(path, "NumPy array", error) from error
+        raise
 
 
 def _read_parquet(path: Path, key: str | None) -> tuple[Array, str | None]:
@@ -89,17 +87,19 @@ def _read_parquet(path: Path, key: str | None) -> tuple[Array, str | None]:
         import pyarrow.parquet as pq
     except ImportError:
         raise CosaeError("Reading .parquet needs pyarrow: pip install pyarrow.") from None
-    try:
-        schema = pq.read_schema(path)
-        kinds = {field.name: str(field.type) for field in schema}
-        of_lists = (pa.types.is_list, pa.types.is_fixed_size_list, pa.types.is_large_list)
-        lists = {f.name: str(f.type) for f in schema if any(is_kind(f.type) for is_kind in of_lists)}
-        if key is None and not lists:
-            return _side_by_side(pa, path, kinds, pq.read_table(path)), None
-        key = _choose(path, key, lists, "list column")
-        return _list_column(pa, path, key, pq.read_table(path, columns=[key])[key]), key
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, "Parquet", error) from error
+    file = pq.ParquetFile(path)
+    schema = file.schema_arrow
+    groups = (file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+    held = max(file.metadata.num_rows, sum(groups))
+    if held > FREE_BYTES + MAX_RATIO * path.stat().st_size:
+        raise ValueError(f"it would unpack from {path.stat().st_size} to {held} bytes or more")
+    kinds = {field.name: str(field.type) for field in schema}
+    of_lists = (pa.types.is_list, pa.types.is_fixed_size_list, pa.types.is_large_list)
+    lists = {f.name: str(f.type) for f in schema if any(is_kind(f.type) for is_kind in of_lists)}
+    if key is None and not lists:
+        return _side_by_side(pa, path, kinds, file.read()), None
+    key = _choose(path, key, lists, "list column")
+    return _list_column(pa, path, key, file.read(columns=[key])[key]), key
 
 
 def _side_by_side(pa: Any, path: Path, kinds: dict[str, str], table: Any) -> Array:

@@ -56,13 +56,17 @@ def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
     return data.decode("utf-8")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """A JSON value; NaN, infinities and numbers beyond floats become None. Raises ValueError, for depth too."""
+def parse_json(text: str | bytes, *, finite: bool = True, most: int = MAX_ITEMS) -> Any:
+    """A JSON value of at most so many values. Raises ValueError, for depth too.
+
+    finite: NaN, infinities and numbers beyond floats become None
+    """
+    to_none: dict[str, Any] = {"parse_constant": lambda _: None, "parse_float": _finite} if finite else {}
     try:
-        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+        value = json.loads(text, **to_none)
     except RecursionError:
         raise ValueError("its lists and mappings lie too deep in one another") from None
-    check_bounded(value)
+    check_bounded(value, most)
     return value
 
 
@@ -71,18 +75,17 @@ def _finite(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def check_bounded(value: Any) -> None:
-    """Raises ValueError for lists and mappings deeper than MAX_DEPTH or with more than MAX_ITEMS values in all."""
+def check_bounded(value: Any, most: int = MAX_ITEMS) -> None:
+    """Raises ValueError for lists and mappings deeper than MAX_DEPTH or with more than so many values in all."""
     level, items = [value], 0
     for _ in range(MAX_DEPTH + 1):
-        level = [one for node in level for one in (node.values() if isinstance(node, dict) else node)
-                 if isinstance(node, dict | list)]  # fmt: skip
-        items += len(level)
-        if items > MAX_ITEMS:
-            raise ValueError(f"it holds more than {MAX_ITEMS} values")
-        level = [one for one in level if isinstance(one, dict | list)]
+        level = [node for node in level if isinstance(node, dict | list)]
         if not level:
             return
+        items += sum(map(len, level))
+        if items > most:
+            raise ValueError(f"it holds more than {most} values")
+        level = [one for node in level for one in (node.values() if isinstance(node, dict) else node)]
     raise ValueError(f"its lists and mappings lie more than {MAX_DEPTH} deep in one another")
 
 

@@ -15,17 +15,19 @@ from cosae.io.atomic import replaced, write_text, written
 from cosae.io.legacy import upgrade
 from cosae.io.lines import finite
 from cosae.io.lock import LOCK
+from cosae.io.untrusted import parse_json, read_text
 from cosae.recipe import Recipe
 
 RUN, RECIPE, METRICS, EVALUATION, ARMS = "run.json", "recipe.json", "metrics.jsonl", "evaluation.json", "arms"
 EVENTS = "events.jsonl"
 FORMAT, VERSION = "cosae-run", 2
+MAX_BYTES = 2**28
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON mapping. Raises CosaeError where it is not one."""
     try:
-        value = upgrade(json.loads(path.read_text(encoding="utf-8")))
+        value = upgrade(parse_json(read_text(path, MAX_BYTES)))
     except (OSError, ValueError):
         raise CosaeError(f"{path} is not readable JSON: the run's folder is damaged.") from None
     if not isinstance(value, dict):

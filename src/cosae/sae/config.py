@@ -14,9 +14,12 @@ from cosae.errors import CosaeError, check_choice
 from cosae.sae.frame import FRAMES
 from cosae.sae.score import SCORES
 from cosae.sae.selector import SELECTORS
+from cosae.types import at_least_fp32
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What activations may come in. Eight-bit floats have no arithmetic of their own."""
+MAX_LENGTH = 1.8e19
+"""Root of the largest float32."""
 CENTRES = ("geometric_median", "mean", "zero")
 B_INITS = ("auto", "sqrt_d", "norm")
 
@@ -115,13 +118,14 @@ class InitConfig:
 def check_activations(x: Tensor, d_in: int) -> Tensor:
     """x (..., d_in), any float dtype, as (N, d_in).
 
-    Raises CosaeError for a wrong width, a non-float tensor, or NaN or Inf (with the first one's position).
+    Raises CosaeError for a wrong width, a non-float tensor, NaN or Inf (with the first one's position), and a row whose
+    length squared is more than float32 holds.
     """
     if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.ndim < 1 or x.shape[-1] != d_in:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise CosaeError(f"x must be a float16, bfloat16, float32 or float64 tensor of shape (..., {d_in}). Got {got}.")
     flat = x.reshape(-1, d_in)
-    if not bool(torch.isfinite(flat.sum())):
+    if not float(torch.linalg.vector_norm(flat, dtype=at_least_fp32(flat[:0]).dtype)) <= MAX_LENGTH:
         bad = (~torch.isfinite(flat)).nonzero()
         if len(bad):
             row, column = (int(i) for i in bad[0])
@@ -129,5 +133,12 @@ def check_activations(x: Tensor, d_in: int) -> Tensor:
             raise CosaeError(
                 f"x must be finite. Got {float(flat[row, column])} at position {[*at, column]} "
                 f"({len(bad)} non-finite values in all): drop or fix those rows."
+            )
+        length_N = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
+        if len(long := (length_N > MAX_LENGTH).nonzero()):
+            row = int(long[0])
+            raise CosaeError(
+                f"the length of a row of x must be at most {MAX_LENGTH:.2g}, or its square overflows. Got "
+                f"{float(length_N[row]):.3g} at row {row} ({len(long)} such rows in all): drop or scale those rows."
             )
     return flat

@@ -6,7 +6,6 @@ What their specs mean: cosae.text.documents.read_documents.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cosae.errors import CosaeError
+from cosae.io.untrusted import one_line, one_sentence, parse_json
 from cosae.text.worker import said
 
 
@@ -23,9 +23,10 @@ def read_jsonl(path: Path, name: str) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise CosaeError(f"each line must be JSON. Got {name}, line {number}: {error}.") from None
+                    value = parse_json(line, finite=False)
+                except ValueError as error:
+                    said = one_line(error)
+                    raise CosaeError(f"each line must be JSON. Got {name}, line {number}: {said}.") from None
                 yield number, value
 
 
@@ -34,10 +35,10 @@ def read_parquet(
 ) -> Iterator[dict[str, Any]]:
     """Rows of the columns, and of the extra ones that are there. Raises CosaeError for a file without a column."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise CosaeError("Reading .parquet needs pyarrow: pip install 'cosae[lm]'.") from None
-    try:
+    with one_sentence(f"{name} must be a whole Parquet file"):
         file = parquet.ParquetFile(path)
         there = file.schema_arrow.names
         if not set(columns) <= set(there):
@@ -48,8 +49,6 @@ def read_parquet(
         chosen = [c for c in dict.fromkeys((*columns, *extra)) if c in there]
         for batch in file.iter_batches(batch_size=256, columns=chosen):
             yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise CosaeError(f"{name} must be a whole Parquet file. Got: {said(error)}.") from None
 
 
 def is_saved_dataset(path: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError, check_positive
+from cosae.errors import CosaeError, check_most, check_positive
 from cosae.io.generators import keyed_generator
 from cosae.io.values import from_text
 from cosae.sae.config import InitConfig, SAEConfig
@@ -21,6 +21,7 @@ from cosae.sae.file import load
 from cosae.sae.loss import LossConfig
 from cosae.sae.model import SAE
 from cosae.sae.swap import swap_score
+from cosae.train.optimizer import MOST_LR
 
 NAME_LENGTH = 80
 NAME_PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._=+-]{{0,{NAME_LENGTH - 1}}}")
@@ -65,6 +66,8 @@ class Arm:
             check_positive(name, getattr(self, name), zero=True)
         if self.lr is not None:
             check_positive("lr", self.lr)
+        for name in ("lr", "a_lr", "b_lr", "threshold_lr"):
+            check_most(name, getattr(self, name), MOST_LR)
         if self.seed is not None:
             check_seed(self.seed)
         if not (math.isfinite(self.input_noise) and self.input_noise >= 1.0):

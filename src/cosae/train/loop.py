@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from cosae.activations.digest import chain, fingerprint
-from cosae.errors import CosaeError, check_choice, check_least
+from cosae.errors import CosaeError, check_choice, check_least, check_most
 from cosae.io.signals import Interrupted, Stop, StopAsked, stop_on_signals
 from cosae.kernels import Workspace
 from cosae.train.arm import check_seed
@@ -27,6 +27,8 @@ from cosae.types import Activations
 
 __all__ = ["MOVING", "Interrupted", "Stream", "TrainingConfig", "exponent_moving", "train"]
 
+MOST_STEPS, MOST_TOKENS = 10**10, 2**40
+"""More is a slip of the pen: years of a fast machine, terabytes of activations."""
 MOVING = 0.01
 """A mean exponent that changed by more than this over the last tenth of the steps at full rate is still moving."""
 
@@ -54,6 +56,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "dead_after_tokens", "log_every"):
             check_least(name, getattr(self, name), 1)
+        check_most("steps", self.steps, MOST_STEPS)
+        for name in ("batch_tokens", "buffer_tokens"):
+            check_most(name, getattr(self, name), MOST_TOKENS)
         check_seed(self.seed)
         check_least("checkpoint_every", self.checkpoint_every, 0)
         check_choice("store_dtype", self.store_dtype, ("float32", "bfloat16"))

@@ -18,6 +18,9 @@ from cosae.kernels import StepCache
 from cosae.kernels.moments import STATE_DTYPES, Moment, Task, key_of
 from cosae.train import adam
 
+MOST_LR = 1e30
+"""Of a run, of an arm and of its multiples: beyond it the first step leaves float32."""
+
 
 class UnitRowAdam:
     """Adam over named parameters, some of which have rows of unit length.

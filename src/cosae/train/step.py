@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError, check_choice, check_least, check_positive
+from cosae.errors import CosaeError, check_choice, check_least, check_most, check_positive
 from cosae.kernels import StepCache
 from cosae.kernels.moments import STATE_DTYPES
 from cosae.kernels.select.search import carried
@@ -23,7 +23,7 @@ from cosae.sae.model import SAE, TrainOutput
 from cosae.sae.selector import PENALISED_SELECTORS
 from cosae.train.arm import Arm, input_noise
 from cosae.train.monitor import LossMonitor
-from cosae.train.optimizer import UnitRowAdam
+from cosae.train.optimizer import MOST_LR, UnitRowAdam
 
 CONTROLLER_START = 20
 SHIFT_GAIN = 0.10
@@ -59,6 +59,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_positive("lr", self.lr)
+        check_most("lr", self.lr, MOST_LR)
         check_positive("eps", self.eps)
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.decay_frac <= 1):
             raise CosaeError("betas must lie in [0, 1) and decay_frac between 0 and 1.")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -316,6 +317,65 @@ def test_a_header_that_is_none_is_one_sentence(sound: Path, tmp_path: Path, head
     path.write_bytes(header + bytes(path.stat().st_size - len(header)))
     with pytest.raises(CosaeError, match=r"train-00000.*header"):
         Store(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header["x"].update(data_offsets=[0, 10**12]),
+        lambda header: header["x"].update(data_offsets=[-64, 0]),
+        lambda header: header["norm"].update(data_offsets=header["token"]["data_offsets"]),
+        lambda header: header["norm"].update(data_offsets="ab"),
+        lambda header: header["norm"].pop("data_offsets"),
+        lambda header: header["norm"].update(shape=[20_000_000_000]),
+    ],
+)
+def test_a_header_that_points_elsewhere_is_refused_at_opening(sound: Path, tmp_path: Path, change: Any) -> None:
+    folder = Path(shutil.copytree(sound, tmp_path / "s"))
+    path = folder / "train-00000.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)[:length]
+    path.write_bytes(content[:8] + text + content[8 + length :])
+    with pytest.raises(CosaeError, match=r"train-00000.*header"):
+        Store(folder)
+
+
+def at(record: dict[str, Any], value: Any, *keys: Any) -> None:
+    for key in keys[:-1]:
+        record = record[key]
+    record[keys[-1]] = value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: at(record, "1", "version"),
+        lambda record: at(record, 1.5, "version"),
+        lambda record: record.pop("version"),
+        lambda record: at(record, 20_000_000_000, "rows", "train"),
+        lambda record: at(record, 20_000_000_000, "shards", 0, "rows"),
+        lambda record: at(record, 1e300, "request", "d_in"),
+        lambda record: at(record, 0, "request", "d_in"),
+        lambda record: at(record, [[]], "documents", "train"),
+        lambda record: at(record, 7, "documents", "train"),
+        lambda record: at(record, [7], "shards"),
+        lambda record: at(record, {"x": 1}, "request", "site"),
+    ],
+)
+def test_an_index_of_other_kinds_is_one_sentence(sound: Path, tmp_path: Path, change: Any) -> None:
+    """Well-formed, its digest its own, and nothing that cosae wrote."""
+    from cosae.io.records import read_record, write_record
+
+    folder = Path(shutil.copytree(sound, tmp_path / "s"))
+    record = read_record(folder / "index.json")
+    change(record)
+    write_record(folder / "index.json", record)
+    with pytest.raises(CosaeError, match=r"index.json|-00000.safetensors") as refusal:
+        Store(folder)
+    assert len(str(refusal.value)) < len(str(folder)) + 400
 
 
 def test_folders_that_are_no_store(tmp_path: Path, sound: Path) -> None:

@@ -31,7 +31,7 @@ from cosae.activations.store.format import (
     store_dtype,
 )
 from cosae.activations.store.shards import MappedShard, Shard
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, short
 from cosae.io.digest import value_digest
 from cosae.io.kind import which_is
 from cosae.io.records import read_record
@@ -66,7 +66,8 @@ class Store:
             self._shards: dict[str, list[Shard]] = {side: self._list_shards(side) for side in SIDES}
             assert all(self.n_rows(side) == sum(self.shard_rows(side)) for side in SIDES)
             assert self.record["statistics"]["rows"] == self.n_rows("train")
-        except (KeyError, TypeError, ValueError, AssertionError):
+            assert all(isinstance(name, str) for side in SIDES for name in self.documents(side))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, AssertionError):
             raise CosaeError(f"{self.folder / INDEX} is no index that cosae wrote: its fields do not fit.") from None
         self.centred = any(shard.shape.centred for side in SIDES for shard in self._shards[side])
         self.identity = value_digest(self.record)
@@ -233,6 +234,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
     record = read_record(folder / INDEX)
     if record.get("format") != FORMAT:
         raise CosaeError(f"{folder / INDEX} is not the index of a store: its format is {record.get('format')!r}.")
-    if record["version"] > VERSION:
-        raise CosaeError(f"{folder} was written by a later cosae (version {record['version']}): upgrade cosae.")
+    version = record.get("version")
+    if type(version) is not int or version < 1:
+        raise CosaeError(f"{folder / INDEX} is no index that cosae wrote: its version is {short(version)}.")
+    if version > VERSION:
+        raise CosaeError(f"{folder} was written by a later cosae (version {short(version)}): upgrade cosae.")
     return record

@@ -6,6 +6,7 @@ Its header says which shard it is, so that one put in another's place is noticed
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ from cosae.activations.store.format import (
 )
 from cosae.io.atomic import replaced
 from cosae.io.digest import file_digest
+from cosae.io.untrusted import parse_json
 from cosae.types import Activations
 
 HEADER_KEY = "cosae"
@@ -125,16 +127,27 @@ class Shard:
             found = self.path.stat().st_size
             if found != self.n_bytes:
                 return f"it has {found} bytes, not the {self.n_bytes} that were written"
-            header, _ = _read_header(self.path)
-            tagged = json.loads(header.pop("__metadata__", {}).get(HEADER_KEY, "null"))
+            header, first = _read_header(self.path)
+            tagged = parse_json(header.pop("__metadata__", {}).get(HEADER_KEY, "null"))
             laid_out = {name: (t["dtype"], t["shape"]) for name, t in header.items()}
+            places = sorted(
+                (int(begin), int(end), name) for name, t in header.items() for begin, end in [t["data_offsets"]]
+            )
         except FileNotFoundError:
             return "it is missing"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return "its header is not readable"
         if tagged != asdict(self.tag):
             return f"it is another shard ({self._difference(tagged)})"
-        return None if laid_out == self.shape.tensors() else "its header does not fit the index"
+        if laid_out != self.shape.tensors():
+            return "its header does not fit the index"
+        last = 0  # each tensor begins where the one before it ends, and the last ends with the file
+        for begin, end, name in places:
+            kind, size = laid_out[name]
+            if begin != last or end - begin != math.prod(size) * np.dtype(NUMPY_DTYPES[kind]).itemsize:
+                return f"its header puts {name} where it does not belong"
+            last = end
+        return None if first + last == found else "its tensors do not fill it"
 
     def _difference(self, tagged: Any) -> str:
         if not isinstance(tagged, dict) or tagged.keys() != asdict(self.tag).keys():
@@ -162,7 +175,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= MAX_HEADER_BYTES:
             raise ValueError("length of header")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("header")
     return header, 8 + length
