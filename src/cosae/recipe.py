@@ -77,8 +77,8 @@ class DataConfig:
     non_finite: str = "fatal"
     """What NaN and infinity do: fatal (the run stops and says where), or drop (left out, counted in run.json)."""
     order: str = "shuffled"
-    """shuffled, or v0.1: documents of a data set on disk in its own order, and rows of a store in blocks of 256, as 0.1
-    read them; what 0.1 began goes on so."""
+    """shuffled, or v0.1: documents of a data set on disk in its own order, rows of a store in blocks of 256, long
+    documents counted whole, as 0.1 read them; what 0.1 began goes on so."""
     activations: str | None = None
     """A .safetensors, .npy or .parquet file of N × d vectors instead of a model."""
     activations_key: str | None = None

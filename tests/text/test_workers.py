@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from cosae.errors import CosaeError
-from cosae.text import worker as tokenize_worker
 from cosae.text.pylib import Document
 from cosae.text.tokenization import TokenizedDocument, tokenize_documents
 from cosae.text.workers import Workers
@@ -170,12 +169,3 @@ def test_a_tokenizer_that_cannot_travel_is_refused() -> None:
         Workers(Local(), 1)
     with pytest.raises(CosaeError, match="n_workers must be at least 1"):
         Workers(Letters(), 0)
-
-
-def test_a_huge_document_is_tokenised_in_pieces_that_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize_worker, "PIECE_CHARS", 10)
-    text = "one two\nthree\nfour five six seven eight nine ten\n"
-    (found,) = tokens(None, [Document("huge", text)])
-    assert "".join(chr(i) for i in found.ids_T[1:]) == text
-    assert found.offset_T2[1:, 0].tolist() == list(range(len(text)))
-    assert tokenize_worker._pieces(text)[:2] == ["one two\n", "three\n"]

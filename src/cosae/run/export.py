@@ -124,7 +124,7 @@ def _documents(data: DataConfig, tokenizer: Any, spec: str, seed: int, turn: int
     """Tokenised documents of one source; one that is streamed keeps its own order."""
     found = long_enough(data, spec, "all", [seed, 77, turn])
     bos = adds_bos(data, tokenizer)
-    return tokenize_documents(islice(found, skip, None), tokenizer, add_bos=bos, keep_empty=True)
+    return tokenize_documents(islice(found, skip, None), tokenizer, add_bos=bos, keep_empty=True, in_parts=True)
 
 
 def digest_sae(sae: SAE) -> str:

@@ -81,7 +81,7 @@ class Cursor:
 def mix(
     sources: Sequence[Open], weights: Sequence[float], cursors: Sequence[Cursor], seed: int, endless: bool = True
 ) -> Iterator[tuple[tuple[Cursor, ...], TokenizedDocument]]:
-    """Documents of all sources, each with where the sources stood before it.
+    """Documents of all sources, each with where the sources stood before it; parts of one follow each other.
 
     Not endless: a source that runs out is left out, and the mixture ends with the last of them. Raises CosaeError
     for a source that gives nothing in a whole pass.
@@ -91,14 +91,19 @@ def mix(
     opened: dict[int, Iterator[TokenizedDocument]] = {}
     empty_pass = [cursor.documents == 0 for cursor in cursors]  # no token yet in this pass
     live = set(range(len(sources)))
+    before, in_parts = tuple(at), False
     while live:
-        i = min(live, key=lambda j: (at[j].tokens / weights[j], rank[j]))
+        if not in_parts:
+            i = min(live, key=lambda j: (at[j].tokens / weights[j], rank[j]))
         if i not in opened:
             opened[i] = sources[i](at[i].passes, at[i].documents)
         document = next(opened[i], None)
         if document is not None:
-            before = tuple(at)
-            at[i] = replace(at[i], documents=at[i].documents + 1, tokens=at[i].tokens + len(document.ids_T))
+            if not in_parts:
+                before = tuple(at)
+                at[i] = replace(at[i], documents=at[i].documents + 1)
+            at[i] = replace(at[i], tokens=at[i].tokens + len(document.ids_T))
+            in_parts = document.more
             if len(document.ids_T):
                 empty_pass[i] = False
                 yield before, document
@@ -164,12 +169,15 @@ class Text:
         self, cursor: dict[str, Any], starts: deque[tuple[int, tuple[Cursor, ...]]]
     ) -> Iterator[TokenizedDocument]:
         """Documents from the cursor on; `starts` gets where the sources stood before each."""
-        number, skip = cursor["document"], cursor["skip"]
+        number, skip, in_parts = cursor["document"], cursor["skip"], False
         cursors = [Cursor(*numbers) for numbers in cursor["sources"]]
-        for before, (name, ids_T, offset_T2) in mix(self.sources, self.weights, cursors, self.seed):
-            starts.append((number, before))
-            yield TokenizedDocument(name, ids_T[skip:], offset_T2[skip:])
-            number, skip = number + 1, 0
+        for before, (name, ids_T, offset_T2, more) in mix(self.sources, self.weights, cursors, self.seed):
+            if not in_parts:
+                starts.append((number, before))
+                number += 1
+            if skip < len(ids_T):
+                yield TokenizedDocument(name, ids_T[skip:], offset_T2[skip:], more)
+            skip, in_parts = max(0, skip - len(ids_T)), more
 
     def describe(self) -> dict[str, Any]:
         """What decides which sequences come, in plain values."""

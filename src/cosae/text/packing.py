@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from cosae.errors import CosaeError, check_choice, check_least
-from cosae.text.tokenization import TokenizedDocument
+from cosae.text.tokenization import TokenizedDocument, whole
 from cosae.types import Sequences
 
 Packing = Literal["packed", "document"]
@@ -94,10 +94,13 @@ class _Packer:
     ) -> Iterator[Sequences]:
         chunk_tokens = rows_per_chunk * self._context
         empty = True
-        for name, ids_T, _ in tokenized:
+        new = True  # not a part of the document before
+        for name, ids_T, _, more in tokenized if self._packed else whole(tokenized):
             empty = False
-            self._add(name, ids_T, first_index)
-            first_index = 0
+            if new:
+                self._names.append(name)
+            self._add(ids_T, first_index)
+            new, first_index = not more, first_index + len(ids_T) if more else 0
             if self._n_waiting >= chunk_tokens:
                 flat = np.concatenate(self._places, axis=1)
                 n_full = self._n_waiting - self._n_waiting % chunk_tokens
@@ -113,14 +116,13 @@ class _Packer:
             padding = np.tile([[self._pad_id], [-1], [-1]], (1, -self._n_waiting % self._context))
             yield self._rows(np.concatenate([*self._places, padding], axis=1))
 
-    def _add(self, name: str, ids_T: NDArray[np.int32], first_index: int) -> None:
+    def _add(self, ids_T: NDArray[np.int32], first_index: int) -> None:
         ids = ids_T if self._packed else ids_T[: self._context]
         place = np.empty((3, len(ids) if self._packed else self._context), dtype=np.int64)
         place[0, : len(ids)] = ids
-        place[1, : len(ids)] = self._first_doc + len(self._names)
+        place[1, : len(ids)] = self._first_doc + len(self._names) - 1
         place[2, : len(ids)] = np.arange(first_index, first_index + len(ids))
         place[:, len(ids) :] = [[self._pad_id], [-1], [-1]]
-        self._names.append(name)
         self._places.append(place)
         self._n_waiting += place.shape[1]
 

@@ -119,4 +119,8 @@ def _rows(rows: Any, spec: str, numbers: Iterable[int] | None = None) -> Iterato
 
 def valid_text(text: str) -> str:
     """The text with replacement marks for half surrogate pairs, which JSON can spell and no tokenizer takes."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -17,11 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PIECE_CHARS = 2**22
-"""Longer documents are tokenised in pieces of at most this many characters, cut after a line where there is one: a
-tokenizer takes some hundred bytes of memory for each token that it has in hand."""
-
-
 Encoded = tuple[NDArray[np.int32], NDArray[np.int32]]
 """One text: its ids (T,), and the start and end of each token in it (T, 2), in characters."""
 Failed = tuple[int, str]
@@ -42,39 +37,18 @@ def encode(tokenizer: Any, texts: list[str]) -> list[Encoded] | Failed:
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[Encoded]:
-    pieces = [_pieces(text) for text in texts]
     encoded = tokenizer(
-        [piece for own in pieces for piece in own],
+        texts,
         add_special_tokens=False,
         return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,  # nothing is too long here: rows are cut later
     )
-    each = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    return [_joined([next(each) for _ in own], [len(piece) for piece in own]) for own in pieces]
-
-
-def _joined(parts: list[tuple[list[int], list[tuple[int, int]]]], lengths: list[int]) -> Encoded:
-    start, all_ids, all_offsets = 0, [], []
-    for (ids, offsets), length in zip(parts, lengths, strict=True):
-        all_ids.append(np.array(ids, dtype=np.int32))
-        all_offsets.append(np.array(offsets, dtype=np.int32).reshape(-1, 2) + start)
-        start += length
-    if len(parts) == 1:
-        return all_ids[0], all_offsets[0]
-    return np.concatenate(all_ids), np.concatenate(all_offsets)
-
-
-def _pieces(text: str) -> list[str]:
-    """The text, cut where it is longer than PIECE_CHARS: after a line's end in the last half of a piece, else there."""
-    pieces, start = [], 0
-    while len(text) - start > PIECE_CHARS:
-        end = start + PIECE_CHARS
-        line = text.rfind("\n", start + PIECE_CHARS // 2, end) + 1
-        pieces.append(text[start : line or end])
-        start = line or end
-    return [*pieces, text[start:]]
+    return [
+        (np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int32).reshape(-1, 2))
+        for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
 
 
 def said(error: Exception) -> str:

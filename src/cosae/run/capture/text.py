@@ -70,9 +70,12 @@ class CaptureText:
         read: dict[int, TokenizedDocument] = {}
 
         def note(tokenized: Iterable[TokenizedDocument]) -> Iterator[TokenizedDocument]:
-            for number, one in enumerate(tokenized):
-                read[number] = one
-                names.append(one.name)
+            more = False
+            for one in tokenized:
+                if not more:
+                    read[len(names)] = one
+                    names.append(one.name)
+                more = one.more
                 yield one
 
         names: list[str] = []

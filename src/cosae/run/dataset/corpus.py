@@ -71,11 +71,11 @@ class CorpusText:
             self._workers.close()
 
     def tokenized(self, split: Side, max_tokens: int | None, salt: str = "train") -> list[TokenizedDocument]:
-        """Documents of one side with at most max_tokens in all, each once, the last cut to fit."""
+        """Documents of one side with at most max_tokens in all, each once, the last cut to fit; long ones in parts."""
         found: list[TokenizedDocument] = []
         left = max_tokens
-        for name, ids_T, offset_T2 in self.each(split, salt):
-            found.append(TokenizedDocument(name, ids_T[:left], offset_T2[:left]))
+        for name, ids_T, offset_T2, more in self.each(split, salt):
+            found.append(TokenizedDocument(name, ids_T[:left], offset_T2[:left], more))
             if left is not None:
                 left -= len(found[-1].ids_T)
                 if left == 0:
@@ -83,7 +83,7 @@ class CorpusText:
         return found
 
     def each(self, split: Side, salt: str = "train") -> Iterator[TokenizedDocument]:
-        """Documents of one side, each once, lazily."""
+        """Documents of one side, each once, lazily; long ones in parts."""
         opened = [partial(self._open, i, split, salt) for i in range(len(self.sources))]
         start, weights = [Cursor()] * len(opened), [source.weight for source in self.sources]
         return (document for _, document in mix(opened, weights, start, self._seed, endless=False))
@@ -124,9 +124,11 @@ class CorpusText:
         documents: Iterator[Document] = itertools.islice(self.documents(spec, split, salt, turn), skip, None)
         if len(self.sources) > 1:
             documents = (Document(f"{spec}:{name}", text) for name, text in documents)
-        return tokenize_documents(
-            documents, self._tokenizer, add_bos=self.add_bos, workers=self._workers, keep_empty=True
-        )
+        data = self._data
+        head = data.context if data.packing == "document" and data.order != V01_ORDER else None
+        options: dict[str, Any] = {"workers": self._workers, "keep_empty": True, "head": head}
+        in_parts = self.specs != ("pylib",)  # whose labels are of whole files
+        return tokenize_documents(documents, self._tokenizer, add_bos=self.add_bos, in_parts=in_parts, **options)
 
     @property
     def _special(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from cosae.text.concepts.labels import has_labels, label_activations, label_docu
 from cosae.text.mixture import parse_corpus
 from cosae.text.packing import iterate_sequences
 from cosae.text.pylib import Document
-from cosae.text.tokenization import TokenizedDocument, tokenize_documents
+from cosae.text.tokenization import AT_ONCE_CHARS, TokenizedDocument, tokenize_documents
 from cosae.types import Activations, Sequences, Site
 
 TEXTS_AT_ONCE = 64
@@ -39,6 +39,8 @@ TEXTS_AT_ONCE = 64
 POOL = 4
 """Train samples are drawn from documents of this many times the tokens wanted: more documents, less of each."""
 TEXT_BYTES = 36
+TOKENIZING_BYTES = 190
+"""Of a character that the tokenizer has in hand, measured with BPE on English."""
 AUTO_PASS_TOKENS = 4096
 IDS_BYTES = 21
 PYLIB_BYTES = 12_000_000
@@ -132,22 +134,20 @@ class ModelDataset(Dataset):
         chunk = config.chunk_sequences * config.context
         value = max(4, STORE_DTYPES[config.model_dtype].itemsize)
         ahead = config.prefetch_chunks * chunk * (value * size.d_in + IDS_BYTES)
+        specs = [source.spec for source in parse_corpus(config.corpus)]
+        text = sum(_bytes_of(spec) for spec in specs if not streamed(spec))
+        # those wanted, or about all that the corpus has; few of a corpus that is streamed
+        as_it_comes = len(specs) > 1 or streamed(specs[0])
+        tokens = chunk if as_it_comes else min(self.use.train_tokens, text // 2)
         resident = (
             Item(f"the model ({config.model_dtype})", size.weight_bytes),
-            Item("the text as tokens", TEXT_BYTES * self._held_tokens()),
+            *([Item("the text", text)] if text else ()),
+            Item("the text as tokens", TEXT_BYTES * tokens),
             *([Item("chunks captured ahead", ahead)] if ahead else ()),
         )
-        return Sizes(size.d_in, resident, chunk, per_pass * (size.pass_bytes + config.context * size.attention_bytes))
-
-    def _held_tokens(self) -> int:
-        """Tokens that are held: those wanted, or about all that the corpus has; few of a corpus that is streamed."""
-        sources = parse_corpus(self.config.corpus)
-        if len(sources) > 1 or streamed(sources[0].spec):
-            return self.config.chunk_sequences * self.config.context
-        path = Path(sources[0].spec)
-        files = (p for p in (path, *path.rglob("*")) if p.is_file())
-        size = sum(p.stat().st_size for p in files) if sources[0].spec != "pylib" else PYLIB_BYTES
-        return min(self.use.train_tokens, size // 2)
+        tokenized = TOKENIZING_BYTES * (AT_ONCE_CHARS if as_it_comes else min(text, AT_ONCE_CHARS))
+        work = per_pass * (size.pass_bytes + config.context * size.attention_bytes)
+        return Sizes(size.d_in, resident, chunk, max(work, tokenized))
 
     def sample(self, split: Split, n_tokens: int, rule: SinkRule | None = None) -> Sample:
         side = side_of(split)
@@ -176,7 +176,8 @@ class ModelDataset(Dataset):
 
     def read_texts(self, texts: TextSequence[str], context: int) -> Iterator[tuple[list[int], Activations]]:
         documents = (Document(str(row), text) for row, text in enumerate(texts))
-        tokenized = tokenize_documents(documents, self.tokenizer, add_bos=adds_bos(self.config, self.tokenizer))
+        bos = adds_bos(self.config, self.tokenizer)
+        tokenized = tokenize_documents(documents, self.tokenizer, add_bos=bos, head=context)
         special: dict[str, Any] = {"pad_id": pad_id(self.tokenizer), "special_ids": self.tokenizer.all_special_ids}
         packed = iterate_sequences(tokenized, context, "document", rows_per_chunk=TEXTS_AT_ONCE, **special)
         for number, chunk in enumerate(packed):
@@ -218,6 +219,13 @@ class ModelDataset(Dataset):
             known["labels_NC"] = label_activations(activations, labels)
             known["labelled_N"] = has_labels(activations, labels)
         return activations, known
+
+
+def _bytes_of(spec: str) -> int:
+    """Of a corpus' files."""
+    path = Path(spec)
+    files = (p for p in (path, *path.rglob("*")) if p.is_file())
+    return PYLIB_BYTES if spec == "pylib" else sum(p.stat().st_size for p in files)
 
 
 def batch_size(data: DataConfig, model: Any, sites: Any, store_dtype: str) -> int:

@@ -6,11 +6,11 @@ B batch, D width, F features, R rows of the buffer, W of the window, H of the he
                                               moments in fewer bytes where the optimiser keeps them so)
     buffer         R (s D + 21)               s bytes a value (training.store_dtype); norm, ids and the special mark
     sample         16 384 D                   what weights are initialised on
-    model, text    weights; 36 bytes a token  held corpora: ids, offsets, places
+    model, text    weights; 36 bytes a token  held corpora: ids, offsets, places; and the text itself
     one of these at a time, the largest counts:
       window       4 W (s D + 21)             the first window: in parts, joined, and read
       step         2 F D + B (8 D + F)        gradients and scores; the reference kernel 9 B F
-      refill       2 chunks, and the forward pass of one batch of sequences
+      refill       2 chunks, and the forward pass of one batch of sequences or the text that is being tokenised
       checkpoint   the live buffer three times, or one arm's parameters and moments twice
       evaluation   4 H D and the codes of all arms, H (12 k) bytes each; labels on the embedded corpus
 
