@@ -29,8 +29,8 @@ SMALL |= {"evaluation__held_out_tokens": 30, "evaluation__calibration_tokens": 3
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of resid_post.4 of the embedded model."""
     folder = tmp_path_factory.mktemp("origins") / "store"
+    sizes = ["--tokens", "300", "--held-out-tokens", "200", "--context", "32", "--set", "data.max_chars=2000"]
     with pytest.raises(SystemExit) as end:
-        sizes = ["--tokens", "300", "--held-out-tokens", "200", "--context", "32", "--set", "data.max_chars=2000"]
         main(["capture", "--site", "resid_post.4", *sizes, "--out", str(folder), "--quiet"])
     assert end.value.code == 0
     return folder

@@ -122,9 +122,9 @@ class Context:
         assert self.data.site is not None
         return self.data.site
 
-    def put(self, sample: Sample) -> None:
-        """Use a held-out sample that is at hand already."""
-        self._samples["held_out"] = sample
+    def put(self, sample: Sample, side: Side = "held_out") -> None:
+        """Use a sample that is at hand already."""
+        self._samples[side] = sample
 
     def encoded(self, sae: SAE, side: Side = "held_out") -> EncodedPass[SAE]:
         """The SAE's pass over a sample, made once."""

@@ -22,7 +22,6 @@ from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
 
 
-@torch.no_grad()
 def evaluate(
     saes: Mapping[str, SAE],
     recipe: Recipe,
@@ -31,8 +30,15 @@ def evaluate(
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """evaluation.json of trained, calibrated SAEs that saw the same stream (shape: cosae.report.records)."""
+    return measure(evaluation_context(saes, recipe, data, fitted, progress), recipe, fitted)
+
+
+def evaluation_context(
+    saes: Mapping[str, SAE], recipe: Recipe, data: Dataset, fitted: Filter, progress: Progress = SILENT
+) -> Context:
+    """What a run's SAEs are measured on."""
     config = recipe.evaluation
-    context = Context(
+    return Context(
         arms={name: (sae,) for name, sae in saes.items()},
         data=data,
         tokens=config.held_out_tokens,
@@ -44,6 +50,12 @@ def evaluate(
         baseline="standard" if "standard" in saes else None,
         progress=progress,
     )
+
+
+@torch.no_grad()
+def measure(context: Context, recipe: Recipe, fitted: Filter) -> dict[str, Any]:
+    """Everything that is measured after training."""
+    config, progress = recipe.evaluation, context.progress
     held_out = context.sample()
     removed_N = ~fitted.keep(held_out.activations)
     with progress.phase("measuring norms"):
@@ -61,9 +73,11 @@ def evaluate(
         "recovery": registry.measure_recovery(context) if held_out.truth is not None else None,
         "paired_fve": reconstruction["paired"],
     }
-    if config.probing and data.has_concepts:
+    if config.probing and context.data.has_concepts:
         with progress.phase("probing concepts"):
-            context.untrained = untrained_baseline(saes[context.first], recipe, context.sample("train"), fitted)
+            context.untrained = untrained_baseline(
+                context.firsts[context.first], recipe, context.sample("train"), fitted
+            )
             result["probing"] = registry.measure_token_probing(context)
     return result
 

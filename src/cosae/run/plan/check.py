@@ -106,7 +106,7 @@ def plan_run(recipe: Recipe, out: Path | None, log: Callable[[str], None] = lamb
     data = dataset_of(recipe)
     checked = check_run(recipe, data, out)
     log("opening the data for a short sample")
-    return replace(checked, time=train_time(recipe.resolved(data.d_in), data))
+    return replace(checked, time=train_time(recipe, data))
 
 
 def plan_capture(request: Capture, out: Path, log: Callable[[str], None] = lambda _: None) -> Plan:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 
-from cosae.activations.stream import ActivationStream
+from cosae.activations.stream import SAMPLE_ROWS, ActivationStream
+from cosae.errors import CosaeError
 from cosae.recipe import Recipe
 from cosae.run.capture.request import Capture
 from cosae.run.dataset.base import Dataset
 from cosae.run.dataset.model import batch_size, open_model
+from cosae.run.measure import evaluation_context, measure
+from cosae.sae.calibrate import FVE_TOKENS, calibrate, measure_fve
+from cosae.sae.model import SAE
 from cosae.train.step import ArmState, train_step
 
 WARM_STEPS, TIMED_STEPS = 2, 3
+MEASURED_TOKENS = 4096
+"""Tokens on which the sample calibrates and measures."""
 
 
 @dataclass(frozen=True)
@@ -31,39 +38,77 @@ class TimePlan:
 
 
 def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
-    """Time of training: reading the stream's tokens, and the steps of every arm. recipe: resolved.
+    """Time of a run's phases: loading, reading the stream, the steps of every arm, and measuring.
 
-    Measuring after training is counted by the tokens it reads only. The sample's first steps are warm-up: compiled
-    loops compile. Nothing of the sample is kept; a run made afterwards is the same as without it.
+    The sample's first steps are warm-up: compiled loops compile. Nothing of the sample is kept; a run made afterwards
+    is the same as without it.
     """
-    training, evaluation = recipe.training, recipe.evaluation
-    state = torch.get_rng_state()
-    began = time.perf_counter()
-    rows = len(next(data.source.chunks(0)))
-    rate = rows / (time.perf_counter() - began)
-    batch = training.batch_tokens
+    clock, state = time.perf_counter, torch.get_rng_state()
+    began = clock()
+    source = data.source
+    parts = {"loading model and text": clock() - began}
+    recipe = recipe.resolved(data.d_in)
+    training = recipe.training
+    began = clock()
+    rate = len(next(source.chunks(0))) / (clock() - began)
+    batch, window = training.batch_tokens, recipe.filter.window_tokens
     small = ActivationStream(
-        data.source,
+        source,
         batch_tokens=batch,
         buffer_tokens=2 * batch,
         seed=training.seed,
-        filter=replace(recipe.filter, window_tokens=min(recipe.filter.window_tokens, max(2 * batch, 1024))),
+        filter=replace(recipe.filter, window_tokens=min(window, max(2 * batch, 1024))),
         perturbation=recipe.training_perturbation,
         device=recipe.device,
     )
     batches = [small.next_batch().x_ND for _ in range(WARM_STEPS + TIMED_STEPS)]
-    read = training.steps * batch + recipe.filter.window_tokens + training.buffer_tokens
-    parts, rates = {"reading the stream": read / rate}, {"stream": rate}
+    parts["first window"] = window / rate
+    starting = min(window, SAMPLE_ROWS) / len(small.sample_ND)  # an SAE is initialised on so many times more rows
+    parts["initialising"] = 0.0
+    parts["filling buffer"] = max(training.buffer_tokens - window, 0) / rate  # what the window read is not read again
+    parts["reading the stream"] = training.steps * batch / rate
+    rates, saes = {"stream": rate}, {}
     for arm in recipe.arms:
-        sae = arm.build(data.d_in, small.sample_ND, recipe.device)
+        began = clock()
+        sae = saes[arm.name] = arm.build(data.d_in, small.sample_ND, recipe.device)
+        parts["initialising"] += starting * (clock() - began)
         one = ArmState.start(arm, sae, max(small.norm_summary.total_variance, 1e-12), training.optimizer)
         taken = [_timed(one, x_BD, i, training.dead_after_tokens) for i, x_BD in enumerate(batches)][WARM_STEPS:]
         seconds = sorted(taken)[len(taken) // 2]
         parts[f"steps of {arm.name}"], rates[arm.name] = training.steps * seconds, batch / seconds
-    measured = evaluation.held_out_tokens + evaluation.calibration_tokens
-    parts["reading what is measured on"] = (measured + evaluation.probe_tokens * data.has_concepts) / rate
+    parts |= _after_training(recipe, data, saes, small, rate)
+    small.close()
     torch.set_rng_state(state)
     return TimePlan(parts, rates)
+
+
+def _after_training(
+    recipe: Recipe, data: Dataset, saes: dict[str, SAE], small: ActivationStream, rate: float
+) -> dict[str, float]:
+    """Time of what follows the last step, by what it takes for a few tokens."""
+    evaluation, clock = recipe.evaluation, time.perf_counter
+    measured = evaluation.held_out_tokens + evaluation.calibration_tokens
+    parts = {"reading held-out activations": (measured + evaluation.probe_tokens * data.has_concepts) / rate}
+    x_ND = small.sample_ND[:MEASURED_TOKENS]
+    for part, tokens, work in (
+        ("calibrating thresholds", evaluation.calibration_tokens, calibrate),
+        ("measuring", min(evaluation.calibration_tokens, FVE_TOKENS), measure_fve),
+    ):
+        began = clock()
+        for sae in saes.values():
+            work(sae, x_ND)
+        parts[part] = tokens / len(x_ND) * (clock() - began)
+    sample = data.sample("train", min(MEASURED_TOKENS, evaluation.held_out_tokens))
+    few = replace(evaluation, held_out_tokens=len(sample), probe_tokens=len(sample), calibration_tokens=len(x_ND))
+    changed = replace(recipe, evaluation=few)
+    context = evaluation_context(saes, changed, data, small.filter)
+    context.put(sample)
+    context.put(sample, "train")
+    began = clock()
+    with suppress(CosaeError):  # so few tokens may lack what a measurement needs: what comes before it counts
+        measure(context, changed, small.filter)
+    parts["measuring"] += evaluation.held_out_tokens / len(sample) * (clock() - began)
+    return parts
 
 
 def _timed(state: ArmState, x_BD: torch.Tensor, step: int, dead_after_tokens: int) -> float:
