@@ -33,6 +33,8 @@ from cosae.run.dataset.model import open_model
 from cosae.run.dataset.open import dataset_of
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.fit import fit
+from cosae.text.documents import split_of
+from cosae.text.pylib import Document
 from tests.support.small_stores import fingerprint
 
 SMALL = {
@@ -147,13 +149,16 @@ def test_held_out_tokens_are_in_proportion_and_may_be_none(corpus: Path, tmp_pat
     assert store.n_rows("train") == 100
     assert 100 <= store.n_rows("held_out") < 100 + asked.data.context
     assert "100 train tokens, and 100 held-out tokens on top" in said[0]
-    (tmp_path / "one.txt").write_text("one document, and no other " * 40)
-    alone = wanted(tmp_path / "one.txt", tokens=100, held_out_tokens=0)
-    alone = replace(alone, data=replace(alone.data, held_out_frac=0.0))
-    (folder,) = capture_stores(alone, tmp_path / "alone")
-    assert (Store(folder).n_rows("train"), Store(folder).n_rows("held_out")) == (100, 0)
-    with pytest.raises(CosaeError, match="held-out side"):
-        capture_stores(replace(alone, held_out_tokens=10), tmp_path / "both")
+    texts = [f"one document, number {n}, and no other " * 40 for n in range(40)]
+    for side in ("train", "held_out"):  # wherever the only document falls
+        text = next(t for t in texts if split_of(Document("one.txt", t), 0.3) == side)
+        (tmp_path / "one.txt").write_text(text)
+        alone = wanted(tmp_path / "one.txt", tokens=100, held_out_tokens=0)
+        alone = replace(alone, data=replace(alone.data, held_out_frac=0.3))
+        (folder,) = capture_stores(alone, tmp_path / f"alone-{side}")
+        assert (Store(folder).n_rows("train"), Store(folder).n_rows("held_out")) == (100, 0)
+        with pytest.raises(CosaeError, match=r"held.out|train"):
+            capture_stores(replace(alone, held_out_tokens=10), tmp_path / f"both-{side}")
 
 
 def test_a_batch_that_was_measured_is_not_measured_anew(

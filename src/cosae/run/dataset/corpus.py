@@ -36,7 +36,8 @@ class CorpusText:
     """What a recipe's corpus gives, through a tokenizer.
 
     seed     of the order of documents, and of a mixture
-    held_out whether there must be documents for the held-out side
+    held_out whether there must be documents for the held-out side; where there need be none, a source that has no
+             others trains on them
     streamed whether training reads it as it comes (`text`), not as a list of documents
     add_bos  whether documents start with BOS
     warnings  what a person should be told of what was read so far
@@ -52,8 +53,12 @@ class CorpusText:
         self._workers = Workers(tokenizer, data.n_workers) if data.n_workers else None
         self.add_bos = adds_bos(data, tokenizer)
         self._tallies = {spec: Tally() for spec in self.specs}
-        for spec in self.specs if held_out else ():
-            self._check_held_out(spec)
+        self._undivided: set[str] = set()
+        if held_out:
+            for spec in self.specs:
+                self._check_held_out(spec)
+        else:
+            self._undivided.update(spec for spec in self.specs if self._is_all_held_out(spec))
 
     @property
     def specs(self) -> tuple[str, ...]:
@@ -117,7 +122,8 @@ class CorpusText:
         """Documents of one source that are long enough, in the order they are read in."""
         key = [self._seed, *salt.encode(), *([turn] if turn else [])]
         self._tallies[spec] = tally = Tally()
-        return long_enough(self._data, spec, split, key, sides=self._sides, tally=tally)
+        side = "all" if spec in self._undivided else split
+        return long_enough(self._data, spec, side, key, sides=self._sides, tally=tally)
 
     def _open(self, number: int, split: Side, salt: str, turn: int, skip: int) -> Iterator[TokenizedDocument]:
         spec = self.specs[number]
@@ -133,6 +139,17 @@ class CorpusText:
     @property
     def _special(self) -> dict[str, Any]:
         return {"pad_id": pad_id(self._tokenizer), "special_ids": tuple(self._tokenizer.all_special_ids)}
+
+    def _is_all_held_out(self, spec: str) -> bool:
+        """Whether the few documents of a source all fall on the held-out side."""
+        try:
+            next(self.documents(spec, "train", "train"), None)
+        except CosaeError:
+            tally = self._tallies[spec]
+            if tally.chosen or tally.read == tally.blank:
+                raise
+            return True
+        return False
 
     def _check_held_out(self, spec: str) -> None:
         frac = self._data.held_out_frac
