@@ -238,3 +238,65 @@ def test_an_audit_names_its_phases(whole: Path, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().err.splitlines()
     for name in ("loading model", "auditing standard", "encoding tokens (0 of "):
         assert [line for line in lines if line.startswith(name)], name
+
+
+VERBS: dict[str, list[str]] = {
+    "train": ["train", "--recipe", "{recipe}", "--out", "{out}"],
+    "plan": ["plan", "--recipe", "{recipe}", "--out", "{out}"],
+    "resume": ["resume", "{begun}"],
+    "capture": ["capture", "--recipe", "{recipe}", "--tokens", "3000", "--out", "{out}"],
+    "audit": ["audit", "{sae}", "--tokens", "500", "--out", "{out}"],
+    "eval": ["eval", "splice", "{sae}", "--tokens", "500"],
+    "features": ["features", "{sae}", "--prompts", "50", "--context", "32"],
+    "steer": ["steer", "{sae}", "ab ab", "--feature", "1", "--add", "3", "--new-tokens", "30"],
+    "export neuronpedia": ["export", "neuronpedia", "{sae}", "--out", "{out}", "--prompts", "50", "--context", "32"],
+    "export delphi": ["export", "delphi", "{sae}", "--out", "{out}", "--prompts", "50", "--context", "32"],
+}
+
+
+@pytest.mark.parametrize("place", ["while the model is loaded", "in the fourth pass of the model"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_sigterm_ends_every_verb_that_runs_a_model_and_no_half_output_is_left(
+    small: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    verb: str, place: str,
+) -> None:  # fmt: skip
+    import torch
+    import transformers
+
+    small.write(tmp_path / "recipe.json")
+    shutil.copytree(whole, tmp_path / "begun")
+    for done in ("run.json", "checkpoints/step_000000030", "evaluation.json"):
+        path = tmp_path / "begun" / done
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    known = {"recipe": "recipe.json", "out": "out", "begun": "begun"}
+    places = {name: str(tmp_path / file) for name, file in known.items()} | {"sae": str(whole / "arms" / "standard")}
+    sent: list[float] = []
+
+    def strike() -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    passes, forward = [0], torch.nn.Embedding.forward
+
+    def one_pass(self: Any, ids: Any) -> Any:
+        passes[0] += 1
+        if passes[0] == 4:
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PASS_SECONDS if sent else 0)
+        return forward(self, ids)
+
+    if place == "while the model is loaded":
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: strike())
+    else:
+        monkeypatch.setattr(torch.nn.Embedding, "forward", one_pass)
+    with pytest.raises(SystemExit) as ended:
+        main([part.format(**places) for part in VERBS[verb]])
+    said = capsys.readouterr().err
+    assert sent, said
+    assert (time.monotonic() - sent[0] < 2, ended.value.code) == (True, 130), said
+    assert "Traceback" not in said
+    assert "interrupted. " in said or "saved. Go on with: " in said
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.name for path in left} <= {"recipe.json", "run.json", ".lock", "capture.json"}, left

@@ -114,6 +114,9 @@ def _how_to_go_on(command: Any) -> str:
         return stores.go_on_capturing(command.out)
     if isinstance(command, looking.Audit | looking.Eval):
         return "Nothing was written: give the same command again."
+    runs_on = isinstance(command, training.Train | training.Demo | training.Resume)
+    if not runs_on or isinstance(command, training.Plan) or getattr(command, "dry_run", False):
+        return "Give the same command again."
     from cosae.run.folder import RECIPE
 
     place = command.run if isinstance(command, training.Resume) else getattr(command, "out", None)

@@ -6,6 +6,8 @@ tokens, to be ranked like the codes of a chosen latent. Everything is fitted on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cosae.evaluate.probing.logistic import scores
@@ -49,6 +51,8 @@ def best_dimension(train: Activations, label_NC: Labels, held_out: Activations) 
     return scores
 
 
-def logistic(train: Activations, label_NC: Labels, held_out: Activations) -> Array:
-    """Logits of a logistic regression on x, standardised by the mean and deviation of train."""
-    return scores(train.x_ND.float().cpu().numpy(), label_NC, held_out.x_ND.float().cpu().numpy())
+def logistic(
+    train: Activations, label_NC: Labels, held_out: Activations, check: Callable[[], None] = lambda: None
+) -> Array:
+    """Logits of a logistic regression on x, standardised by the mean and deviation of train; check: see `fit`."""
+    return scores(train.x_ND.float().cpu().numpy(), label_NC, held_out.x_ND.float().cpu().numpy(), check=check)

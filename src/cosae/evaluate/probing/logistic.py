@@ -10,6 +10,7 @@ takes longer steps. The minimum is the same. Of other matrices nothing of size f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,16 @@ BLOCK_LOGITS = 1 << 20
 """Logits held at once."""
 
 
-def fit(x: Any, label_NC: NDArray[np.bool_], l2: float = 1.0, max_iterations: int = 200) -> tuple[Array, Array]:
+def fit(
+    x: Any,
+    label_NC: NDArray[np.bool_],
+    l2: float = 1.0,
+    max_iterations: int = 200,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Array, Array]:
     """Weights (F, C) and biases (C,). x (N, F) fp32 or float64, dense or sparse; label_NC (N, C), each with both kinds.
 
+    check is called in every iteration, and may raise to end the fit.
     A dense x must have mean 0 over the rows to gain from the change of coordinates.
     """
     n, f = x.shape
@@ -46,6 +54,7 @@ def fit(x: Any, label_NC: NDArray[np.bool_], l2: float = 1.0, max_iterations: in
         return weight_FC, start_C + bias_unit * v_VC[-1]
 
     def loss(flat: Array) -> tuple[float, Array]:
+        check()
         weight_FC, bias_C = unfold(flat)
         value, slope_FC, slope_C = l2 / 2 * float(np.vdot(weight_FC, weight_FC)), l2 * weight_FC, np.zeros_like(bias_C)
         for x_BF, label_BC in blocks:

@@ -111,7 +111,7 @@ def probe(
         min_positives,
     )
     readings = {arm: partial(_readings, *sides, arm, rules, tops) for arm in names}
-    floors: dict[str, Table] = _side_by_side({**_baselines(*sides), **readings}, progress)
+    floors: dict[str, Table] = _side_by_side({**_baselines(*sides, progress.check), **readings}, progress)
     arms: dict[str, dict[str, Table]] = {name: floors.pop(name) for name in names}
     rows = arms | {name: {"baseline": row} for name, row in floors.items()}
     return {
@@ -186,7 +186,7 @@ def _compare(
     return rows
 
 
-def _baselines(train: Split, held_out: Split) -> dict[str, Callable[[], Table]]:
+def _baselines(train: Split, held_out: Split, check: Callable[[], None]) -> dict[str, Callable[[], Table]]:
     """What makes the row of each baseline."""
 
     def scored(scores: Callable[..., Any]) -> Table:
@@ -197,7 +197,7 @@ def _baselines(train: Split, held_out: Split) -> dict[str, Callable[[], Table]]:
         return {metric: row[metric] for metric in METRICS}
 
     return {
-        "logistic": partial(scored, baselines.logistic),
+        "logistic": partial(scored, partial(baselines.logistic, check=check)),
         "best_dimension": partial(scored, baselines.best_dimension),
         "token_identity": partial(scored, baselines.token_identity),
         "norm": partial(scored, baselines.norm_alone),
