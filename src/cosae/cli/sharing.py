@@ -10,6 +10,7 @@ import tyro
 
 from cosae.cli.options import logger, settings
 from cosae.errors import CosaeError
+from cosae.io.escape import printable
 from cosae.interop.neuronpedia.settings import Options
 from cosae.interop.saebench.settings import Settings
 from cosae.run.requests import Reading
@@ -30,6 +31,10 @@ class ExportNeuronpedia:
     """Folder for the dashboards; an earlier export there is replaced."""
     upload: bool = False
     """Send the dashboards to Neuronpedia."""
+    public_name: tuple[str, ...] = ()
+    """Names of local models and texts that may be published; all others become neutral words."""
+    dry_run: bool = False
+    """Print every text that the dashboards would hold, and stop; nothing is kept or sent."""
     quiet: bool = False
     """Do not print progress."""
     reading: Reading = field(default_factory=Reading)
@@ -103,6 +108,10 @@ class Push:
     """Existing branch. Default: main."""
     message: str | None = None
     """Message of the commit."""
+    public_name: tuple[str, ...] = ()
+    """Names of local models, texts and files that may be published; all others become neutral words."""
+    dry_run: bool = False
+    """Print every text that would be sent, and stop."""
     quiet: bool = False
     """Do not print progress."""
 
@@ -133,7 +142,11 @@ def export(command: Export) -> int:
         left_out = f" ({written.dropped:,} below delphi's least left out)" if written.dropped else ""
         print(f"{counted(written.entries, 'activation')}{left_out} of module {written.module} in {written.out}")
         return 0
-    plan, lines = exports.export_neuronpedia(to.sae, to.out, to.reading, to.dashboard, to.upload, log)
+    if to.dry_run:
+        for line in exports.preview_neuronpedia(to.sae, to.reading, to.dashboard, to.public_name, log):
+            print(printable(line))
+        return 0
+    plan, lines = exports.export_neuronpedia(to.sae, to.out, to.reading, to.dashboard, to.upload, to.public_name, log)
     print(f"{to.out}: {plan}.", *lines, *([] if to.upload else ["Nothing was sent; --upload sends it."]), sep="\n")
     return 0
 
@@ -165,6 +178,10 @@ def push(command: Push) -> int:
     from cosae.interop.hub import transfer as hub
 
     options = {name: getattr(command, name) for name in ("license", "private", "revision", "message")}
+    options["public_names"] = command.public_name
+    if command.dry_run:
+        print(printable(hub.preview(command.source, command.to, **options), keep="\n"))
+        return 0
     print(hub.push(command.source, command.to, **options, log=logger(command.quiet)))
     return 0
 

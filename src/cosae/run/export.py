@@ -8,8 +8,9 @@ What the SAE's file does not say must be said: model, site, corpus. Rows that oc
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -23,6 +24,7 @@ from cosae.interop.delphi import Written, write_cache
 from cosae.interop.neuronpedia import upload as uploads
 from cosae.interop.neuronpedia.dashboards import MARK, write_dashboards
 from cosae.interop.neuronpedia.settings import Dashboard, Options
+from cosae.interop.public import NEUTRAL, Public, strings_of_json
 from cosae.io.staged import check_place
 from cosae.models.embedded import model_path
 from cosae.models.intervene.hooks import find_site
@@ -141,35 +143,59 @@ def export_neuronpedia(
     reading: Reading,
     shown: Options,
     upload: bool = False,
+    public_names: Sequence[str] = (),
     log: Callable[[str], None] = lambda _: None,
 ) -> tuple[uploads.Plan, list[str]]:
     """Write the dashboards to `out` and, with `upload`, send them. Returns the plan and what was done, line by line.
 
-    An export of the same SAE, text and settings that lies in `out` already is not made again. Raises CosaeError as
+    An export of the same SAE, text and settings that lies in `out` already is not made again. Models and texts of this
+    machine get neutral names, but for `public_names`. Raises CosaeError as
     `write_dashboards` and the upload do; what an upload needs is looked for before anything is computed.
     """
     if upload:
         uploads.check_ready()
     check_place(out, MARK)
     opened = open_reading(path, reading, log)
-    kind = opened.site.name.split(".")[0]
+    public, kind = Public(tuple(public_names)), opened.site.name.split(".")[0]
+    model = public.place("model", opened.data.model)
+    corpus = opened.data.corpus if isinstance(opened.data.corpus, tuple) else (opened.data.corpus,)
+    dataset = ", ".join(public.place("corpus", entry) for entry in corpus)
+    metadata = {**opened.metadata, "sae": NEUTRAL["start"], "model": model, "corpus": dataset}
     named = {
-        "model_id": shown.model_id or Path(opened.data.model).name,
+        "model_id": shown.model_id or model.rpartition("/")[2].replace(" ", "-"),
         "set_name": shown.set_name or f"cosae-{SET_WORDS.get(kind, 'site')}-{opened.sae.d_sae}",
     }
-    about: dict[str, Any] = {"layer": opened.site.block, "dataset": _corpus_name(opened.data), "seed": reading.seed}
+    about: dict[str, Any] = {"layer": opened.site.block, "dataset": dataset, "seed": reading.seed}
     settings = Dashboard(**{**asdict(shown), **named}, **about)
     lines = []
-    if uploads.same_export(out, settings, opened.metadata):
+    if uploads.same_export(out, settings, metadata):
         lines.append(f"{out} holds this export already: not made again.")
     else:
         parts = opened.model, opened.tokenizer, opened.site, opened.sae, opened.sequences
         at_once = batch_size(opened.data, opened.model, opened.site, "float32")
-        write_dashboards(*parts, out, settings, metadata=opened.metadata, batch_sequences=at_once, log=log)
+        write_dashboards(*parts, out, settings, metadata=metadata, batch_sequences=at_once, log=log)
     plan = uploads.plan(out)
     if upload:
         lines.append(uploads.upload(out, plan, log))
     return plan, lines
+
+
+def preview_neuronpedia(
+    path: Path,
+    reading: Reading,
+    shown: Options,
+    public_names: Sequence[str] = (),
+    log: Callable[[str], None] = lambda _: None,
+) -> Iterator[str]:
+    """Every text that `export_neuronpedia` would write, file by file, each once; nothing is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "dashboards"
+        plan, _ = export_neuronpedia(path, out, reading, shown, False, public_names, log)
+        yield f"{plan}"
+        for file in sorted(out.rglob("*.json")):
+            yield file.name
+            yield from (f"    {text}" for text in strings_of_json(file))
+    yield "Nothing was kept or sent."
 
 
 def export_delphi(

@@ -10,12 +10,14 @@ from typing import Any
 
 from cosae import kernels
 from cosae.activations.stream import ActivationStream
+from cosae.interop.public import LOCAL
 from cosae.io.values import to_plain
 from cosae.recipe import Recipe
 from cosae.run import provenance
 from cosae.run.dataset.base import Dataset
 from cosae.run.folder import FORMAT, METRICS, VERSION
 from cosae.sae.model import Calibration
+from cosae.text.mixture import parse_corpus
 from cosae.train.loop import MOVING, exponent_moving
 from cosae.train.step import ArmState
 
@@ -91,6 +93,7 @@ def sae_provenance(
         "hook_name": None if site is None else site.hook_name,
         "hf_hook_name": None if site is None else site.module_path,
         "source": data.describe(),
+        LOCAL: _names_of_here(recipe),
         "tokens": recipe.training.steps * recipe.training.batch_tokens,
         "seed": own.seed,
         "filter": to_plain(stream.filter),
@@ -106,6 +109,14 @@ def sae_provenance(
         "commit": provenance.commit(),
         "packages": provenance.packages(),
     }
+
+
+def _names_of_here(recipe: Recipe) -> list[str]:
+    """The model, texts and files of a recipe that lie on this machine: a name alone may look like one of the hub."""
+    data = recipe.data
+    texts = (source.spec.removeprefix("hf:") for source in parse_corpus(data.corpus))
+    places = [data.model, *(part for text in texts for part in (text, text.partition(":")[0]))]
+    return sorted({place for place in places if place not in ("embedded", "pylib") and Path(place).exists()})
 
 
 def exponent_changes(recipe: Recipe, logged: Sequence[Mapping[str, Any]], out: Path | None) -> dict[str, float | None]:

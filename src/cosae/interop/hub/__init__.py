@@ -1,5 +1,5 @@
 """SAEs pushed to the Hugging Face hub and pulled from it."""
 
-from cosae.interop.hub.transfer import pull, push
+from cosae.interop.hub.transfer import preview, pull, push
 
-__all__ = ["pull", "push"]
+__all__ = ["preview", "pull", "push"]

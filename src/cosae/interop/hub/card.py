@@ -5,14 +5,15 @@ Nothing is claimed that the files do not say; what they do not say is called unk
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from cosae.interop.public import Public
 from cosae.io.escape import code_span, markdown
 from cosae.sae.model import SAE
 
@@ -21,15 +22,24 @@ BARS = "▁▂▃▄▅▆▇█"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 
 
-def card(repo: str, saes: Mapping[str, SAE], metrics: Mapping[str, Any], license: str, title: str = "") -> str:
+def card(
+    repo: str,
+    saes: Mapping[str, SAE],
+    metrics: Mapping[str, Any],
+    license: str,
+    title: str = "",
+    public: Public = Public(),  # noqa: B008  it is frozen
+) -> str:
     """The README.md of a repository, or of a folder in it.
 
     saes     SAE by its folder in the repository, "" for the root
     metrics  by the same folders: what `arm_metrics` returns; folders may be missing
     license  identifier as the hub knows them, such as mit
+    public   what of the metadata is published
     """
     front = ["---", "library_name: cosae", f"license: {license}", "tags:", *(f"- {tag}" for tag in TAGS), "---"]
     parts = ["\n".join(front), f"# {markdown(title or repo.split('/')[-1])}"]
+    saes = {path: _published(sae, public) for path, sae in saes.items()}
     some, several = next(iter(saes.values())), len(saes) > 1
     where = f"{_model(some.metadata)} at {_site(some)}"
     if several:
@@ -39,6 +49,12 @@ def card(repo: str, saes: Mapping[str, SAE], metrics: Mapping[str, Any], license
         parts.append(f"A sparse autoencoder (SAE) for activations of {where}.")
     parts += [_one(path, sae, metrics.get(path), alone=not several) for path, sae in saes.items()]
     return "\n\n".join([*parts, _loading(repo, next(iter(saes))), _warning(some)]) + "\n"
+
+
+def _published(sae: SAE, public: Public) -> SAE:
+    shown = copy.copy(sae)
+    shown.metadata = public.metadata(sae.metadata)
+    return shown
 
 
 def arm_metrics(evaluation: Mapping[str, Any], arm: str) -> dict[str, Any]:
@@ -175,7 +191,7 @@ def _training(metadata: Mapping[str, Any]) -> str:
     perturbed = "none" if kind in (None, "none") else f"{markdown(kind)}, put on the activations on purpose"
     rows = [
         ("model", _model(metadata)),
-        ("text", markdown(_name_of(str(data.get("corpus") or metadata.get("dataset") or "unknown")))),
+        ("text", markdown(_joined(data.get("corpus") or metadata.get("dataset") or "unknown"))),
         ("context", _number(data.get("context") or metadata.get("context"))),
         ("tokens", _number(metadata.get("tokens"))),
         ("steps × tokens per step", f"{_number(training.get('steps'))} × {_number(training.get('batch_tokens'))}"),
@@ -187,10 +203,6 @@ def _training(metadata: Mapping[str, Any]) -> str:
     text = _table(rows)
     if recipe:
         hidden = json.loads(json.dumps({k: v for k, v in recipe.items() if k != "arms"}, default=str))
-        for name in ("model", "corpus", "activations"):
-            where = _reach(hidden, "data", name)
-            if isinstance(where, str):
-                hidden["data"][name] = _name_of(where)
         body = json.dumps(hidden, indent=1).replace("```", "'''")
         text += f"\n\n<details><summary>The recipe, whole</summary>\n\n```json\n{body}\n```\n\n</details>"
     return text
@@ -233,13 +245,11 @@ def _model(metadata: Mapping[str, Any]) -> str:
     model = metadata.get("model")
     if not isinstance(model, str) or not model:
         return "a model the file does not name"
-    return "cosae's embedded model" if model == "embedded" else code_span(_name_of(model))
+    return "cosae's embedded model" if model == "embedded" else code_span(model)
 
 
-def _name_of(model: str) -> str:
-    """A hub repository as it is; of a folder on some machine only its own name."""
-    is_path = model.startswith((".", "/", "~", "\\")) or model.count("/") > 1 or ":\\" in model
-    return PurePosixPath(model.replace("\\", "/")).name if is_path else model
+def _joined(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _site(sae: SAE) -> str:

@@ -2,8 +2,8 @@
 
     REPO[:PATH]   OWNER/NAME, and a folder in it: me/saes, me/saes:layer_5/cosine
 
-A push is one commit: all of it arrives or none, and folders of this machine named in an SAE's metadata are cut to their
-last part. A pull downloads into a folder of its own, reads the SAE as `cosae.load` does (digests, shapes, stored
+A push is one commit: all of it arrives or none. Of an SAE's metadata only what cosae.interop.public lets through is
+pushed; `preview` shows every text that would leave. A pull downloads into a folder of its own, reads the SAE as `cosae.load` does (digests, shapes, stored
 probes) and only then puts it in place. Tokens come from the argument, HF_TOKEN or `hf auth login`; the server from the
 argument or HF_ENDPOINT.
 """
@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +27,7 @@ from cosae.interop import cosine_paper, gemma_scope, sparsify
 from cosae.interop.dictionary_learning import read as dictionary_learning
 from cosae.interop.hub import card as cards
 from cosae.interop.hub.errors import plainly
+from cosae.interop.public import Public, arm_name, strings_of_json
 from cosae.interop.read import read_sae
 from cosae.io.staged import filled
 from cosae.io.untrusted import read_json
@@ -77,6 +78,7 @@ def push(
     private: bool = False,
     revision: str | None = None,
     message: str | None = None,
+    public_names: Sequence[str] = (),
     token: str | None = None,
     endpoint: str | None = None,
     log: Callable[[str], None] = lambda _: None,
@@ -88,19 +90,17 @@ def push(
               cosae's.
     license   identifier as the hub knows them, for the card
     revision  an existing branch; None: main
+    public_names  names of models, texts and files of this machine that may be published; others become a neutral word
 
     Raises CosaeError for what cannot be read, without a token, and for whatever the hub refuses.
     """
-    place = Place.parse(to)
-    if not cards.LICENSE.fullmatch(license):
-        raise CosaeError(f"license must be an identifier of the hub's, such as mit. Got {license!r} instead.")
-    saes, metrics = _read_source(source)
+    place, saes, metrics = _prepared(source, to, license)
     hub, api = _api(token, endpoint)
     if (token or hub.get_token()) is None:
         raise CosaeError("pushing needs a token that may write: set HF_TOKEN, run `hf auth login`, or give token=.")
     try:
         with tempfile.TemporaryDirectory() as staged:
-            files = _stage(saes, metrics, place, license, Path(staged))
+            files = _stage(saes, metrics, place, license, Path(staged), Public(tuple(public_names)))
             with plainly(hub, f"{place} was not pushed", writing=True):
                 log(f"repository {place.repo}")
                 api.create_repo(place.repo, private=private, exist_ok=True)
@@ -108,11 +108,48 @@ def push(
                     files.setdefault(CARD, files[place.inside(CARD)])
                 log(counted(len(files), "file"))
                 added = [hub.CommitOperationAdd(name, str(path)) for name, path in files.items()]
-                message = message or f"cosae: {', '.join(n or place.path or 'SAE' for n in saes)}"
-                done = api.create_commit(place.repo, added, commit_message=message, revision=revision)
+                said = message or _message(saes, place)
+                done = api.create_commit(place.repo, added, commit_message=said, revision=revision)
     except OSError as error:
         raise CosaeError(f"{place} was not pushed: a file could not be staged ({error.strerror or error}).") from None
     return str(getattr(done, "commit_url", None) or done)
+
+
+def preview(
+    source: SAE | str | Path,
+    to: str,
+    *,
+    license: str = "mit",
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    public_names: Sequence[str] = (),
+) -> str:
+    """Every text that `push` with these arguments would send; nothing is sent. Raises CosaeError as it does."""
+    place, saes, metrics = _prepared(source, to, license)
+    with tempfile.TemporaryDirectory() as staged:
+        files = _stage(saes, metrics, place, license, Path(staged), Public(tuple(public_names)))
+        kind = "private" if private else "public"
+        lines = [f"to {kind} {place.repo}, {revision or 'main'}: {message or _message(saes, place)}"]
+        for name, path in files.items():
+            lines.append(f"{name} ({path.stat().st_size:,} bytes)")
+            if path.suffix == ".json":
+                lines += [f"    {text}" for text in strings_of_json(path)]
+            elif path.suffix == ".md":
+                lines += [f"    {line}" for line in path.read_text("utf-8").splitlines()]
+    return "\n".join([*lines, "Nothing was sent."])
+
+
+def _prepared(source: SAE | str | Path, to: str, license: str) -> tuple[Place, dict[str, SAE], dict[str, Any]]:
+    place = Place.parse(to)
+    if not cards.LICENSE.fullmatch(license):
+        raise CosaeError(f"license must be an identifier of the hub's, such as mit. Got {license!r} instead.")
+    saes, metrics = _read_source(source)
+    return place, *({arm_name(name): one for name, one in found.items()} for found in (saes, metrics))
+
+
+def _message(saes: Mapping[str, SAE], place: Place) -> str:
+    return f"cosae: {', '.join(name or place.path or 'SAE' for name in saes)}"
 
 
 def pull(
@@ -180,35 +217,24 @@ def _evaluation(run: Path) -> dict[str, Any]:
 
 
 def _stage(
-    saes: Mapping[str, SAE], metrics: Mapping[str, Any], place: Place, license: str, staged: Path
+    saes: Mapping[str, SAE], metrics: Mapping[str, Any], place: Place, license: str, staged: Path, public: Public
 ) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for name, sae in saes.items():
         sent = copy.copy(sae)
-        sent.metadata = _without_folders(sae.metadata)
+        sent.metadata = public.metadata(sae.metadata)
         folder = file.save(sent, staged / "saes" / (name or "sae"))
         for path in sorted(folder.iterdir()):
             files[place.inside(name, path.name)] = path
         if metrics.get(name):
             files[place.inside(name, METRICS)] = path = staged / f"{len(files)}.json"
-            path.write_text(json.dumps(metrics[name], indent=1) + "\n", "utf-8")
+            path.write_text(json.dumps(public.metadata(metrics[name]), indent=1) + "\n", "utf-8")
     by_folder = {place.inside(name): sae for name, sae in saes.items()}
     measured = {place.inside(name): one for name, one in metrics.items()}
-    text = cards.card(place.repo, by_folder, measured, license, title=str(place).replace(":", " "))
+    text = cards.card(place.repo, by_folder, measured, license, title=str(place).replace(":", " "), public=public)
     files[place.inside(CARD)] = staged / CARD
     files[place.inside(CARD)].write_text(text, "utf-8")
     return files
-
-
-def _without_folders(value: Any) -> Any:
-    """Metadata with absolute paths cut to their last part: whose machine it was is nobody's business."""
-    if isinstance(value, Mapping):
-        return {name: _without_folders(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_folders(one) for one in value]
-    if isinstance(value, str) and re.match(r"[/~]|[A-Za-z]:[\\/]", value):
-        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return value
 
 
 def _may_write_root_card(api: Any, hub: Any, place: Place, revision: str | None) -> bool:
