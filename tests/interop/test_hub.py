@@ -18,6 +18,7 @@ from cosae.cli import main
 from cosae.errors import CosaeError
 from cosae.interop.hub.card import arm_metrics, card, histogram_text
 from cosae.interop.hub.transfer import Place, pull, push
+from cosae.interop.public import Public
 from tests.support.hub_stand_in import READER, WRITER, Hub, running
 
 pytest.importorskip("huggingface_hub")
@@ -88,7 +89,7 @@ def test_an_sae_there_and_back(hub: Hub, sae: cosae.SAE, tmp_path: Path) -> None
     assert files(out) == NAMES
     assert same(cosae.load(out), sae)
     metadata = cosae.load(out).metadata
-    assert metadata == {**sae.metadata, "model": "tiny<b>"}  # a folder of somebody's machine stays there
+    assert metadata == {**sae.metadata, "model": "local model"}  # a folder of somebody's machine stays there
     assert "/home/somebody" not in (out / "cfg.json").read_text("utf-8")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     text = (out / "README.md").read_text("utf-8")
@@ -189,7 +190,8 @@ def test_the_card_says_what_the_file_says_and_no_more(sae: cosae.SAE) -> None:
     ):
         assert said in text, said
     assert "/home/somebody" not in text  # folders of a machine are nobody's business
-    assert "`tiny<b>`" in text  # in code: no HTML
+    assert "tiny" not in text
+    assert "`tiny<b>`" in card("me/x", {"": sae}, {}, "mit", public=Public(("tiny<b>",)))  # in code: no HTML
     bare = cosae.SAE.build(d_in=8, d_sae=16, score="inner", selector="batch_topk", k=2)
     text = card("me/bare", {"": bare}, {}, "mit")
     for said in (
@@ -210,7 +212,8 @@ def test_a_card_obeys_nothing_in_the_metadata(sae: cosae.SAE, evil: str) -> None
         everywhere(dict(sae.metadata)) | {"commit": evil, "seed": evil, "tokens": evil, "context": evil},
         perturbation={"kind": evil}, filter={"policy": {"kind": evil}},
     )  # fmt: skip
-    text = card(f"me/{evil}", {f"x{evil}": sae, "y": sae}, {"y": {"sinks_out": {"fve": evil, "tokens": evil}}}, "mit")
+    found, public = {"y": {"sinks_out": {"fve": evil, "tokens": evil}}}, Public((evil,))
+    text = card(f"me/{evil}", {f"x{evil}": sae, "y": sae}, found, "mit", public=public)
     blocks = MarkdownIt("commonmark").enable("table").parse(text)
     leaves = [leaf for block in blocks for leaf in block.children or ()]
     assert {leaf.type for leaf in leaves} <= {"text", "code_inline", "softbreak"}

@@ -81,7 +81,7 @@ def test_delphi_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
         "12_23.safetensors",
     ]
     config = json.loads((out / "model.layers.1" / "config.json").read_text())
-    assert (Path(config["model_name"]) / "tokenizer.json").is_file()
+    assert (config["model_name"], config["dataset_repo"]) == ("embedded", "local corpus")
 
 
 @pytest.mark.parametrize(

@@ -155,12 +155,12 @@ def test_wandb_gets_scalars_and_recipe_or_says_why_not(tmp_path: Path, monkeypat
     module = types.ModuleType("wandb")
     module.init = lambda **named: (seen.append(named), Run())[1]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
-    logger = WandB(tmp_path, "project", {"k": 4}, "1f")
+    logger = WandB(tmp_path, "project", {"k": 4}, "1f", {"standard": "arm_1"})
     logger.log(record(3))
     logger.close()
-    known = {"project": "project", "name": tmp_path.name, "id": "1f", "resume": "allow"}
+    known = {"project": "project", "id": "1f", "resume": "allow", "settings": WandB.QUIET}
     assert seen[0] == {**known, "dir": str(tmp_path), "config": {"k": 4}}
-    assert seen[1] == ({f"standard/{m}": v for _, m, v in scalars(record(3))}, 3)
+    assert seen[1] == ({f"arm_1/{m}": v for _, m, v in scalars(record(3))}, 3)
     assert seen[2] == "finished"
 
     def refuse(**named: Any) -> Run:

@@ -10,9 +10,9 @@ import tyro
 
 from cosae.cli.options import logger, settings
 from cosae.errors import CosaeError
-from cosae.io.escape import printable
 from cosae.interop.neuronpedia.settings import Options
 from cosae.interop.saebench.settings import Settings
+from cosae.io.escape import printable
 from cosae.run.requests import Reading
 from cosae.shown import counted
 
@@ -54,6 +54,10 @@ class ExportDelphi:
     """Folder for the cache; an earlier one there is replaced."""
     n_splits: int | None = None
     """Number of files over which the features are divided. Default: five, more for many activations."""
+    public_name: tuple[str, ...] = ()
+    """Names of local models and texts that may be published; all others become neutral words."""
+    dry_run: bool = False
+    """Print every text that the cache would hold, and stop; nothing is kept."""
     quiet: bool = False
     """Do not print progress."""
     reading: Reading = field(default_factory=lambda: Reading(context=256))
@@ -137,17 +141,23 @@ def export(command: Export) -> int:
     from cosae.run import export as exports
 
     to, log = command.to, logger(command.to.quiet)
+    reading, names = to.reading, to.public_name
     if isinstance(to, ExportDelphi):
-        written = exports.export_delphi(to.sae, to.out, to.reading, to.n_splits, log)
-        left_out = f" ({written.dropped:,} below delphi's least left out)" if written.dropped else ""
-        print(f"{counted(written.entries, 'activation')}{left_out} of module {written.module} in {written.out}")
-        return 0
-    if to.dry_run:
-        for line in exports.preview_neuronpedia(to.sae, to.reading, to.dashboard, to.public_name, log):
-            print(printable(line))
-        return 0
-    plan, lines = exports.export_neuronpedia(to.sae, to.out, to.reading, to.dashboard, to.upload, to.public_name, log)
-    print(f"{to.out}: {plan}.", *lines, *([] if to.upload else ["Nothing was sent; --upload sends it."]), sep="\n")
+
+        def write(out: Path) -> str:
+            written = exports.export_delphi(to.sae, out, reading, to.n_splits, names, log)
+            left_out = f" ({written.dropped:,} below delphi's least left out)" if written.dropped else ""
+            return f"{counted(written.entries, 'activation')}{left_out} of module {written.module} in {out}"
+    else:
+
+        def write(out: Path) -> str:
+            upload = to.upload and not to.dry_run
+            plan, lines = exports.export_neuronpedia(to.sae, out, reading, to.dashboard, upload, names, log)
+            lines += [] if to.upload else ["Nothing was sent; --upload sends it."]
+            return "\n".join([f"{out}: {plan}.", *lines])
+
+    for line in exports.preview(write) if to.dry_run else write(to.out).splitlines():
+        print(printable(line))
     return 0
 
 

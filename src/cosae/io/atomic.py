@@ -24,17 +24,32 @@ def written(place: Path, what_to_do: str) -> Iterator[None]:
 def replaced(path: Path) -> Iterator[Path]:
     """A hidden path beside `path` to write to; it replaces `path` in one step when the block ends well.
 
-    Otherwise it is removed, and what was there before is untouched. Raises OSError.
+    Otherwise it is removed, and what was there before is untouched. Whoever writes it, others may read it as the
+    process' umask says. Raises OSError.
     """
     staged = path.with_name(f".{path.name}.partial")
     try:
+        mode = new_file_mode(staged)
         yield staged
+        staged.chmod(mode)
         sync_file(staged)
         staged.replace(path)
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def new_file_mode(path: Path) -> int:
+    """What a new file at `path`, which is made and removed, may be used for by whom: safetensors lets nobody else read.
+
+    Raises OSError.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return mode
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cosae.errors import CosaeError
-from cosae.io.atomic import sync_file, sync_folder, written
+from cosae.io.atomic import new_file_mode, sync_file, sync_folder, written
 
 
 def check_place(out: Path, mark: str) -> None:
@@ -42,10 +42,13 @@ def staged(out: Path) -> Iterator[Path]:
     """
     with written(out, "choose another place"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+        folder.mkdir()
+        mode, folder_mode = new_file_mode(folder / ".mode"), folder.stat().st_mode
     try:
         yield folder
         for path in (*folder.rglob("*"), folder):
+            path.chmod(folder_mode if path.is_dir() else mode)
             sync_folder(path) if path.is_dir() else sync_file(path)
         swap_in(folder, out)
         sync_folder(out.parent)
@@ -58,7 +61,6 @@ def staged(out: Path) -> Iterator[Path]:
 
 def swap_in(staged: Path, path: Path) -> None:
     """Put the staged directory in place; the old one steps aside first and is removed last."""
-    staged.chmod(0o755)
     aside = staged.with_name(staged.name + ".old")
     if path.exists():
         path.rename(aside)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cosae.activations.stream import ActivationStream
 from cosae.errors import CosaeError, sentences
+from cosae.interop.public import Public
 from cosae.io.generators import generator_state, restore_generators
 from cosae.io.lines import Index, Lines
 from cosae.io.lock import hold
@@ -38,7 +39,7 @@ from cosae.run.folder import RECIPE, RUN, check_free, write_json, write_recipe
 from cosae.run.measure import evaluate
 from cosae.run.plan.check import check_run
 from cosae.run.plan.resources import check_device
-from cosae.run.record import exponent_changes, run_record, sae_provenance
+from cosae.run.record import exponent_changes, names_of_here, run_record, sae_provenance
 from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate, measure_fve
 from cosae.sae.file import save
@@ -385,7 +386,9 @@ class _Run:
             loggers.append(TensorBoard(self.out, self.start))
             opened.callback(loggers[-1].close)
         if self.logs.wandb is not None:
-            loggers.append(WandB(self.out, self.logs.wandb, to_plain(self.recipe), self.wandb_run))
+            sent = Public().recipe(to_plain(self.recipe), names_of_here(self.recipe))
+            arms = Public().arms(arm.name for arm in self.recipe.arms)
+            loggers.append(WandB(self.out, self.logs.wandb, sent, self.wandb_run, arms))
             opened.callback(loggers[-1].close)
         return loggers
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cosae.errors import CosaeError, CosaeWarning, check_least
 from cosae.interop.delphi import Written, write_cache
@@ -26,8 +27,8 @@ from cosae.interop.neuronpedia.dashboards import MARK, write_dashboards
 from cosae.interop.neuronpedia.settings import Dashboard, Options
 from cosae.interop.public import NEUTRAL, Public, strings_of_json
 from cosae.io.staged import check_place
-from cosae.models.embedded import model_path
 from cosae.models.intervene.hooks import find_site
+from cosae.models.sources import digest_sequences
 from cosae.recipe import DataConfig
 from cosae.run import provenance
 from cosae.run.dataset.corpus import adds_bos, check_corpus, long_enough, pad_id
@@ -77,6 +78,8 @@ def open_reading(path: Path, reading: Reading, log: Callable[[str], None]) -> Op
     known = {
         "sae": str(path),
         "sae_sha256": digest_sae(sae),
+        "model_sha256": digest_model(model),
+        "sequences_sha256": digest_sequences(sequences),
         "model": data.model,
         "site": site.name,
         "corpus": _corpus_name(data),
@@ -137,6 +140,15 @@ def digest_sae(sae: SAE) -> str:
     return digest.hexdigest()
 
 
+def digest_model(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters: names, shapes, and some values of each."""
+    digest = hashlib.sha256()
+    for name, value in model.named_parameters():
+        some = value.detach().flatten()[:64].float().cpu().numpy()
+        digest.update(f"{name} {tuple(value.shape)}".encode() + some.tobytes())
+    return digest.hexdigest()
+
+
 def export_neuronpedia(
     path: Path,
     out: Path,
@@ -156,16 +168,12 @@ def export_neuronpedia(
         uploads.check_ready()
     check_place(out, MARK)
     opened = open_reading(path, reading, log)
-    public, kind = Public(tuple(public_names)), opened.site.name.split(".")[0]
-    model = public.place("model", opened.data.model)
-    corpus = opened.data.corpus if isinstance(opened.data.corpus, tuple) else (opened.data.corpus,)
-    dataset = ", ".join(public.place("corpus", entry) for entry in corpus)
-    metadata = {**opened.metadata, "sae": NEUTRAL["start"], "model": model, "corpus": dataset}
+    metadata, kind = published(opened, public_names), opened.site.name.split(".")[0]
     named = {
-        "model_id": shown.model_id or model.rpartition("/")[2].replace(" ", "-"),
+        "model_id": shown.model_id or metadata["model"].rpartition("/")[2].replace(" ", "-"),
         "set_name": shown.set_name or f"cosae-{SET_WORDS.get(kind, 'site')}-{opened.sae.d_sae}",
     }
-    about: dict[str, Any] = {"layer": opened.site.block, "dataset": dataset, "seed": reading.seed}
+    about: dict[str, Any] = {"layer": opened.site.block, "dataset": metadata["corpus"], "seed": reading.seed}
     settings = Dashboard(**{**asdict(shown), **named}, **about)
     lines = []
     if uploads.same_export(out, settings, metadata):
@@ -180,40 +188,48 @@ def export_neuronpedia(
     return plan, lines
 
 
-def preview_neuronpedia(
-    path: Path,
-    reading: Reading,
-    shown: Options,
-    public_names: Sequence[str] = (),
-    log: Callable[[str], None] = lambda _: None,
-) -> Iterator[str]:
-    """Every text that `export_neuronpedia` would write, file by file, each once; nothing is kept."""
+def published(opened: Opened, public_names: Sequence[str]) -> dict[str, Any]:
+    """What an export says of its SAE, model and text."""
+    public, data = Public(tuple(public_names)), opened.data
+    corpus = data.corpus if isinstance(data.corpus, tuple) else (data.corpus,)
+    named = {"sae": NEUTRAL["start"], "corpus": ", ".join(public.place("corpus", entry) for entry in corpus)}
+    return {**public.metadata(opened.metadata), **named}
+
+
+def preview(write: Callable[[Path], Any]) -> Iterator[str]:
+    """Every text that an export would write, file by file, each once; nothing is kept."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "dashboards"
-        plan, _ = export_neuronpedia(path, out, reading, shown, False, public_names, log)
-        yield f"{plan}"
-        for file in sorted(out.rglob("*.json")):
-            yield file.name
-            yield from (f"    {text}" for text in strings_of_json(file))
+        out = Path(folder) / "export"
+        yield from str(write(out)).replace(str(out), "OUT").splitlines()
+        for file in sorted(path for path in out.rglob("*") if path.is_file()):
+            yield file.relative_to(out).as_posix()
+            if file.suffix == ".json":
+                yield from (f"    {text}" for text in strings_of_json(file))
     yield "Nothing was kept or sent."
 
 
 def export_delphi(
-    path: Path, out: Path, reading: Reading, n_splits: int | None = None, log: Callable[[str], None] = lambda _: None
+    path: Path,
+    out: Path,
+    reading: Reading,
+    n_splits: int | None = None,
+    public_names: Sequence[str] = (),
+    log: Callable[[str], None] = lambda _: None,
 ) -> Written:
-    """Write delphi's cache to `out`. Raises CosaeError as `write_cache` does."""
+    """Write delphi's cache to `out`; names are published as of the dashboards. Raises CosaeError as `write_cache`."""
     check_place(out, "*/cosae_export.json")
     opened = open_reading(path, reading, log)
+    metadata = published(opened, public_names)
     return write_cache(
         opened.model,
         opened.site,
         opened.sae,
         opened.sequences,
         out,
-        model_name=str(model_path()) if opened.data.model == "embedded" else opened.data.model,
-        dataset=_corpus_name(opened.data),
+        model_name=metadata["model"],
+        dataset=metadata["corpus"],
         n_splits=n_splits,
-        metadata=opened.metadata,
+        metadata=metadata,
         batch_sequences=batch_size(opened.data, opened.model, opened.site, "float32"),
         log=log,
     )

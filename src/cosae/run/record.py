@@ -93,7 +93,7 @@ def sae_provenance(
         "hook_name": None if site is None else site.hook_name,
         "hf_hook_name": None if site is None else site.module_path,
         "source": data.describe(),
-        LOCAL: _names_of_here(recipe),
+        LOCAL: names_of_here(recipe),
         "tokens": recipe.training.steps * recipe.training.batch_tokens,
         "seed": own.seed,
         "filter": to_plain(stream.filter),
@@ -111,7 +111,7 @@ def sae_provenance(
     }
 
 
-def _names_of_here(recipe: Recipe) -> list[str]:
+def names_of_here(recipe: Recipe) -> list[str]:
     """The model, texts and files of a recipe that lie on this machine: a name alone may look like one of the hub."""
     data = recipe.data
     texts = (source.spec.removeprefix("hf:") for source in parse_corpus(data.corpus))

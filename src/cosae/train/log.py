@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from tqdm.auto import tqdm
 
@@ -68,22 +68,29 @@ class TensorBoard:
 class WandB:
     """Scalars under ARM/METRIC in a W&B run. Needs the extra `cosae[wandb]`; WANDB_MODE=offline works.
 
-    name: the run's id within the project; a run of this id that is there already is gone on with."""
+    recipe: of it and of this machine (host, command line, git, what is printed) nothing more is sent
+    name: the run's id within the project; a run of this id that is there already is gone on with.
+    arms: the names under which W&B knows them, where those differ"""
 
-    def __init__(self, run: Path, project: str, recipe: dict[str, Any], name: str) -> None:
+    QUIET: ClassVar = {"host": "", "console": "off", "save_code": False, "disable_git": True, "x_disable_meta": True}
+
+    def __init__(
+        self, run: Path, project: str, recipe: dict[str, Any], name: str, arms: Mapping[str, str] | None = None
+    ) -> None:
         try:
             import wandb
         except ImportError:
             raise CosaeError(f"W&B is not installed: {_hint('wandb')}.") from None
+        self._arms = arms or {}
         try:
-            known = {"project": project, "name": run.name, "id": name, "resume": "allow"}
+            known = {"project": project, "id": name, "resume": "allow", "settings": dict(self.QUIET)}
             self._run = wandb.init(**known, dir=str(run), config=recipe)
         except Exception as error:
             hint = "log in, set WANDB_MODE=offline, or leave it out (`cosae resume --metrics-only`)"
             raise CosaeError(f"W&B could not start ({error}): {hint}.") from None
 
     def log(self, record: dict[str, Any]) -> None:
-        self._run.log({f"{n}/{m}": v for n, m, v in scalars(record)}, step=record["step"])
+        self._run.log({f"{self._arms.get(n, n)}/{m}": v for n, m, v in scalars(record)}, step=record["step"])
 
     def close(self) -> None:
         self._run.finish()

@@ -75,10 +75,7 @@ def write_shard(folder: Path, tag: ShardTag, rows: ShardRows, dtype: str) -> Sha
     # one key: safetensors writes several in an order of its own, and equal shards must be equal files
     metadata = {HEADER_KEY: json.dumps(asdict(tag))}
     with replaced(folder / tag.file) as staged:
-        staged.touch()
-        mode = staged.stat().st_mode
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, staged, metadata)
-        staged.chmod(mode)  # safetensors' own is for one's own eyes only
         size, sha256 = staged.stat().st_size, file_digest(staged)
     label_bytes = 0 if rows.labels_NL is None else rows.labels_NL.shape[1]
     shape = ShardShape(len(rows), x_ND.shape[1], dtype, label_bytes, offset_D is not None)

@@ -23,6 +23,7 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.interop.dictionary_learning.read import CONFIG, TRAINERS, WEIGHTS
 from cosae.interop.linear import NO_THRESHOLD
+from cosae.interop.public import Public
 from cosae.io.staged import staged
 from cosae.kernels.terms import ROW_MIN
 from cosae.sae.model import SAE
@@ -37,15 +38,17 @@ def write(
 ) -> Path:
     """Write `ae.pt` and `config.json`; returns the folder.
 
-    layer, model, context: what their configuration asks for; by default from the SAE's metadata. Raises CosaeError for
-    an SAE their classes cannot express (a score that is not affine in x, frames, norm restoring, abs_topk, prefixes
-    under another selector), an uncalibrated batch_topk, or a place that holds something else or cannot be written.
+    layer, model, context: what their configuration asks for; by default what may be published of the SAE's metadata
+    (cosae.interop.public). Raises CosaeError for an SAE their classes cannot express (a score that is not affine in x,
+    frames, norm restoring, abs_topk, prefixes under another selector), an uncalibrated batch_topk, or a place that
+    holds something else or cannot be written.
     """
     folder = Path(folder)
     with torch.no_grad():
         kind, expressed = _expressed(sae)
         fp32 = {name: value.float() if value.is_floating_point() else value for name, value in expressed.items()}
         state = {name: value.cpu().contiguous().clone() for name, value in fp32.items()}
+    known = Public().metadata(sae.metadata)
     config = {
         "trainer": {
             "trainer_class": TRAINERS[kind],
@@ -53,12 +56,12 @@ def write(
             "activation_dim": sae.d_in,
             "dict_size": sae.d_sae,
             "k": sae.k,
-            "layer": layer if layer is not None else sae.metadata.get("layer"),
-            "lm_name": model if model is not None else sae.metadata.get("model"),
-            "submodule_name": sae.metadata.get("hf_hook_name"),
-            "seed": sae.metadata.get("seed"),
+            "layer": layer if layer is not None else known.get("layer"),
+            "lm_name": model if model is not None else known.get("model"),
+            "submodule_name": known.get("hf_hook_name"),
+            "seed": known.get("seed"),
         },
-        "buffer": {"ctx_len": sae.metadata.get("context", context)},
+        "buffer": {"ctx_len": known.get("context", context)},
     }
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CosaeError(f"{folder} is not an empty folder: choose another place to write to.")

@@ -40,6 +40,7 @@ def card(
     front = ["---", "library_name: cosae", f"license: {license}", "tags:", *(f"- {tag}" for tag in TAGS), "---"]
     parts = ["\n".join(front), f"# {markdown(title or repo.split('/')[-1])}"]
     saes = {path: _published(sae, public) for path, sae in saes.items()}
+    metrics = {path: public.metadata(one) for path, one in metrics.items()}
     some, several = next(iter(saes.values())), len(saes) > 1
     where = f"{_model(some.metadata)} at {_site(some)}"
     if several:

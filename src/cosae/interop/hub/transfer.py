@@ -3,9 +3,9 @@
     REPO[:PATH]   OWNER/NAME, and a folder in it: me/saes, me/saes:layer_5/cosine
 
 A push is one commit: all of it arrives or none. Of an SAE's metadata only what cosae.interop.public lets through is
-pushed; `preview` shows every text that would leave. A pull downloads into a folder of its own, reads the SAE as `cosae.load` does (digests, shapes, stored
-probes) and only then puts it in place. Tokens come from the argument, HF_TOKEN or `hf auth login`; the server from the
-argument or HF_ENDPOINT.
+pushed; `preview` shows every text that would leave. A pull downloads into a folder of its own, reads the SAE as
+`cosae.load` does (digests, shapes, stored probes) and only then puts it in place. Tokens come from the argument,
+HF_TOKEN or `hf auth login`; the server from the argument or HF_ENDPOINT.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cosae.interop import cosine_paper, gemma_scope, sparsify
 from cosae.interop.dictionary_learning import read as dictionary_learning
 from cosae.interop.hub import card as cards
 from cosae.interop.hub.errors import plainly
-from cosae.interop.public import Public, arm_name, strings_of_json
+from cosae.interop.public import Public, strings_of_json
 from cosae.interop.read import read_sae
 from cosae.io.staged import filled
 from cosae.io.untrusted import read_json
@@ -94,13 +94,13 @@ def push(
 
     Raises CosaeError for what cannot be read, without a token, and for whatever the hub refuses.
     """
-    place, saes, metrics = _prepared(source, to, license)
+    place, saes, metrics = _prepared(source, to, license, public := Public(tuple(public_names)))
     hub, api = _api(token, endpoint)
     if (token or hub.get_token()) is None:
         raise CosaeError("pushing needs a token that may write: set HF_TOKEN, run `hf auth login`, or give token=.")
     try:
         with tempfile.TemporaryDirectory() as staged:
-            files = _stage(saes, metrics, place, license, Path(staged), Public(tuple(public_names)))
+            files = _stage(saes, metrics, place, license, Path(staged), public)
             with plainly(hub, f"{place} was not pushed", writing=True):
                 log(f"repository {place.repo}")
                 api.create_repo(place.repo, private=private, exist_ok=True)
@@ -126,9 +126,9 @@ def preview(
     public_names: Sequence[str] = (),
 ) -> str:
     """Every text that `push` with these arguments would send; nothing is sent. Raises CosaeError as it does."""
-    place, saes, metrics = _prepared(source, to, license)
+    place, saes, metrics = _prepared(source, to, license, public := Public(tuple(public_names)))
     with tempfile.TemporaryDirectory() as staged:
-        files = _stage(saes, metrics, place, license, Path(staged), Public(tuple(public_names)))
+        files = _stage(saes, metrics, place, license, Path(staged), public)
         kind = "private" if private else "public"
         lines = [f"to {kind} {place.repo}, {revision or 'main'}: {message or _message(saes, place)}"]
         for name, path in files.items():
@@ -140,12 +140,16 @@ def preview(
     return "\n".join([*lines, "Nothing was sent."])
 
 
-def _prepared(source: SAE | str | Path, to: str, license: str) -> tuple[Place, dict[str, SAE], dict[str, Any]]:
+def _prepared(
+    source: SAE | str | Path, to: str, license: str, public: Public
+) -> tuple[Place, dict[str, SAE], dict[str, Any]]:
+    """Where to, the SAEs and their numbers, by names that may be published."""
     place = Place.parse(to)
     if not cards.LICENSE.fullmatch(license):
         raise CosaeError(f"license must be an identifier of the hub's, such as mit. Got {license!r} instead.")
     saes, metrics = _read_source(source)
-    return place, *({arm_name(name): one for name, one in found.items()} for found in (saes, metrics))
+    shown = {"": ""} | public.arms(filter(None, saes))
+    return place, {shown[name]: sae for name, sae in saes.items()}, {shown[name]: m for name, m in metrics.items()}
 
 
 def _message(saes: Mapping[str, SAE], place: Place) -> str:

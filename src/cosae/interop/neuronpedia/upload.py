@@ -68,7 +68,7 @@ def same_export(out: Path, settings: Dashboard, metadata: Mapping[str, Any]) -> 
     if not (out / MARK).is_file():
         return False
     mark = read_json(out / MARK)
-    names = ("sae_sha256", "model", "site", "corpus", "prompts", "context", "seed")
+    names = ("sae_sha256", "model_sha256", "sequences_sha256", "model", "site", "corpus", "context", "seed")
     return mark.get("settings") == asdict(settings) and all(mark.get(name) == metadata.get(name) for name in names)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError, check_choice
+from cosae.interop.public import Public
 from cosae.sae.fold import fold_decoder_norm
 from cosae.sae.model import SAE
 
@@ -211,7 +212,7 @@ def _config(
         architecture_str=architecture,
         activation_fn_str=sae.cfg.selector,
         training_tokens=int(sae.metadata.get("tokens") or 0),
-        cosae={"sae": sae.cfg.to_dict(), "provenance": json.loads(json.dumps(sae.metadata, default=str))},
+        cosae={"sae": sae.cfg.to_dict(), "provenance": Public().metadata(sae.metadata)},
     )
 
 

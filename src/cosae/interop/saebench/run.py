@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError, check_choice
+from cosae.interop.public import NEUTRAL
 from cosae.interop.read import read_sae
 from cosae.interop.saebench.adapter import DTYPES, SAEBenchSAE
 from cosae.interop.saebench.environment import run_elsewhere
@@ -196,7 +197,7 @@ def _with_places(saes: Mapping[str, SAE], asked: Settings) -> Settings:
         name = named.pop()
     if folder is None and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
-        name = folder.resolve().name
+        name = NEUTRAL["model"].replace(" ", "-")  # results are made to be shared
     if folder is None and name == "embedded":
         folder = embedded_path()
     if folder is not None and not (folder.expanduser() / "config.json").is_file():

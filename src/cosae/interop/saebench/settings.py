@@ -15,9 +15,10 @@ class Settings:
     python: Path | None = None
     """Python of an environment with sae-bench 0.6. Default: this one."""
     model_name: str | None = None
-    """Model: embedded, a folder, or a name that TransformerLens knows. Default: from the SAEs' files."""
+    """Model: embedded, a folder, or a name that TransformerLens knows. Default: from the SAEs' files. Results name a
+    folder local-model."""
     model_path: Path | None = None
-    """Folder of a Hugging Face model; the model is then not downloaded."""
+    """Folder of a Hugging Face model, called --model-name in results; the model is then not downloaded."""
     hook_name: str | None = None
     """Hook at which the SAEs read. Default: from their files."""
     hook_layer: int | None = None

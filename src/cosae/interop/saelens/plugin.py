@@ -10,11 +10,14 @@ Importing twice changes nothing.
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
+from cosae.interop.public import Public
 from cosae.interop.saelens import cosine, files
 from cosae.sae import file
 from cosae.sae.model import SAE
@@ -70,10 +73,15 @@ def to_cosae(sae: Any) -> SAE:
         return files.read(Path(place))
 
 
-def from_cosae(sae: SAE) -> Any:
-    """A cosae.SAE → SAELens' inference object with the same codes, on the CPU."""
+def from_cosae(sae: SAE, public_names: Sequence[str] = ()) -> Any:
+    """A cosae.SAE → SAELens' inference object with the same codes, on the CPU.
+
+    Of its metadata go along what cosae.interop.public lets through, and `public_names`: SAELens uploads what it holds.
+    """
+    sent = copy.copy(sae)
+    sent.metadata = Public(tuple(public_names)).metadata(sae.metadata)
     with tempfile.TemporaryDirectory() as place:
-        return sae_lens.SAE.load_from_disk(file.save(sae, Path(place) / "sae"))
+        return sae_lens.SAE.load_from_disk(file.save(sent, Path(place) / "sae"))
 
 
 register()
