@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ import cosae
 from cosae.cli import main
 from cosae.errors import CosaeError
 from cosae.interop.dictionary_learning.write import write as write_dictionary
+from cosae.io.progress import Progress
 from cosae.report.audit import audit_text
 from cosae.run.audit import run_audit
+from cosae.run.plan import check
+from cosae.run.plan.memory import audit_memory
 from cosae.run.requests import EvalRequest
 from cosae.sae.calibrate import calibrate
 
@@ -137,3 +141,22 @@ def test_mistakes_get_one_sentence(vectors: Path, tmp_path: Path, capsys: pytest
 def test_no_sae_at_all() -> None:
     with pytest.raises(CosaeError, match="at least one SAE"):
         run_audit([], EvalRequest())
+
+
+def test_an_audit_that_does_not_fit_is_refused_before_it_starts(
+    vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = cosae.save(sae_on(vectors), tmp_path / "own")
+    run_audit([own], EvalRequest(activations=str(vectors)), progress=Progress())
+    assert re.search(r"auditing own, which takes about [\d.]+ MB of memory", capsys.readouterr().err)
+    monkeypatch.setattr(check, "free_memory", lambda _: 1_000_000)
+    with pytest.raises(CosaeError, match=r"the memory of cpu.* Lower --tokens from 900 to") as refusal:
+        run_audit([own], EvalRequest(activations=str(vectors)), tmp_path / "out")
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_audit_of_a_wide_sae_is_known_to_fit_in_little() -> None:
+    with torch.device("meta"):
+        sae = cosae.SAE(cosae.SAEConfig(d_in=768, d_sae=32_768, score="inner", k=32))
+    assert audit_memory(sae, 32_768, 32.0).n_bytes < 2.5e9

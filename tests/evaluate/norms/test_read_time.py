@@ -7,6 +7,8 @@ import torch
 
 import cosae
 from cosae.errors import CosaeError
+from cosae.evaluate.norms import read_time
+from cosae.evaluate.norms.counterfactual import Largest
 from cosae.evaluate.norms.read_time import remove_norm
 from cosae.sae.calibrate import calibrate
 from cosae.types import Activations
@@ -92,3 +94,25 @@ def test_what_cannot_be_read_so_is_refused() -> None:
     fresh = cosae.SAE.build(d_in=D, d_sae=20, score="inner", selector="batch_topk", k=3, seed=1)
     with pytest.raises(CosaeError, match="calibrate it first"):
         remove_norm(fresh, activations())
+
+
+@pytest.mark.parametrize(("n", "rows"), [(0, 7), (5, 1), (40, 7), (10**6, 50)])
+def test_the_largest_of_many_batches_are_those_of_one_and_few_are_kept(n: int, rows: int) -> None:
+    """Ties included: they were rounded to a few values."""
+    score_NF = (4 * torch.randn(60, 20, generator=torch.Generator().manual_seed(0))).round() / 4
+    largest, kept = Largest(n), 0
+    for first in range(0, 60, rows):
+        largest.add(score_NF[first : first + rows], first)
+        kept = max(kept, sum(value.numel() for value in vars(largest).values() if isinstance(value, torch.Tensor)))
+    positive = score_NF[score_NF > 0].sort(descending=True).values
+    floor = float(positive[n]) if n < len(positive) else 0.0
+    assert largest.above() == floor
+    assert largest.ids().sort().values.tolist() == (score_NF.reshape(-1) > floor).nonzero()[:, 0].tolist()
+    assert kept <= 2 * 2 * (n + 1)
+
+
+def test_thresholds_are_found_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, sample = build("cosine_per_feature"), activations()
+    whole = remove_norm(sae, sample, keep_firings=False).threshold
+    monkeypatch.setattr(read_time, "DENSE_ELEMENTS", 20 * 7)
+    assert remove_norm(sae, sample, keep_firings=False).threshold == pytest.approx(whole, rel=1e-6)

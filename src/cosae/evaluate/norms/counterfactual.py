@@ -131,8 +131,8 @@ def at_median(
 def _readings(now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], first: int) -> Readings:
     (now_BF, value_BF), (then_BF, there_BF) = now, then
     token_E, feature_E = (now_BF | then_BF).nonzero(as_tuple=True)
-    found = (one[token_E, feature_E].cpu() for one in (now_BF, then_BF, value_BF.double(), there_BF.double()))
-    return Readings(token_E.cpu() + first, feature_E.cpu(), *found)
+    now_E, then_E, value_E, there_E = (one[token_E, feature_E].cpu() for one in (now_BF, then_BF, value_BF, there_BF))
+    return Readings(token_E.cpu() + first, feature_E.cpu(), now_E, then_E, value_E.double(), there_E.double())
 
 
 def _scores(terms: ScoreTerms, content_BF: Tensor) -> Tensor:
@@ -142,32 +142,37 @@ def _scores(terms: ScoreTerms, content_BF: Tensor) -> Tensor:
 
 
 class Largest:
-    """The n largest positive scores of all batches, and where they are; ties with the next one are left out."""
+    """The n largest positive scores of all batches, and where they are; ties with the next one are left out.
+
+    Keeps at most 2 n and those of one batch: what is not above the n + 1 largest so far cannot be among them.
+    """
 
     def __init__(self, n: int) -> None:
-        self._n = n
+        self._n, self._floor = n, 0.0
         self._score_E = torch.zeros(0)
         self._id_E = torch.zeros(0, dtype=torch.int64)
 
     def add(self, score_BF: Tensor, first: int) -> None:
-        token_E, feature_E = (score_BF > 0).nonzero(as_tuple=True)
-        id_E = (token_E + first) * score_BF.shape[1] + feature_E
-        self._score_E = torch.cat([self._score_E, score_BF[token_E, feature_E].cpu()])
-        self._id_E = torch.cat([self._id_E, id_E.cpu()])
-        if len(self._id_E) > 2 * self._n + score_BF.numel():
+        id_E = (score_BF.reshape(-1) > self._floor).nonzero()[:, 0]
+        self._score_E = torch.cat([self._score_E, score_BF.reshape(-1)[id_E].cpu()])
+        self._id_E = torch.cat([self._id_E, id_E.cpu() + first * score_BF.shape[1]])
+        if len(self._id_E) > 2 * (self._n + 1):
             self._cut()
 
     def _cut(self) -> None:
-        if len(self._id_E) > self._n + 1:
+        if len(self._id_E) > self._n:
             self._score_E, kept = self._score_E.topk(self._n + 1)
             self._id_E = self._id_E[kept]
+            self._floor = float(self._score_E[-1])
+
+    def above(self) -> float:
+        """What they lie above: the next largest score; 0 where there is none."""
+        self._cut()
+        return self._floor
 
     def ids(self) -> Tensor:
         """token · F + feature of each."""
-        self._cut()
-        if len(self._id_E) <= self._n:
-            return self._id_E
-        return self._id_E[self._score_E > self._score_E.min()]
+        return self._id_E[self._score_E > self.above()]
 
 
 def _fired(sae: SAE, terms: ScoreTerms, content_BF: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,11 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.evaluate.encoded import row_slices
-from cosae.evaluate.norms.counterfactual import lengths
+from cosae.evaluate.norms.counterfactual import DENSE_ELEMENTS, Largest, lengths
 from cosae.kernels import reference
 from cosae.sae import frame as frames
 from cosae.sae.model import SAE
 from cosae.types import Activations, Codes, NormStats
-
-DENSE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -128,14 +126,9 @@ def remove_norm(sae: SAE, activations: Activations, exponent: float = 0.0, *, ke
 
 
 def _threshold(reader: ReadTime, x_ND: Tensor) -> float:
-    """The score above which as many entries of the sample lie as fire now; found among the largest per block."""
+    """The score above which as many entries of the sample lie as fire now."""
     n_fired = sum(int(reader.sae.encode(x_ND[rows]).count_B.sum()) for rows in row_slices(len(x_ND), 4096))
-    largest: list[Tensor] = []
+    largest = Largest(n_fired)
     for rows in row_slices(len(x_ND), max(1, DENSE_ELEMENTS // reader.d_sae)):
-        score = reader._changed_scores(x_ND[rows]).reshape(-1)
-        largest.append(score[score > 0])
-    above = torch.cat(largest)
-    if n_fired >= len(above):
-        return 0.0
-    kept = above.topk(n_fired + 1).values
-    return float(kept[-1])
+        largest.add(reader._changed_scores(x_ND[rows]), rows.start)
+    return largest.above()

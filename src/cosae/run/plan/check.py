@@ -10,15 +10,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from cosae.activations.sample import Sample
 from cosae.io.progress import duration
 from cosae.recipe import Recipe
 from cosae.report.terminal import text_table
 from cosae.run.capture.request import Capture
 from cosae.run.dataset.base import Dataset, DataUse, Sizes
 from cosae.run.dataset.open import dataset_of, open_dataset
-from cosae.run.plan.memory import MemoryPlan, capture_disk, capture_memory, run_disk, train_memory
+from cosae.run.plan.memory import MemoryPlan, audit_memory, capture_disk, capture_memory, run_disk, train_memory
 from cosae.run.plan.resources import Choice, Item, check_fits, free_disk, free_memory, human, total
 from cosae.run.plan.time import TimePlan, capture_time, train_time
+from cosae.sae.model import SAE
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,21 @@ def check_capture(request: Capture, out: Path) -> Plan:
     check_fits(plan.memory.peak, [shards], plan.free_memory, f"the memory of {request.device}", "a smaller model")
     check_fits(plan.disk, [tokens], plan.free_disk + there, f"the disk at {out}", "another place")
     return plan
+
+
+def check_audit(sae: SAE, sample: Sample, device: str) -> int:
+    """Bytes that an audit will take beside the SAE and its tokens. Raises CosaeError where they are not free.
+
+    How many features fire is seen on a few tokens.
+    """
+    n = len(sample)
+    few = sample.activations.x_ND[:: max(1, n // 64)].float()
+    l0 = len(sae.encode(few).value_E) / len(few)
+    memory = audit_memory(sae, n, l0)
+    tokens = Choice("--tokens", n, 64, lambda value: audit_memory(sae, value, l0).n_bytes)
+    otherwise = "a machine or a moment with more memory free"
+    check_fits(memory.peak, [tokens], free_memory(device), f"the memory of {device}", otherwise)
+    return memory.n_bytes
 
 
 def plan_run(recipe: Recipe, out: Path | None, log: Callable[[str], None] = lambda _: None) -> Plan:

@@ -27,10 +27,14 @@ import torch
 
 from cosae.activations.store.format import STORE_DTYPES, ShardShape
 from cosae.activations.stream import SAMPLE_ROWS
+from cosae.evaluate.encoded import BATCH_TOKENS
+from cosae.evaluate.geometry import CHUNK_ELEMENTS
+from cosae.evaluate.norms.counterfactual import DENSE_ELEMENTS
 from cosae.recipe import Recipe
 from cosae.run.capture.request import Capture
 from cosae.run.dataset.base import Sizes
 from cosae.run.plan.resources import Item, human, total
+from cosae.sae.model import SAE
 from cosae.shown import counted
 from cosae.train.checkpoint import KEEP
 
@@ -40,6 +44,8 @@ LABEL_BYTES = 157  # one byte a concept while measuring
 LABELLED_TOKENS = 500_000  # of the documents that labels are looked up in
 MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.1}
 """Of one value of Adam's moments; int8 with the scales of its blocks."""
+ENTRY_BYTES, SCORE_COPIES = 80, 14
+"""Of one firing and what an audit finds of it; and of scores in both readings, with what is sorted and marked."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,19 @@ def run_disk(recipe: Recipe, d_in: int) -> tuple[Item, ...]:
         Item(f"{n} checkpoints: weights and moments", int(n * weights * (1 + 2 * moment / FLOAT))),
         Item("trained SAEs", weights),
     )
+
+
+def audit_memory(sae: SAE, tokens: int, l0: float) -> MemoryPlan:
+    """Memory of an audit beside the SAE and its tokens, of which l0 features fire on each."""
+    features, d = sae.cfg.sizes[1], sae.cfg.sizes[0]
+    codes = Item(f"codes of {tokens:,} tokens, {l0:.3g} each, and their firings", int(tokens * l0 * ENTRY_BYTES))
+    dense = FLOAT * min(DENSE_ELEMENTS, min(tokens, BATCH_TOKENS) * features)
+    passing = (
+        Item("encoding a batch", 2 * dense + 5 * 8 * min(tokens, BATCH_TOKENS) * d),
+        Item("a batch of scores, as they are and at the median norm", SCORE_COPIES * dense),
+        Item("cosines of features", 3 * FLOAT * (min(CHUNK_ELEMENTS, features**2) + features * d)),
+    )
+    return MemoryPlan((codes,), passing)
 
 
 def capture_memory(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -> MemoryPlan:
