@@ -78,7 +78,7 @@ def test_sinks_are_found_and_named(audits: dict) -> None:
 
 def test_every_question_of_an_audit_is_answered(audits: dict) -> None:
     asked = {"norms", "norm shift", "norm-driven", "where it fires", "reconstruction", "L0", "sinks", "on sinks"}
-    asked |= {"read-time removal", "dead features", "duplicates"}
+    asked |= {"calibrated L0", "read-time removal", "dead features", "duplicates"}
     assert set(by_topic(audits["standard"])) == asked
     for line in audits["standard"]["lines"]:
         assert line["sentence"].endswith(".")

@@ -151,7 +151,9 @@ def test_a_class_of_texts_is_probed_beside_its_floors(
     assert status == 0, said
     found = json.loads(out.read_text())["found"]
     assert found["arms"] == ["A", "B", "A, read without its norm", "untrained SAE"]  # B has no exponent to take out
-    assert found["sets"] == [{"name": "set", "texts": 120, "encoded": 120, "classes": ["self"]}]
+    (one,) = found["sets"]
+    assert set(one.pop("l0")) == set(found["arms"])
+    assert one == {"name": "set", "texts": 120, "encoded": 120, "classes": ["self"]}
     means = found["summary"]["sinks_out"]
     assert means["bag_of_tokens"]["ceiling"]["accuracy"]["mean"] == 1
     assert means["A"]["full"]["auroc"]["mean"] > 0.65

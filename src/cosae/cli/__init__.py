@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
     "inspect": (looking.Inspect, looking.inspect),
     "audit": (looking.Audit, looking.audit),
     "eval": (looking.Eval, looking.evaluate),
+    "calibrate": (looking.Calibrate, looking.calibrate),
     "features": (exploring.Features, exploring.features),
     "steer": (exploring.Steer, exploring.steer),
     "plan": (training.Plan, training.train),

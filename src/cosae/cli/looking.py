@@ -1,4 +1,4 @@
-"""The commands of `cosae` for SAEs and stores that exist: inspect, audit, eval."""
+"""The commands of `cosae` for SAEs and stores that exist: inspect, audit, eval, calibrate."""
 
 from __future__ import annotations
 
@@ -61,6 +61,27 @@ class Eval:
     """Do not print progress."""
 
 
+@dataclass(frozen=True)
+class Calibrate:
+    """Set a saved SAE's threshold anew on a text, and write it as a new SAE. No weight changes.
+
+    A threshold that gives L0 32 on one text gives another L0 on others. Reads the formats of `audit`, writes cosae's.
+    Prints L0 and reconstruction before and after, on tokens that set no threshold.
+    Example: cosae calibrate runs/first/arms/standard --corpus my_texts/ --out standard_on_my_texts
+    """
+
+    sae: Annotated[Path, tyro.conf.Positional]
+    """Folder or file of an SAE, of any format that cosae reads. It is left as it is."""
+    out: Path
+    """Folder for the new SAE; nothing may be there."""
+    k: float | None = None
+    """Mean number of features to fire per token, sinks left out. Default: what its file was calibrated to, else its
+    own k."""
+    request: Annotated[EvalRequest, tyro.conf.arg(name="")] = field(default_factory=EvalRequest)
+    quiet: bool = False
+    """Do not print progress."""
+
+
 def inspect(command: Inspect) -> int:
     from cosae.activations.store.reader import find_stores
     from cosae.run.saes import saes_in
@@ -96,4 +117,11 @@ def evaluate(command: Eval) -> int:
 
     asked = command.measurement, command.saes, command.request, command.options
     print(screen(evaluate(*asked, out=command.out, progress=progress(command.quiet))))
+    return 0
+
+
+def calibrate(command: Calibrate) -> int:
+    from cosae.run.explore.calibrate import recalibrate, screen
+
+    print(screen(recalibrate(command.sae, command.request, command.out, command.k, progress(command.quiet))))
     return 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cosae.activations.sample import Sample
 from cosae.errors import CosaeError
-from cosae.evaluate import reconstruction
+from cosae.evaluate import l0, reconstruction
 from cosae.evaluate.encoded import BATCH_TOKENS, EncodedPass, encode_sample
 from cosae.evaluate.geometry import geometry
 from cosae.evaluate.norms.counterfactual import MedianPass, at_median
@@ -39,8 +39,8 @@ def audit(
 ) -> dict[str, Any]:
     """Everything about one SAE on a sample; plain numbers, JSON-able. Two passes: as the tokens are, and at the median.
 
-    spell: token id → text, to name the tokens that are sinks. Keys: norms, reconstruction, norm_driven, firing_norms,
-    sinks, read_time, geometry, shift, verdict ("fooled": yes, no or nothing to be fooled by), lines.
+    spell: token id → text, to name the tokens that are sinks. Keys: norms, reconstruction, l0, norm_driven,
+    firing_norms, sinks, read_time, geometry, shift, verdict ("fooled": yes, no or nothing to be fooled by), lines.
     Raises CosaeError where a measurement does: an SAE without inference threshold, no token left beside sinks.
     """
     if bool(sample.sink_N.all()):
@@ -53,6 +53,7 @@ def audit(
         "tokens": len(sample),
         "norms": describe_norms(sample.activations, seed=seed, sink_N=sample.sink_N),
         "reconstruction": reconstruction.measure(encoded),
+        "l0": l0.measure(encoded, sae.metadata),
         "norm_driven": norm_driven(encoded, median),
         "firing_norms": firing_norms(encoded),
         "sinks": sink_metrics(encoded),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from cosae.evaluate import l0
 from cosae.shown import counted
 
 NORM_DRIVEN = 0.05
@@ -68,6 +69,7 @@ def lines(numbers: Mapping[str, Any]) -> list[Line]:
         _firing_line(numbers),
         _quartile_line(numbers),
         _l0_line(numbers),
+        *_calibration_line(numbers),
         _sinks_line(numbers),
         *_sink_effect_line(numbers),
         _read_time_line(numbers),
@@ -167,6 +169,18 @@ def _l0_line(numbers: Mapping[str, Any]) -> Line:
     )
     evidence = f"L0 by norm quartile {' / '.join(_number(v, 1) for v in values)}, {_number(out['l0'], 1)} in all"
     return Line("L0", "look" if uneven else "ok", sentence, evidence)
+
+
+def _calibration_line(numbers: Mapping[str, Any]) -> list[Line]:
+    found = numbers["l0"]
+    if found["calibrated"] is None:
+        return []
+    sentence = (
+        "Its threshold was set on other text, for another L0 than it has here: cosae calibrate sets it on this one."
+        if found["differs"]
+        else "About as many features fire here as on the text that its threshold was set on."
+    )
+    return [Line("calibrated L0", "look" if found["differs"] else "ok", sentence, l0.said(found))]
 
 
 def _sinks_line(numbers: Mapping[str, Any]) -> Line:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cosae.errors import CosaeError, check_choice
+from cosae.evaluate import l0
 from cosae.evaluate.context import POOLED_CONTEXT, Context, TextProbes
 from cosae.evaluate.probing.encode_texts import draw_texts
 from cosae.evaluate.registry import REGISTRY
@@ -68,6 +69,11 @@ def evaluate(
         _ = context.data.model  # refused before anything is measured
     with progress.phase(f"measuring {measurement}"), torch.no_grad():
         found = row.measure(context)
+        fired = _l0(context, found) if row.reads != "weights" else {}
+    for name, one in fired.items():
+        if one["differs"]:
+            said = [warnings.get(name), f"{l0.said(one)}; cosae calibrate sets it on this one"]
+            warnings[name] = "; ".join(filter(None, said))
     result = {
         "format": FORMAT,
         "version": VERSION,
@@ -77,6 +83,7 @@ def evaluate(
         "source": source,
         "saes": {name: [sae.cfg.to_dict() for sae in listed] for name, listed in context.arms.items()},
         "warnings": warnings,
+        "l0": fired,
         "found": found,
     }
     if out is not None:
@@ -132,6 +139,19 @@ def _open(
     return context, describe(dataset, sample, request), warnings
 
 
+def _l0(context: Context, found: Any) -> dict[str, dict[str, Any]]:
+    """L0 on the text at hand of the SAEs whose files say what they were calibrated to; of labelled texts, where those
+    were read."""
+    known = {name: sae for name, sae in context.firsts.items() if "l0_calibrated" in sae.metadata}
+    if context.texts.sets:
+        return {
+            f"{name} on {one['name']}": l0.beside_calibrated(one["l0"][name], sae.metadata)
+            for one in found["sets"]
+            for name, sae in known.items()
+        }
+    return {name: l0.measure(context.encoded(sae), sae.metadata) for name, sae in known.items()}
+
+
 def _paths(sae_specs: Sequence[str]) -> dict[str, list[Path]]:
     """Arms as they were asked for. Raises CosaeError for none, and for one name twice."""
     if not sae_specs:
@@ -170,9 +190,17 @@ def _worse_than_mean(found: Any) -> bool:
     return any(value is not None and value < 0 for value in known)
 
 
+def _l0_table(fired: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [(name, one["calibrated"], one["sinks_out"], one["sinks_in"]) for name, one in fired.items()]
+    head = ("SAE", "calibrated to", "here, sinks out", "sinks in")
+    return text_table(head, rows, title="L0", formats=("", ".1f", ".1f", ".1f"), align="lrrr")
+
+
 def screen(result: Mapping[str, Any]) -> str:
     """Every table of a measurement, and the warnings on SAEs whose file held no threshold, for a terminal."""
     shown = [printable(f"{key}: {value}") for key, value in result["warnings"].items()]
+    if fired := result.get("l0"):
+        shown.append(_l0_table(fired))
     for caption, (head, *rows) in REGISTRY[result["measurement"]].tables(result["found"]):
         shown.append(text_table(head, rows, title=caption, align="l" * len(head)))
     for name, found in (result["found"].get("saes") or {}).items():

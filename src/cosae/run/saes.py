@@ -36,6 +36,7 @@ class Datasets:
     request: EvalRequest
     tokens: int = TOKENS
     progress: Progress = SILENT
+    calibration_tokens: int = 1
     opened: dict[str, tuple[Dataset, Sample]] = field(default_factory=dict)
 
     def of(self, sae: SAE, path: Path) -> tuple[Dataset, Sample]:
@@ -55,6 +56,7 @@ class Datasets:
             perturbation = Perturbation() if request.inject is None else Perturbation.parse(request.inject)
             both = dict.fromkeys(("train", "held_out"), perturbation)
             known: dict[str, Any] = {"seed": request.seed, "device": request.device, "held_out_tokens": self.tokens}
+            known["calibration_tokens"] = self.calibration_tokens
             dataset = open_dataset(config, DataUse(**known, perturbations=both))
             dataset.progress = self.progress
             self.opened[key] = dataset, dataset.sample("held_out", self.tokens, request.rule)

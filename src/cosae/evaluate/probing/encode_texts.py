@@ -123,6 +123,8 @@ def _encode(
     dense: dict[str, dict[str, list[NDArray[Any]]]] = {s: {"norm": [], "length": [], "x": []} for s in SINKS}
     rows: list[int] = []
     tokens: list[Any] = []
+    fired: dict[str, dict[str, int]] = {name: dict.fromkeys(SINKS, 0) for name in arms}
+    counted = dict.fromkeys(SINKS, 0)
     reading = data.read_texts([one.texts[row] for row in drawn.row_S], texts.context)
     for read, activations in progress.each(
         reading, f"encoding texts of {one.name}", "texts", len(drawn.row_S), lambda part: len(part[0])
@@ -136,10 +138,13 @@ def _encode(
             dense[sinks]["norm"].append(pool_vectors(activations.norm_N[:, None], place_N, n, keep_N))
             dense[sinks]["length"].append(np.bincount(place_N[keep_N], minlength=n)[:, None].astype(np.float32))
             dense[sinks]["x"].append(pool_vectors(activations.x_ND, place_N, n, keep_N, texts.pooling))
+            counted[sinks] += int(keep_N.sum())
         for name, listed in arms.items():
             for s, sae in enumerate(listed):
                 found = encode_all(sae, activations)
+                token_E = found.token_E[found.value_E != 0].numpy()
                 for sinks, keep_N in keep.items():
+                    fired[name][sinks] += int(keep_N[token_E].sum()) if s == 0 else 0
                     codes[sinks][name][s].append(pool(found, place_N, n, keep_N, texts.pooling))
         vocabulary = max(data.vocabulary, int(activations.token_N.max()) + 1)
         ones = np.ones(len(place_N))
@@ -157,4 +162,5 @@ def _encode(
         tokens_SV=sparse.vstack(tokens).tocsr(),
         splits=splits,
         n_texts=len(one),
+        l0={name: {sinks: fired[name][sinks] / max(counted[sinks], 1) for sinks in SINKS} for name in arms},
     )

@@ -21,7 +21,7 @@ its tokens. Intervals draw sets and seeds (a seed draws texts and, where an arm 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -63,6 +63,7 @@ class PooledSet:
     class_S   (S,) int64 index into classes
     splits    (class, seed) → the texts of a question, among the S; none: `draw` makes them of all S
     n_texts   texts of the whole set, where S are those that were drawn
+    l0        arm → features that fire per token of the texts
     codes     arm → one Codes of S rows for each SAE of the arm
     dense     "norm" (S, 1), "length" (S, 1) and "x" (S, D): mean |x|, tokens counted, pooled x
     tokens_SV (S, V) sparse: how often each token id stands in the text
@@ -76,6 +77,7 @@ class PooledSet:
     tokens_SV: Any = None
     splits: Mapping[tuple[int, int], Split] | None = None
     n_texts: int | None = None
+    l0: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,8 @@ def probe_texts(
                 latents[sinks][arm][rule].setdefault(one.name, {})[kind] = feature_K.tolist()
         n_texts = len(one.class_S) if one.n_texts is None else one.n_texts
         named = [one.classes[c] for c in probed]
-        described.append({"name": one.name, "texts": n_texts, "encoded": len(one.class_S), "classes": named})
+        known = {"name": one.name, "texts": n_texts, "encoded": len(one.class_S), "classes": named}
+        described.append({**known, "l0": {name: dict(by) for name, by in one.l0.items()}})
     drawn = crossed_draws(len(sets), seeds, seed, n_resamples)
     over = "sets and seeds" if len(sets) > 1 else "seeds" if seeds > 1 else None
     how = {"sets and seeds": "bootstrap", "seeds": "Student's t", None: None}[over]
