@@ -247,6 +247,7 @@ VERBS: dict[str, list[str]] = {
     "capture": ["capture", "--recipe", "{recipe}", "--tokens", "3000", "--out", "{out}"],
     "audit": ["audit", "{sae}", "--tokens", "500", "--out", "{out}"],
     "eval": ["eval", "splice", "{sae}", "--tokens", "500"],
+    "calibrate": ["calibrate", "{sae}", "--tokens", "500", "--out", "{out}"],
     "features": ["features", "{sae}", "--prompts", "50", "--context", "32"],
     "steer": ["steer", "{sae}", "ab ab", "--feature", "1", "--add", "3", "--new-tokens", "30"],
     "export neuronpedia": ["export", "neuronpedia", "{sae}", "--out", "{out}", "--prompts", "50", "--context", "32"],

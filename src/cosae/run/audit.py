@@ -47,28 +47,28 @@ def run_audit(
     paths = every_sae(paths)
     with progress.phase("reading SAEs"):
         saes = [read_sae(path, format=request.format, device=request.device) for path in paths]
-    datasets = Datasets(request, request.tokens or TOKENS, progress)
     found = []
-    for name, path, sae in zip(names_of(paths), paths, saes, strict=True):
-        with progress.phase(f"activations for {name}"):
-            dataset, sample = datasets.of(sae, path)
-            elsewhere = warn_elsewhere(name, sae.metadata, dataset)
-            sae, warning = calibrated(sae, sample)
-        about = {
-            "name": name,
-            "path": str(path),
-            "sae": sae.cfg.to_dict(),
-            "source": describe(dataset, sample, request),
-            "provenance": {key: sae.metadata.get(key) for key in SHOWN_METADATA},
-            "warning": warning,
-            "elsewhere": elsewhere or None,
-        }
-        needed = human(check_audit(sae, sample, request.device))
-        with progress.phase(f"auditing {name}, which takes about {needed} of memory"):
-            numbers = audit(sae, sample, spell=dataset.spell, seed=request.seed, progress=progress)
-        if elsewhere and worse_than_mean(numbers):
-            numbers["verdict"]["because"] += f"; {elsewhere}"
-        found.append({**about, **numbers})
+    with Datasets(request, request.tokens or TOKENS, progress) as datasets:
+        for name, path, sae in zip(names_of(paths), paths, saes, strict=True):
+            with progress.phase(f"activations for {name}"):
+                dataset, sample = datasets.of(sae, path)
+                elsewhere = warn_elsewhere(name, sae.metadata, dataset)
+                sae, warning = calibrated(sae, sample)
+            about = {
+                "name": name,
+                "path": str(path),
+                "sae": sae.cfg.to_dict(),
+                "source": describe(dataset, sample, request),
+                "provenance": {key: sae.metadata.get(key) for key in SHOWN_METADATA},
+                "warning": warning,
+                "elsewhere": elsewhere or None,
+            }
+            needed = human(check_audit(sae, sample, request.device))
+            with progress.phase(f"auditing {name}, which takes about {needed} of memory"):
+                numbers = audit(sae, sample, spell=dataset.spell, seed=request.seed, progress=progress)
+            if elsewhere and worse_than_mean(numbers):
+                numbers["verdict"]["because"] += f"; {elsewhere}"
+            found.append({**about, **numbers})
     result = {"format": FORMAT, "version": VERSION, **provenance.stamp(), "seed": request.seed, "saes": found}
     if out is not None:
         with written(out, "choose another --out"):

@@ -28,11 +28,11 @@ def demo(out: Path, steps: int | None = None, progress: bool = True) -> list[Fin
     training = natural.training
     keep = training.steps * training.batch_tokens + 2 * training.buffer_tokens + natural.filter.window_tokens
     shown = Progress(progress)
-    data = dataset_of(natural, keep_tokens=keep)
-    data.progress = shown
     finished = []
-    for recipe, folder in ((natural, "natural"), (injected, "injected")):
-        shown.note(f"{recipe.name}: {counted(len(recipe.arms), 'arm')}, {counted(training.steps, 'step')}")
-        mine = data.again(DataUse.of(recipe))
-        finished.append(execute(recipe, out / folder, logs=Logs(progress), data=mine, progress=shown))
+    with dataset_of(natural, keep_tokens=keep) as data:
+        data.progress = shown
+        for recipe, folder in ((natural, "natural"), (injected, "injected")):
+            shown.note(f"{recipe.name}: {counted(len(recipe.arms), 'arm')}, {counted(training.steps, 'step')}")
+            mine = data.again(DataUse.of(recipe))
+            finished.append(execute(recipe, out / folder, logs=Logs(progress), data=mine, progress=shown))
     return finished

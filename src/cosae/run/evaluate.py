@@ -64,12 +64,13 @@ def evaluate(
         what = "runs the model itself, in which nothing is injected" if row.reads == "model" else "reads weights alone"
         raise CosaeError(f"{measurement} {what}: drop --inject.")
     tokens = request.tokens or (MODEL_TOKENS if row.reads == "model" else TOKENS)
-    context, source, warnings = _open(sae_specs, request, options, tokens, progress)
-    if row.reads == "model":
-        _ = context.data.model  # refused before anything is measured
-    with progress.phase(f"measuring {measurement}"), torch.no_grad():
-        found = row.measure(context)
-        fired = _l0(context, found) if row.reads != "weights" else {}
+    with Datasets(request, tokens, progress) as datasets:
+        context, source, warnings = _open(sae_specs, datasets, options)
+        if row.reads == "model":
+            _ = context.data.model  # refused before anything is measured
+        with progress.phase(f"measuring {measurement}"), torch.no_grad():
+            found = row.measure(context)
+            fired = _l0(context, found) if row.reads != "weights" else {}
     for name, one in fired.items():
         if one["differs"]:
             said = [warnings.get(name), f"{l0.said(one)}; cosae calibrate sets it on this one"]
@@ -92,9 +93,10 @@ def evaluate(
 
 
 def _open(
-    sae_specs: Sequence[str], request: EvalRequest, options: EvalOptions, tokens: int, progress: Progress
+    sae_specs: Sequence[str], datasets: Datasets, options: EvalOptions
 ) -> tuple[Context, dict[str, Any], dict[str, str]]:
     """What to measure on, where its tokens come from, and warnings by arm."""
+    request, progress = datasets.request, datasets.progress
     texts = TextProbes(
         sets=[one for spec in options.texts for one in _labelled(spec, options)],
         context=request.context or POOLED_CONTEXT,
@@ -103,7 +105,6 @@ def _open(
         seeds=options.seeds,
     )
     draw_texts(texts)  # sets that are too small are refused before anything is encoded
-    datasets = Datasets(request, tokens, progress)
     arms: dict[str, list[SAE]] = {}
     warnings: dict[str, str] = {}
     dataset = sample = None

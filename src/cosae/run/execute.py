@@ -83,6 +83,7 @@ def execute(
 ) -> Finished:
     """Run `recipe` into the new folder `out` (None keeps everything in memory).
 
+    data: opened already, by who closes it; otherwise opened and closed here.
     progress: shows the phases; None makes one, shown as `logs` says.
 
     Raises CosaeError for what cannot be read or is not allowed, before `out` is made; Interrupted after a checkpoint
@@ -93,20 +94,20 @@ def execute(
     if out is not None:
         check_free(out)
     logs = logs or Logs()
-    with stop_on_signals(logs.progress, KeyboardInterrupt()) as stop:
+    with ExitStack() as opened:
+        stop = opened.enter_context(stop_on_signals(logs.progress, KeyboardInterrupt()))
         progress = progress or Progress(logs.progress)
         progress.stop = stop
         if data is None:
-            data = dataset_of(recipe, tensor)
+            data = opened.enter_context(dataset_of(recipe, tensor))
             check_run(recipe, data, out)
-        with closing(_Run(recipe, data, out, logs, measured, progress)) as run:
-            if out is None:
-                return run.go(stop)
-            with hold(out):
-                check_free(out)  # nobody else came first
-                run.write_record("running")
-                write_recipe(out, run.recipe)
-                return run.go(stop)
+        run = opened.enter_context(closing(_Run(recipe, data, out, logs, measured, progress)))
+        if out is not None:
+            opened.enter_context(hold(out))
+            check_free(out)  # nobody else came first
+            run.write_record("running")
+            write_recipe(out, run.recipe)
+        return run.go(stop)
 
 
 def resume(
@@ -129,7 +130,9 @@ def resume(
     if not (out / RECIPE).is_file() and not (out / RUN).is_file():
         raise CosaeError(f"{out} holds no run to go on with (it has no {RECIPE}); give the folder of a run.")
     logs = logs or Logs()
-    with hold(out), stop_on_signals(logs.progress, KeyboardInterrupt()) as stop:
+    with ExitStack() as opened:
+        opened.enter_context(hold(out))
+        stop = opened.enter_context(stop_on_signals(logs.progress, KeyboardInterrupt()))
         record = folder.read_json(out / RUN) if (out / RUN).exists() else {}
         if record.get("status") == "finished":
             raise CosaeError(f"the run in {out} is finished; see `cosae report {out}`, or start another run elsewhere.")
@@ -140,16 +143,16 @@ def resume(
         known = (out / RECIPE).is_file()  # not where the run ended between the writing of the two
         recipe = Recipe.read(out / RECIPE) if known else from_plain(Recipe, record.get("recipe"), str(out / RUN))
         check_device(recipe.device)
-        data = dataset_of(recipe, None if tensor is None else as_matrix(tensor))
+        data = opened.enter_context(dataset_of(recipe, None if tensor is None else as_matrix(tensor)))
         check_run(recipe, data, out, begun=True)
         measured = bool(record.get("evaluate", True)) if evaluate is None else evaluate
         progress = Progress(logs.progress)
         progress.stop = stop
-        with closing(_Run(recipe, data, out, logs.since(record), measured, progress)) as run:
-            run.restore(record)
-            if not known:
-                write_recipe(out, run.recipe)
-            return run.go(stop)
+        run = opened.enter_context(closing(_Run(recipe, data, out, logs.since(record), measured, progress)))
+        run.restore(record)
+        if not known:
+            write_recipe(out, run.recipe)
+        return run.go(stop)
 
 
 @dataclass
@@ -310,7 +313,6 @@ class _Run:
 
     def close(self) -> None:
         self.stream.close()
-        self.data.close()
 
     def _finish(self) -> Finished:
         saes = {state.arm.name: state.sae for state in self.states}

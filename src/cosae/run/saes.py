@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.sample import Sample
@@ -38,6 +39,13 @@ class Datasets:
     progress: Progress = SILENT
     calibration_tokens: int = 1
     opened: dict[str, tuple[Dataset, Sample]] = field(default_factory=dict)
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def of(self, sae: SAE, path: Path) -> tuple[Dataset, Sample]:
         """The dataset of an SAE, and its held-out sample. Raises CosaeError where the widths differ."""
@@ -57,7 +65,7 @@ class Datasets:
             both = dict.fromkeys(("train", "held_out"), perturbation)
             known: dict[str, Any] = {"seed": request.seed, "device": request.device, "held_out_tokens": self.tokens}
             known["calibration_tokens"] = self.calibration_tokens
-            dataset = open_dataset(config, DataUse(**known, perturbations=both))
+            dataset = self._open.enter_context(open_dataset(config, DataUse(**known, perturbations=both)))
             dataset.progress = self.progress
             self.opened[key] = dataset, dataset.sample("held_out", self.tokens, request.rule)
         width = self.opened[key][1].activations.x_ND.shape[1]

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as TextSequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -81,6 +81,8 @@ class Sizes:
 
 class Dataset(ABC):
     """Activations of one origin. Opening it reads configurations and headers only; the rest comes when it is asked for.
+
+    A context manager: `close` ends what works in the background.
 
     config, use     what it is, and what for
     source          the endless training source
@@ -160,7 +162,13 @@ class Dataset(ABC):
         return None
 
     def close(self) -> None:  # noqa: B027  most datasets have nothing to end
-        """End whatever still works in the background."""
+        """End whatever still works in the background; a later request starts it again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _perturbed(self, activations: Activations, split: Split, chunk: int = 0) -> Activations:
         perturbation = self.use.perturbations.get(split, Perturbation())

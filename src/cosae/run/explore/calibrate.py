@@ -61,8 +61,9 @@ def recalibrate(
         sae = read_sae(path, format=request.format, device=request.device)
     target = _target(sae, path, k)
     tokens = request.tokens or TOKENS
-    with progress.phase("activations"):
-        dataset, measured = Datasets(request, tokens, progress, calibration_tokens=tokens).of(sae, path)
+    opened = Datasets(request, tokens, progress, calibration_tokens=tokens)
+    with progress.phase("activations"), opened as datasets:
+        dataset, measured = datasets.of(sae, path)
         sample = dataset.sample("calibration", tokens, request.rule)
     warn_elsewhere(str(path), sae.metadata, dataset)
     x_ND = sample.activations.x_ND[~sample.sink_N].float().to(request.device)

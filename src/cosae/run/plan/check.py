@@ -120,10 +120,10 @@ def check_audit(sae: SAE, sample: Sample, device: str) -> int:
 
 def plan_run(recipe: Recipe, out: Path | None, log: Callable[[str], None] = lambda _: None) -> Plan:
     """The plan of a run, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
-    data = dataset_of(recipe)
-    checked = check_run(recipe, data, out)
-    log("opening the data for a short sample")
-    return replace(checked, time=train_time(recipe, data))
+    with dataset_of(recipe) as data:
+        checked = check_run(recipe, data, out)
+        log("opening the data for a short sample")
+        return replace(checked, time=train_time(recipe, data))
 
 
 def plan_capture(request: Capture, out: Path, log: Callable[[str], None] = lambda _: None) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,23 +61,24 @@ def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
         perturbation=recipe.training_perturbation,
         device=recipe.device,
     )
-    batches = [small.next_batch().x_ND for _ in range(WARM_STEPS + TIMED_STEPS)]
-    parts["first window"] = window / rate
-    starting = min(window, SAMPLE_ROWS) / len(small.sample_ND)  # an SAE is initialised on so many times more rows
-    parts["initialising"] = 0.0
-    parts["filling buffer"] = max(training.buffer_tokens - window, 0) / rate  # what the window read is not read again
-    parts["reading the stream"] = training.steps * batch / rate
-    rates, saes = {"stream": rate}, {}
-    for arm in recipe.arms:
-        began = clock()
-        sae = saes[arm.name] = arm.build(data.d_in, small.sample_ND, recipe.device)
-        parts["initialising"] += starting * (clock() - began)
-        one = ArmState.start(arm, sae, max(small.norm_summary.total_variance, 1e-12), training.optimizer)
-        taken = [_timed(one, x_BD, i, training.dead_after_tokens) for i, x_BD in enumerate(batches)][WARM_STEPS:]
-        seconds = sorted(taken)[len(taken) // 2]
-        parts[f"steps of {arm.name}"], rates[arm.name] = training.steps * seconds, batch / seconds
-    parts |= _after_training(recipe, data, saes, small, rate)
-    small.close()
+    with closing(small):
+        batches = [small.next_batch().x_ND for _ in range(WARM_STEPS + TIMED_STEPS)]
+        parts["first window"] = window / rate
+        starting = min(window, SAMPLE_ROWS) / len(small.sample_ND)  # an SAE is initialised on so many times more rows
+        parts["initialising"] = 0.0
+        # what the window read is not read again
+        parts["filling buffer"] = max(training.buffer_tokens - window, 0) / rate
+        parts["reading the stream"] = training.steps * batch / rate
+        rates, saes = {"stream": rate}, {}
+        for arm in recipe.arms:
+            began = clock()
+            sae = saes[arm.name] = arm.build(data.d_in, small.sample_ND, recipe.device)
+            parts["initialising"] += starting * (clock() - began)
+            one = ArmState.start(arm, sae, max(small.norm_summary.total_variance, 1e-12), training.optimizer)
+            taken = [_timed(one, x_BD, i, training.dead_after_tokens) for i, x_BD in enumerate(batches)][WARM_STEPS:]
+            seconds = sorted(taken)[len(taken) // 2]
+            parts[f"steps of {arm.name}"], rates[arm.name] = training.steps * seconds, batch / seconds
+        parts |= _after_training(recipe, data, saes, small, rate)
     torch.set_rng_state(state)
     return TimePlan(parts, rates)
 
@@ -131,13 +132,13 @@ def capture_time(request: Capture, log: Callable[[str], None] = lambda _: None) 
     model, tokenizer = open_model(request.data, request.device)
     sites = [resolve_site(model, name) for name in request.sites]
     text = CaptureText(request.data, tokenizer, request.seed, 0)
-    part = next(text.parts("train", request.tokens))
-    at_once = batch_size(request.data, model, sites, "float32")
-    capture(model, part.sequences[:at_once], sites, at_once)
-    began = time.perf_counter()
-    found = capture(model, part.sequences, sites, at_once)
-    rows = found[sites[0].name]
-    part.labels(rows)
-    rate = len(rows) / (time.perf_counter() - began)
-    text.corpus.close()
+    with closing(text.corpus):
+        part = next(text.parts("train", request.tokens))
+        at_once = batch_size(request.data, model, sites, "float32")
+        capture(model, part.sequences[:at_once], sites, at_once)
+        began = time.perf_counter()
+        found = capture(model, part.sequences, sites, at_once)
+        rows = found[sites[0].name]
+        part.labels(rows)
+        rate = len(rows) / (time.perf_counter() - began)
     return TimePlan({"capturing": (request.tokens + request.n_held_out) / rate}, {"capture": rate})
