@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -14,6 +15,20 @@ class CosaeWarning(UserWarning):
 
 class CosaeError(ValueError):
     """A mistake of the user's that one sentence can put right: what came, what is allowed, what to do."""
+
+
+class NotFiniteError(CosaeError):
+    """Activations that hold NaN or infinity; a run can be told to leave them out (`advises_to_drop`)."""
+
+
+@contextmanager
+def advises_to_drop() -> Iterator[None]:
+    """For what trains, and so has the field data.non_finite: names it where activations are not finite."""
+    try:
+        yield
+    except NotFiniteError as error:
+        advice = "or leave such rows out with data.non_finite=drop."
+        raise CosaeError(f"{str(error).removesuffix('.')}, {advice}") from error
 
 
 _SHORT = reprlib.Repr()

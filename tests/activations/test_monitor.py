@@ -14,7 +14,7 @@ from cosae.activations.filter import FilterPolicy
 from cosae.activations.monitor import MARKS, NormReference, finite_rows, shift
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.stream import ActivationStream
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, NotFiniteError
 from cosae.types import Activations
 
 BATCH, BUFFER, CHUNK, WINDOW = 16, 128, 50, 200
@@ -61,7 +61,7 @@ def test_fatal_names_document_name_and_position(value: float, what: str) -> None
     stream = opened(Spoiled({(9, 7): value, (9, 9): value}))
     with pytest.raises(CosaeError, match=rf"{what} at document 9 \(file9.py\), position 7 \(2 such rows") as caught:
         read(stream, 100)
-    assert "non_finite=drop" in str(caught.value)
+    assert isinstance(caught.value, NotFiniteError)  # a run adds that such rows can be dropped
     with pytest.raises(CosaeError, match="document 0"):
         opened(Spoiled({(0, 0): value}))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cosae.activations.array_files import open_array
-from cosae.errors import CosaeError, check_least, check_range
+from cosae.errors import CosaeError, NotFiniteError, check_least, check_range
 from cosae.io.digest import file_digest
 from cosae.io.generators import epoch_order, seeded
 from cosae.types import Activations
@@ -57,10 +57,16 @@ class _RowSource(ABC):
         Every row comes once an epoch, whose last chunk may be shorter. Any chunk can be remade to the bit.
         """
         for number in count(start):
-            epoch, chunk = divmod(number, self.chunks_per_epoch)
-            order = epoch_order(len(self._train_rows), self.seed, epoch)
-            rows = order[chunk * self.chunk_tokens : (chunk + 1) * self.chunk_tokens]
-            yield Activations.bare(self._read(self._train_rows[rows]))
+            yield Activations.bare(self._read(self._rows_of(number)))
+
+    def own_row(self, number: int, row: int) -> int:
+        """Which row of the array is row `row` of chunk `number`."""
+        return int(self._rows_of(number)[row])
+
+    def _rows_of(self, number: int) -> Tensor:
+        epoch, chunk = divmod(number, self.chunks_per_epoch)
+        order = epoch_order(len(self._train_rows), self.seed, epoch)
+        return self._train_rows[order[chunk * self.chunk_tokens : (chunk + 1) * self.chunk_tokens]]
 
     def held_out(self) -> Activations:
         """The rows kept out of training, in their order; none where `held_out_frac` is 0."""
@@ -84,9 +90,9 @@ class _RowSource(ABC):
             block = self._read(torch.arange(start, min(start + step, self.n_rows)))
             if not bool(block.isfinite().all()):
                 row, column = (~block.isfinite()).nonzero()[0].tolist()
-                raise CosaeError(
+                raise NotFiniteError(
                     f"{what} must be finite. Got {float(block[row, column])} at row {start + row}, column {column} "
-                    "(counted from 0): remove or repair such rows, or leave them out with data.non_finite=drop."
+                    "(counted from 0): remove or repair such rows."
                 )
 
 

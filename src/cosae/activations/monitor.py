@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cosae.activations.sinks import quantiles
-from cosae.errors import CosaeError, check_choice
+from cosae.errors import CosaeError, NotFiniteError, check_choice
 from cosae.shown import counted
 from cosae.types import Activations
 
@@ -54,15 +54,22 @@ class StreamMonitor:
 
     non_finite  fatal or drop
     name_of     document index → its name, where the source knows names
+    row_of      (chunk, row in it) → row of the file or array that it is, where the source is one
 
     Events are plain mappings with "kind", numbers, and "text", a sentence; they come when a refill is complete, so
     that a stream restored from a checkpoint gives the same ones in the same places, none twice.
     """
 
-    def __init__(self, non_finite: str = "fatal", name_of: Callable[[int], str | None] | None = None) -> None:
+    def __init__(
+        self,
+        non_finite: str = "fatal",
+        name_of: Callable[[int], str | None] | None = None,
+        row_of: Callable[[int, int], int] | None = None,
+    ) -> None:
         check_policy(non_finite)
         self.non_finite = non_finite
         self._name_of = name_of or (lambda doc: None)
+        self._row_of = row_of
         self._n_chunks = 0  # looked at; a chunk that is read again after a resumption is not counted again
         self._empty_chunks = 0
         self._dropped = 0
@@ -84,10 +91,9 @@ class StreamMonitor:
         rows = bad_N.nonzero().flatten()
         if self.non_finite == "fatal":
             first = self._place(chunk, int(rows[0]), index)
-            raise CosaeError(
+            raise NotFiniteError(
                 f"activations must be finite. Got {first['what']} at {first['where']} ({len(rows)} such rows in the "
-                "chunk) instead; run and store the model in float32 or bfloat16, or leave such rows out with "
-                "data.non_finite=drop."
+                "chunk) instead; run and store the model in float32 or bfloat16."
             )
         if fresh:
             self._count(chunk, rows, index)
@@ -176,6 +182,9 @@ class StreamMonitor:
         known = f"document {doc}" + ("" if name is None else f" ({name})")
         where = f"{known}, position {position}" if doc >= 0 else f"row {row} of chunk {index}"
         place = {"chunk": index, "row": row, "document": doc, "name": name, "position": position}
+        if self._row_of is not None:
+            place["own_row"] = own_row = self._row_of(index, row)
+            where = f"row {own_row} (counted from 0)"
         return {**place, "what": _what(chunk, row), "where": where}
 
 

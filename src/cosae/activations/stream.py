@@ -137,7 +137,9 @@ class ActivationStream:
         self.perturbation = perturbation or Perturbation()
         self.device = torch.device(device)
         self.store_dtype = store_dtype
-        self.monitor = StreamMonitor(non_finite, getattr(source, "document_name", None))
+        self.monitor = StreamMonitor(
+            non_finite, getattr(source, "document_name", None), getattr(source, "own_row", None)
+        )
         self.n_batches = 0  # handed out so far
         self._digest = bytes(32)
         self._generator = keyed_generator(seed, "shuffle")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from cosae.errors import CosaeError, check_choice, check_least
+from cosae.errors import CosaeError, NotFiniteError, check_choice, check_least
 from cosae.models.hooks import body_of, positions, read_sites
 from cosae.models.sites import resolve_site
 from cosae.types import Activations, Sequences, Site
@@ -122,11 +122,10 @@ def _check_finite(part: Activations, batch: Sequences, site: Site, store_dtype: 
     row = int(bad_N.nonzero()[0, 0])
     doc = int(part.doc_N[row])
     name = name_in(batch, doc)
-    raise CosaeError(
+    raise NotFiniteError(
         f"Activations at {site.name} are not finite, first in document {doc}{f' ({name})' if name else ''}, position "
         f"{int(part.position_N[row])}, stored as {str(store_dtype).removeprefix('torch.')} ({int(bad_N.sum())} such "
-        "tokens in the batch); run and store the model in bfloat16 or float32, or leave such tokens out with "
-        "data.non_finite=drop."
+        "tokens in the batch); run and store the model in bfloat16 or float32."
     )
 
 

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cosae.activations.stream import ActivationStream
-from cosae.errors import CosaeError, sentences
+from cosae.errors import CosaeError, advises_to_drop, sentences
 from cosae.interop.public import Public
 from cosae.io.generators import generator_state, restore_generators
 from cosae.io.lines import Index, Lines
@@ -71,6 +71,7 @@ class Logs:
         )
 
 
+@advises_to_drop()
 def execute(
     recipe: Recipe,
     out: Path | None,
@@ -110,6 +111,7 @@ def execute(
         return run.go(stop)
 
 
+@advises_to_drop()
 def resume(
     out: str | Path,
     logs: Logs | None = None,

@@ -82,7 +82,7 @@ def read_with_model(path: Path, place: Place) -> tuple[SAE, DataConfig]:
     try:
         return sae, data_of(sae, path, place)
     except CosaeError as error:
-        if "--activations" not in str(error):
+        if not any(option in str(error) for option in ("--activations", "--store")):
             raise
         hint = "name its language model with --model and --site"
         raise CosaeError(f"{path} was not trained on a language model, or does not say on which: {hint}.") from None

@@ -55,7 +55,7 @@ def compare_discovery(context: Context) -> dict[str, Any]:
     names = _two(context, "discovery")
     if not context.data.has_concepts:
         raise CosaeError(
-            "discovery needs token-level concepts, which are known for the corpus pylib alone: drop --corpus."
+            "discovery needs token-level concepts, which are known for the corpus pylib alone: give --corpus pylib."
         )
     samples = [context.sample(side) for side in SIDES]
     keep = [sample.labelled_N & sample.keep("sinks_out").numpy() for sample in samples]

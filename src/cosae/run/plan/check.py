@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from cosae.activations.sample import Sample
+from cosae.errors import advises_to_drop
 from cosae.io.progress import duration
 from cosae.recipe import Recipe
 from cosae.report.terminal import text_table
@@ -118,6 +119,7 @@ def check_audit(sae: SAE, sample: Sample, device: str) -> int:
     return memory.n_bytes
 
 
+@advises_to_drop()
 def plan_run(recipe: Recipe, out: Path | None, log: Callable[[str], None] = lambda _: None) -> Plan:
     """The plan of a run, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
     with dataset_of(recipe) as data:

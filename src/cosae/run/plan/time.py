@@ -60,6 +60,8 @@ def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
         filter=replace(recipe.filter, window_tokens=min(window, max(2 * batch, 1024))),
         perturbation=recipe.training_perturbation,
         device=recipe.device,
+        store_dtype=getattr(torch, training.store_dtype),
+        non_finite=recipe.data.non_finite,
     )
     with closing(small):
         batches = [small.next_batch().x_ND for _ in range(WARM_STEPS + TIMED_STEPS)]
