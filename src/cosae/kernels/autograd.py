@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cosae.kernels.deterministic import total
 from cosae.kernels.terms import R_MIN, ROW_MIN, Entries, ScoreTerms
 
 
@@ -47,7 +48,7 @@ def apply(function: Any, *inputs: Any) -> Tensor:
 def _summed_to(sums: Sums, shape: torch.Size, value_E: Tensor, entries: Entries, n_features: int) -> Tensor:
     """Gradient of a () or (F,) parameter that entry e sees through its feature."""
     if len(shape) == 0:
-        return value_E.sum()
+        return total(value_E)
     return sums.entries_by_feature_sum(value_E, entries, n_features).reshape(shape)
 
 
@@ -110,7 +111,8 @@ class Content(torch.autograd.Function):
             pull_F = torch.where(row_norm_F > ROW_MIN, pull_F, 0.0)
         if exponent.dim() == 0 and log_gain.dim() == 0:
             tangent_B = sums.entries_by_token_sum(tangent_E, entries, n_tokens)
-            power_B, grad_exponent, grad_gain = tangent_B * (exponent - 1.0), tangent_B @ log_r_B, tangent_B.sum()
+            power_B = tangent_B * (exponent - 1.0)
+            grad_exponent, grad_gain = total(tangent_B * log_r_B), total(tangent_B)
         else:
             power_E = tangent_E * _at_feature(exponent - 1.0, entries)
             power_B = sums.entries_by_token_sum(power_E, entries, n_tokens)

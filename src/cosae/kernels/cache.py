@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from cosae.kernels.deterministic import total
+
 RETRY = 32
 """Searches after which an arm forgets what each format of the screen let pass, and tries anew."""
 
@@ -150,7 +152,7 @@ class StepCache:
 
     def leave_measured(self, grad_FD: Tensor, rows_FD: Tensor, along_F: Tensor | None, square_F: Tensor) -> None:
         """Let this be found for this gradient of these rows until either is written to."""
-        self.measured.append(Measured(Seen(grad_FD), Seen(rows_FD), along_F, square_F.sum()))
+        self.measured.append(Measured(Seen(grad_FD), Seen(rows_FD), along_F, total(square_F)))
 
     def measured_of(self, grad_FD: Tensor, rows_FD: Tensor, unit: bool) -> Measured | None:
         """What is known of this gradient of these rows, measured for unit rows or others; or None."""

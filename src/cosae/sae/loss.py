@@ -20,6 +20,7 @@ from torch.nn.functional import embedding
 
 from cosae.errors import CosaeError, check_choice, check_positive
 from cosae.kernels import reference
+from cosae.kernels.deterministic import matmul, total
 from cosae.sae.model import SAE, TrainOutput
 from cosae.types import at_least_fp32
 
@@ -57,7 +58,7 @@ def token_weights(output: TrainOutput, power: float) -> Tensor:
     norm_stats = output.framed.norm_stats
     r_B = (norm_stats.r_B * norm_stats.scale_B).detach().clamp_min(DENOMINATOR_MIN)
     weight_B = torch.where(live_B, r_B.pow(-power), 0.0)
-    return weight_B * (live_B.sum() / weight_B.sum().clamp_min(torch.finfo(weight_B.dtype).tiny))
+    return weight_B * (live_B.sum() / total(weight_B).clamp_min(torch.finfo(weight_B.dtype).tiny))
 
 
 def squared_error(output: TrainOutput, error_B: Tensor, space: str) -> Tensor:
@@ -68,7 +69,7 @@ def squared_error(output: TrainOutput, error_B: Tensor, space: str) -> Tensor:
 def reconstruction(output: TrainOutput, config: LossConfig, variance: float) -> Tensor:
     """() mean over live tokens and prefixes of the weighted squared error over `variance`."""
     weight_B = token_weights(output, config.reweight)
-    per_prefix = [(weight_B * squared_error(output, error_B, config.space)).sum() for error_B in output.error]
+    per_prefix = [total(weight_B * squared_error(output, error_B, config.space)) for error_B in output.error]
     n_live = output.framed.live_B.sum().clamp_min(1)
     return torch.stack(per_prefix).mean() / n_live / variance
 
@@ -88,16 +89,16 @@ def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig, spa
     terms = output.terms
     still = {name: getattr(terms, name).detach() for name in ("z_BD", "exponent", "log_gain")}
     dead_terms = replace(terms, **still).of_features(dead, embedding(dead, terms.rows_FD, sparse=sparse_gradients))
-    score_BF = reference.content(dead_terms)
+    score_BF = reference.content(dead_terms, matmul(dead_terms.z_BD, dead_terms.rows_FD.T))
     if dead_terms.bias_F is not None:
         score_BF = score_BF + dead_terms.bias_F
     score_BF = _relu_straight_through(score_BF, config.aux_k if config.aux_k is not None else max(1, sae.d_in // 2))
-    recon_BD = score_BF @ embedding(dead, at_least_fp32(sae.decoder.rows_FD), sparse=sparse_gradients)
+    recon_BD = matmul(score_BF, embedding(dead, at_least_fp32(sae.decoder.rows_FD), sparse=sparse_gradients))
     live_B1 = terms.live_B[:, None]
     residual_BD = (output.framed.z_BD - output.recon[-1]).detach() * live_B1
     mean_D = residual_BD.sum(0) / terms.live_B.sum().clamp_min(1)
-    spread = ((residual_BD - mean_D) * live_B1).square().sum().clamp_min(DENOMINATOR_MIN)
-    missed = ((residual_BD - recon_BD) * live_B1).square().sum()
+    spread = total(((residual_BD - mean_D) * live_B1).square()).clamp_min(DENOMINATOR_MIN)
+    missed = total(((residual_BD - recon_BD) * live_B1).square())
     return missed / spread
 
 
@@ -113,10 +114,11 @@ def sparsity(sae: SAE, output: TrainOutput) -> Tensor:
     """() what λ multiplies: mean L0 over k (jumprelu), mean Σ_i ReLU(π_i) over k · mean ReLU(π) (gated)."""
     n_live = output.framed.live_B.sum().clamp_min(1)
     if output.selection.count_B is not None:
-        return output.selection.count_B.sum() / n_live / sae.k
+        return total(output.selection.count_B) / n_live / sae.k
     open_E = output.selection.score_E
-    typical = open_E.detach().mean().clamp_min(DENOMINATOR_MIN) if len(open_E) else open_E.new_ones(())
-    return open_E.sum() / n_live / sae.k / typical
+    sum_ = total(open_E)
+    typical = (sum_.detach() / len(open_E)).clamp_min(DENOMINATOR_MIN) if len(open_E) else open_E.new_ones(())
+    return sum_ / n_live / sae.k / typical
 
 
 def terms_of(
@@ -137,7 +139,7 @@ def terms_of(
     terms = {"reconstruction": reconstruction(output, config, variance)}
     if output.gate_error is not None:
         error_B = squared_error(output, output.gate_error, config.space) * output.framed.live_B
-        terms["gate"] = error_B.sum() / output.framed.live_B.sum().clamp_min(1) / variance
+        terms["gate"] = total(error_B) / output.framed.live_B.sum().clamp_min(1) / variance
     if sae.cfg.selector in ("jumprelu", "gated"):
         terms["sparsity"] = sparsity_weight * sparsity(sae, output)
     if dead_F is not None and config.aux_coefficient > 0:

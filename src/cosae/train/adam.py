@@ -17,6 +17,7 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.kernels import StepCache, choose
 from cosae.kernels.cpu import native
+from cosae.kernels.deterministic import total
 from cosae.kernels.moments import Task
 from cosae.kernels.terms import ROW_MIN
 
@@ -100,7 +101,7 @@ class Compiled:
         square_R = torch.empty(len(grad), dtype=torch.float64)
         arrays = (grad.numpy(), weight.numpy(), unit, along_R.numpy(), square_R.numpy())
         native.run_parts(native.loops("adam").measure_rows, native.parts_for(grad.numel(), 2), *arrays)
-        return along_R if unit else None, square_R.sum()
+        return along_R if unit else None, total(square_R)
 
     def step(self, task: Task) -> None:
         if not task.mean.uncompressed:

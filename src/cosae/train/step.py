@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cosae.errors import CosaeError, check_choice, check_least, check_most, check_positive
 from cosae.kernels import StepCache
+from cosae.kernels.deterministic import total
 from cosae.kernels.moments import STATE_DTYPES
 from cosae.kernels.select.search import carried
 from cosae.sae import loss as losses
@@ -178,11 +179,11 @@ class Batch:
         # masked rows are zero and would count |mean|² each
         masked = (~live_B).sum() * mean_D.square().sum()
         distance_B = torch.linalg.vector_norm(x_BD - mean_D, dim=-1)
-        spread = distance_B.square().sum() - masked
+        spread = total(distance_B.square()) - masked
         if sink_B is None:
             return cls(x_BD, live_B, spread)
         calm_ND = x_BD[calm_B := live_B & ~sink_B]
-        return cls(x_BD, live_B, spread, calm_B, (calm_ND - calm_ND.mean(0)).square().sum())
+        return cls(x_BD, live_B, spread, calm_B, total((calm_ND - calm_ND.mean(0)).square()))
 
 
 def train_step(
@@ -214,11 +215,11 @@ def train_step(
         sparsity_weight=state.weight,
         sparse_gradients=True,
     )
-    total = torch.stack(list(terms.values())).sum()
-    if not bool(torch.isfinite(total)):
-        raise NonFiniteError(f"the loss became {float(total.detach())} at step {step}")
+    loss = torch.stack(list(terms.values())).sum()
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteError(f"the loss became {float(loss.detach())} at step {step}")
     state.optimizer.zero_grad()
-    torch.autograd.backward(total)
+    torch.autograd.backward(loss)
     try:
         grad_norm = state.optimizer.step(scale, state.cache)
     except FloatingPointError:
@@ -230,10 +231,11 @@ def train_step(
     state.hint = carried(state.hint, output.selection.hint)
     l0 = n_fired / max(int(n_live), 1)
     if sae.cfg.selector == "gated" and len(output.selection.score_E):
-        state.typical_gate = float(output.selection.score_E.detach().mean())
+        open_E = output.selection.score_E.detach()
+        state.typical_gate = float(total(open_E) / len(open_E))
     _control(state, l0, step)
     return {
-        "loss": total.detach(),
+        "loss": loss.detach(),
         **{f"loss_{name}": value.detach() for name, value in terms.items()},
         "grad_norm": grad_norm,
         "l0": l0,
@@ -257,9 +259,9 @@ def _batch_fve(output: TrainOutput, batch: Batch) -> dict[str, Tensor]:
     Where it is known which rows are sinks, without them too.
     """
     error_B = losses.squared_error(output, output.error[-1], "raw")
-    found = {"fve": 1 - error_B[batch.live_B].sum() / batch.spread.clamp_min(losses.DENOMINATOR_MIN)}
+    found = {"fve": 1 - total(error_B[batch.live_B]) / batch.spread.clamp_min(losses.DENOMINATOR_MIN)}
     if batch.calm_B is not None and batch.calm_spread is not None:
-        calm = error_B[batch.calm_B].sum() / batch.calm_spread.clamp_min(losses.DENOMINATOR_MIN)
+        calm = total(error_B[batch.calm_B]) / batch.calm_spread.clamp_min(losses.DENOMINATOR_MIN)
         found["fve_sinks_out"] = 1 - calm if bool(batch.calm_B.any()) else calm.new_tensor(math.nan)
     return found
 

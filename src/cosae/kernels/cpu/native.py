@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -34,7 +35,26 @@ SMALL_WORK = 1 << 20
 
 @lru_cache(maxsize=1)
 def _pool(pid: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1)), thread_name_prefix="cosae")
+    return pool_of(max(1, os.cpu_count() or 1), 1)
+
+
+def pool_of(n: int, each: int) -> ThreadPoolExecutor:
+    """A pool of n threads that are there, for each of which torch uses so many threads; the caller keeps its own number.
+
+    torch keeps the number both by thread and, for threads that have not asked yet, for all of the process.
+    """
+    own, started = torch.get_num_threads(), threading.Barrier(n)
+
+    def start() -> None:
+        torch.set_num_threads(each)
+        started.wait()
+
+    pool = ThreadPoolExecutor(n, thread_name_prefix="cosae")
+    try:
+        wait([pool.submit(start) for _ in range(n)])
+    finally:
+        torch.set_num_threads(own)
+    return pool
 
 
 def parts_for(work: int, pieces: int = 1) -> int:
@@ -50,6 +70,18 @@ def run_parts(loop: Callable[..., Any], n_parts: int, *arguments: Any) -> list[A
     """
     if n_parts <= 1:
         return [loop(0, 1, *arguments)]
+    return _share_out(loop, n_parts, arguments, join=True)
+
+
+def run_single(call: Callable[..., Any], n_parts: int, *arguments: Any) -> list[Any]:
+    """`run_parts` for what calls torch: each part has one thread of torch's, whoever runs it."""
+    if torch.get_num_threads() == 1:
+        return [call(part, n_parts, *arguments) for part in range(n_parts)]
+    return _share_out(call, n_parts, arguments, join=False)
+
+
+def _share_out(loop: Callable[..., Any], n_parts: int, arguments: tuple[Any, ...], *, join: bool) -> list[Any]:
+    """Parts taken one after the other by as many threads as torch has, the calling one among them if it may `join`."""
     parts, results = deque(range(n_parts)), [None] * n_parts  # a shared iterator is not safe without Python's lock
 
     def work() -> None:
@@ -60,10 +92,11 @@ def run_parts(loop: Callable[..., Any], n_parts: int, *arguments: Any) -> list[A
                 return
             results[part] = loop(part, n_parts, *arguments)
 
-    others = range(1, min(n_parts, torch.get_num_threads()))
-    waiting = [_pool(os.getpid()).submit(work) for _ in others]
+    others = min(n_parts, torch.get_num_threads()) - join
+    waiting = [_pool(os.getpid()).submit(work) for _ in range(others)]
     try:
-        work()
+        if join:
+            work()
     finally:
         wait(waiting)
     for future in waiting:
