@@ -6,7 +6,6 @@ otherwise. Here what is summed together depends on the shape alone. Off the CPU 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch

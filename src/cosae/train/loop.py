@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +20,9 @@ import torch
 from cosae.activations.digest import chain, fingerprint
 from cosae.errors import CosaeError, check_choice, check_least, check_most
 from cosae.io.signals import Interrupted, Stop, StopAsked, stop_on_signals
-from cosae.kernels import Workspace
 from cosae.train.arm import check_seed
 from cosae.train.log import Logger
+from cosae.train.side_by_side import SideBySide
 from cosae.train.step import ArmState, Batch, NonFiniteError, OptimizerConfig, lr_scale, train_step
 from cosae.types import Activations
 
@@ -92,14 +93,11 @@ def train(
     `ArmState.stopped`; the others go on. Raises Interrupted after saving, CosaeError when no arm is left, and what the
     stream raises, after saving.
     """
-    with stop_on_signals() if stop is None else nullcontext(stop) as stop:
+    with stop_on_signals() if stop is None else nullcontext(stop) as stop, SideBySide(states) as side_by_side:
         notify = on_event or (lambda event: None)
         monitor, sink_norm = getattr(stream, "monitor", None), getattr(stream, "sink_norm", None)
         begun = time.perf_counter() - seconds
         saved = start
-        workspace = Workspace()
-        for state in states:
-            state.cache.workspace = workspace  # arms step in turn and need one arm's memory
         for step in range(start, config.steps):
             try:
                 batch = stream.next_batch()
@@ -114,21 +112,17 @@ def train(
                 notify({"step": done, "arm": None, **event})
             scale = lr_scale(step, config.steps, config.optimizer)
             logged = done % config.log_every == 0 or done == config.steps or step == 0
-            numbers = {}
             sink_B = None if sink_norm is None else batch.norm_N >= sink_norm
             rows, print_ = Batch.of(batch.x_ND, sink_B), fingerprint(batch)
-            for state in states:
-                if state.stopped is not None:
-                    continue
+            running = [state for state in states if state.stopped is None]
+            for state in running:
                 state.digest = chain(state.digest, print_)
-                measured = _advance(state, batch, rows, step, scale, config, log)
-                if measured is None:
-                    stopped = {"kind": "stopped", "text": f"stopped: {state.stopped}"}
-                    notify({"step": done, "arm": state.arm.name, **stopped})
-                    continue
-                for event in state.monitor.look(measured):
+            advance = partial(_advance, batch=batch, rows=rows, step=step, scale=scale, config=config)
+            numbers = {}
+            for state, measured in zip(running, side_by_side.run(advance, running), strict=True):
+                for event in _events(state, measured, log):
                     notify({"step": done, "arm": state.arm.name, **event})
-                if logged:
+                if logged and measured is not None:
                     numbers[state.arm.name] = _record(state, measured, scale, step, config)
             if all(state.stopped for state in states):
                 raise CosaeError("every arm stopped: " + "; ".join(f"{s.arm.name}: {s.stopped}" for s in states))
@@ -145,18 +139,11 @@ def train(
                 saved = done
             if stop.asked:
                 raise Interrupted(done)
-        workspace.clear()
     return time.perf_counter() - begun
 
 
 def _advance(
-    state: ArmState,
-    batch: Activations,
-    rows: Batch,
-    step: int,
-    scale: float,
-    config: TrainingConfig,
-    log: Callable[[str], None] | None,
+    state: ArmState, batch: Activations, rows: Batch, step: int, scale: float, config: TrainingConfig
 ) -> dict[str, Any] | None:
     """One step of one arm, timed; None where it had to stop."""
     begun = time.perf_counter()
@@ -166,11 +153,20 @@ def _advance(
         documents = sorted({int(d) for d in batch.doc_N.tolist()})[:3]
         where = f"batch {step} of the stream, documents {documents}…"
         state.stopped = f"{error} ({where}); its weights are those before that step"
-        if log is not None:
-            log(f"{state.arm.name} stopped: {state.stopped}")
         return None
     finally:
         state.seconds += time.perf_counter() - begun
+
+
+def _events(
+    state: ArmState, measured: dict[str, Any] | None, log: Callable[[str], None] | None
+) -> list[dict[str, Any]]:
+    """What there is to say of an arm's step: that it stopped, which is logged too, or what its monitor noticed."""
+    if measured is not None:
+        return state.monitor.look(measured)
+    if log is not None:
+        log(f"{state.arm.name} stopped: {state.stopped}")
+    return [{"kind": "stopped", "text": f"stopped: {state.stopped}"}]
 
 
 @torch.no_grad()

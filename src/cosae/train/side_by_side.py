@@ -7,7 +7,7 @@ more. Bits do not depend on it: no sum or product of a step does on the number o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -25,16 +25,20 @@ AT_ONCE = 2
 """Arms that step at the same time; each needs a step's memory of its own."""
 
 
-def lanes(n_arms: int, devices: set[str]) -> int:
-    """How many arms step at the same time: AT_ONCE where torch has a thread for each, on the CPU; else 1."""
-    return max(1, min(AT_ONCE, n_arms, torch.get_num_threads())) if devices == {"cpu"} else 1
+def n_at_once(n_arms: int, device: str, kernels: Collection[str]) -> int:
+    """How many arms step at the same time: AT_ONCE on a CPU where torch has a thread for each, else 1.
+
+    The reference kernel's dense products do depend on the number of threads.
+    """
+    return 1 if device != "cpu" or "reference" in kernels else max(1, min(AT_ONCE, n_arms, torch.get_num_threads()))
 
 
 class SideBySide(AbstractContextManager["SideBySide"]):
     """Runs one function over arms, `n` of them at a time; to be closed."""
 
     def __init__(self, states: Sequence[ArmState]) -> None:
-        self.n = lanes(len(states), {state.sae.device.type for state in states})
+        device = states[0].sae.device.type if states else "cpu"
+        self.n = n_at_once(len(states), device, [state.sae.kernel for state in states])
         self._workspaces = [Workspace() for _ in range(self.n)]
         self._pool: ThreadPoolExecutor | None = None
         if self.n > 1:

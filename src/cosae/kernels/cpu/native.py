@@ -39,13 +39,14 @@ def _pool(pid: int) -> ThreadPoolExecutor:
 
 
 def pool_of(n: int, each: int) -> ThreadPoolExecutor:
-    """A pool of n threads that are there, for each of which torch uses so many threads; the caller keeps its own number.
+    """A pool of n threads, each with so many of torch's own; the caller keeps its number.
 
     torch keeps the number both by thread and, for threads that have not asked yet, for all of the process.
     """
     own, started = torch.get_num_threads(), threading.Barrier(n)
 
     def start() -> None:
+        torch.get_num_threads()  # a thread that never asked takes the process's number at its first call
         torch.set_num_threads(each)
         started.wait()
 

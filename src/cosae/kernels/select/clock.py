@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -62,18 +63,20 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter, file: Path | None = None) -> None:
         self.now, self.file = now, file
         self._known: dict[str, dict[str, float]] = {}
+        self._lock = threading.Lock()  # who is timed beside another is timed wrong
 
     def seconds(self, key: str, contestants: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """The shortest call of each contestant that runs; one that raises RuntimeError or the like is left out."""
         machine = f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
         key = f"{machine}, {key}"
-        if key not in self._known:
-            found = _numbers(self._read().get(key), contestants)
-            if found is None:
-                found = self._race(contestants)
-                self._write(key, found)
-            self._known[key] = found
-        return self._known[key]
+        with self._lock:
+            if key not in self._known:
+                found = _numbers(self._read().get(key), contestants)
+                if found is None:
+                    found = self._race(contestants)
+                    self._write(key, found)
+                self._known[key] = found
+            return self._known[key]
 
     def _race(self, contestants: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         best: dict[str, float] = {}
@@ -95,9 +98,10 @@ class Clock:
 
     def _read(self) -> dict[str, object]:
         try:
-            return {} if self.file is None else dict(read_json(self.file))
+            found = None if self.file is None else read_json(self.file)
         except (CosaeError, OSError):
-            return {}
+            found = None
+        return found if isinstance(found, dict) else {}
 
     def _write(self, key: str, found: dict[str, float]) -> None:
         if self.file is None or not found:

@@ -9,7 +9,8 @@ B batch, D width, F features, R rows of the buffer, W of the window, H of the he
     model, text    weights; 36 bytes a token  held corpora: ids, offsets, places; and the text itself
     one of these at a time, the largest counts:
       window       4 W (s D + 21)             the first window: in parts, joined, and read
-      step         2 F D + B (8 D + F)        gradients and scores; the reference kernel 9 B F
+      step         2 F D + B (8 D + F)        gradients and scores, of each arm that steps at the same time; the
+                                              reference kernel 9 B F
       refill       2 chunks, and the forward pass of one batch of sequences or the text that is being tokenised
       checkpoint   the live buffer three times, or one arm's parameters and moments twice
       evaluation   4 H D and the codes of all arms, H (12 k) bytes each; labels on the embedded corpus
@@ -37,6 +38,7 @@ from cosae.run.plan.resources import Item, human, total
 from cosae.sae.model import SAE
 from cosae.shown import counted
 from cosae.train.checkpoint import KEEP
+from cosae.train.side_by_side import n_at_once
 
 FLOAT = 4
 IDS_BYTES = 21  # norm, four ids, one mark
@@ -75,7 +77,7 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
     sample = Item("the sample for initialisation", SAMPLE_ROWS * FLOAT * d)
     moment = MOMENT_BYTES[training.optimizer.state_dtype]
     arms = [_arm(arm, d, moment, _step(arm, recipe.kernel, batch, d)) for arm in recipe.arms]
-    widest = max(recipe.arms, key=_width)
+    widest = max(map(_width, recipe.arms))
     held_out = recipe.evaluation.held_out_tokens
     probed = recipe.evaluation.probe_tokens if recipe.evaluation.probing and _labelled(recipe) else 0
     labelled = LABELLED_TOKENS if _labelled(recipe) else 0
@@ -84,9 +86,9 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
     evaluation = 4 * measured * FLOAT * d + (held_out + probed) * codes + LABEL_BYTES * (2 * probed + labelled)
     passing = (
         Item("the first window", 4 * recipe.filter.window_tokens * row),
-        Item(f"one step of {widest.name}", _step(widest, recipe.kernel, batch, d)),
+        _steps(recipe, d),
         Item("a refill of the buffer", 2 * sizes.chunk_rows * row + sizes.chunk_work),
-        Item("a checkpoint being written", max(3 * rows * row, int(2 * 2 * _width(widest) * d * (FLOAT + 2 * moment)))),
+        Item("a checkpoint being written", max(3 * rows * row, int(2 * 2 * widest * d * (FLOAT + 2 * moment)))),
         Item("evaluation", evaluation),
     )
     return MemoryPlan((*sizes.resident, buffer, sample, *arms), passing)
@@ -97,6 +99,15 @@ def _arm(arm: Any, d: int, moment: float, work: int) -> Item:
     weights, moments = values * FLOAT, int(2 * values * moment)
     parts = f"parameters {human(weights)}, gradients {human(weights)}, moments {human(moments)}"
     return Item(f"arm {arm.name}: {parts}; a step works on {human(work)} more", 2 * weights + moments)
+
+
+def _steps(recipe: Recipe, d: int) -> Item:
+    """The widest arms' steps, as many as are taken at the same time on a CPU."""
+    widest = sorted(recipe.arms, key=_width, reverse=True)
+    kernels = [recipe.kernel, *(arm.kernel for arm in widest if arm.kernel)]
+    widest = widest[: n_at_once(len(widest), torch.device(recipe.device).type, kernels)]
+    work = sum(_step(arm, recipe.kernel, recipe.training.batch_tokens, d) for arm in widest)
+    return Item(f"one step of {' and '.join(arm.name for arm in widest)}", work)
 
 
 def _step(arm: Any, kernel: str, batch: int, d: int) -> int:
