@@ -1,8 +1,9 @@
 """What arms in lockstep cost each other: `python -m benchmarks.lockstep`.
 
 Time: one arm's step taken alone, and the same arm's step between those of the others, by turns; the batch's shared
-facts are timed beside them. Memory: the peak of one process that trains n arms, above what it held before they were
-built; expected are n times an arm's parameters and moments, and one arm's work on top.
+facts are timed beside them. Two arms side by side, as `cosae.train` takes them, are timed against the same two in turn,
+and must be the same to the bit. Memory: the peak of one process that trains n arms in turn, above what it held before
+they were built; expected are n times an arm's parameters and moments, and one arm's work on top.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cosae.activations.digest import fingerprint
 from cosae.kernels import Workspace, keep_memory
 from cosae.sae.model import SAE
 from cosae.train.arm import Arm
+from cosae.train.side_by_side import SideBySide
 from cosae.train.step import ArmState, Batch, OptimizerConfig, train_step
 from cosae.types import Activations
 
@@ -58,6 +60,35 @@ def time_company(shape: Shape, rounds: int, clock: str) -> None:
         print(f"{state.arm.name:20} {ms:8.1f} ms in company, {ratio:5.2f} × alone")
 
 
+def time_side_by_side(shape: Shape, rounds: int) -> None:
+    """Print what two arms side by side take over the same two in turn; raises where they are not the same arms."""
+    x_ND = draw_batches(shape, 1)[0]
+    batch = Batch.of(x_ND)
+    pairs = {how: [start(score, shape, x_ND, Workspace()) for score in SCORES[:2]] for how in ("in turn", "beside")}
+
+    def step(state: ArmState) -> None:
+        train_step(state, batch, 0, 1.0, NEVER)
+
+    def in_turn() -> None:
+        for state in pairs["in turn"]:
+            step(state)
+
+    with SideBySide(pairs["beside"]) as side_by_side:
+        if side_by_side.n < 2:
+            print("two arms side by side: not timed, there is one thread")
+            return
+        contestants = {"in turn": in_turn, "beside": lambda: side_by_side.run(step, pairs["beside"])}
+        taken = interleave(contestants, rounds, "wall")
+    for one, other in zip(pairs["in turn"], pairs["beside"], strict=True):
+        for name, value in one.tensors().items():
+            assert torch.equal(value.nan_to_num(), other.tensors()[name].nan_to_num()), f"{name} differs"
+    ms = {how: 1e3 * statistics.median(seconds) for how, seconds in taken.items()}
+    ratio = median_ratio(taken["in turn"], taken["beside"])
+    print(
+        f"two arms, ms: {ms['in turn']:.1f} in turn, {ms['beside']:.1f} side by side: {ratio:.2f} × as fast, same bits"
+    )
+
+
 def measure_memory(shape: Shape, n_arms: int) -> dict[str, float]:
     """MiB: peak of n arms' steps, and what their parameters and moments take."""
     x_ND = draw_batches(shape, 1)[0]
@@ -88,6 +119,7 @@ def main() -> None:
     keep_memory()
     print(f"lockstep, {shape}; {describe_machine()}")
     time_company(shape, args.rounds, args.clock)
+    time_side_by_side(shape, args.rounds)
     for n_arms in (1, 2, 4):
         command = [sys.executable, "-m", "benchmarks.lockstep", "--shape", args.shape, "--memory-of", str(n_arms)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from cosae.activations.stream import SAMPLE_ROWS, ActivationStream
 from cosae.errors import CosaeError
@@ -18,7 +21,8 @@ from cosae.run.dataset.model import batch_size, open_model
 from cosae.run.measure import evaluation_context, measure
 from cosae.sae.calibrate import FVE_TOKENS, calibrate, measure_fve
 from cosae.sae.model import SAE
-from cosae.train.step import ArmState, train_step
+from cosae.train.side_by_side import SideBySide
+from cosae.train.step import ArmState, Batch, train_step
 
 WARM_STEPS, TIMED_STEPS = 2, 3
 MEASURED_TOKENS = 4096
@@ -71,15 +75,16 @@ def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
         # what the window read is not read again
         parts["filling buffer"] = max(training.buffer_tokens - window, 0) / rate
         parts["reading the stream"] = training.steps * batch / rate
-        rates, saes = {"stream": rate}, {}
+        rates, states = {"stream": rate}, []
         for arm in recipe.arms:
             began = clock()
-            sae = saes[arm.name] = arm.build(data.d_in, small.sample_ND, recipe.device)
+            sae = arm.build(data.d_in, small.sample_ND, recipe.device)
             parts["initialising"] += starting * (clock() - began)
-            one = ArmState.start(arm, sae, max(small.norm_summary.total_variance, 1e-12), training.optimizer)
-            taken = [_timed(one, x_BD, i, training.dead_after_tokens) for i, x_BD in enumerate(batches)][WARM_STEPS:]
-            seconds = sorted(taken)[len(taken) // 2]
-            parts[f"steps of {arm.name}"], rates[arm.name] = training.steps * seconds, batch / seconds
+            variance = max(small.norm_summary.total_variance, 1e-12)
+            states.append(ArmState.start(arm, sae, variance, training.optimizer))
+        for name, seconds in _step_seconds(states, batches, training.dead_after_tokens).items():
+            parts[f"steps of {name}"], rates[name] = training.steps * seconds, batch / seconds
+        saes = {state.arm.name: state.sae for state in states}
         parts |= _after_training(recipe, data, saes, small, rate)
     torch.set_rng_state(state)
     return TimePlan(parts, rates)
@@ -114,14 +119,26 @@ def _after_training(
     return parts
 
 
-def _timed(state: ArmState, x_BD: torch.Tensor, step: int, dead_after_tokens: int) -> float:
-    if x_BD.is_cuda:
-        torch.cuda.synchronize(x_BD.device)
-    began = time.perf_counter()
-    train_step(state, x_BD, step, 1.0, dead_after_tokens)
-    if x_BD.is_cuda:
-        torch.cuda.synchronize(x_BD.device)
-    return time.perf_counter() - began
+def _step_seconds(states: Sequence[ArmState], batches: Sequence[Tensor], dead_after_tokens: int) -> dict[str, float]:
+    """What a step of all arms takes, as the loop takes it, by arm: each its share."""
+    rounds, own = [], {state.arm.name: 0.0 for state in states}
+
+    def timed(state: ArmState, batch: Batch, step: int) -> None:
+        began = time.perf_counter()
+        train_step(state, batch, step, 1.0, dead_after_tokens)
+        if batch.x_BD.is_cuda:
+            torch.cuda.synchronize(batch.x_BD.device)
+        own[state.arm.name] += time.perf_counter() - began
+
+    with SideBySide(states) as side_by_side:
+        for step, x_BD in enumerate(batches):
+            if step == WARM_STEPS:
+                own = dict.fromkeys(own, 0.0)
+            began = time.perf_counter()
+            side_by_side.run(partial(timed, batch=Batch.of(x_BD), step=step), states)
+            rounds.append(time.perf_counter() - began)
+    taken = statistics.median(rounds[WARM_STEPS:])
+    return {name: taken * seconds / sum(own.values()) for name, seconds in own.items()}
 
 
 def capture_time(request: Capture, log: Callable[[str], None] = lambda _: None) -> TimePlan:
