@@ -21,7 +21,7 @@ from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io.legacy import V01_ORDER, upgrade, upgrade_path
 from cosae.io.untrusted import check_bounded, one_sentence, parse_json, read_text
 from cosae.io.values import convert, from_plain, to_plain
-from cosae.shown import Shown
+from cosae.shown import Shown, counted
 from cosae.text.files import Reading
 from cosae.text.mixture import parse_corpus
 from cosae.train.arm import ARMS, Arm, check_arms
@@ -219,7 +219,7 @@ class Recipe(Shown):
         if optimizer.warmup_steps <= steps * (1 - optimizer.decay_frac):
             return []
         return [
-            f"of {steps} steps the first {optimizer.warmup_steps} are the warm-up and the last "
+            f"of {counted(steps, 'step')} the first {optimizer.warmup_steps} are the warm-up and the last "
             f"{optimizer.decay_frac:.0%} the decay: the learning rate never reaches {optimizer.lr:g}. Take more steps, "
             "or lower training.optimizer.warmup_steps."
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cosae.cli import main
 from cosae.errors import CosaeError
 from cosae.evaluate.verdict import verdict
 from cosae.recipe import Recipe
+from cosae.run import folder
 from cosae.run.audit import run_audit
 from cosae.run.evaluate import evaluate
 from cosae.run.plan import check as plans
@@ -91,6 +93,28 @@ def test_a_full_disk_asks_for_another_place_and_not_for_fewer_features(
     assert "Choose another place with --out" in said
     assert "d_sae" not in said
     assert "buffer_tokens from" not in said
+
+
+@pytest.mark.parametrize("verb", [["audit"], ["eval", "reconstruction"]], ids=" ".join)
+def test_a_disk_that_fills_up_is_no_run_to_resume(
+    verb: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder, "write_text", full)
+    data = ["--activations", str(run.parent / "x.npy"), "--tokens", "100", "--out", str(tmp_path / "out")]
+    assert status(*verb, str(run), *data, "--quiet") == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "choose another --out" in said
+    assert "resume" not in said
+
+
+def test_one_step_is_a_run_with_exponents_that_hardly_differ(tmp_path: Path) -> None:
+    one = ["training.steps=1", "training.optimizer.lr=1e-9"]
+    arguments = ["--out", str(tmp_path / "run"), "--arms", "cosine_per_feature", *SMALL, *SIZES, *one]
+    assert status("train", *arguments) == 0
 
 
 def test_the_plan_of_a_capture_counts_both_sides(capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,7 @@ class TestFailures:
         )
         assert "could not be downloaded here (Couldn't reach 'LabHC/bias_in_bios' on the Hub)" in sentence
         assert "\n" not in sentence
-        with pytest.raises(CosaeError, match=r"^1 other evals are done, in .*sparse_probing needs"):
+        with pytest.raises(CosaeError, match=r"^1 other eval done, in .*\. sparse_probing needs"):
             run({"one": make()}, ["sparse_probing", "meta_structure"], tmp_path, force=True, **PLACE)
 
     def test_anything_else_is_no_download(self, bench, tmp_path):

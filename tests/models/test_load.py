@@ -131,7 +131,7 @@ def test_missing_tensors_are_refused_instead_of_drawn_at_random(saved: Path, tmp
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.2.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CosaeError, match=r"incomplete: 1 tensors .* model\.layers\.2\.mlp\.up_proj\.weight"):
+    with pytest.raises(CosaeError, match=r"incomplete: 1 tensor missing .* model\.layers\.2\.mlp\.up_proj\.weight"):
         load_model(folder)
 
 

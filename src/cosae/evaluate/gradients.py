@@ -31,6 +31,7 @@ from cosae.evaluate.encoded import norm_quartiles, row_slices
 from cosae.sae.loss import squared_error
 from cosae.sae.model import SAE, TrainOutput
 from cosae.sae.selector import Selector
+from cosae.shown import counted
 from cosae.types import Activations
 
 CHUNK_NUMBERS = 8_000_000
@@ -64,7 +65,9 @@ def measure_gradients(
     x_ND = sae._checked(x_ND)
     x_ND = x_ND[(x_ND != 0).any(-1)]
     if len(x_ND) < 8 or batch_tokens < 8 or n_batches < 1:
-        raise CosaeError(f"gradient shares need at least 8 tokens, 8 a batch and one batch. Got {len(x_ND)} tokens.")
+        raise CosaeError(
+            f"gradient shares need at least 8 tokens, 8 a batch and one batch. Got {counted(len(x_ND), 'token')}."
+        )
     size = min(batch_tokens, len(x_ND))
     order = torch.randperm(len(x_ND), generator=torch.Generator().manual_seed(seed))
     batches = order[: len(order) // size * size].reshape(-1, size)[:n_batches]

@@ -109,7 +109,7 @@ def _exponent(sae: Any) -> Numbers:
     known: Numbers = {"mean": float(a.mean()), "b_mean": float(sae.scale_b.detach().mean())}
     if owner == "fixed" or a.ndim == 0:
         return {**known, "kind": "fixed" if owner == "fixed" else "scalar", "value": float(a.mean())}
-    counts, edges = np.histogram(a.numpy(), bins=40)
+    counts, edges = np.histogram(a.double().numpy(), bins=40)  # in fp32 their range may be too narrow for so many
     return {
         **known,
         "kind": "per_feature",

@@ -139,7 +139,7 @@ def _token_probing(found: Mapping[str, Any]) -> Iterator[Table]:
         rows = [["AUROC, contextual concepts", *(rule.replace("_", " ").replace("/", ", ") for rule in rules)]]
         for name, by in summary.items():
             rows.append([name, *(_estimate(by[r]["contextual"]["auroc"]) if r in by else "" for r in rules)])
-        over = f"95 % over {len(found[which]['concepts'])} concepts"
+        over = f"95 % over {counted(len(found[which]['concepts']), 'concept')}"
         yield f"One latent per concept, or as many as stand there, {_said(which)}; {over}", rows
 
 

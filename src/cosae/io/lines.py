@@ -62,7 +62,8 @@ class Lines:
                     kept.write(line)
                     self.index.append(entry)
                 if lost := [step for step, _ in left.elements()]:
-                    self.warning = f"{len(lost)} of its {len(known or ())} lines are lost, of steps {_ranges(lost)}"
+                    are = "is" if len(lost) == 1 else "are"
+                    self.warning = f"{len(lost)} of its {len(known or ())} lines {are} lost, of steps {_ranges(lost)}"
                 elif foreign:
                     self.warning = f"{foreign} of its lines are not the run's"
                 if self.warning is not None:
@@ -128,4 +129,4 @@ def _ranges(steps: Sequence[int], shown: int = 6) -> str:
         else:
             runs.append([step])
     words = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return ", ".join(words[:shown]) + (f" and {len(words) - shown} more stretches" if len(words) > shown else "")
+    return ", ".join(words[:shown]) + (f" and {len(words) - shown} more" if len(words) > shown else "")

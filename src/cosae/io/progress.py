@@ -67,7 +67,8 @@ class Phase:
     @property
     def counted(self) -> str:
         """12k of 65k tokens."""
-        return f"{_count(self.done)} of {_count(self.total or 0)} {self.unit}"
+        unit = self.unit.removesuffix("s") if self.total == 1 else self.unit
+        return f"{_count(self.done)} of {_count(self.total or 0)} {unit}"
 
     @property
     def left(self) -> str:

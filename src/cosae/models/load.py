@@ -14,6 +14,7 @@ from torch import nn
 from cosae.errors import CosaeError, check_choice
 from cosae.io.kind import kind_of, which_is
 from cosae.io.untrusted import one_line
+from cosae.shown import counted
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tekken.json", "*.tiktoken", "*.model", "*.spm", "*.bpe.codes"),
@@ -60,7 +61,7 @@ def load_model(
     wrong = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
     if wrong:  # transformers would fill these with random numbers and go on
         raise CosaeError(
-            f"The weights of '{name}' are incomplete: {len(wrong)} tensors are missing or misshapen, "
+            f"The weights of '{name}' are incomplete: {counted(len(wrong), 'tensor')} missing or misshapen, "
             f"the first is {wrong[0]}; download the model again."
         )
     check_tokenizer(tokenizer, int(model.get_input_embeddings().weight.shape[0]), name)

@@ -26,6 +26,7 @@ from typing import Any
 from torch import nn
 
 from cosae.errors import CosaeError
+from cosae.shown import counted
 from cosae.types import Site
 
 KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
@@ -72,8 +73,9 @@ def find_blocks(model: nn.Module) -> tuple[str, int]:
             "decoder-only transformer; use one of those."
         )
     if not n_blocks or not found:
+        wanted = counted(n_blocks, "block") if n_blocks else "decoder blocks"
         raise CosaeError(
-            f"{type(model).__name__} has no list of {n_blocks or 'decoder'} blocks to read from; "
+            f"{type(model).__name__} has no list of {wanted} to read from; "
             "use a decoder-only transformer from Hugging Face transformers."
         )
     return min(found, key=lambda path: path.count(".")), int(n_blocks)
@@ -119,9 +121,8 @@ def _named_site(model: nn.Module, kind: str, block: int, blocks_path: str, n_blo
 
 def _check_block(model: nn.Module, block: int, n_blocks: int, asked: str) -> None:
     if block >= n_blocks:
-        raise CosaeError(
-            f"Site '{asked}' is out of range: {type(model).__name__} has {n_blocks} blocks, 0 to {n_blocks - 1}."
-        )
+        known = "one block, number 0" if n_blocks == 1 else f"{n_blocks} blocks, 0 to {n_blocks - 1}"
+        raise CosaeError(f"Site '{asked}' is out of range: {type(model).__name__} has {known}.")
 
 
 def _path_site(model: nn.Module, path: str, blocks_path: str, n_blocks: int) -> Site:

@@ -73,6 +73,6 @@ def run_audit(
     if out is not None:
         with written(out, "choose another --out"):
             out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "audit.json", result)
+        write_json(out / "audit.json", result, "make room, or choose another --out")
         write_audit_page(result, out / "audit.html")
     return result

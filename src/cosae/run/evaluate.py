@@ -88,7 +88,7 @@ def evaluate(
         "found": found,
     }
     if out is not None:
-        write_json(out, result)
+        write_json(out, result, "make room, or choose another --out")
     return result
 
 

@@ -35,9 +35,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically; NaN and infinity become null. Raises CosaeError where the disk refuses."""
-    with written(path, "make room and resume the run"):
+def write_json(path: Path, value: Any, advice: str = "make room and resume the run") -> None:
+    """Write atomically; NaN and infinity become null. Raises CosaeError, with advice, where the disk refuses."""
+    with written(path, advice):
         write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 

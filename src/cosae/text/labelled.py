@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosae.errors import CosaeError
+from cosae.shown import counted
 from cosae.text.rows import is_saved_dataset, open_dataset, read_jsonl, read_parquet, valid_text
 
 MOST_CLASSES = 200
@@ -48,7 +49,7 @@ class LabelledTexts:
         if not 2 <= len(classes) <= MOST_CLASSES:
             raise CosaeError(
                 f"{name} must have between 2 and {MOST_CLASSES} different labels to be probed. Got {len(classes)} "
-                f"in {len(listed)} rows: name the column that holds the class."
+                f"in {counted(len(listed), 'row')}: name the column that holds the class."
             )
         return cls(name, listed, classes, np.array([classes.index(label) for label in named], dtype=np.int64))
 

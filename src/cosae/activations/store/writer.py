@@ -32,6 +32,7 @@ from cosae.errors import CosaeError, check_least
 from cosae.io.atomic import write_text
 from cosae.io.digest import value_digest
 from cosae.io.records import read_record, write_record
+from cosae.shown import counted
 
 
 class StoreWriter:
@@ -204,7 +205,8 @@ class StoreWriter:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
         rows = sum(self.n_rows(side) for side in SIDES)
         return CosaeError(
-            f"{self.folder / file} could not be written ({why}); the {rows} tokens before it are kept: make room and "
+            f"{self.folder / file} could not be written ({why}); {counted(rows, 'token')} before it "
+            f"{'is' if rows == 1 else 'are'} kept: make room and "
             "give the same command again to go on."
         )
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cosae.errors import CosaeError, check_choice
+from cosae.errors import CosaeError, check_choice, sentences
 from cosae.interop.public import NEUTRAL
 from cosae.interop.read import read_sae
 from cosae.interop.saebench.adapter import DTYPES, SAEBenchSAE
@@ -31,6 +31,7 @@ from cosae.interop.saebench.settings import Job, Settings
 from cosae.io.atomic import kept_until_new, write_text
 from cosae.models.embedded import model_path as embedded_path
 from cosae.sae.model import SAE
+from cosae.shown import counted
 
 VERSION = "0.6.0"
 """The SAEBench whose evals these calls fit."""
@@ -103,8 +104,8 @@ def run(
         if isinstance(value, int | float)
     ]
     if answer["failed"]:
-        done = f"{len(answer['results'])} other evals are done, in {out}. " if answer["results"] else ""
-        raise CosaeError(done + " ".join(answer["failed"].values()))
+        done = f"{counted(len(answer['results']), 'other eval')} done, in {out}" if answer["results"] else ""
+        raise CosaeError(sentences(done, *answer["failed"].values()))
     return "\n".join(lines)
 
 

@@ -89,9 +89,8 @@ def _edit(kind: str, features: Features, amount: Amount, at: Any, relative: bool
     except (TypeError, ValueError):
         raise CosaeError(f"an edit's amount must be a number. Got {amount!r} instead.") from None
     if len(amounts) != len(ids) or not all(math.isfinite(value) for value in amounts):
-        raise CosaeError(
-            f"an edit needs one finite number, or one for each of its {len(ids)} features. Got {amount!r} instead."
-        )
+        each = counted(len(ids), "feature")
+        raise CosaeError(f"an edit needs one finite number, or one for each of its {each}. Got {amount!r} instead.")
     return Edit(kind, ids, amounts, check_where(at), relative)
 
 

@@ -135,8 +135,8 @@ def run_disk(recipe: Recipe, d_in: int) -> tuple[Item, ...]:
     moment = MOMENT_BYTES[training.optimizer.state_dtype]
     n = KEEP + 1 if training.checkpoint_every and training.steps > training.checkpoint_every else 1
     return (
-        Item(f"{n} checkpoints: shuffle buffer", n * training.buffer_tokens * row),
-        Item(f"{n} checkpoints: weights and moments", int(n * weights * (1 + 2 * moment / FLOAT))),
+        Item(f"{counted(n, 'checkpoint')}: shuffle buffer", n * training.buffer_tokens * row),
+        Item(f"{counted(n, 'checkpoint')}: weights and moments", int(n * weights * (1 + 2 * moment / FLOAT))),
         Item("trained SAEs", weights),
     )
 
