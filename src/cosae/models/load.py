@@ -1,4 +1,4 @@
-"""A frozen causal language model and its tokenizer, from a directory or the Hugging Face hub."""
+"""A frozen causal language model and its tokenizer, from a directory, a GGUF file or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from cosae.errors import CosaeError, check_choice
+from cosae.io.fetched.packages import MODELS, model_of
 from cosae.io.kind import kind_of, which_is
 from cosae.io.untrusted import one_line
+from cosae.models.gguf import dequantised, is_gguf, quantization
 from cosae.shown import counted
 
 TOKENIZER_FILES = (
@@ -35,7 +37,8 @@ def load_model(
 ) -> tuple[nn.Module, Any]:
     """A causal language model in eval mode, without gradients, and its tokenizer.
 
-    name_or_path  a directory written by `save_pretrained`, or a repository on the hub
+    name_or_path  a directory written by `save_pretrained`, a GGUF file, smollm2 (once fetched), or a repository on the
+                  hub
     dtype         "float32", "bfloat16" or "float16"
     device        "cpu", "cuda", "cuda:1" ...
     revision      branch, tag or commit on the hub
@@ -46,7 +49,7 @@ def load_model(
     device. Code from a repository is never run.
     """
     target = _device(device)
-    transformers, name, where, _ = read_configuration(name_or_path, dtype, revision)
+    transformers, name, where, config = read_configuration(name_or_path, dtype, revision)
     progress: Any = transformers.utils.logging
     progress.disable_progress_bar()  # a bar of its own for each load would break ours
     tokenizer = load_tokenizer(transformers, name, where)
@@ -56,8 +59,14 @@ def load_model(
     options["dtype" if version >= (4, 56) else "torch_dtype"] = MODEL_DTYPES[dtype]
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    failure = f"The weights of '{name}' could not be read"
+    if quantised := getattr(config, "quantization_config", None):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        failure = f"'{name}' is quantised ({how}), which transformers does not serve on {device} here"
+        if target.type != "cpu":
+            options["device_map"] = {"": target}
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model, info = _try(f"The weights of '{name}' could not be read", load, name, **options)
+    model, info = _try(failure, load, name, **options)
     wrong = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
     if wrong:  # transformers would fill these with random numbers and go on
         raise CosaeError(
@@ -66,7 +75,10 @@ def load_model(
         )
     check_tokenizer(tokenizer, int(model.get_input_embeddings().weight.shape[0]), name)
     model.requires_grad_(False)
-    return model.eval().to(target), tokenizer
+    model.quantization = quantization(Path(name))
+    if model.quantization or os.fspath(name_or_path) in MODELS:
+        model.config._name_or_path = os.fspath(name_or_path)  # for records: not a place in the cache
+    return (model.eval() if quantised else model.eval().to(target)), tokenizer
 
 
 def read_configuration(
@@ -78,10 +90,10 @@ def read_configuration(
         import transformers
     except ImportError:
         raise CosaeError("Reading a language model needs transformers: pip install 'cosae[lm]'.") from None
-    name = _place(name_or_path)
+    name = place_of(name_or_path)
     where = {"revision": revision} if revision is not None else {}
     config = _try(f"No model could be read from '{name}'", transformers.AutoConfig.from_pretrained, name, **where)
-    _check_causal(transformers, config, name)
+    _check_causal(transformers, config, os.fspath(name_or_path))
     return transformers, name, where, config
 
 
@@ -135,19 +147,24 @@ def _device(device: str) -> torch.device:
     return target
 
 
-def _place(name_or_path: str | os.PathLike[str]) -> str:
-    """The argument for transformers; distinguishes a missing path from a name on the hub."""
-    name = os.fspath(name_or_path)
+def place_of(name_or_path: str | os.PathLike[str]) -> str:
+    """The argument for transformers: a folder, be it in the cache, or a name on the hub. Raises CosaeError for a path
+    that is missing or no model, and for what has not been fetched."""
+    name = os.fspath(model_of(os.fspath(name_or_path)) or name_or_path)
     looks_like_path = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1
     is_path = looks_like_path or not isinstance(name_or_path, str)
     path = Path(name).expanduser()
+    if is_gguf(path):
+        return str(dequantised(path))
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        advice = "; GGUF is not read: give the model that it was made from" if "GGUF" in (kind_of(path) or "") else ""
+        advice = "; name one of its files" if "GGUF" in (kind_of(path) or "") else ""
         raise CosaeError(f"'{name}'{which_is(path)} is not a model directory: it has no config.json{advice}.")
     if path.is_dir():
         return str(path)
     if is_path or not name:
-        raise CosaeError(f"Model path '{name}' does not exist; give a model directory or a name on the hub.")
+        raise CosaeError(
+            f"Model path '{name}' does not exist; give a model directory, a GGUF file or a name on the hub."
+        )
     return name
 
 

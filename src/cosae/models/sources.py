@@ -49,7 +49,9 @@ class _SiteSource:
         """Model and site in plain values for a record."""
         config = getattr(self.model, "config", None)
         parameter = next(self.model.parameters())
+        quantized = getattr(self.model, "quantization", None)
         return {
+            **({} if quantized is None else {"quantization": quantized}),
             "model": getattr(config, "_name_or_path", "") or type(self.model).__name__,
             "model_type": getattr(config, "model_type", type(self.model).__name__),
             "revision": getattr(config, "_commit_hash", None),

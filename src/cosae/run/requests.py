@@ -19,7 +19,8 @@ class Place:
     """Model and site. Options that are not given come from each SAE's file."""
 
     model: str | None = None
-    """Model: embedded, a folder of a Hugging Face model, or a repository. Default: from the SAE's file."""
+    """Model: embedded, a folder of a Hugging Face model, a GGUF file, smollm2, or a repository. Default: from the SAE's
+    file."""
     site: str | None = None
     """Site that the SAE reads, such as resid_post.5. Default: from its file."""
     format: str = "auto"
@@ -157,7 +158,8 @@ class EvalOptions:
 
     texts: tuple[str, ...] = ()
     """For probing: labelled sets, each a .jsonl or .parquet file, a folder written by save_to_disk of datasets,
-    hf:DATASET[:CONFIG][:SPLIT], or sae-probes[:NAME]. Default: the token-level concepts of the embedded corpus."""
+    hf:DATASET[:CONFIG][:SPLIT], sae-probes[:NAME], wiki:language or wiki:topic. Default: the token-level
+    concepts of the embedded corpus."""
     text_column: str = "text"
     """For probing texts: column with the text."""
     label_column: str = "label"

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from cosae.errors import CosaeError, check_choice, check_range
+from cosae.io.fetched.packages import CORPORA, text_of
 from cosae.shown import counted
 from cosae.text import pylib
 from cosae.text.files import Reading, Tally, document_of, read_path
@@ -56,6 +58,7 @@ def read_documents(
         FILE.txt        one document, or its paragraphs or lines (`Reading.txt_unit`)
         FILE.jsonl      one document a line: text under "text", name under "name" or "id" if there
         FILE.parquet    one document a row, likewise
+        wiki:en, wiki:fr, wiki:es   introductions of Wikipedia, once `cosae fetch wiki` brought them
         hf:DATASET[:CONFIG][:SPLIT]   streamed from the Hugging Face hub, likewise; SPLIT is train if unsaid; DATASET
                         may be a local folder
     reading  where rows have their text, which files of a folder count, where documents are cut
@@ -73,6 +76,9 @@ def read_documents(
     reading, tally = reading or Reading(), tally or Tally()
     if spec == "pylib":
         return _cut(iter(pylib.documents(split, include_tests)), reading.max_chars)
+    place = text_of(spec, CORPORA)
+    if place != spec:
+        reading = replace(reading, text_field="text")  # its own files, whatever those beside it are like
     if spec.startswith("hf:") or is_saved_dataset(Path(spec)):
         name = spec.removeprefix("hf:").split(":")[0]
         rows = open_dataset(spec, order_key)
@@ -80,7 +86,7 @@ def read_documents(
             document_of(row, f"{spec}, row {n}", f"{name}:{n}", reading.text_field) for n, row in rows
         )
     else:
-        read = read_path(Path(spec), reading, tally, order_key)
+        read = read_path(Path(place), reading, tally, order_key)
     cut = _cut(read, reading.max_chars)
 
     def chosen() -> Iterator[Document]:

@@ -76,7 +76,7 @@ def read_path(path: Path, reading: Reading, tally: Tally, order_key: Sequence[in
         return _read_folder(path, _files_of(path, reading.suffixes, order_key), reading, tally)
     if not path.is_file():
         raise CosaeError(
-            "The corpus must be 'pylib', an existing folder or .txt, .jsonl or .parquet file, or "
+            "The corpus must be 'pylib', 'wiki:en', an existing folder or .txt, .jsonl or .parquet file, or "
             "'hf:DATASET[:CONFIG][:SPLIT]', with a weight behind it in a mixture (code/:0.7). "
             f"Got {str(path)!r}, which does not exist, instead."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosae.errors import CosaeError
+from cosae.io.fetched.packages import LABELLED, text_of
 from cosae.shown import counted
 from cosae.text.rows import is_saved_dataset, open_dataset, read_jsonl, read_parquet, valid_text
 
@@ -57,13 +58,15 @@ class LabelledTexts:
 def read_labelled(spec: str, *, text: str = "text", label: str = "label", n_rows: int | None = None) -> LabelledTexts:
     """The labelled texts that `spec` names.
 
-    spec          as for `read_documents`: FILE.jsonl, FILE.parquet, a FOLDER that `save_to_disk` wrote or
-                  hf:DATASET[:CONFIG][:SPLIT]
+    spec          wiki:language or wiki:topic, once fetched; or as for `read_documents`: FILE.jsonl, FILE.parquet, a
+                  FOLDER that `save_to_disk` wrote or hf:DATASET[:CONFIG][:SPLIT]
     text, label   the columns that hold them
     n_rows        read at most the first n_rows; all by default (a set sorted by label needs all)
 
     Raises CosaeError for a spec that names nothing, a row without text or label, and labels that make no classes.
     """
+    if (place := text_of(spec, LABELLED)) != spec:
+        return replace(read_labelled(place, n_rows=n_rows), name=spec)
     texts: list[str] = []
     labels: list[str | int | bool] = []
     for number, row in enumerate(itertools.islice(_read(spec, (text, label)), n_rows)):

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosae.errors import CosaeError
+from cosae.io.fetched.packages import fetched
 
 PACKAGE = "sae_probes"
 MASTER = "probing_datasets_MASTER.csv.zst"
@@ -41,7 +42,8 @@ class ProbeDataset(NamedTuple):
 
 
 def data_folder(path: str | os.PathLike[str] | None = None) -> Path:
-    """The folder with `cleaned_data/`: `path` itself, its `data/`, or that of the installed package, never imported.
+    """The folder with `cleaned_data/`: `path` itself, its `data/`, that of the installed package, never imported, or
+    what `cosae fetch sae-probes` brought.
 
     Raises CosaeError where there is none.
     """
@@ -55,7 +57,7 @@ def data_folder(path: str | os.PathLike[str] | None = None) -> Path:
     for place in (spec.submodule_search_locations or []) if spec else []:
         if (Path(place) / "data" / MASTER).is_file():
             return Path(place) / "data"
-    raise CosaeError("sae-probes' data are not here: pip install --no-deps sae-probes, or give a wheel's path.")
+    return fetched("sae-probes")
 
 
 def names(path: str | os.PathLike[str] | None = None) -> list[str]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +21,7 @@ import torch
 
 from cosae.errors import CosaeError
 from cosae.io.atomic import write_text
+from cosae.io.fetched.cache import cache_folder
 from cosae.io.untrusted import read_json
 
 ROUNDS = 3
@@ -32,12 +31,8 @@ HOPELESS = 3.0
 
 
 def default_file() -> Path:
-    """cosae/kernels.json in the user's cache directory."""
-    if sys.platform == "win32":
-        folder = os.environ.get("LOCALAPPDATA") or str(Path.home())
-    else:
-        folder = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(folder) / "cosae" / "kernels.json"
+    """Where the choices are remembered."""
+    return cache_folder() / "kernels.json"
 
 
 @lru_cache(maxsize=1)

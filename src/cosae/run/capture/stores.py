@@ -174,6 +174,8 @@ def _writers(
         "tokens": request.tokens,
         "held_out_tokens": request.n_held_out,
     }
+    if (quantized := getattr(model, "quantization", None)) is not None:
+        record["quantization"] = quantized
     if request.data.order == V01_ORDER:
         del record["order"]  # which 0.1 did not write
     written_by = {"commit": provenance.commit(), "packages": provenance.packages(), "threads": torch.get_num_threads()}
@@ -196,8 +198,9 @@ def _writers(
 def _digest_of(model: str) -> str | None:
     """SHA-256 over a local model's weights; None for one of the hub, which its revision names."""
     from cosae.models.embedded import model_path
+    from cosae.models.load import place_of
 
-    folder = model_path() if model == "embedded" else Path(model)
+    folder = model_path() if model == "embedded" else Path(place_of(model))
     if not folder.is_dir():
         return None
     running = hashlib.sha256()

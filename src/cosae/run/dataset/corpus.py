@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cosae.errors import CosaeError
+from cosae.io.fetched.packages import text_of
 from cosae.io.legacy import V01_ORDER
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Side
@@ -187,7 +188,7 @@ def reading_of(data: DataConfig) -> Reading:
 
 def streamed(spec: str) -> bool:
     """Whether a source is read as it comes instead of being held."""
-    path = Path(spec)
+    path = Path(text_of(spec))
     if spec.startswith("hf:") or is_saved_dataset(path):
         return True
     sizes = itertools.accumulate(p.stat().st_size for p in itertools.chain([path], path.rglob("*")) if p.is_file())
@@ -201,7 +202,7 @@ def random_access(spec: str) -> bool:
 
 def in_file_order(spec: str) -> bool:
     """Whether documents come in the order of a file or of the hub, not in one that a seed decides."""
-    path = Path(spec)
+    path = Path(text_of(spec))
     rows = not path.is_dir() or any(p.suffix.lower() in ROW_SUFFIXES for p in path.rglob("*"))
     return rows and not random_access(spec)
 

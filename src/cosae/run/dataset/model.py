@@ -16,6 +16,7 @@ from cosae.activations.monitor import finite_rows
 from cosae.activations.sample import Sample, SinkRule
 from cosae.activations.store.format import STORE_DTYPES
 from cosae.activations.stream import Source
+from cosae.io.fetched.packages import text_of
 from cosae.models.batching import choose_batch
 from cosae.models.capture import capture
 from cosae.models.embedded import model_path
@@ -223,7 +224,7 @@ class ModelDataset(Dataset):
 
 def _bytes_of(spec: str) -> int:
     """Of a corpus' files."""
-    path = Path(spec)
+    path = Path(text_of(spec))
     files = (p for p in (path, *path.rglob("*")) if p.is_file())
     return PYLIB_BYTES if spec == "pylib" else sum(p.stat().st_size for p in files)
 
