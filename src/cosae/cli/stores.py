@@ -72,7 +72,7 @@ def capture(command: Capture) -> int:
 
     request, log = build_capture(command), logger(command.quiet)
     if command.dry_run or isinstance(command, PlanCapture):
-        print(screen(plan_capture(request, command.out, log)))
+        print(screen(plan_capture(request, command.out, progress(command.quiet))))
         return 0
     stores = capture_stores(request, command.out, progress=progress(command.quiet), log=log)
     for store in stores:

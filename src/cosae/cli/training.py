@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cosae.cli.options import RecipeOptions, logger
+from cosae.cli.options import RecipeOptions, progress
 from cosae.errors import CosaeError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def train(command: Train) -> int:
     if command.dry_run or isinstance(command, Plan):
         from cosae.run.plan.check import plan_run, screen
 
-        print(screen(plan_run(recipe, command.out, logger(command.quiet))))
+        print(screen(plan_run(recipe, command.out, progress(command.quiet))))
         return 0
     from cosae.run.execute import Logs, execute
 

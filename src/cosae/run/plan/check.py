@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cosae.activations.sample import Sample
 from cosae.errors import advises_to_drop
-from cosae.io.progress import duration
+from cosae.io.progress import SILENT, Progress, duration
 from cosae.recipe import Recipe
 from cosae.report.terminal import text_table
 from cosae.run.capture.request import Capture
@@ -120,19 +120,19 @@ def check_audit(sae: SAE, sample: Sample, device: str) -> int:
 
 
 @advises_to_drop()
-def plan_run(recipe: Recipe, out: Path | None, log: Callable[[str], None] = lambda _: None) -> Plan:
+def plan_run(recipe: Recipe, out: Path | None, progress: Progress = SILENT) -> Plan:
     """The plan of a run, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
     with dataset_of(recipe) as data:
         checked = check_run(recipe, data, out)
-        log("opening the data for a short sample")
+        data.progress = progress
         return replace(checked, time=train_time(recipe, data))
 
 
-def plan_capture(request: Capture, out: Path, log: Callable[[str], None] = lambda _: None) -> Plan:
+def plan_capture(request: Capture, out: Path, progress: Progress = SILENT) -> Plan:
     """The plan of a capture, with its time from a sample. Raises CosaeError where it cannot fit, before the sample."""
     request = request.as_begun(out)
     checked = check_capture(request, out)
-    return replace(checked, time=capture_time(request, log))
+    return replace(checked, time=capture_time(request, progress))
 
 
 def _capture_sizes(request: Capture) -> tuple[list[Sizes], int]:

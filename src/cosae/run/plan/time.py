@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from cosae.activations.stream import SAMPLE_ROWS, ActivationStream
+from cosae.activations.stream import SAMPLE_ROWS, ActivationStream, Source
 from cosae.errors import CosaeError
+from cosae.io.progress import SILENT, Progress
 from cosae.recipe import Recipe
 from cosae.run.capture.request import Capture
 from cosae.run.dataset.base import Dataset
@@ -23,6 +25,7 @@ from cosae.sae.calibrate import FVE_TOKENS, calibrate, measure_fve
 from cosae.sae.model import SAE
 from cosae.train.side_by_side import SideBySide
 from cosae.train.step import ArmState, Batch, train_step
+from cosae.types import Activations
 
 WARM_STEPS, TIMED_STEPS = 2, 3
 MEASURED_TOKENS = 4096
@@ -53,11 +56,10 @@ def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
     parts = {"loading model and text": clock() - began}
     recipe = recipe.resolved(data.d_in)
     training = recipe.training
-    began = clock()
-    rate = len(next(source.chunks(0))) / (clock() - began)
+    made = _Timed(source)
     batch, window = training.batch_tokens, recipe.filter.window_tokens
     small = ActivationStream(
-        source,
+        cast(Any, made),
         batch_tokens=batch,
         buffer_tokens=2 * batch,
         seed=training.seed,
@@ -66,9 +68,11 @@ def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
         device=recipe.device,
         store_dtype=getattr(torch, training.store_dtype),
         non_finite=recipe.data.non_finite,
+        progress=data.progress,
     )
-    with closing(small):
+    with closing(small), data.progress.phase("timing steps and measurements"):
         batches = [small.next_batch().x_ND for _ in range(WARM_STEPS + TIMED_STEPS)]
+        rate = made.rows / made.seconds
         parts["first window"] = window / rate
         starting = min(window, SAMPLE_ROWS) / len(small.sample_ND)  # an SAE is initialised on so many times more rows
         parts["initialising"] = 0.0
@@ -88,6 +92,25 @@ def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
         parts |= _after_training(recipe, data, saes, small, rate)
     torch.set_rng_state(state)
     return TimePlan(parts, rates)
+
+
+class _Timed:
+    """A source, and how many rows it made in how many seconds."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self.rows, self.seconds = source, 0, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def chunks(self, start: int = 0) -> Iterator[Activations]:
+        chunks = self._source.chunks(start)
+        while True:
+            began = time.perf_counter()
+            if (chunk := next(chunks, None)) is None:
+                return
+            self.seconds, self.rows = self.seconds + time.perf_counter() - began, self.rows + len(chunk)
+            yield chunk
 
 
 def _after_training(
@@ -141,23 +164,24 @@ def _step_seconds(states: Sequence[ArmState], batches: Sequence[Tensor], dead_af
     return {name: taken * seconds / sum(own.values()) for name, seconds in own.items()}
 
 
-def capture_time(request: Capture, log: Callable[[str], None] = lambda _: None) -> TimePlan:
+def capture_time(request: Capture, progress: Progress = SILENT) -> TimePlan:
     """Time of a capture: one chunk of sequences through the model, scaled to all tokens. Writes nothing."""
     from cosae.models.capture import capture
     from cosae.models.sites import resolve_site
     from cosae.run.capture.text import CaptureText
 
-    log("loading the model for a short sample")
-    model, tokenizer = open_model(request.data, request.device)
+    with progress.phase("loading model"):
+        model, tokenizer = open_model(request.data, request.device)
     sites = [resolve_site(model, name) for name in request.sites]
     text = CaptureText(request.data, tokenizer, request.seed, 0)
     with closing(text.corpus):
         part = next(text.parts("train", request.tokens))
         at_once = batch_size(request.data, model, sites, "float32")
         capture(model, part.sequences[:at_once], sites, at_once)
-        began = time.perf_counter()
-        found = capture(model, part.sequences, sites, at_once)
-        rows = found[sites[0].name]
-        part.labels(rows)
+        with progress.phase("timing a chunk", part.n_rows):
+            began = time.perf_counter()
+            found = capture(model, part.sequences, sites, at_once, on_rows=progress.rows)
+            rows = found[sites[0].name]
+            part.labels(rows)
         rate = len(rows) / (time.perf_counter() - began)
     return TimePlan({"capturing": (request.tokens + request.n_held_out) / rate}, {"capture": rate})
