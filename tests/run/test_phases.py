@@ -134,9 +134,9 @@ def test_a_signal_in_the_middle_of_a_chunk_does_not_wait_for_its_end(
     out, began, passes = tmp_path / "run", [0.0], [0]
     real, read = loop._advance, capture_module.read_sites
 
-    def advance(state: Any, batch: Any, rows: Any, step: int, *rest: Any) -> Any:
-        began[0] = began[0] or (time.monotonic() if step == 3 else 0.0)
-        return real(state, batch, rows, step, *rest)
+    def advance(state: Any, **named: Any) -> Any:
+        began[0] = began[0] or (time.monotonic() if named["step"] == 3 else 0.0)
+        return real(state, **named)
 
     def slow(*args: Any) -> Any:
         if began[0]:
