@@ -268,7 +268,10 @@ class Recipe(Shown):
             text = read_text(path)
         with one_sentence(f"the recipe {path} is not well-formed"):
             plain = _parse_yaml(text) if path.suffix in (".yaml", ".yml") else parse_json(text, finite=False)
-        return from_plain(cls, upgrade(plain), str(path))
+        try:
+            return from_plain(cls, upgrade(plain), str(path))
+        except CosaeError as error:
+            raise CosaeError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def _parse_yaml(text: str) -> Any:

@@ -210,7 +210,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / file.CONFIG).write_text('{"architecture": "standard", "d_in": 5}'), "was not written by cosae",
     ),
     "a future version": (lambda f: rewrite(f, lambda c: c.update(version=file.VERSION + 1)), "upgrade cosae"),
-    "a version of text": (lambda f: rewrite(f, lambda c: c.update(version="1.0")), "format version 1.0"),
+    "a version of text": (lambda f: rewrite(f, lambda c: c.update(version="1.0")), "format version '1.0'"),
     "no version": (lambda f: rewrite(f, lambda c: c.pop("version")), "format version None"),
     "no sections": (lambda f: rewrite(f, lambda c: c.pop("sae")), "lacks its sections"),
     "digests missing": (lambda f: rewrite(f, lambda c: c.update(sha256={})), "digest differs"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.io.kind import PICKLE, kind_of, which_is
-from cosae.io.untrusted import FREE_BYTES, MAX_RATIO, one_sentence
+from cosae.io.untrusted import FREE_BYTES, MAX_RATIO, check_plain, one_sentence
 
 Array = Tensor | NDArray[Any]
 ALLOWED = "float32, float16, bfloat16 or float64"
@@ -32,6 +32,7 @@ def open_array(path: Path, key: str | None = None) -> tuple[Array, str | None, s
     }
     if (suffix := path.suffix.lower()) not in readers:
         raise CosaeError(f"Activations must be a {', '.join(readers)} file. Got '{path}'{which_is(path)} instead.")
+    check_plain(path)
     if not path.is_file():
         raise CosaeError(f"Activations file '{path}' does not exist; check the path.")
     kind, reader = readers[suffix]

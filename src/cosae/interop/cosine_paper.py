@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.interop.linear import Linear, linear_sae
+from cosae.interop.linear import MOST_LOG, Linear, linear_sae
 from cosae.io.untrusted import number, read_pickled, take, tensors
 from cosae.sae.config import SAEConfig
 from cosae.sae.model import SAE
@@ -51,8 +51,8 @@ def _cosine(sae: SAE, state: dict[str, Tensor], file: Path) -> SAE:
     if a.shape != b.shape or tuple(a.shape) not in ((), (sae.d_sae,)):
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
         raise CosaeError(f"{file}: scale_a and scale_b must both have shape () or ({sae.d_sae},). Got {shapes}.")
-    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise CosaeError(f"{file}: scale_a and scale_b hold values that are not finite; the file is damaged.")
+    if not bool(((a.abs() <= MOST_LOG) & (b.abs() <= MOST_LOG)).all()):  # NaN is not
+        raise CosaeError(f"{file}: scale_a and scale_b hold values beyond {MOST_LOG:g}; the file is damaged.")
     score = "cosine" if a.ndim == 0 else "cosine_per_feature"
     cosine = SAE(SAEConfig(sae.d_in, sae.d_sae, score, "batch_topk", sae.k))
     kept = {name: value for name, value in sae.state_dict().items() if name in cosine.state_dict()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, short
 from cosae.interop.linear import Linear, is_plain, linear_sae
 from cosae.io.untrusted import read_json, read_npz, read_safetensors, take, transposed
 from cosae.sae.model import SAE
@@ -51,10 +51,12 @@ def read(path: str | Path) -> SAE:
 
 
 def _check(config: dict[str, Any], folder: Path, state: dict[str, Tensor]) -> None:
-    if str(config.get("type", "sae")) not in ("sae", "SAE") or "affine_skip_connection" in state:
-        raise CosaeError(f"{folder} holds a {config.get('type', 'transcoder')}: cosae reads autoencoders only.")
+    kind = config.get("type", "sae")
+    if str(kind) not in ("sae", "SAE") or "affine_skip_connection" in state:
+        kind = "transcoder" if kind in ("sae", "SAE") else short(kind)
+        raise CosaeError(f"{folder} holds a {kind}: cosae reads autoencoders only.")
     if "scaling_factor" in state and not bool((state["scaling_factor"] == 1).all()):
         raise CosaeError(f"{folder} holds a scaling_factor of finetuned features, which cosae does not express.")
     architecture = str(config.get("architecture", "jump_relu")).replace("_", "").lower()
     if architecture != "jumprelu":
-        raise CosaeError(f"{folder}: architecture must be jump_relu. Got {config['architecture']!r} instead.")
+        raise CosaeError(f"{folder}: architecture must be jump_relu. Got {short(config['architecture'])} instead.")

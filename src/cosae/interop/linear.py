@@ -27,6 +27,8 @@ from cosae.sae.model import SAE
 
 NO_THRESHOLD = 1e-30
 """θ of a plain ReLU: JumpReLU keeps ln θ, and no score that fp32 tells from 0 lies below this."""
+MOST_VALUE, MOST_LOG = 1e9, 80.0
+"""Of weights, and of what an exponential is taken of: beyond it sums leave float32, and only damage is."""
 GUESSED_K = 32
 """k of files that do not say one (ReLU, JumpReLU); recorded as a guess."""
 
@@ -119,8 +121,9 @@ def _check(weights: Linear, source: str) -> tuple[int, int]:
             raise CosaeError(f"{source}: the {name} must have shape {options}, as the encoder. Got {shape} instead.")
         if value.dtype not in DTYPES or value.is_meta or value.is_nested:
             raise CosaeError(f"{source}: the {name} must hold numbers of 16, 32 or 64 bits. Got {value.dtype} instead.")
-        if not bool(torch.isfinite(value).all()):
-            raise CosaeError(f"{source}: the {name} holds NaN or infinity; the file is damaged.")
+        most = MOST_LOG if name == "gate's ρ" else MOST_VALUE
+        if not bool((value.abs() <= most).all()):  # NaN is not
+            raise CosaeError(f"{source}: the {name} holds NaN, infinity or more than {most:g}; the file is damaged.")
     if d_sae < 1 or d_in < 1:
         raise CosaeError(f"{source}: the encoder is empty, of shape {(d_sae, d_in)}.")
     return int(d_sae), int(d_in)

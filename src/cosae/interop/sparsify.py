@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, short
 from cosae.interop.linear import Linear, linear_sae
 from cosae.io.untrusted import read_json, read_safetensors, take, whole
 from cosae.sae.model import SAE
@@ -27,7 +27,9 @@ def read(folder: str | Path) -> SAE:
         raise CosaeError(f"{folder} holds a skip connection (W_skip): cosae reads plain autoencoders only.")
     activation = config.get("activation", "topk")
     if activation != "topk":
-        raise CosaeError(f"{folder}: the activation must be topk. Got {activation!r}, which cosae has no selector for.")
+        raise CosaeError(
+            f"{folder}: the activation must be topk. Got {short(activation)}, which cosae has no selector for."
+        )
     rows_FD, bias_F, decoder_FD, centre_D = take(state, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), path)
     weights = Linear(rows_FD, bias_F, decoder_FD, centre_D, "topk", whole(config.get("k"), "k", folder / CONFIG))
     hook = folder.name if "." in folder.name else None  # folders are named after the module that was hooked

@@ -16,6 +16,7 @@ from typing import Any
 
 from cosae.errors import CosaeError
 from cosae.io.atomic import replaced
+from cosae.io.untrusted import parse_json
 
 Index = list[tuple[int, int]]
 """Step and CRC of every line of a file."""
@@ -102,8 +103,8 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         return
     with path.open("rb") as file:
         for line in file:
-            with suppress(ValueError, KeyError, TypeError, RecursionError):
-                step = json.loads(line)["step"]
+            with suppress(ValueError, KeyError, TypeError):
+                step = parse_json(line)["step"]
                 if line.endswith(b"\n") and isinstance(step, int):
                     yield step, line
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, short
 
 MAX_RATIO, FREE_BYTES = 16, 16 * 2**20
 """A file may unpack to at most FREE_BYTES and so many times its size: weights hardly compress, bombs do."""
@@ -45,10 +45,19 @@ class one_sentence:
             raise CosaeError(f"{self.said} ({one_line(error)}){self.advice}.") from None
 
 
+def check_plain(path: Path, inside: str = "*") -> None:
+    """Raises CosaeError for a pipe, a socket or a device, and for a folder with one among what is `inside` it: opening
+    one may wait, or read, without end."""
+    for place in (path, *path.glob(inside)) if path.is_dir() else (path,):
+        if place.exists() and not place.is_file() and not place.is_dir():
+            raise CosaeError(
+                f"{place} is a pipe, a socket or a device, and no plain file: give a copy of what it holds."
+            )
+
+
 def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
     """The UTF-8 text of a plain file of at most so many bytes. Raises OSError, ValueError."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no plain file")
+    check_plain(path)
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -91,6 +100,7 @@ def check_bounded(value: Any, most: int = MAX_ITEMS) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON mapping; NaN and infinities become None. Raises CosaeError."""
+    check_plain(path)
     if not path.is_file():
         raise CosaeError(f"{path} does not exist: the SAE's folder is incomplete, copy it whole.")
     if path.stat().st_size > MAX_JSON_BYTES:
@@ -159,9 +169,11 @@ def tensors(value: Any, path: Path) -> dict[str, Tensor]:
     for name, one in value.items():
         if isinstance(one, Tensor):
             if one.layout != torch.strided or one.is_complex() or one.is_meta or one.is_nested or one.is_quantized:
-                raise CosaeError(f"{path}: {name!r} is not a plain dense tensor.")
+                raise CosaeError(f"{path}: {short(name)} is not a plain dense tensor.")
             if one.numel() * one.element_size() > FREE_BYTES + MAX_RATIO * path.stat().st_size:
-                raise CosaeError(f"{path}: {name!r} claims the shape {tuple(one.shape)}, more than the file holds.")
+                raise CosaeError(
+                    f"{path}: {short(name)} claims the shape {tuple(one.shape)}, more than the file holds."
+                )
             found[str(name)] = one.detach()
         elif isinstance(one, bool | int | float):
             found[str(name)] = torch.tensor(one)
@@ -172,7 +184,7 @@ def take(state: Mapping[str, Tensor], names: tuple[str, ...], path: Path) -> lis
     """The named tensors, all of them. Raises CosaeError naming what is missing and what is there."""
     missing = [name for name in names if name not in state]
     if missing:
-        there = ", ".join(sorted(map(str, state))[:12]) or "nothing"
+        there = ", ".join(name[:60] for name in sorted(map(str, state))[:12]) or "nothing"
         raise CosaeError(f"{path} lacks {', '.join(missing)}; it holds {there}. The file is not of this format.")
     return [state[name] for name in names]
 
@@ -189,7 +201,7 @@ def whole(value: Any, name: str, path: Path) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CosaeError(f"{path}: {name} must be a whole number of at least 1. Got {value!r} instead.")
+        raise CosaeError(f"{path}: {name} must be a whole number of at least 1. Got {short(value)} instead.")
     return value
 
 
@@ -201,6 +213,7 @@ def number(value: Tensor, name: str, path: Path) -> float:
 
 
 def _there(path: Path) -> None:
+    check_plain(path)
     if not path.is_file():
         raise CosaeError(f"{path} does not exist: the SAE's folder is incomplete, copy it whole.")
     if path.stat().st_size == 0:
@@ -209,11 +222,12 @@ def _there(path: Path) -> None:
 
 def _check_archive(path: Path) -> None:
     """Refuse archives that would unpack to far more than they are; the sizes are read from the directory alone."""
-    if not zipfile.is_zipfile(path):
-        return
-    size = path.stat().st_size
-    with one_sentence(f"{path} is a damaged archive", "copy it again"), zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
+    size, entries = path.stat().st_size, []
+    with one_sentence(f"{path} is a damaged archive", "copy it again"):
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
         unpacked = sum(entry.file_size for entry in entries)
     if len(entries) > MAX_ENTRIES:
         raise CosaeError(f"{path} has {len(entries)} entries, no SAE more than {MAX_ENTRIES}: not opened.")

@@ -14,7 +14,7 @@ from torch import nn
 from cosae.errors import CosaeError, check_choice
 from cosae.io.fetched.packages import MODELS, model_of
 from cosae.io.kind import kind_of, which_is
-from cosae.io.untrusted import one_line
+from cosae.io.untrusted import check_plain, one_line
 from cosae.models.gguf import dequantised, is_gguf, quantization
 from cosae.shown import counted
 
@@ -160,6 +160,7 @@ def place_of(name_or_path: str | os.PathLike[str]) -> str:
         advice = "; name one of its files" if "GGUF" in (kind_of(path) or "") else ""
         raise CosaeError(f"'{name}'{which_is(path)} is not a model directory: it has no config.json{advice}.")
     if path.is_dir():
+        check_plain(path)
         return str(path)
     if is_path or not name:
         raise CosaeError(

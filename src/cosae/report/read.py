@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, short
 from cosae.io.legacy import upgrade, upgrade_evaluation
+from cosae.io.untrusted import one_line, parse_json, read_text
 from cosae.report.lenient import read_record
 from cosae.report.records import Evaluation, Event, Metrics, Run, RunRecord
 
 FORMAT, VERSION = "cosae-run", 2
+MAX_BYTES = 2**28
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[RunRecord]:
@@ -32,9 +33,9 @@ def read_run(path: Path | str) -> RunRecord:
         raise CosaeError(f"{path} is not a run: it holds no run.json; give the directory that `train` or `demo` wrote")
     run, file = _object(path / "run.json", upgrade), path / "evaluation.json"
     if run.get("format") != FORMAT:
-        raise CosaeError(f"{path} is not a cosae run: format must be {FORMAT!r}, got {run.get('format')!r}")
+        raise CosaeError(f"{path} is not a cosae run: format must be {FORMAT!r}, got {short(run.get('format'))}")
     if (version := run.get("version")) not in (1, VERSION):
-        raise CosaeError(f"{path} has version {version!r}, not {VERSION}: use the cosae that wrote the run")
+        raise CosaeError(f"{path} has version {short(version)}, not {VERSION}: use the cosae that wrote the run")
     evaluation = _object(file, upgrade_evaluation) if file.is_file() else {}
     return RunRecord(
         path,
@@ -48,9 +49,13 @@ def read_run(path: Path | str) -> RunRecord:
 
 def _object(path: Path, upgraded: Callable[[Any], Any]) -> Mapping[str, Any]:
     try:
-        value = upgraded(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise CosaeError(f"{path} is damaged (not JSON: {error}); write it again or take the run from a copy") from None
+        value = upgraded(parse_json(read_text(path, MAX_BYTES)))
+    except ValueError as error:
+        if isinstance(error, CosaeError):
+            raise
+        raise CosaeError(
+            f"{path} is damaged (not JSON: {one_line(error)}); write it again or take the run from a copy"
+        ) from None
     if not isinstance(value, dict):
         raise CosaeError(f"{path} is damaged: it must hold a JSON object, got {type(value).__name__} instead")
     return value
@@ -62,8 +67,8 @@ def _lines(path: Path) -> list[Any]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for at, line in enumerate(lines, start=1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError):
+            rows += [parse_json(line)] if line.strip() else []
+        except ValueError:
             if at < len(lines):
                 raise CosaeError(f"{path} is damaged: line {at} is not JSON; take the run from a copy") from None
     return rows

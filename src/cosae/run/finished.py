@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, short
 from cosae.run.folder import ARMS, EVALUATION, RECIPE, RUN, read_json
 from cosae.sae.file import load
 from cosae.sae.model import SAE, Calibration
@@ -63,7 +63,7 @@ def open_run(folder: str | Path) -> Finished:
     record = read_json(out / RUN)
     if record.get("status") != "finished":
         how = f"go on with `cosae resume {out}`" if (out / RECIPE).is_file() else "start it again"
-        raise CosaeError(f"the run in {out} is not finished (its status is {record.get('status')!r}): {how}.")
+        raise CosaeError(f"the run in {out} is not finished (its status is {short(record.get('status'))}): {how}.")
     arms, there = record.get("arms"), {path.name for path in (out / ARMS).glob("[!.]*")}
     if not isinstance(arms, Mapping) or not there.issuperset(arms):
         raise CosaeError(f"{out / ARMS} does not hold the SAEs that {RUN} names: the run's folder is damaged.")

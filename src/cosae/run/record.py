@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from cosae import kernels
 from cosae.activations.stream import ActivationStream
 from cosae.interop.public import LOCAL
+from cosae.io.untrusted import parse_json
 from cosae.io.values import to_plain
 from cosae.recipe import Recipe
 from cosae.run import provenance
@@ -122,7 +122,7 @@ def names_of_here(recipe: Recipe) -> list[str]:
 def exponent_changes(recipe: Recipe, logged: Sequence[Mapping[str, Any]], out: Path | None) -> dict[str, float | None]:
     """Change of each arm's mean a late at full rate, from what was logged, in memory or to metrics.jsonl."""
     if out is not None and (out / METRICS).exists():
-        logged = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+        logged = [parse_json(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
     paths: dict[str, list[tuple[int, float]]] = {}
     for record in logged:
         for name, numbers in record["arms"].items():

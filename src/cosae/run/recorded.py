@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, short
 from cosae.interop.public import of_the_hub
 from cosae.io.values import from_plain
 from cosae.recipe import DataConfig, Recipe
@@ -73,10 +73,10 @@ def _is_of_its_run(path: Path, data: DataConfig) -> bool:
 
 def _check_packaged_or_of_the_hub(data: DataConfig, request: Place, path: Path) -> None:
     if request.model is None and data.model != "embedded" and not of_the_hub(data.model):
-        raise CosaeError(f"{path} names the model {data.model!r}, which is none of the hub: name it with --model.")
+        raise CosaeError(f"{path} names the model {short(data.model)}, which is none of the hub: name it with --model.")
     if not isinstance(request, Origin) or request.corpus is not None:
         return  # no text is read, or the user's own
     for source in parse_corpus(data.corpus):
         if source.spec != "pylib" and not of_the_hub(source.spec.removeprefix("hf:").partition(":")[0]):
-            what = f"{path} names the text {source.spec!r}, a place on this machine"
+            what = f"{path} names the text {short(source.spec)}, a place on this machine"
             raise CosaeError(f"{what}: if you want it read, name it with --corpus.")

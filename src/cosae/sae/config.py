@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError, check_choice
+from cosae.errors import CosaeError, check_choice, short
 from cosae.sae.frame import FRAMES
 from cosae.sae.score import SCORES
 from cosae.sae.selector import SELECTORS
@@ -59,7 +59,7 @@ class SAEConfig:
             value = getattr(self, name)
             if (value is None and name != "n_groups") or (type(value) is int and value >= 1):
                 continue
-            raise CosaeError(f"{name} must be a whole number of at least 1. Got {value!r} instead.")
+            raise CosaeError(f"{name} must be a whole number of at least 1. Got {short(value)} instead.")
         check_choice("score", self.score, SCORES)
         check_choice("selector", self.selector, SELECTORS)
         check_choice("frame", self.frame, FRAMES)
@@ -78,7 +78,7 @@ class SAEConfig:
             prefixes = prefixes if self.d_sae in (None, prefixes[-1]) else (*prefixes, int(width))
         object.__setattr__(self, "prefixes", prefixes)
         if not 0.0 < self.bandwidth < 2.0:
-            raise CosaeError(f"bandwidth must lie between 0 and 2. Got {self.bandwidth!r} instead.")
+            raise CosaeError(f"bandwidth must lie between 0 and 2. Got {short(self.bandwidth)} instead.")
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -125,7 +125,7 @@ def check_activations(x: Tensor, d_in: int) -> Tensor:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise CosaeError(f"x must be a float16, bfloat16, float32 or float64 tensor of shape (..., {d_in}). Got {got}.")
     flat = x.reshape(-1, d_in)
-    if not float(torch.linalg.vector_norm(flat, dtype=at_least_fp32(flat[:0]).dtype)) <= MAX_LENGTH:
+    if not float(torch.linalg.vector_norm(flat.detach(), dtype=at_least_fp32(flat[:0]).dtype)) <= MAX_LENGTH:
         bad = (~torch.isfinite(flat)).nonzero()
         if len(bad):
             row, column = (int(i) for i in bad[0])

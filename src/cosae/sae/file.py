@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, short
 from cosae.io.digest import file_digest, value_digest
 from cosae.io.legacy import upgrade
 from cosae.io.staged import staged
@@ -259,7 +259,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CosaeError(f"{path} was not written by cosae (its {CONFIG} has no format {FORMAT!r}).")
     version = config.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
-        raise CosaeError(f"{path} has format version {version}; this cosae reads up to {VERSION}: upgrade cosae.")
+        raise CosaeError(
+            f"{path} has format version {short(version)}; this cosae reads up to {VERSION}: upgrade cosae."
+        )
     if version >= 3 or DIGEST in config:
         own = {name: value for name, value in config.items() if name != DIGEST}
         if value_digest(own) != config.get(DIGEST):

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cosae.errors import CosaeError, check_choice, check_least
+from cosae.errors import CosaeError, check_choice, check_least, short
 from cosae.io.kind import which_is
+from cosae.io.untrusted import check_plain
 from cosae.shown import counted
 from cosae.text.pylib import Document
 from cosae.text.rows import read_jsonl, read_parquet, valid_text
@@ -72,6 +73,7 @@ class Tally:
 
 def read_path(path: Path, reading: Reading, tally: Tally, order_key: Sequence[int] | None = None) -> Iterator[Document]:
     """Documents of a file or folder. Raises CosaeError at the call where there is none to read."""
+    check_plain(path)
     if path.is_dir():
         return _read_folder(path, _files_of(path, reading.suffixes, order_key), reading, tally)
     if not path.is_file():
@@ -170,7 +172,7 @@ def _read_rows(path: Path, name: str, reading: Reading) -> Iterator[Document]:
 def document_of(row: Any, where: str, name: str, text_field: str) -> Document:
     """A row's text under `text_field`; its name under "name" or "id", else the place it was read from."""
     if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-        got = f"the keys {sorted(map(str, row))}" if isinstance(row, dict) else type(row).__name__
+        got = f"the keys {short(sorted(map(str, row)))}" if isinstance(row, dict) else type(row).__name__
         if isinstance(row, dict) and text_field in row:
             got = f"{type(row[text_field]).__name__} there"
         raise CosaeError(

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, short
 from cosae.io.fetched.packages import LABELLED, text_of
+from cosae.io.untrusted import check_plain
 from cosae.shown import counted
 from cosae.text.rows import is_saved_dataset, open_dataset, read_jsonl, read_parquet, valid_text
 
@@ -72,7 +73,7 @@ def read_labelled(spec: str, *, text: str = "text", label: str = "label", n_rows
     for number, row in enumerate(itertools.islice(_read(spec, (text, label)), n_rows)):
         where = f"{spec}, row {number}"
         if not isinstance(row, dict) or text not in row or label not in row:
-            keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            keys = short(list(row)) if isinstance(row, dict) else type(row).__name__
             raise CosaeError(
                 f"each row must hold a text under {text!r} and its class under {label!r}. Got {keys} at {where}: name "
                 "the columns."
@@ -91,8 +92,8 @@ def _named(label: Any, name: str) -> str:
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     raise CosaeError(
-        f"labels must be strings, whole numbers or booleans. Got {label!r} in {name} instead: name the column that "
-        "holds the class."
+        f"labels must be strings, whole numbers or booleans. Got {short(label)} in {name} instead: name the column "
+        "that holds the class."
     )
 
 
@@ -107,6 +108,7 @@ def _read(spec: str, columns: tuple[str, str]) -> Iterator[Any]:
     path = Path(spec)
     if spec.startswith("hf:") or is_saved_dataset(path):
         return (row for _, row in open_dataset(spec))
+    check_plain(path)
     if not path.is_file() or path.suffix.lower() not in (".jsonl", ".parquet"):
         raise CosaeError(
             "labelled texts must be an existing .jsonl or .parquet file, a folder written by datasets' save_to_disk, "

@@ -12,17 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from cosae.errors import CosaeError
-from cosae.io.untrusted import one_line, one_sentence, parse_json
+from cosae.errors import CosaeError, short
+from cosae.io.untrusted import check_plain, one_line, one_sentence, parse_json
 from cosae.text.worker import said
+
+MAX_LINE_BYTES = 2**28
 
 
 def read_jsonl(path: Path, name: str) -> Iterator[tuple[int, Any]]:
     """Each line's number, from 1, and its value; blank lines are passed over. Raises CosaeError naming the line."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             if line.strip():
                 try:
+                    if len(line) > MAX_LINE_BYTES:
+                        raise ValueError(f"it has more than {MAX_LINE_BYTES} bytes")
                     value = parse_json(line, finite=False)
                 except ValueError as error:
                     said = one_line(error)
@@ -44,7 +48,7 @@ def read_parquet(
         if not set(columns) <= set(there):
             wanted = " and ".join(map(repr, columns))
             raise CosaeError(
-                f"{name} must have the column {wanted}. Got the columns {sorted(there)} instead: {advice}."
+                f"{name} must have the column {wanted}. Got the columns {short(sorted(there))} instead: {advice}."
             )
         chosen = [c for c in dict.fromkeys((*columns, *extra)) if c in there]
         for batch in file.iter_batches(batch_size=256, columns=chosen):
@@ -75,16 +79,17 @@ def open_dataset(spec: str, order_key: Sequence[int] | None = None) -> Iterator[
         ) from None
     if is_saved_dataset(Path(name)):
         rows = _open_saved(datasets, name, rest[-1] if rest else None, spec)
+        order = np.arange(len(rows))
         if order_key is not None:
-            order = np.random.default_rng(list(order_key)).permutation(len(rows))
-            return _rows(_try(spec, rows.select, order, keep_in_memory=True), spec, order)
-    else:
-        config = rest[0] if len(rest) == 2 else None
-        rows = _try(spec, datasets.load_dataset, name, config, split=rest[-1] if rest else "train", streaming=True)
+            order = np.random.default_rng(list(order_key)).permutation(order)
+        return _rows(_sound(rows, order), spec, order)
+    config = rest[0] if len(rest) == 2 else None
+    rows = _try(spec, datasets.load_dataset, name, config, split=rest[-1] if rest else "train", streaming=True)
     return _rows(rows, spec)
 
 
 def _open_saved(datasets: Any, path: str, split: str | None, spec: str) -> Any:
+    check_plain(Path(path), "**/*")
     rows = _try(spec, datasets.load_from_disk, path)
     if isinstance(rows, dict):  # a DatasetDict
         if (split or "train") not in rows:
@@ -103,6 +108,19 @@ def _try(spec: str, load: Any, *args: Any, **options: Any) -> Any:
         return load(*args, **options)
     except Exception as error:  # the hub's and the disk's many ways to fail, in one sentence
         raise CosaeError(f"The data set {spec!r} cannot be opened: {said(error)}.") from error
+
+
+def _sound(rows: Any, order: Iterable[int]) -> Iterator[Any]:
+    """Rows of a data set on disk by their numbers. Files are mapped as they are, and a damaged one may point anywhere:
+    each batch of rows is checked before the first of it is read."""
+    batches = rows.data.to_batches() if rows._indices is None else [rows.data.table]
+    ends, checked = np.cumsum([len(batch) for batch in batches]), set[int]()
+    for number in order:
+        at = int(np.searchsorted(ends, number, side="right")) if rows._indices is None else 0
+        if at not in checked:
+            batches[at].validate(full=True)
+            checked.add(at)
+        yield rows[int(number)]
 
 
 def _rows(rows: Any, spec: str, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, Any]]:

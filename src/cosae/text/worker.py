@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SAID_CHARS = 300
+
 Encoded = tuple[NDArray[np.int32], NDArray[np.int32]]
 """One text: its ids (T,), and the start and end of each token in it (T, 2), in characters."""
 Failed = tuple[int, str]
@@ -52,9 +54,9 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[Encoded]:
 
 
 def said(error: Exception) -> str:
-    """What an error says, in one line."""
+    """What an error says, in one line that is not long: it may quote a file."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0].rstrip('.')[:SAID_CHARS]}" if lines else type(error).__name__
 
 
 def main() -> None:

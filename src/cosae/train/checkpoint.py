@@ -27,11 +27,13 @@ from cosae.errors import CosaeError, sentences
 from cosae.io.digest import file_digest
 from cosae.io.legacy import upgrade
 from cosae.io.staged import staged
+from cosae.io.untrusted import check_plain, one_line, parse_json, read_text
 
 FOLDER = "checkpoints"
 RECORD = "checkpoint.json"
 VERSION = 1
 KEEP = 2
+MAX_BYTES = 2**28
 NAME = re.compile(r"step_\d{9}")
 
 
@@ -112,15 +114,16 @@ def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
             return (*_read(place), warnings)
         except CosaeError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            warnings.append(f"{place} is damaged ({error}); going on from the checkpoint before it.")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            warnings.append(f"{place} is damaged ({one_line(error)}); going on from the checkpoint before it.")
     if warnings:
         raise CosaeError(f"no checkpoint in {run / FOLDER} is complete: {' '.join(warnings)} Start the run again.")
     raise CosaeError(f"{run} has no checkpoint to go on from (none under {FOLDER}/). Start the run again.")
 
 
 def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    saved = json.loads((place / RECORD).read_text(encoding="utf-8"))
+    check_plain(place)
+    saved = parse_json(read_text(place / RECORD, MAX_BYTES), finite=False)
     record: dict[str, Any] = saved["record"]
     if _record_digest(record) != saved["sha256"]:
         raise ValueError(f"{RECORD} differs from what was written")

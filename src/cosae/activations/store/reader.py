@@ -233,7 +233,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise CosaeError(f"{folder} holds no store (no {INDEX}); make one with `cosae capture`.")
     record = read_record(folder / INDEX)
     if record.get("format") != FORMAT:
-        raise CosaeError(f"{folder / INDEX} is not the index of a store: its format is {record.get('format')!r}.")
+        raise CosaeError(f"{folder / INDEX} is not the index of a store: its format is {short(record.get('format'))}.")
     version = record.get("version")
     if type(version) is not int or version < 1:
         raise CosaeError(f"{folder / INDEX} is no index that cosae wrote: its version is {short(version)}.")

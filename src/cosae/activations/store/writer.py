@@ -32,6 +32,7 @@ from cosae.errors import CosaeError, check_least
 from cosae.io.atomic import write_text
 from cosae.io.digest import value_digest
 from cosae.io.records import read_record, write_record
+from cosae.io.untrusted import parse_json
 from cosae.shown import counted
 
 
@@ -254,7 +255,7 @@ def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_bytes().splitlines():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             known = {name: entry[name] for name in ("file", "side", "rows", "bytes", "sha256")}
             known |= {name: entry[name] for name in ("centred", "noise") if name in entry}
         except (ValueError, KeyError, TypeError):

@@ -23,7 +23,7 @@ from cosae.errors import CosaeError
 from cosae.interop.neuronpedia.dashboards import FORMAT, MARK
 from cosae.interop.neuronpedia.settings import Dashboard
 from cosae.io.atomic import write_text
-from cosae.io.untrusted import one_line, read_json
+from cosae.io.untrusted import one_line, parse_json, read_json, read_text
 from cosae.shown import counted
 
 SENT = "upload.json"
@@ -191,7 +191,7 @@ def _ask(question: Callable[[], Any], progress: str) -> Any:
 
 def _read_batch(path: Path) -> dict[str, Any]:
     try:
-        batch: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        batch: dict[str, Any] = parse_json(read_text(path, MAX_BATCH_BYTES), finite=False)
         batch["features"][0]["activations"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise CosaeError(f"{path} is not a batch of features: make the export again.") from None

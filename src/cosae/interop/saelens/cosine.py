@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError, check_choice
+from cosae.errors import CosaeError, check_choice, short
 from cosae.interop.saelens.folds import fold_decoder_norm, fold_input_scale
 from cosae.io.legacy import upgrade
+from cosae.io.untrusted import one_line
 from cosae.sae import file
 from cosae.sae.config import SAEConfig
 from cosae.sae.model import SAE
@@ -66,7 +67,7 @@ def assemble(
     except CosaeError as error:
         raise CosaeError(f"{source}: {error}") from None
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise CosaeError(f"{source}: the configuration beside it is damaged ({error}).") from None
+        raise CosaeError(f"{source}: the configuration beside it is damaged ({one_line(error)}).") from None
     sae = file.from_disk(cfg, weights, source)
     sae.metadata = _metadata(config)
     return sae
@@ -76,10 +77,12 @@ def own_config(config: Mapping[str, Any]) -> SAEConfig:
     """The SAEConfig in section `sae` of a cfg.json. Raises CosaeError or TypeError on a damaged one."""
     section = config.get("sae")
     if not isinstance(section, Mapping) or not section:
-        raise CosaeError(f"architecture {config.get('architecture')!r} needs its section 'sae', which is not there.")
+        raise CosaeError(
+            f"architecture {short(config.get('architecture'))} needs its section 'sae', which is not there."
+        )
     cfg = SAEConfig(**{**section, "prefixes": tuple(section.get("prefixes", ()))})
     if (cfg.d_in, cfg.d_sae) != (config.get("d_in"), config.get("d_sae")):
-        got = f"{config.get('d_in')!r} and {config.get('d_sae')!r}"
+        got = f"{short(config.get('d_in'))} and {short(config.get('d_sae'))}"
         raise CosaeError(f"d_in and d_sae must be section 'sae''s {cfg.d_in} and {cfg.d_sae}. Got {got} instead.")
     return cfg
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cosae.activations.filter import Filter, FilterPolicy
-from cosae.errors import CosaeError, check_choice
+from cosae.errors import CosaeError, check_choice, short
 from cosae.interop.linear import Linear, linear_sae
 from cosae.interop.saelens import cosine
 from cosae.io.untrusted import number, read_json, read_safetensors, take, transposed, whole
@@ -49,7 +49,9 @@ def read(folder: str | Path) -> SAE:
         return own.load(folder)
     if kind not in (*ARCHITECTURES, *cosine.ARCHITECTURES):
         known = ", ".join(ARCHITECTURES)
-        raise CosaeError(f"{folder}: the architecture must be {known} or one of cosae's own. Got {kind!r} instead.")
+        raise CosaeError(
+            f"{folder}: the architecture must be {known} or one of cosae's own. Got {short(kind)} instead."
+        )
     path = folder / own.WEIGHTS
     state = read_safetensors(path)
     if kind in cosine.ARCHITECTURES:
@@ -93,7 +95,7 @@ def _check_conventions(config: dict[str, Any], kind: str, folder: Path) -> None:
             raise CosaeError(f"{folder}: {name} is set, which cosae does not express.")
     activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
     if kind == "standard" and activation != "relu":
-        raise CosaeError(f"{folder}: a standard SAE must have the activation relu. Got {activation!r} instead.")
+        raise CosaeError(f"{folder}: a standard SAE must have the activation relu. Got {short(activation)} instead.")
 
 
 def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: Path) -> Linear:
@@ -127,7 +129,7 @@ def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: P
     (threshold,) = take(state, ("topk_threshold",), path)
     widths = config.get("matryoshka_widths") or ()
     if not isinstance(widths, list | tuple):
-        raise CosaeError(f"{path.parent / own.CONFIG}: matryoshka_widths must be a list. Got {widths!r} instead.")
+        raise CosaeError(f"{path.parent / own.CONFIG}: matryoshka_widths must be a list. Got {short(widths)} instead.")
     prefixes = tuple(whole(width, "a Matryoshka width", path) for width in widths)
     theta = torch.tensor(number(threshold, "topk_threshold", path))
     return made(rows_FD, bias_F, selector="batch_topk", k=k, threshold=theta, prefixes=prefixes)
