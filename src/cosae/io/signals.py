@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,3 +73,17 @@ def stop_on_signals(loud: bool = False, at_once: KeyboardInterrupt | None = None
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def within_reach(call: Callable[[], T]) -> T:
+    """What `call` gives, made in a thread of its own: a signal would wait for the end of a long call into C."""
+    answer: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, name="cosae computes", daemon=True).start()
+    return answer.result()

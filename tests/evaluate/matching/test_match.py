@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import resource
+import signal
+import threading
 import time
 
 import numpy as np
@@ -15,6 +18,7 @@ from cosae.errors import CosaeError
 from cosae.evaluate.matching import match as module
 from cosae.evaluate.matching import similarity
 from cosae.evaluate.matching.match import against_yardstick, match
+from cosae.io.signals import stop_on_signals
 from cosae.sae.calibrate import calibrate
 from cosae.types import Activations, Codes
 from tests.support.passes import match_saes
@@ -103,6 +107,24 @@ def test_a_thousand_features_take_seconds() -> None:
     began = time.perf_counter()
     match(Codes.from_dense(a), Codes.from_dense(b), rows(1000), rows(1000))
     assert time.perf_counter() - began < 20
+
+
+def test_a_signal_does_not_wait_for_the_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a minute at thousands of features, in C, where no handler runs: so not in the thread of the handlers."""
+    within, ended = [], threading.Event()
+
+    def long(*_: object, **__: object) -> None:
+        within.append(threading.current_thread())
+        os.kill(os.getpid(), signal.SIGTERM)
+        ended.wait(60)
+
+    monkeypatch.setattr(module, "linear_sum_assignment", long)
+    codes, began = Codes.from_dense(sparse_codes()), time.monotonic()
+    with pytest.raises(KeyboardInterrupt), stop_on_signals(at_once=KeyboardInterrupt()):
+        match(codes, codes, rows(), rows(), method="hungarian")
+    ended.set()
+    assert within != [threading.main_thread()]
+    assert time.monotonic() - began < 10
 
 
 def test_a_share_is_read_against_same_score_pairs() -> None:

@@ -110,7 +110,7 @@ def probe(
         concepts,
         min_positives,
     )
-    readings = {arm: partial(_readings, *sides, arm, rules, tops) for arm in names}
+    readings = {arm: partial(_readings, *sides, arm, rules, tops, progress.check) for arm in names}
     floors: dict[str, Table] = _side_by_side({**_baselines(*sides, progress.check), **readings}, progress)
     arms: dict[str, dict[str, Table]] = {name: floors.pop(name) for name in names}
     rows = arms | {name: {"baseline": row} for name, row in floors.items()}
@@ -130,12 +130,16 @@ def probe(
     }
 
 
-def _readings(train: Split, held_out: Split, arm: str, rules: Sequence[Rule], tops: Sequence[int]) -> dict[str, Table]:
+def _readings(
+    train: Split, held_out: Split, arm: str, rules: Sequence[Rule], tops: Sequence[int], check: Callable[[], None]
+) -> dict[str, Table]:
     """Under each rule its latent, scored, with its sign, on held-out tokens; under RULE/top_n a regression on n."""
+    check()
     quality = qualities_of_latents(train.codes[arm], train.label_NC, rules)
     held_out_NF, label_NC = columns_of(held_out.codes[arm]), held_out.label_NC
     found: dict[str, Table] = {}
     for rule, n in product(rules, tops):
+        check()
         value_FC = quality[rule]
         if n == 1:
             chosen = select_by(value_FC, rule)
@@ -193,7 +197,7 @@ def _baselines(train: Split, held_out: Split, check: Callable[[], None]) -> dict
         return _named(rank_quality(scores(train.activations, train.label_NC, held_out.activations), held_out.label_NC))
 
     def untrained() -> Table:
-        row = _readings(train, held_out, RANDOM, ("auroc",), (1,))["auroc"]
+        row = _readings(train, held_out, RANDOM, ("auroc",), (1,), check)["auroc"]
         return {metric: row[metric] for metric in METRICS}
 
     return {
