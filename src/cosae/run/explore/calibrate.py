@@ -116,7 +116,7 @@ def screen(found: Recalibrated) -> str:
     keys = ("l0", "fve", "median_token_fve")
     rows = [
         (which.replace("_", " "), name, *(None if one is None else one[which][key] for key in keys))
-        for which in SINKS[::-1]
+        for which in SINKS
         for name, one in (("before", found.before), ("after", found.after))
     ]
     set_on = found.calibration
