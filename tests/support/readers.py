@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,6 +21,7 @@ from safetensors.torch import save_file
 import cosae
 from cosae.activations.array_files import open_array
 from cosae.activations.store.reader import Store
+from cosae.errors import CosaeWarning
 from cosae.interop.dictionary_learning.drop_in import load_dictionary
 from cosae.interop.read import read_sae
 from cosae.io.digest import file_digest, value_digest
@@ -194,6 +199,19 @@ def _load_model(path: Path) -> None:
     load_model(path)
 
 
+def _gguf(folder: Path) -> Path:
+    from tests.support.tiny_gguf import write_gguf
+
+    return Path(write_gguf(folder / "tiny.gguf"))
+
+
+def _load_gguf(path: Path) -> None:
+    cache = {"XDG_CACHE_HOME": str(path.parent / "cache")}
+    with mock.patch.dict(os.environ, cache), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CosaeWarning)
+        _load_model(path)
+
+
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 READERS = {
     "recipe.json": Reader(_recipe("recipe.json"), Recipe.read),
@@ -216,6 +234,7 @@ READERS = {
     "finished run": Reader(_finished, _open_run),
     "report": Reader(_finished, _report),
     "model": Reader(_model, _load_model),
+    **({"gguf": Reader(_gguf, _load_gguf)} if importlib.util.find_spec("gguf") else {}),
     "cosae": Reader(_own, _use, _seal_own),
     "dictionary": Reader(_foreign("dictionary_learning", "BatchTopKSAE"), load_dictionary),
     **{

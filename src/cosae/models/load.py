@@ -14,7 +14,7 @@ from torch import nn
 from cosae.errors import CosaeError, check_choice
 from cosae.io.fetched.packages import MODELS, model_of
 from cosae.io.kind import kind_of, which_is
-from cosae.io.untrusted import check_plain, one_line
+from cosae.io.untrusted import check_plain, one_line, one_sentence
 from cosae.models.gguf import dequantised, is_gguf, quantization
 from cosae.shown import counted
 
@@ -93,7 +93,8 @@ def read_configuration(
     name = place_of(name_or_path)
     where = {"revision": revision} if revision is not None else {}
     config = _try(f"No model could be read from '{name}'", transformers.AutoConfig.from_pretrained, name, **where)
-    _check_causal(transformers, config, os.fspath(name_or_path))
+    with one_sentence(f"No model could be read from '{name}'", "its config.json is damaged"):
+        _check_causal(transformers, config, os.fspath(name_or_path))
     return transformers, name, where, config
 
 

@@ -65,7 +65,8 @@ def open_run(folder: str | Path) -> Finished:
         how = f"go on with `cosae resume {out}`" if (out / RECIPE).is_file() else "start it again"
         raise CosaeError(f"the run in {out} is not finished (its status is {short(record.get('status'))}): {how}.")
     arms, there = record.get("arms"), {path.name for path in (out / ARMS).glob("[!.]*")}
-    if not isinstance(arms, Mapping) or not there.issuperset(arms):
+    known = isinstance(arms, Mapping) and all(isinstance(arm, Mapping) for arm in arms.values())
+    if not isinstance(arms, Mapping) or not known or not there.issuperset(arms):
         raise CosaeError(f"{out / ARMS} does not hold the SAEs that {RUN} names: the run's folder is damaged.")
     saes = {name: load(out / ARMS / name) for name in arms}
     evaluation = read_json(out / EVALUATION) if (out / EVALUATION).exists() else None
