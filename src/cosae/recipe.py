@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from cosae.activations.filter import FilterPolicy
 from cosae.activations.monitor import check_policy
-from cosae.activations.perturbation import Perturbation
+from cosae.activations.perturbation import SETTINGS, Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io.legacy import V01_ORDER, upgrade, upgrade_path
@@ -213,6 +213,26 @@ class Recipe(Shown):
         """Raises CosaeError for arms that no SAE can be, as far as that is known before the data are read."""
         self._filled(self.d_sae)
 
+    def check_applies(self, paths: Iterable[str]) -> None:
+        """Raises CosaeError for a field, among those that were asked for, that has no say in what is asked besides."""
+        paths = list(paths)
+        self.data.check_applies(path.split(".")[1] for path in paths if path.startswith("data."))
+        kind, left_out = self.perturbation.kind, self.filter.kind
+        own = {name: {getattr(arm.sae, name) for arm in self.arms} for name in ("k", "d_sae")}
+        for path in paths:
+            section, _, name = path.rpartition(".")
+            if section == "perturbation" and name not in ("kind", *SETTINGS[kind]):
+                where = f"a perturbation of kind {kind}"
+            elif path == "inject_into" and kind == "none":
+                where = "a run without a perturbation"
+            elif path == "filter.factor" and left_out != "norm":
+                where = f"a filter of kind {left_out}"
+            elif path in own and None not in own[path]:
+                where = "arms that all have one of their own"
+            else:
+                continue
+            raise CosaeError(f"{path} has no say in {where}: drop it.")
+
     @property
     def warnings(self) -> list[str]:
         """What is allowed and may not be what was meant."""
@@ -228,6 +248,9 @@ class Recipe(Shown):
     def resolved(self, d_in: int) -> Recipe:
         """The recipe with every open field of its arms filled in, given the width of the activations."""
         d_sae = self.d_sae or 16 * d_in
+        for arm in self.arms:
+            if arm.sae.d_in not in (None, d_in):
+                raise CosaeError(f"the arm {arm.name} asks for d_in {arm.sae.d_in}; the activations have width {d_in}.")
         return replace(self, arms=self._filled(d_sae), d_sae=d_sae)
 
     def _filled(self, d_sae: int | None) -> tuple[Arm, ...]:

@@ -179,7 +179,10 @@ def test_the_text_form_reaches_every_field() -> None:
             if f.name not in ("name", "d_in", *SECTIONS):
                 key = f"loss.{f.name}" if section == "loss" else f.name
                 text = texts.get(f.name, "3" if str(f.type).startswith("int") else "1.5")
-                assert parse_arm(f"cosine,{key}={text},name=cosine") != ARMS["cosine"], key
+                base = {"n_groups": "cosine_grouped"}.get(key, "cosine")
+                make = ",selector=jumprelu" if key in ("bandwidth", "threshold_lr", "sparsity_weight") else ""
+                plain = parse_arm(f"{base}{make},name=x")
+                assert parse_arm(f"{base}{make},{key}={text},name=x") != plain, key
     with pytest.raises(CosaeError, match="no field 'd_in'"):
         parse_arm("cosine,d_in=4")
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from cosae.cli.options import logger
+from cosae.errors import CosaeError
 from cosae.io.escape import printable
 from cosae.run.requests import FeatureOptions, Place, Reading, SteerOptions
 
@@ -66,6 +67,10 @@ def steer(command: Steer) -> int:
     from cosae.run.saes import choose_sae
 
     command.options.check()
+    if command.place.seed != Place.seed and command.options.temperature == 0:
+        raise CosaeError(
+            "without --temperature nothing is drawn, so that --seed has no say: give one, or drop the other."
+        )
     path = choose_sae(command.source, command.sae)
     found = run_steer(path, command.prompt, command.place, command.options, logger(command.quiet))
     print(printable(str(found), keep="\n\t"))

@@ -53,6 +53,8 @@ class RecipeOptions:
         from cosae.presets import preset
         from cosae.recipe import ORIGINS, Recipe
 
+        if self.recipe is not None and self.preset != RecipeOptions.preset:
+            raise CosaeError("a run starts from a preset or from a recipe file, not from both: drop one of them.")
         recipe = Recipe.read(self.recipe) if self.recipe is not None else preset(self.preset)
         given = {path: getattr(self, name) for name, path in FIELDS.items() if hasattr(self, name)}
         given["data.corpus"] = self.corpus[0] if len(self.corpus) == 1 else self.corpus or None
@@ -62,7 +64,7 @@ class RecipeOptions:
         if (origin or recipe.data.origin) == "store" and "data.site" in named:
             named["data.store_site"] = named.pop("data.site")  # which of the stores in a folder
         recipe = recipe.changed(named)
-        recipe.data.check_applies(upgrade_path(path).split(".")[1] for path in named if path.startswith("data."))
+        recipe.check_applies(map(upgrade_path, named))
         return recipe
 
 

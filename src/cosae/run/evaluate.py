@@ -57,12 +57,15 @@ def evaluate(
     request.check()
     options.check()
     check_choice("a measurement", measurement, REGISTRY)
+    options.check_applies(measurement)
     if out is not None and (out.is_dir() or not out.parent.exists()):
         raise CosaeError(f"{out} cannot be written: give a file in a folder that exists with --out.")
     row = REGISTRY[measurement]
     if request.inject is not None and row.reads != "tokens":
         what = "runs the model itself, in which nothing is injected" if row.reads == "model" else "reads weights alone"
         raise CosaeError(f"{measurement} {what}: drop --inject.")
+    if row.reads == "weights" and request.sink_factor != EvalRequest.sink_factor:
+        raise CosaeError(f"{measurement} reads weights alone: drop --sink-factor.")
     tokens = request.tokens or (MODEL_TOKENS if row.reads == "model" else TOKENS)
     with Datasets(request, tokens, progress) as datasets:
         context, source, warnings = _open(sae_specs, datasets, options)

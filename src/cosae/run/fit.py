@@ -58,6 +58,7 @@ def fit(
         recipe = replace(recipe, arms=tuple(arm if isinstance(arm, Arm) else parse_arm(arm) for arm in chosen))
     given = {_SHORT.get(key, key.replace("__", ".")): value for key, value in changes.items()}
     recipe = recipe.changed(given)
+    recipe.check_applies(upgrade_path(path) for path in given if not upgrade_path(path).startswith("data."))
     if recipe.data.origin != "store":  # which compares what is asked with what it was captured with
         named = [upgrade_path(path).split(".")[1] for path in given if path.startswith("data.")]
         recipe.data.check_applies(named, "activations" if tensor is not None and not recipe.data.activations else None)

@@ -74,6 +74,8 @@ class FeatureOptions:
         check_choice("sort", self.sort, SORTS)
         if self.feature and self.search is not None:
             raise CosaeError("features are named with --feature or looked for with --search, not both: drop one.")
+        if self.feature and (self.rows != FeatureOptions.rows or self.sort != FeatureOptions.sort):
+            raise CosaeError("--rows and --sort are of the table, which --feature does not show: drop them.")
         if self.search is not None and not self.search.strip():
             raise CosaeError("--search needs a text to look for. Got nothing but spaces.")
 
@@ -143,6 +145,10 @@ class EvalRequest(Origin):
             raise CosaeError("activations are taken from a file or store, or from a model, not from both: drop one.")
         if self.activations and self.store:
             raise CosaeError("activations are taken from a file or from a store, not from both: drop one.")
+        if self.store_site and not self.store:
+            raise CosaeError("store_site chooses among the stores of a folder: give --store, or drop --store-site.")
+        if self.context is not None and (self.activations or self.store):
+            raise CosaeError("context has no say in activations that are there already: drop --context.")
 
     @property
     def rule(self) -> SinkRule:
@@ -182,5 +188,21 @@ class EvalOptions:
         from cosae.evaluate.probing.texts import LEAST_TEXTS
 
         check_choice("pooling", self.pooling, ("mean", "last"))
+        if not self.texts:
+            self._check_idle(
+                ("text_column", "label_column", "seeds", "max_texts", "pooling"), "where no --texts are named"
+            )
         check_least("seeds", self.seeds, 1)
         check_least("max_texts", self.max_texts, LEAST_TEXTS)
+
+    def check_applies(self, measurement: str) -> None:
+        """Raises CosaeError for an option that was given and has no say in this measurement."""
+        if measurement != "causal":
+            self._check_idle(("features",), f"in {measurement}")
+        if measurement != "probing":
+            self._check_idle(("texts", "top"), f"in {measurement}")
+
+    def _check_idle(self, names: tuple[str, ...], where: str) -> None:
+        for name in names:
+            if getattr(self, name) != getattr(EvalOptions, name):
+                raise CosaeError(f"{name} has no say {where}: drop --{name.replace('_', '-')}.")

@@ -20,6 +20,7 @@ from cosae.sae.config import InitConfig, SAEConfig
 from cosae.sae.file import load
 from cosae.sae.loss import LossConfig
 from cosae.sae.model import SAE
+from cosae.sae.score import SCORES
 from cosae.sae.swap import swap_score
 from cosae.train.optimizer import MOST_LR
 
@@ -181,7 +182,27 @@ def parse_arm(text: str) -> Arm:
         changes["name"] = re.sub(r"[^A-Za-z0-9._=+-]+", "-", "-".join([base, *parts]))  # start= is a path
         if len(changes["name"]) > NAME_LENGTH:
             raise CosaeError(f"an arm with this many changes needs a name of its own: add name=… to {text!r}.")
-    return ARMS[base].changed(changes)
+    arm = ARMS[base].changed(changes)
+    for key in changes:
+        if idle := _idle(_place(key)[1], arm.sae):
+            raise CosaeError(f"{key} has no say in an arm {idle}: drop it from {text!r}.")
+    return arm
+
+
+def _idle(name: str, sae: SAEConfig) -> str | None:
+    """Why a field of an arm has no say in an SAE of this make; None where it has one."""
+    family = SCORES[sae.score]
+    if name == "n_groups" and sae.score != "cosine_grouped":
+        return f"of the score {sae.score}"
+    if name in ("a_init", "a_lr") and family.exponent_owner == "fixed":
+        return f"of the score {sae.score}, whose exponent is not learned"
+    if name in ("b_init", "b_lr") and family.gain_owner == "fixed":
+        return f"of the score {sae.score}, which has no gain"
+    if name in ("bandwidth", "threshold_lr") and sae.selector != "jumprelu":
+        return f"of the selector {sae.selector}"
+    if name == "sparsity_weight" and sae.selector not in ("jumprelu", "gated"):
+        return f"of the selector {sae.selector}"
+    return None
 
 
 def _hint(key: str) -> Any:
