@@ -256,15 +256,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", [file.CONFIG, file.WEIGHTS])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_flipped_bit_of_the_configuration_loads(seed: int, tmp_path: Path) -> None:
+def test_no_flipped_bit_of_a_file_loads(seed: int, name: str, tmp_path: Path) -> None:
     path = save(make(), tmp_path / "sae")
-    whole = (path / file.CONFIG).read_bytes()
+    whole = (path / name).read_bytes()
     draw = random.Random(seed)
     for _ in range(100):
         data = bytearray(whole)
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        (path / file.CONFIG).write_bytes(data)
+        (path / name).write_bytes(data)
         sentence(path)
 
 

@@ -145,6 +145,34 @@ def _seal_own(path: Path) -> None:
     (path / own.CONFIG).write_text(json.dumps(config), "utf-8")
 
 
+def _saelens_own(folder: Path) -> Path:
+    """An SAE of ours as SAELens would have written it."""
+    path = _own(folder)
+    config = json.loads((path / own.CONFIG).read_text("utf-8"))
+    del config["format"]
+    (path / own.CONFIG).write_text(json.dumps(config), "utf-8")
+    return path
+
+
+def _saelens_cosine(folder: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    path, (d, f) = folder / "sae", (5, 8)
+    path.mkdir()
+    config = {
+        "architecture": "cosine_jumprelu",
+        "score": "cosine_grouped",
+        "d_in": d,
+        "d_sae": f,
+        "n_groups": 4,
+        "k": 3,
+    }
+    (path / own.CONFIG).write_text(json.dumps({**config, "metadata": {"l0": 3.0}}), "utf-8")
+    shapes = {"W_enc": (d, f), "W_dec": (f, d), "b_enc": (f,), "b_dec": (d,), "scale_a": (f,), "scale_b": (f,)}
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file({**state, "threshold": torch.rand(f, generator=generator)}, path / own.WEIGHTS)
+    return path
+
+
 def _foreign(format_: str, kind: str) -> Callable[[Path], Path]:
     return lambda folder: Path(write_foreign(format_, kind, folder / "sae").folder)
 
@@ -236,6 +264,8 @@ READERS = {
     "model": Reader(_model, _load_model),
     **({"gguf": Reader(_gguf, _load_gguf)} if importlib.util.find_spec("gguf") else {}),
     "cosae": Reader(_own, _use, _seal_own),
+    "saelens cosae": Reader(_saelens_own, _use),
+    "saelens cosine_jumprelu": Reader(_saelens_cosine, _use),
     "dictionary": Reader(_foreign("dictionary_learning", "BatchTopKSAE"), load_dictionary),
     **{
         f"{format_} {kind}": Reader(_foreign(format_, kind), _use)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError, check_choice, short
+from cosae.interop.linear import MOST_LOG, MOST_VALUE
 from cosae.interop.saelens.folds import fold_decoder_norm, fold_input_scale
 from cosae.io.legacy import upgrade
 from cosae.io.untrusted import one_line
@@ -38,6 +39,8 @@ OWN_ARCHITECTURES = tuple(f"cosae_{score}_{selector}" for score in SCORES for se
 ARCHITECTURES = (JUMPRELU, BATCHTOPK, MATRYOSHKA, TOPK, GENERIC, *OWN_ARCHITECTURES)
 """Architectures that `assemble` takes."""
 SCALER = "activation_scaler.json"
+EXPONENTIALS = ("scale_a", "scale_a_base", "scale_a_delta", "scale_b", "r_mag")
+"""Tensors of which an exponential is taken."""
 OUR_NAMES = {
     "model_name": "model",
     "hook_name": "hook_name",
@@ -59,6 +62,10 @@ def assemble(
     """
     dtype = torch.float64 if getattr(state.get("W_dec"), "dtype", None) == torch.float64 else torch.float32
     weights = {n: value.detach().cpu().to(dtype) if value.is_floating_point() else value for n, value in state.items()}
+    for name, value in weights.items():
+        most = MOST_LOG if name in EXPONENTIALS else MOST_VALUE
+        if "threshold" not in name and not bool((value.abs() <= most).all()):  # NaN is not
+            raise CosaeError(f"{source}: {name[:60]} holds NaN, infinity or more than {most:g}; the file is damaged.")
     try:
         if config["architecture"] == GENERIC or config["architecture"] in OWN_ARCHITECTURES:
             cfg = own_config(config)
@@ -66,7 +73,7 @@ def assemble(
             cfg, weights = _cosine(config, weights, scaling_factor)
     except CosaeError as error:
         raise CosaeError(f"{source}: {error}") from None
-    except (TypeError, KeyError, ValueError, OverflowError) as error:
+    except Exception as error:  # a setting of another kind fails wherever it is first used
         raise CosaeError(f"{source}: the configuration beside it is damaged ({one_line(error)}).") from None
     sae = file.from_disk(cfg, weights, source)
     sae.metadata = _metadata(config)
