@@ -393,7 +393,7 @@ def test_lost_lines_are_named_kept_and_the_run_goes_on_exactly(
     found = (out / "metrics.jsonl").read_bytes() if (out / "metrics.jsonl").exists() else None
     resume(out, QUIET)
     (warning,) = json.loads((out / "run.json").read_text())["resumed"][0]["warnings"]
-    assert f"{n} of its 9 lines are lost, of steps {lost}" in warning
+    assert f"{n} of its 9 lines {'is' if n == 1 else 'are'} lost, of steps {lost}" in warning
     assert warning in capsys.readouterr().err
     assert warning in read_run(out).warnings  # on the page
     aside = out / "damaged_metrics.jsonl"
