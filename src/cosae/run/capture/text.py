@@ -106,7 +106,8 @@ class CaptureText:
         if not self._held_out_tokens:
             nothing = torch.zeros(0, self._data.context, dtype=torch.int64)
             return Sequences(nothing, nothing, nothing, nothing.bool(), nothing.bool()), (), {}
-        listed = self.corpus.tokenized("held_out", self._held_out_tokens if self.corpus.streamed else None)
+        wanted = self._held_out_tokens
+        listed = self.corpus.tokenized("held_out", wanted if self.corpus.streamed else None, drawn=wanted)
         packed = self.corpus.pack(listed)
         order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))
         filled = packed.mask_ST.sum(1)[order].cumsum(0)

@@ -25,7 +25,7 @@ from cosae.text.mixture import Cursor, Text, mix, parse_corpus
 from cosae.text.packing import iterate_sequences, sequences
 from cosae.text.pylib import Document
 from cosae.text.rows import is_saved_dataset
-from cosae.text.tokenization import TokenizedDocument, tokenize_documents
+from cosae.text.tokenization import HEAD_CHARS, WHOLE_CHARS, TokenizedDocument, tokenize_documents
 from cosae.text.workers import Workers
 from cosae.types import Sequences
 
@@ -76,11 +76,16 @@ class CorpusText:
         if self._workers is not None:
             self._workers.close()
 
-    def tokenized(self, split: Side, max_tokens: int | None, salt: str = "train") -> list[TokenizedDocument]:
-        """Documents of one side with at most max_tokens in all, each once, the last cut to fit; long ones in parts."""
+    def tokenized(
+        self, split: Side, max_tokens: int | None, salt: str = "train", drawn: int | None = None
+    ) -> list[TokenizedDocument]:
+        """Documents of one side with at most max_tokens in all, each once, the last cut to fit; long ones in parts.
+
+        drawn: how many of the tokens will be used: of a document far longer than that, no more than it could give.
+        """
         found: list[TokenizedDocument] = []
         left = max_tokens
-        for name, ids_T, offset_T2, more in self.each(split, salt):
+        for name, ids_T, offset_T2, more in self.each(split, salt, drawn):
             found.append(TokenizedDocument(name, ids_T[:left], offset_T2[:left], more))
             if left is not None:
                 left -= len(found[-1].ids_T)
@@ -88,9 +93,9 @@ class CorpusText:
                     break
         return found
 
-    def each(self, split: Side, salt: str = "train") -> Iterator[TokenizedDocument]:
+    def each(self, split: Side, salt: str = "train", drawn: int | None = None) -> Iterator[TokenizedDocument]:
         """Documents of one side, each once, lazily; long ones in parts."""
-        opened = [partial(self._open, i, split, salt) for i in range(len(self.sources))]
+        opened = [partial(self._open, i, split, salt, drawn=drawn) for i in range(len(self.sources))]
         start, weights = [Cursor()] * len(opened), [source.weight for source in self.sources]
         return (document for _, document in mix(opened, weights, start, self._seed, endless=False))
 
@@ -126,15 +131,20 @@ class CorpusText:
         side = "all" if spec in self._undivided else split
         return long_enough(self._data, spec, side, key, sides=self._sides, tally=tally)
 
-    def _open(self, number: int, split: Side, salt: str, turn: int, skip: int) -> Iterator[TokenizedDocument]:
+    def _open(
+        self, number: int, split: Side, salt: str, turn: int, skip: int, drawn: int | None = None
+    ) -> Iterator[TokenizedDocument]:
         spec = self.specs[number]
         documents: Iterator[Document] = itertools.islice(self.documents(spec, split, salt, turn), skip, None)
         if len(self.sources) > 1:
             documents = (Document(f"{spec}:{name}", text) for name, text in documents)
         data = self._data
-        head = data.context if data.packing == "document" and data.order != V01_ORDER else None
-        options: dict[str, Any] = {"workers": self._workers, "keep_empty": True, "head": head}
+        options: dict[str, Any] = {"workers": self._workers, "keep_empty": True}
         in_parts = self.specs != ("pylib",)  # whose labels are of whole files
+        if data.packing == "document" and data.order != V01_ORDER:
+            options["head"] = data.context
+        elif in_parts and drawn is not None and data.order != V01_ORDER:
+            options["max_chars"] = max(WHOLE_CHARS, HEAD_CHARS * drawn)
         return tokenize_documents(documents, self._tokenizer, add_bos=self.add_bos, in_parts=in_parts, **options)
 
     @property

@@ -192,7 +192,7 @@ class ModelDataset(Dataset):
         if side == "train":
             tokenized = self.text.tokenized("train", POOL * n_tokens, salt="sample")
         else:
-            tokenized = self.text.tokenized("held_out", n_tokens if self.text.streamed else None)
+            tokenized = self.text.tokenized("held_out", n_tokens if self.text.streamed else None, drawn=n_tokens)
         everything = self.text.pack(tokenized)
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
         filled = everything.mask_ST.sum(1)[order].cumsum(0)
