@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import linalg, sparse, special
 from scipy.optimize import minimize
+from torch.nn.functional import softplus
 
 from cosae.evaluate.encoded import row_slices
 from cosae.evaluate.probing.ranking import deviations
@@ -59,10 +60,8 @@ def fit(
         value, slope_FC, slope_C = l2 / 2 * float(np.vdot(weight_FC, weight_FC)), l2 * weight_FC, np.zeros_like(bias_C)
         for x_BF, label_BC in blocks:
             logit_BC = x_BF @ weight_FC.astype(x.dtype) + bias_C.astype(x.dtype)
-            margin_BC = np.where(label_BC, logit_BC, -logit_BC)
-            loss_BC = np.log1p(np.exp(-np.abs(margin_BC))) - np.minimum(margin_BC, 0)  # log(1 + exp(−margin))
-            value += float(loss_BC.sum(dtype=np.float64))
-            pull_BC = special.expit(logit_BC) - label_BC
+            part, pull_BC = _loss_and_slope(np.asarray(logit_BC), label_BC)
+            value += part
             slope_FC = slope_FC + x_BF.T @ pull_BC
             slope_C += pull_BC.sum(axis=0)
         turned_FC = slope_FC if turn is None else linalg.solve_triangular(turn, slope_FC, trans="T")
@@ -71,6 +70,13 @@ def fit(
     options = {"maxiter": max_iterations, "gtol": 1e-6 * n, "ftol": 1e-10, "maxcor": 20}
     found = minimize(loss, np.zeros((f + 1) * len(share_C)), jac=True, method="L-BFGS-B", options=options)
     return unfold(found.x)
+
+
+def _loss_and_slope(logit_BC: NDArray[Any], label_BC: NDArray[np.bool_]) -> tuple[float, NDArray[Any]]:
+    """Σ log(1 + exp(−y · logit)), and its slope in every logit; by torch, whose exponentials are vectorised."""
+    logits, labels = torch.from_numpy(logit_BC), torch.from_numpy(label_BC)
+    lost = softplus(torch.where(labels, -logits, logits)).sum(dtype=torch.float64)
+    return float(lost), logits.sigmoid().sub_(labels.to(logits.dtype)).numpy()
 
 
 def scores(train: Any, label_NC: NDArray[np.bool_], test: Any, **options: Any) -> Array:
