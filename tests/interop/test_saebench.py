@@ -103,11 +103,16 @@ class TestNumerics:
     def test_finite_at_any_length(self, score, dtype):
         sae, x = make(score)
         bench = SAEBenchSAE(sae, **PLACE).to(dtype=dtype)
-        largest = min(1e30, torch.finfo(dtype).max / 4) / float(x.norm(dim=1).max())
+        largest = min(1e18, torch.finfo(dtype).max / 4) / float(x.norm(dim=1).max())
         for scale in (1e-30, 1e-6, 1.0, largest):
             codes = bench.encode((x * scale).to(dtype))
             assert codes.isfinite().all()
             assert bench.decode(codes).isfinite().all()
+
+    def test_rows_whose_square_overflows_are_refused(self):
+        sae, x = make("cosine")
+        with pytest.raises(CosaeError, match="at most 1.8e"):
+            SAEBenchSAE(sae, **PLACE).encode(x * 1e30)
 
     def test_norms_and_thresholds_stay_in_float32(self):
         """bfloat16 adds 1/256 of error to what comes out, not to what is decided inside."""
