@@ -92,7 +92,7 @@ def test_delphi_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
         ("sae", ["--prompts", "0"], "prompts must be at least 1"),
         ("sae", ["--context", "2"], "context must be at least 3"),
         ("sae", ["--context", "999"], "context must be at most 256"),
-        ("sae", ["--corpus", "nowhere"], "must be 'pylib', an existing folder"),
+        ("sae", ["--corpus", "nowhere"], "must be 'pylib', .*an existing folder"),
         ("sae", ["--site", "resid_post.9"], "out of range"),
         ("sae", ["--set-name", "a b"], "set_name must be a name"),
         ("sae", ["--upload"], "pip install neuronpedia|NEURONPEDIA_API_KEY"),

@@ -20,7 +20,7 @@ from cosae.run.requests import EvalRequest
 from tests.support.tiny_models import make_model
 
 ELSEWHERE = r"trained at resid_post\.5 of embedded, by its file, and is read here at resid_post\.1"
-SMALL: dict[str, Any] = {"tokens": 300, "context": 32}
+SMALL: dict[str, Any] = {"tokens": 300}
 
 
 def sae(folder: Path, **metadata: Any) -> Path:
@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(place: Path, **changes: Any) -> EvalRequest:
-    at = {} if "store" in changes else {"model": "embedded", "corpus": str(place / "text")}
+    at = {} if "store" in changes else {"model": "embedded", "corpus": str(place / "text"), "context": 32}
     return EvalRequest(**{**SMALL, **at, **changes})
 
 
