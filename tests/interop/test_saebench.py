@@ -111,7 +111,7 @@ class TestNumerics:
 
     def test_rows_whose_square_overflows_are_refused(self):
         sae, x = make("cosine")
-        with pytest.raises(CosaeError, match="at most 1.8e"):
+        with pytest.raises(CosaeError, match=r"at most 1\.8e"):
             SAEBenchSAE(sae, **PLACE).encode(x * 1e30)
 
     def test_norms_and_thresholds_stay_in_float32(self):

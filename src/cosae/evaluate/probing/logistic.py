@@ -2,25 +2,29 @@
 
     for each label minimise Σ log(1 + exp(−y (x·w + b))) + ½ · l2 · |w|²,  y = ±1, b free
 
-By L-BFGS from w = 0, deterministic; l2 = 1 is scikit-learn's C = 1, SAEBench's choice (paper §6). On a dense matrix
-with more rows than columns it runs in coordinates in which the bound ¼XᵀX + l2 of the Hessian (Böhning & Lindsay 1988)
-is the identity, so that correlated features do not slow it down; a rare label, 4p(1 − p) times flatter than the bound,
-takes longer steps. The minimum is the same. Of other matrices nothing of size features × features is made.
+By L-BFGS from w = 0, each label on its own, deterministic; l2 = 1 is scikit-learn's C = 1, SAEBench's choice (paper
+§6). On a dense matrix with more rows than columns it runs in coordinates in which the bound ¼XᵀX + l2 of the Hessian
+(Böhning & Lindsay 1988) is the identity, so that correlated features do not slow it down; a rare label, 4p(1 − p) times
+flatter than the bound, takes longer steps. The minimum is the same. Of other matrices nothing of size features ×
+features is made.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import linalg, sparse, special
-from scipy.optimize import minimize
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from cosae.evaluate.encoded import row_slices
+from cosae.evaluate.probing import lbfgs
 from cosae.evaluate.probing.ranking import deviations
 from cosae.evaluate.statistics import Array
 
@@ -42,41 +46,60 @@ def fit(
     """
     n, f = x.shape
     share_C = label_NC.mean(axis=0)
-    start_C, scale_C = special.logit(share_C), 1 / np.sqrt(4 * share_C * (1 - share_C))
-    blocks = [(x[rows], label_NC[rows]) for rows in row_slices(n, max(1, BLOCK_LOGITS // len(share_C)))]
+    start_C, scale_C = (
+        torch.from_numpy(one) for one in (special.logit(share_C), 1 / np.sqrt(4 * share_C * (1 - share_C)))
+    )
+    dtype = torch.from_numpy(np.empty(0, x.dtype)).dtype
+    rows = list(row_slices(n, max(1, BLOCK_LOGITS // len(share_C))))
+    blocks = [_Block(x[some], torch.from_numpy(label_NC[some])) for some in rows]
     turn, bias_unit = None, 1.0
     if not sparse.issparse(x) and f < n:
-        square_FF = sum(x_BF.T.astype(np.float64) @ x_BF for x_BF, _ in blocks)
-        turn, bias_unit = linalg.cholesky(square_FF / 4 + l2 * np.eye(f)), 2 / np.sqrt(n)
+        square_FF = sum(x[some].T.astype(np.float64) @ x[some] for some in rows)
+        turn, bias_unit = torch.from_numpy(linalg.cholesky(square_FF / 4 + l2 * np.eye(f))), 2 / math.sqrt(n)
 
-    def unfold(flat: Array) -> tuple[Array, Array]:
-        v_VC = flat.reshape(f + 1, -1) * scale_C
-        weight_FC = v_VC[:-1] if turn is None else linalg.solve_triangular(turn, v_VC[:-1])
-        return weight_FC, start_C + bias_unit * v_VC[-1]
+    def unfold(v_VC: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        v_VC = v_VC * scale_C[columns]
+        weight_FC = v_VC[:-1] if turn is None else torch.linalg.solve_triangular(turn, v_VC[:-1], upper=True)
+        return weight_FC, start_C[columns] + bias_unit * v_VC[-1]
 
-    def loss(flat: Array) -> tuple[float, Array]:
+    def loss(v_VC: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         check()
-        weight_FC, bias_C = unfold(flat)
-        value, slope_FC, slope_C = l2 / 2 * float(np.vdot(weight_FC, weight_FC)), l2 * weight_FC, np.zeros_like(bias_C)
-        for x_BF, label_BC in blocks:
-            logit_BC = x_BF @ weight_FC.astype(x.dtype) + bias_C.astype(x.dtype)
-            part, pull_BC = _loss_and_slope(np.asarray(logit_BC), label_BC)
-            value += part
-            slope_FC = slope_FC + x_BF.T @ pull_BC
-            slope_C += pull_BC.sum(axis=0)
-        turned_FC = slope_FC if turn is None else linalg.solve_triangular(turn, slope_FC, trans="T")
-        return value, (np.vstack([turned_FC, bias_unit * slope_C]) * scale_C).ravel()
+        weight_FC, bias_C = unfold(v_VC, columns)
+        value_C, slope_FC, slope_C = l2 / 2 * weight_FC.square().sum(0), l2 * weight_FC, torch.zeros_like(bias_C)
+        some = columns if len(columns) < len(share_C) else slice(None)
+        for block in blocks:
+            logit_BC = block.times(weight_FC.to(dtype)).add_(bias_C.to(dtype))
+            label_BC = block.label_BC[:, some]
+            value_C = value_C + softplus(torch.where(label_BC, -logit_BC, logit_BC)).sum(0, dtype=torch.float64)
+            pull_BC = logit_BC.sigmoid_().sub_(label_BC.to(dtype))
+            slope_FC = slope_FC + block.transposed_times(pull_BC)
+            slope_C = slope_C + pull_BC.sum(0)
+        turned_FC = slope_FC if turn is None else torch.linalg.solve_triangular(turn.T, slope_FC, upper=False)
+        return value_C, torch.vstack([turned_FC, bias_unit * slope_C]) * scale_C[columns]
 
-    options = {"maxiter": max_iterations, "gtol": 1e-6 * n, "ftol": 1e-10, "maxcor": 20}
-    found = minimize(loss, np.zeros((f + 1) * len(share_C)), jac=True, method="L-BFGS-B", options=options)
-    return unfold(found.x)
+    found_VC = lbfgs.minimise(loss, f + 1, len(share_C), 1e-7 * n, max_iterations)
+    weight_FC, bias_C = unfold(found_VC, torch.arange(len(share_C)))
+    return weight_FC.numpy(), bias_C.numpy()
 
 
-def _loss_and_slope(logit_BC: NDArray[Any], label_BC: NDArray[np.bool_]) -> tuple[float, NDArray[Any]]:
-    """Σ log(1 + exp(−y · logit)), and its slope in every logit; by torch, whose exponentials are vectorised."""
-    logits, labels = torch.from_numpy(logit_BC), torch.from_numpy(label_BC)
-    lost = softplus(torch.where(labels, -logits, logits)).sum(dtype=torch.float64)
-    return float(lost), logits.sigmoid().sub_(labels.to(logits.dtype)).numpy()
+@dataclass(frozen=True)
+class _Block:
+    """Some rows, dense or sparse, and their labels."""
+
+    x_BF: Any
+    label_BC: Tensor
+
+    def times(self, weight_FC: Tensor) -> Tensor:
+        """(B, C) rows times weights. Dense products are torch's: two libraries' threads would wait for each other."""
+        if sparse.issparse(self.x_BF):
+            return torch.from_numpy(self.x_BF @ weight_FC.numpy())
+        return torch.from_numpy(self.x_BF) @ weight_FC
+
+    def transposed_times(self, pull_BC: Tensor) -> Tensor:
+        """(F, C) the transposed rows times one value for each row and label."""
+        if sparse.issparse(self.x_BF):
+            return torch.from_numpy(self.x_BF.T @ pull_BC.numpy())
+        return torch.from_numpy(self.x_BF).T @ pull_BC
 
 
 def scores(train: Any, label_NC: NDArray[np.bool_], test: Any, **options: Any) -> Array:
