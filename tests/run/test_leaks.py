@@ -26,8 +26,7 @@ from cosae.run.dataset.open import open_dataset
 from cosae.run.execute import execute, resume
 from cosae.run.plan.check import plan_capture, plan_run
 from cosae.run.requests import EvalRequest
-from tests.support.tiny_model_runs import recipe, save_tokenizer, write_texts
-from tests.support.tiny_models import make_model
+from tests.support.tiny_model_runs import one_arm
 from tests.support.tiny_runs import QUIET
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are counted in /proc")
@@ -54,12 +53,8 @@ def left() -> tuple[set[int], set[str], set[int]]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """One SAE on a tiny model, whose text two processes tokenise and whose chunks are made ahead in a thread."""
-    folder = tmp_path_factory.mktemp("model")
-    make_model("llama").save_pretrained(folder)
-    save_tokenizer(folder)
     changes = {"data.n_workers": 2, "data.prefetch_chunks": 1}
-    one = recipe(folder, write_texts(tmp_path_factory.mktemp("texts")), **changes)
-    return replace(one, arms=one.arms[:1])
+    return one_arm(tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("texts"), **changes)
 
 
 @pytest.fixture(scope="module")

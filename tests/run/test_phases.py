@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ from cosae.run.capture.stores import capture_stores
 from cosae.run.execute import Logs, execute, resume
 from cosae.run.requests import EvalRequest
 from cosae.train import loop
-from tests.support.tiny_model_runs import recipe, save_tokenizer, write_texts
-from tests.support.tiny_models import make_model
+from tests.support.tiny_model_runs import one_arm
 from tests.support.tiny_runs import QUIET, assert_same_run
 
 PASS_SECONDS = 0.05
@@ -49,9 +47,6 @@ RUN = [
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """One SAE on a tiny model: a chunk of its activations takes 16 forward passes."""
-    folder = tmp_path_factory.mktemp("model")
-    make_model("llama").save_pretrained(folder)
-    save_tokenizer(folder)
     changes = {
         "data.batch_sequences": 4,
         "data.chunk_sequences": 64,
@@ -59,8 +54,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         "training.checkpoint_every": 12,
         "training.buffer_tokens": 2560,
     }
-    one = recipe(folder, write_texts(tmp_path_factory.mktemp("texts")), **changes)
-    return replace(one, arms=one.arms[:1])
+    return one_arm(tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("texts"), **changes)
 
 
 @pytest.fixture(scope="module")

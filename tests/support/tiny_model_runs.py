@@ -10,6 +10,7 @@ import torch
 
 from cosae.recipe import Recipe
 from cosae.train.arm import ARMS
+from tests.support.tiny_models import make_model
 
 WORDS = ("def return import class self the of in for if not is x y z ( ) : = . , + 0 1 \" '").split()  # noqa: SIM905
 
@@ -66,3 +67,11 @@ def recipe(model: Path, corpus: Path | str, **changes: Any) -> Recipe:
     }
     arms = (ARMS["standard"], ARMS["cosine"])
     return replace(Recipe(name="tiny"), arms=arms, d_sae=48, k=4).changed({**small, **changes})
+
+
+def one_arm(model: Path, texts: Path, **changes: Any) -> Recipe:
+    """A recipe of one SAE on a tiny llama and texts, both made in these folders."""
+    make_model("llama").save_pretrained(model)
+    save_tokenizer(model)
+    both = recipe(model, write_texts(texts), **changes)
+    return replace(both, arms=both.arms[:1])
