@@ -10,7 +10,7 @@ column or a filter that does not exist raises CosaeError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cosae.browse.store.records import (
@@ -18,6 +18,7 @@ from cosae.browse.store.records import (
     Comparison,
     Feature,
     Overview,
+    Row,
     SAEComparison,
     SAEInfo,
     TablePage,
@@ -69,6 +70,14 @@ class FeatureStore:
         search   looked for in what `search_in` says: the spelling of a top token, case ignored; the explanation; the
                  name of its best concept; its id; or any of them
         """
+        raise NotImplementedError
+
+    def row(self, sae: str, id: int) -> Row:
+        """One row of the table, without reading the feature's examples: for its name beside others."""
+        raise NotImplementedError
+
+    def features(self, sae: str, first: int, end: int) -> Iterator[Feature]:
+        """Features first … end − 1 in order, each row group read once: for whoever writes all of them."""
         raise NotImplementedError
 
     def feature(self, sae: str, id: int) -> Feature:
