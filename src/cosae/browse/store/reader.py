@@ -10,49 +10,116 @@ column or a filter that does not exist raises CosaeError.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import RLock
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cosae.browse.store import format as files
+from cosae.browse.store.explained import read_explanations
+from cosae.browse.store.format import Array, RowReader
+from cosae.browse.store.pairs import compare_features, compare_saes
 from cosae.browse.store.records import (
+    GROUPS,
+    NUMBERS,
     Columns,
     Comparison,
+    Example,
+    Explanation,
     Feature,
+    Match,
+    Neighbour,
+    Norms,
     Overview,
+    Pairing,
+    Pass,
     Row,
     SAEComparison,
     SAEInfo,
     TablePage,
 )
+from cosae.errors import CosaeError, check_choice, check_least
+from cosae.io.digest import file_digest
+from cosae.io.records import read_record
+from cosae.io.values import from_plain
+from cosae.shown import counted
 
 Range = tuple[float | None, float | None]
 Filters = Mapping[str, Range | bool]
 """By column of NUMBERS the least and largest value (None: no bound), both ends in; features whose number is missing are
-left out. And by word: dead, matched, explained: True or False."""
+left out. And by word: dead, matched_any, explained: True or False."""
+WORDS = ("dead", "matched_any", "explained")
 SEARCHES = ("any", "token", "label", "concept", "id")
+SCALARS = ("firings", "largest", "mean", "norm_driven", "firing_norm", "pair_firings")
+MOST_ROWS = 1000
 
 
 class FeatureStore:
-    """A store, opened. saes: its SAEs in order."""
+    """A store, opened: `open_store` does it. saes: its SAEs, in order; read: the pass it was built from."""
 
-    folder: Path
-    saes: tuple[SAEInfo, ...]
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self.folder = folder
+        self._record, self._lock = record, RLock()
+        self._readers: dict[str, RowReader] = {}
+        self._tables: dict[str, dict[str, Array]] = {}
+        self._explained: dict[str, tuple[float, dict[int, Explanation]]] = {}
+        self._folders = {one["name"]: one["folder"] for one in record["saes"]}
+        self._place = {name: place for place, name in enumerate(self._folders)}
+        self._spelled: dict[int, str] | None = None
+        self._lower: tuple[NDArray[np.int64], list[str]] | None = None
+        self.read = from_plain(Pass, record["read"], "the store's record")
+
+    @property
+    def saes(self) -> tuple[SAEInfo, ...]:
+        """The SAEs in order."""
+        return tuple(self.sae(name) for name in self._folders)
+
+    @property
+    def concepts(self) -> tuple[tuple[str, str], ...]:
+        """(name, description) of the labels; empty where tokens have none."""
+        return tuple((name, text) for name, text in self._record["concepts"])
 
     def overview(self) -> Overview:
         """What the store holds."""
-        raise NotImplementedError
+        record = self._record
+        pairings = tuple(from_plain(Pairing, one, "the store's record") for one in record["pairings"])
+        norms = from_plain(Norms, record["norms"], "the store's record")
+        return Overview(self.read, norms, self.saes, pairings, self.concepts, record["labelled"], record["pair_tokens"])
 
     def sae(self, name: str) -> SAEInfo:
         """Raises CosaeError for a name there is not."""
-        raise NotImplementedError
+        known = self._known(name)
+        plain = {key: value for key, value in self._record["saes"][known].items() if key != "folder"}
+        return from_plain(SAEInfo, {**plain, "explained": len(self.explanations(name))}, "the store's record")
+
+    def explanations(self, sae: str) -> Mapping[int, Explanation]:
+        """Feature → its explanation, as `cosae explain` last wrote them."""
+        path = self.folder / self._folder(sae) / files.EXPLANATIONS
+        changed = path.stat().st_mtime if path.is_file() else 0.0
+        with self._lock:
+            known = self._explained.get(sae)
+            if known is None or known[0] != changed:
+                known = self._explained[sae] = changed, read_explanations(path)
+        return known[1]
 
     def spell(self, token: int) -> str:
         """The text of a token id with its spaces, as it is: not escaped, may hold line breaks, NUL or marks. "" for −1,
         and for any id where the store knows no tokenizer."""
-        raise NotImplementedError
+        return self._vocabulary.get(int(token), "")
 
     def columns(self, sae: str) -> Columns:
-        """(F,) float64 of every column of NUMBERS, by name."""
-        raise NotImplementedError
+        """(F,) float64 of every column of NUMBERS, by name; NaN where there is none. The arrays are the store's own."""
+        table = self._table(sae)
+        found = {name: table[name] for name in NUMBERS if name != "score"}
+        found["score"] = np.full(len(table["id"]), np.nan)
+        for id, one in self.explanations(sae).items():
+            if id < len(found["score"]):
+                found["score"][id] = _score(one) if _score(one) is not None else np.nan
+        return found
 
     def table(
         self,
@@ -68,35 +135,297 @@ class FeatureStore:
         """Rows sorted by a column of NUMBERS (features without that number last), filtered and searched.
 
         search   looked for in what `search_in` says: the spelling of a top token, case ignored; the explanation; the
-                 name of its best concept; its id; or any of them
+                 name of its best concept; its id, exactly; or any of them
+        limit    rows at most, up to 1000
         """
-        raise NotImplementedError
+        check_choice("sort", sort, NUMBERS)
+        check_choice("search_in", search_in, SEARCHES)
+        check_least("offset", offset, 0)
+        check_least("limit", limit, 1)
+        columns = self.columns(sae)
+        keep_F = self._filtered(sae, columns, filters or {})
+        if search is not None and search.strip():
+            keep_F &= self._found(sae, search.strip().lower(), search_in)
+        value_F = columns[sort]
+        key_F = np.where(np.isnan(value_F), np.inf, -value_F if descending else value_F)
+        id_f = np.flatnonzero(keep_F)
+        order = id_f[np.argsort(key_F[id_f], kind="stable")]
+        shown = order[offset : offset + min(limit, MOST_ROWS)]
+        return TablePage(tuple(self._row(sae, int(id)) for id in shown), len(order), offset)
 
     def row(self, sae: str, id: int) -> Row:
         """One row of the table, without reading the feature's examples: for its name beside others."""
-        raise NotImplementedError
+        self._check(sae, id)
+        return self._row(sae, id)
 
     def features(self, sae: str, first: int, end: int) -> Iterator[Feature]:
         """Features first … end − 1 in order, each row group read once: for whoever writes all of them."""
-        raise NotImplementedError
+        return (self.feature(sae, id) for id in range(first, end))
 
     def feature(self, sae: str, id: int) -> Feature:
         """Everything about one feature. Raises CosaeError for one that is not there."""
-        raise NotImplementedError
+        self._check(sae, id)
+        with self._lock:
+            many = self._reader(sae, files.FEATURES).group(id // files.TABLE_ROWS)
+        one = {name: value[id % files.TABLE_ROWS] for name, value in many.items()}
+        plain = self._record["saes"][self._known(sae)]
+        auroc_C = one.get("aurocs", np.zeros(0))
+        names = [name for name, _ in self.concepts]
+        best = [int(c) for c in np.argsort(-auroc_C, kind="stable") if not math.isnan(auroc_C[c])]
+        edges, counts = _histogram(one)
+        fires = one["firings"] > 0
+        return Feature(
+            row=self._row(sae, id),
+            sae=sae,
+            quantiles=tuple(one["quantiles"].tolist()) if fires else None,
+            edges=edges,
+            counts=counts,
+            negative=float(one["negatives"] / one["firings"]) if plain["signed"] and fires else None,
+            promoted=_ids_with_values(one, "promoted"),
+            suppressed=_ids_with_values(one, "suppressed"),
+            quartile_share=tuple((one["quartiles"] / one["firings"]).tolist()) if fires else None,
+            vanished=int(one["vanished"]),
+            appeared=int(one["appeared"]),
+            aurocs=tuple((names[c], float(auroc_C[c])) for c in best),
+            exponent=float(one["exponent"]),
+            log_gain=float(one["log_gain"]),
+            bias=_known(one["bias"]),
+            threshold=_known(one["threshold"]),
+            decoder_norm=float(one["decoder_norm"]),
+            encoder_norm=float(one["encoder_norm"]),
+            examples=self._examples(sae, id),
+            by_cosine=_neighbours(one, "by_cosine"),
+            by_cofiring=_neighbours(one, "by_cofiring"),
+            matches=tuple(self._matches(sae, one)),
+            explanation=self.explanations(sae).get(id),
+        )
 
     def compare(self, sae_a: str, id_a: int, sae_b: str, id_b: int) -> Comparison:
         """Two features, of one SAE or of two."""
-        raise NotImplementedError
+        return compare_features(self.feature(sae_a, id_a), self.feature(sae_b, id_b))
 
     def compare_saes(self, sae_a: str, sae_b: str) -> SAEComparison:
-        """Two SAEs of the store."""
-        raise NotImplementedError
+        """Two SAEs of the store. Raises CosaeError for one and the same."""
+        if sae_a == sae_b:
+            raise CosaeError(f"two SAEs are compared. Got {sae_a} twice: choose another one.")
+        other = self._others(sae_a).index(sae_b) if sae_b in self._others(sae_a) else self._known(sae_b)
+        reads = ["match_id", "match_correlation", "match_cosine"]
+        with self._lock:
+            found = self._reader(sae_a, files.FEATURES).all(reads)
+            both = [self._reader(sae, files.FEATURES) for sae in (sae_a, sae_b)]
+            aurocs = [one.all(["aurocs"])["aurocs"] if self.concepts else None for one in both]
+        match = {name: value[:, other] for name, value in found.items()}
+        tables = self._table(sae_a), self._table(sae_b)
+        return compare_saes((self.sae(sae_a), self.sae(sae_b)), tables, match, aurocs, self.concepts)
+
+    def verify(self) -> None:
+        """Read every file whole. Raises CosaeError for one that is not to the bit what was written."""
+        for name, (_, sha256) in self._record["files"].items():
+            if file_digest(self.folder / name) != sha256:
+                raise CosaeError(f"{self.folder / name} is damaged: build the store again.")
 
     def close(self) -> None:
         """Close all files."""
-        raise NotImplementedError
+        with self._lock:
+            for reader in self._readers.values():
+                reader.close()
+            self._readers.clear()
+
+    # reading
+
+    def _known(self, sae: str) -> int:
+        if sae not in self._place:
+            raise CosaeError(f"the store has no SAE {sae!r}: choose from {', '.join(self._place)}.")
+        return self._place[sae]
+
+    def _check(self, sae: str, id: int) -> None:
+        n = len(self._table(sae)["id"])
+        if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < n:
+            raise CosaeError(f"Feature {id!r} is out of range: {sae} has {counted(n, 'feature')}, 0 to {n - 1}.")
+
+    def _folder(self, sae: str) -> str:
+        self._known(sae)
+        return str(self._folders[sae])
+
+    def _others(self, sae: str) -> list[str]:
+        return [name for name in self._folders if name != sae]
+
+    def _reader(self, sae: str, name: str) -> RowReader:
+        key = f"{self._folder(sae)}/{name}"
+        if key not in self._readers:
+            self._readers[key] = RowReader(self.folder / key)
+        return self._readers[key]
+
+    def _table(self, sae: str) -> dict[str, Array]:
+        """The numbers of all features: what stays in memory of an SAE."""
+        with self._lock:
+            if sae not in self._tables:
+                wanted = [*SCALARS, "top_tokens", "match_id"]
+                labels = ["best_auroc", "best_concept"] if self.concepts else []
+                found = self._reader(sae, files.FEATURES).all([*wanted, *labels])
+                table = {name: found[name].astype(np.float64) for name in SCALARS}
+                n = len(table["firings"])
+                table["id"] = np.arange(n, dtype=np.float64)
+                table["density"] = table["firings"] / max(self._record["saes"][self._place[sae]]["tokens"], 1)
+                table["matched"] = (found["match_id"] >= 0).sum(1).astype(np.float64)
+                table["auroc"] = found.get("best_auroc", np.full(n, np.nan)).astype(np.float64)
+                table["concept"] = found.get("best_concept", np.full(n, -1))
+                table["top_tokens"] = found["top_tokens"]
+                self._tables[sae] = table
+            return self._tables[sae]
+
+    @property
+    def _vocabulary(self) -> dict[int, str]:
+        with self._lock:
+            if self._spelled is None:
+                reader = RowReader(self.folder / files.VOCABULARY)
+                found = reader.all()
+                reader.close()
+                self._spelled = dict(zip(found["id"].tolist(), found["text"].tolist(), strict=True))
+            return self._spelled
+
+    def _row(self, sae: str, id: int) -> Row:
+        table, told = self._table(sae), self.explanations(sae).get(id)
+        concept = int(table["concept"][id])
+        return Row(
+            id=id,
+            density=float(table["density"][id]),
+            firings=int(table["firings"][id]),
+            largest=_known(table["largest"][id]),
+            mean=_known(table["mean"][id]),
+            norm_driven=_known(table["norm_driven"][id]),
+            firing_norm=_known(table["firing_norm"][id]),
+            auroc=_known(table["auroc"][id]),
+            concept=self.concepts[concept][0] if concept >= 0 else None,
+            matched=int(table["matched"][id]),
+            tokens=tuple(token for token in table["top_tokens"][id].tolist() if token >= 0),
+            label=None if told is None else told.text,
+            score=None if told is None else _score(told),
+        )
+
+    def _filtered(self, sae: str, columns: Columns, filters: Filters) -> NDArray[np.bool_]:
+        keep_F = np.ones(len(columns["id"]), dtype=bool)
+        for name, wanted in filters.items():
+            if name in WORDS:
+                if not isinstance(wanted, bool):
+                    raise CosaeError(f"the filter {name} is True or False. Got {wanted!r} instead.")
+                if name == "explained":
+                    has_F = np.isin(columns["id"], list(self.explanations(sae)))
+                else:
+                    has_F = columns["firings"] == 0 if name == "dead" else columns["matched"] > 0
+                keep_F &= has_F == wanted
+                continue
+            check_choice("a filter", name, (*NUMBERS, *WORDS))
+            if isinstance(wanted, bool) or len(wanted) != 2:
+                raise CosaeError(f"the filter {name} is a least and a largest value. Got {wanted!r} instead.")
+            low, high = (end if end is not None else side * math.inf for end, side in zip(wanted, (-1, 1), strict=True))
+            with np.errstate(invalid="ignore"):
+                keep_F &= (columns[name] >= low) & (columns[name] <= high)
+        return keep_F
+
+    def _found(self, sae: str, text: str, where: str) -> NDArray[np.bool_]:
+        table = self._table(sae)
+        found_F = np.zeros(len(table["id"]), dtype=bool)
+        if where in ("any", "token"):
+            with self._lock:
+                if self._lower is None:
+                    spelled = self._vocabulary
+                    self._lower = np.fromiter(spelled, np.int64, len(spelled)), [t.lower() for t in spelled.values()]
+            ids, lowered = self._lower
+            hits = ids[np.fromiter((text in one for one in lowered), bool, len(lowered))]
+            found_F |= np.isin(table["top_tokens"], hits).any(1)
+        if where in ("any", "label"):
+            hit = [id for id, one in self.explanations(sae).items() if text in one.text.lower()]
+            found_F[[id for id in hit if id < len(found_F)]] = True
+        if where in ("any", "concept"):
+            hit = [place for place, (name, _) in enumerate(self.concepts) if text in name.lower()]
+            found_F |= np.isin(table["concept"], hit)
+        if where in ("any", "id") and text.isdecimal() and int(text) < len(found_F):
+            found_F[int(text)] = True
+        return found_F
+
+    def _examples(self, sae: str, id: int) -> tuple[Example, ...]:
+        name = files.example_file(id)
+        with self._lock:
+            if f"{self._folder(sae)}/{name}" not in self._record["files"]:
+                return ()
+            rows = self._reader(sae, name).group(id % files.FILE_FEATURES // files.GROUP_FEATURES)
+        return tuple(_example(rows, int(row)) for row in np.flatnonzero(rows["feature"] == id))
+
+    def _matches(self, sae: str, one: Mapping[str, Any]) -> list[Match]:
+        found = []
+        for place, other in enumerate(self._others(sae)):
+            id = int(one["match_id"][place])
+            if id < 0:
+                found.append(Match(other, None, None, None, False))
+                continue
+            correlation, cosine = float(one["match_correlation"][place]), float(one["match_cosine"][place])
+            found.append(Match(other, id, correlation, cosine, correlation >= 0.7 and cosine > 0.7))
+        return found
 
 
 def open_store(folder: Path | str) -> FeatureStore:
-    """Raises CosaeError for a folder without a complete store, and for one that is damaged."""
-    raise NotImplementedError
+    """Raises CosaeError for a folder without a complete store, and for one that is damaged as far as sizes tell."""
+    folder = Path(folder)
+    if not (folder / files.RECORD).is_file():
+        raise CosaeError(f"{folder} holds no feature store: build one with cosae browse.")
+    record = read_record(folder / files.RECORD)
+    if (record.get("format"), record.get("version")) != (files.FORMAT, files.VERSION):
+        raise CosaeError(f"{folder} is a store of another version of cosae: build it again.")
+    for name, (size, _) in record["files"].items():
+        place = folder / name
+        if not place.is_file() or place.stat().st_size != size:
+            raise CosaeError(f"{place} is damaged or gone: build the store again.")
+    return FeatureStore(folder, record)
+
+
+def _known(value: Any) -> float | None:
+    return float(value) if value == value else None
+
+
+def _score(one: Explanation) -> float | None:
+    parts = [part.value for part in (one.detection, one.fuzzing) if part is not None and part.value is not None]
+    return sum(parts) / len(parts) if parts else None
+
+
+def _ids_with_values(one: Mapping[str, Any], name: str) -> tuple[tuple[int, float], ...]:
+    if f"{name}_id" not in one:
+        return ()
+    pairs = zip(one[f"{name}_id"].tolist(), one[f"{name}_value"].tolist(), strict=True)
+    return tuple((id, value) for id, value in pairs if id >= 0)
+
+
+def _neighbours(one: Mapping[str, Any], name: str) -> tuple[Neighbour, ...]:
+    parts = (one[f"{name}_{column}"].tolist() for column in ("id", "cosine", "jaccard"))
+    return tuple(Neighbour(id, _known(c), _known(j)) for id, c, j in zip(*parts, strict=True) if id >= 0)
+
+
+def _histogram(one: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Edges and counts without the empty bins below the least value."""
+    count_n = one["histogram"]
+    some = np.flatnonzero(count_n)
+    if not len(some):
+        return (), ()
+    first = int(some[0])
+    edges = 2.0 ** ((one["histogram_top"] - len(count_n) + 1 + np.arange(first, len(count_n) + 1)) / files.BINS_OCTAVE)
+    return tuple(edges.tolist()), tuple(count_n[first:].tolist())
+
+
+def _example(rows: Mapping[str, Array], row: int) -> Example:
+    real_W = (rows["flags"][row] & files.REAL) > 0
+    flag_W = rows["flags"][row][real_W]
+    interval, document = int(rows["interval"][row]), rows["document"][row]
+    return Example(
+        group=GROUPS[int(rows["group"][row])],
+        at=int(rows["at"][row]),
+        ids_W=rows["ids"][row][real_W],
+        value_W=rows["value"][row][real_W],
+        r_W=rows["r"][row][real_W],
+        kappa_W=rows["kappa"][row][real_W].astype(np.float32) / files.KAPPA_ONE,
+        sink_W=(flag_W & files.SINK) > 0,
+        counted_W=(flag_W & files.COUNTED) > 0,
+        interval=interval if interval >= 0 else None,
+        document=document or None,
+        sequence=int(rows["sequence"][row]),
+        position=int(rows["position"][row]),
+    )

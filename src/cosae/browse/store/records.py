@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Group = Literal["top", "interval", "random", "negative"]
 GROUPS: tuple[Group, ...] = ("top", "interval", "random", "negative")
-"""top: the largest values, each of another sequence; interval: drawn from each fifth of 0 … the largest |value|; random:
-drawn from all tokens on which it fires; negative: the most negative values, of signed codes alone."""
+"""top: the largest values, each of another sequence; interval: drawn from each fifth of 0 … the largest |value|;
+random: drawn from all tokens on which it fires; negative: the most negative values, of signed codes alone."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Norms:
     """|x| of the tokens read, from a sample of them.
 
     tokens      of the sample
-    median      median |x| of it, against which sinks are told; factor: a token of factor × median or more is a sink, and
-                so are position 0 and special ids
+    median      median |x| of it, against which sinks are told; factor: a token of factor × median or more is a sink,
+                and so are position 0 and special ids
     quantiles   |x| at 0, .01, .05, .25, .5, .75, .95, .99, 1
     cuts        the three cuts between the norm quartiles
     sinks       of all tokens read, how many are sinks
@@ -118,8 +118,8 @@ class SAEInfo:
 
 @dataclass(frozen=True)
 class Pairing:
-    """How two SAEs of a store match: features of each that fire on 10 tokens or more, pairs that are each other's best by
-    correlation, and how many of those are shared by the paper's rule (correlation ≥ 0.7 and cosine > 0.7)."""
+    """How two SAEs of a store match: features of each that fire on 10 tokens or more, pairs that are each other's best
+    by correlation, and how many of those are shared by the paper's rule (correlation ≥ 0.7 and cosine > 0.7)."""
 
     a: str
     b: str
@@ -282,7 +282,7 @@ class Feature:
 
     row            its row of the table
     quantiles      |value| over its firings at .05, .25, .5, .75, .95, to 2.2 %; None where it never fires
-    edges, counts  histogram of |value| over its firings, equal on a log scale: (n + 1,), (n,); empty where it never fires
+    edges, counts  histogram of |value| over its firings, equal on a log scale: (n + 1,), (n,); empty for a dead one
     negative       share of its firings with a negative value; None where codes are not signed
     promoted, suppressed   (token id, logit) that its direction raises most and lowers most; empty where not known
     quartile_share share of its firings in each quartile of |x|; None where it never fires. The null is the SAE's
@@ -377,5 +377,5 @@ class SAEComparison:
     concepts: tuple[tuple[str, int, float, int, float], ...]
 
 
-Columns = Mapping[str, NDArray[Any]]
+Columns = Mapping[str, NDArray[np.float64]]
 """Name → (F,) of every number of a table, NaN where there is none: for scatters."""
