@@ -30,11 +30,11 @@ def test_a_pair_that_no_row_holds_is_not_asked_for() -> None:
 
 
 def test_the_contract_s_quick_part() -> None:
-    """Of 420 combinations, those without the mark `slow`."""
+    """Of 480 combinations, those without the mark `slow`."""
     parameters = every_combination.args[1]
     quick = [one.values[0] for one in parameters if not one.marks]
     assert [one.values[0] for one in parameters] == COMBINATIONS
-    assert len(COMBINATIONS) == 420
+    assert len(COMBINATIONS) == 480
     wanted, found = (set().union(*(pairs_of(c.axes) for c in some)) for some in (COMBINATIONS, quick))
     assert found == wanted
     assert len(quick) < 50

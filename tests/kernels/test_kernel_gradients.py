@@ -60,6 +60,52 @@ def test_gradients_match_dense_float64(kind: str, dtype: torch.dtype) -> None:
         assert relative_error(found[name], wanted[name]) < (1e-4 if dtype == torch.float32 else 1e-10), name
 
 
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("owner", ["shared", "feature"])
+@pytest.mark.parametrize("centre_only", [False, True])
+def test_values_and_their_gradients_match_dense_float64(owner: str, centre_only: bool) -> None:
+    """r^δ · s, with what flows to z through r; one row's z is below the clamp of r."""
+    draw = torch.Generator().manual_seed(11)
+    power = 0.2 + torch.rand(() if owner == "shared" else (53,), generator=draw, dtype=torch.float64)
+    answers = []
+    for kernel, dtype in ((REFERENCE, torch.float64), (CPU, torch.float32), (CPU, torch.float64)):
+        terms = make_terms("cosine_per_feature", seed=12, dtype=torch.float64)
+        terms.z_BD[4] *= 1e-12
+        terms = replace(make_terms("cosine_per_feature", seed=12, dtype=dtype), z_BD=terms.z_BD.to(dtype))
+        entries, _ = kernel.select_batch_topk(terms, 200)
+        score_E = kernel.entry_content(terms, entries).detach()
+        leaves = [x.to(dtype).clone().requires_grad_() for x in (score_E, terms.z_BD, power)]
+        terms = replace(terms, z_BD=leaves[1], value_exponent=leaves[2], centre_only=centre_only)
+        value_E = kernel.entry_values(terms, entries, leaves[0])
+        (value_E.square() * torch.linspace(1, 2, len(value_E), dtype=dtype)).sum().backward()
+        grads = [leaf.grad for leaf in leaves]
+        if centre_only:
+            grads[1] = grads[1].sum(0)
+        answers.append((value_E.detach(), *grads))
+    for found, tolerance in zip(answers[1:], (1e-4, 1e-12), strict=True):
+        for one, wanted in zip(found, answers[0], strict=True):
+            assert float(wanted.norm()) > 0
+            assert relative_error(one, wanted) < tolerance
+    plain = replace(terms, value_exponent=None)
+    assert CPU.entry_values(plain, entries, score_E) is REFERENCE.entry_values(plain, entries, score_E) is score_E
+
+
+@pytest.mark.parametrize("owner", ["shared", "feature"])
+def test_values_pass_gradcheck(owner: str) -> None:
+    """Against finite differences in float64, the frame's z being x − c."""
+    draw = torch.Generator().manual_seed(13)
+    terms = make_terms("cosine", n_tokens=5, width=4, n_features=7, seed=14, dtype=torch.float64)
+    entries, _ = CPU.select_batch_topk(terms, 12)
+    power = torch.rand(() if owner == "shared" else (7,), generator=draw, dtype=torch.float64) + 0.2
+
+    def values(x_BD: Tensor, rows_FD: Tensor, power: Tensor) -> Tensor:
+        mine = replace(terms, z_BD=x_BD, rows_FD=rows_FD, value_exponent=power)
+        return CPU.entry_values(mine, entries, CPU.entry_content(mine, entries))
+
+    leaves = [x.clone().requires_grad_() for x in (terms.z_BD, terms.rows_FD, power)]
+    assert torch.autograd.gradcheck(values, leaves)
+
+
 def test_row_gradient_has_its_radial_part() -> None:
     """Where rows count by direction only, the gradient is orthogonal to the row: breaking the pull term shows here."""
     terms = make_terms("cosine", seed=5)

@@ -14,7 +14,7 @@ from cosae import SAE, CosaeError
 from cosae.sae.config import SAEConfig
 from cosae.sae.fold import fold_decoder_norm, fold_input_scale
 from cosae.sae.frame import FRAMES
-from cosae.sae.score import SCORES
+from cosae.sae.score import OWNERS, SCORES, TWO_EXPONENTS
 from cosae.sae.selector import SELECTORS
 
 
@@ -22,10 +22,14 @@ from cosae.sae.selector import SELECTORS
 def saes(draw: st.DrawFn) -> SAE:
     """float64, so that only a wrong formula and no rounding can change what is chosen."""
     d_sae = draw(st.integers(2, 16))
+    score = draw(st.sampled_from(sorted(SCORES)))
+    owner = st.sampled_from((None, *OWNERS)) if score == TWO_EXPONENTS else st.none()
     cfg = SAEConfig(
         d_in=draw(st.integers(3, 8)),  # layer-normed pairs are all ±(1, −1): every score a tie
         d_sae=d_sae,
-        score=draw(st.sampled_from(sorted(SCORES))),
+        score=score,
+        a_owner=draw(owner),
+        value_exponent_owner=draw(owner),
         selector=draw(st.sampled_from(SELECTORS)),
         k=draw(st.integers(1, d_sae)),
         frame=draw(st.sampled_from(FRAMES)),

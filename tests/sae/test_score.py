@@ -91,7 +91,7 @@ def test_a_0_is_the_scaled_cosine(score: str) -> None:
 
 def test_default_start_is_half_log_d() -> None:
     for score, family in SCORES.items():
-        sae = SAE.build(D, F, score, k=3)
+        sae = SAE.build(D, F, score, k=3, value_exponent_init=0.0)
         learned = family.gain_owner != "fixed"
         assert bool((sae.scale_b == torch.tensor(0.5 * math.log(D) if learned else 0.0)).all())
         assert bool((sae.scale_a == (1.0 if score.startswith("inner") else 0.0)).all())
@@ -109,7 +109,7 @@ def test_who_owns_the_exponent() -> None:
     shapes = {name: tuple(SAE.build(D, F, name, k=3).scale_a.shape) for name in SCORES}
     assert shapes == {
         "inner": (), "inner_unit": (), "cosine_fixed": (), "cosine": (), "cosine_per_feature": (F,),
-        "cosine_base_delta": (F,), "cosine_grouped": (F,),
+        "cosine_base_delta": (F,), "cosine_grouped": (F,), "cosine_two_exponents": (),
     }  # fmt: skip
     learned = {
         name: sorted(
@@ -121,6 +121,7 @@ def test_who_owns_the_exponent() -> None:
         "inner": [], "inner_unit": [], "cosine_fixed": ["log_gain"], "cosine": ["exponent", "log_gain"],
         "cosine_per_feature": ["exponent", "log_gain"], "cosine_grouped": ["exponent", "log_gain"],
         "cosine_base_delta": ["exponent_base", "exponent_delta_F", "log_gain"],
+        "cosine_two_exponents": ["exponent", "log_gain", "value_exponent"],
     }  # fmt: skip
 
 

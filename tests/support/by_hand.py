@@ -1,6 +1,6 @@
 """The whole SAE once more, in dense numpy float64 from the formulas of the paper: shares no code with the package.
 
-x → z = frame(x) → s_i = exp(b_i) |z|^{a_i} |w_i|^u cos(z, w_i) + β_i → codes → ẑ_p = Σ_{i<p} f_i d_i → x̂
+x → z = frame(x) → s_i = exp(b_i) |z|^{a_i} |w_i|^u cos(z, w_i) + β_i → codes, |z|^δ times s → ẑ_p = Σ_{i<p} f_i d_i → x̂
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def exponent_and_gain(score: str, p: dict[str, Array], n_features: int, n_groups
         "cosine_per_feature": lambda: (p["score.exponent"], p["score.log_gain"]),
         "cosine_base_delta": lambda: (p["score.exponent_base"] + p["score.exponent_delta_F"], p["score.log_gain"]),
         "cosine_grouped": lambda: (p["score.exponent"][group], p["score.log_gain"][group]),
+        "cosine_two_exponents": lambda: (p["score.exponent"] * ones, p["score.log_gain"] * ones),
     }[score]()
     return a, b
 
@@ -81,7 +82,8 @@ def encode(sae: Any, x: Array, training: bool) -> tuple[Array, Array, Array, Arr
         on = largest(s.reshape(-1), cfg.k * int(live.sum())).reshape(s.shape)
     else:
         on = s > p["selector.threshold"]
-    return np.where(on, s, 0.0), z, scale, shift
+    growth = np.linalg.norm(z, axis=1)[:, None] ** p["score.value_exponent"] if "score.value_exponent" in p else 1.0
+    return np.where(on, s * growth, 0.0), z, scale, shift
 
 
 def reconstruct(sae: Any, codes: Array, z: Array) -> list[Array]:

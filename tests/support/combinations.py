@@ -96,7 +96,8 @@ def make_sae(c: Combination, seed: int = 0, kernel: str = "auto", calibrated: bo
     sae.centre_D.copy_(0.5 * normal(D_IN))
     sae.score.rows_FD.copy_(normal(D_SAE, D_IN) * torch.exp(0.5 * normal(D_SAE, 1)) * D_IN**-0.5)
     sae.decoder.rows_FD.copy_(normal(D_SAE, D_IN) * torch.exp(0.3 * normal(D_SAE, 1)))
-    for name, middle, spread in (("exponent", 0.4, 0.5), ("exponent_base", 0.4, 0.0), ("exponent_delta_F", 0.0, 0.5)):
+    starts = (("exponent", 0.4, 0.5), ("exponent_base", 0.4, 0.0), ("exponent_delta_F", 0.0, 0.5))
+    for name, middle, spread in (*starts, ("value_exponent", 0.3, 0.4)):
         parameter = sae.score._parameters.get(name)
         if parameter is not None:
             parameter.copy_(middle + spread * torch.rand(parameter.shape, generator=draw))

@@ -144,13 +144,13 @@ def test_arms_must_be_some_and_differ() -> None:
 def test_learning_rate_multiples_name_real_parameters() -> None:
     """A multiple for a name that no SAE has would be silently dropped."""
     names: set[str] = set()
-    for score in ("cosine", "cosine_base_delta"):
+    for score in ("cosine", "cosine_base_delta", "cosine_two_exponents"):
         for selector in ("batch_topk", "jumprelu"):
             sae = Arm.of(score=score, selector=selector, d_sae=16, k=2, seed=0).build(4, None)
             names |= dict(sae.named_parameters()).keys()
-    multiples = Arm.of(a_lr=2.0, b_lr=3.0, threshold_lr=4.0).lr_multipliers()
+    multiples = Arm.of(a_lr=2.0, b_lr=3.0, threshold_lr=4.0, value_exponent_lr=5.0).lr_multipliers()
     assert set(multiples) <= names
-    assert sorted(multiples.values()) == [2.0, 2.0, 2.0, 3.0, 4.0]
+    assert sorted(multiples.values()) == [2.0, 2.0, 2.0, 3.0, 4.0, 5.0]
 
 
 def test_input_noise_scales_rows_within_its_range_and_repeats() -> None:
@@ -173,18 +173,46 @@ def test_the_text_form_reaches_every_field() -> None:
     texts = {
         **{"score": "inner_unit", "selector": "topk", "frame": "unit", "b_init": "norm", "centre": "mean"},
         **{"bias": "false", "norm_restoring": "true", "prefixes": "4", "space": "frame", "normalise": "none"},
+        **{"a_owner": "feature", "value_exponent_owner": "fixed"},
     }
     for section, owner in {"": Arm, **SECTIONS}.items():
         for f in fields(owner):
             if f.name not in ("name", "d_in", *SECTIONS):
                 key = f"loss.{f.name}" if section == "loss" else f.name
                 text = texts.get(f.name, "3" if str(f.type).startswith("int") else "1.5")
-                base = {"n_groups": "cosine_grouped"}.get(key, "cosine")
+                base = "cosine_two_exponents" if "value" in key or "owner" in key else "cosine"
+                base = {"n_groups": "cosine_grouped"}.get(key, base)
                 make = ",selector=jumprelu" if key in ("bandwidth", "threshold_lr", "sparsity_weight") else ""
                 plain = parse_arm(f"{base}{make},name=x")
                 assert parse_arm(f"{base}{make},{key}={text},name=x") != plain, key
     with pytest.raises(CosaeError, match="no field 'd_in'"):
         parse_arm("cosine,d_in=4")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cosine,value_exponent_init=1", "value_exponent_init has no say .*cosine, which has no value exponent"),
+        ("cosine,value_exponent_lr=2", "value_exponent_lr has no say"),
+        ("cosine,a_owner=feature", "a_owner can be chosen for the score cosine_two_exponents alone"),
+        ("cosine_two_exponents,a_owner=fixed,a_lr=2", "a_lr has no say .*whose exponent is not learned"),
+        ("cosine_two_exponents,value_exponent_owner=fixed,value_exponent_lr=2", "value_exponent_lr has no say"),
+        ("cosine_two_exponents,n_groups=3", "n_groups has no say .*without groups"),
+        ("cosine_two_exponents,value_exponent_init=inf", "value_exponent_init must be a finite number"),
+    ],
+)
+def test_an_exponent_s_option_that_would_do_nothing_is_refused(text: str, words: str) -> None:
+    with pytest.raises(CosaeError, match=words):
+        parse_arm(text)
+
+
+def test_two_exponents_by_text() -> None:
+    arm = parse_arm("cosine_two_exponents,a_init=0,value_exponent_init=1")
+    assert (arm.sae.score, arm.init.a_init, arm.init.value_exponent_init) == ("cosine_two_exponents", 0.0, 1.0)
+    held = parse_arm("cosine_two_exponents,name=held,a_owner=fixed,a_init=0.5,value_exponent_owner=group,n_groups=2")
+    sae = held.with_defaults(d_sae=8, k=2, seed=0, lr=1e-3, kernel="auto").build(4, None)
+    assert float(sae.scale_a) == 0.5
+    assert sae.score.value_exponent.shape == (2,)
 
 
 def test_what_0_1_wrote_of_an_arm_is_put_into_its_sections() -> None:

@@ -82,6 +82,7 @@ ARMS = [
     Arm.of("gated", "inner", selector="gated"),
     Arm.of("jump", "cosine_per_feature", selector="jumprelu", threshold_lr=2.0),
     Arm.of("abs", "inner_unit", selector="abs_topk", input_noise=2.0),
+    Arm.of("two", "cosine_two_exponents", value_exponent_owner="feature", a_lr=2.0, value_exponent_lr=3.0),
 ]
 
 

@@ -99,6 +99,8 @@ def _inspected(path: Path) -> dict[str, Any]:
 
     sae = load(path)
     measured = {"calibrated": sae.calibrated, "a_mean": float(sae.scale_a.detach().mean())}
+    if sae.value_exponent is not None:
+        measured["value_exponent_mean"] = float(sae.value_exponent.detach().mean())
     provenance = {k: v for k, v in sae.metadata.items() if k != "recipe"}
     return {**sae.cfg.to_dict(), **measured, "provenance": provenance}
 

@@ -74,7 +74,7 @@ def audit(
 def _read_time(encoded: EncodedPass[SAE], median: MedianPass) -> dict[str, Any]:
     """How much of a value is the token's length, before and after removal; and what firing would change at equal L0."""
     sae, codes, out_N = encoded.sae, encoded.codes, ~encoded.sample.sink_N
-    a_F = sae.scale_a.detach().cpu().double()
+    a_F = sae.score.growth.detach().cpu().double()
     a_E = a_F if a_F.ndim == 0 else a_F[codes.feature_E]
     log_r_N = (median.r_N.clamp_min(1e-30) / median.median_r).log()
     growth_E = (a_E * log_r_N[codes.token_E]).exp() if sae.cfg.frame == "raw" else torch.ones(len(codes.value_E))

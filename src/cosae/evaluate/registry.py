@@ -99,7 +99,7 @@ def measure_geometry(context: Context) -> Numbers:
 
 
 def measure_exponents(context: Context) -> Numbers:
-    """The exponent a of every SAE: its value, or for one per feature its histogram."""
+    """The exponent a of every SAE: its value, or for one per feature its histogram; the mean of value exponents."""
     return {name: _exponent(sae) for name, sae in context.firsts.items()}
 
 
@@ -107,6 +107,8 @@ def _exponent(sae: Any) -> Numbers:
     a = sae.scale_a.detach().float().cpu()
     owner = "fixed" if sae.cfg.frame == "unit" else sae.score.family.exponent_owner  # there r = 1: a has no effect
     known: Numbers = {"mean": float(a.mean()), "b_mean": float(sae.scale_b.detach().mean())}
+    if sae.value_exponent is not None:
+        known["value_exponent"] = float(sae.value_exponent.detach().mean())
     if owner == "fixed" or a.ndim == 0:
         return {**known, "kind": "fixed" if owner == "fixed" else "scalar", "value": float(a.mean())}
     counts, edges = np.histogram(a.double().numpy(), bins=40)  # in fp32 their range may be too narrow for so many

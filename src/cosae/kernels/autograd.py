@@ -7,6 +7,10 @@ content = ⟨z_b, w_i⟩·σ_e, σ_e = exp(log_gain_i + (a_i − 1) ln r_b)·|w_
     ∂L/∂w_i = Σ_e δσ z_b − [u = 0] (Σ_e δ·content)/|w_i|² · w_i      the radial part is a sum, not a pass
     ∂L/∂z_b = Σ_e δσ w_i + (Σ_e δ·content·(a_i − 1))/r_b² · z_b
     ∂L/∂log_gain_i = Σ_e δ·content          ∂L/∂a_i = Σ_e δ·content·ln r_b
+
+and of values v_e = r_b^{p_i} · s_e, with δ = ∂L/∂v_e:
+
+    ∂L/∂s_e = δ r_b^{p_i}     ∂L/∂p_i = Σ_e δ v_e ln r_b     ∂L/∂z_b = (Σ_e δ v_e p_i)/r_b² · z_b
 """
 
 from __future__ import annotations
@@ -122,10 +126,58 @@ class Content(torch.autograd.Function):
             if need_gain:
                 grad_gain = _summed_to(sums, log_gain.shape, tangent_E, entries, n_features)
         if need_z:
-            pull_B = power_B * (-2.0 * log_r_B).exp()
-            pull_B = torch.where(log_r_B > torch.tensor(R_MIN, dtype=log_r_B.dtype).log(), pull_B, 0.0)
+            pull_B = _radial(power_B, log_r_B)
         grad_z, grad_rows = _grad_z_and_rows(ctx, dot_grad_E, z_BD, rows_FD, pull_B, pull_F)
         return grad_z, grad_rows, grad_exponent, grad_gain, None, None, None
+
+
+def _radial(power_B: Tensor, log_r_B: Tensor) -> Tensor:
+    """(B,) what z is multiplied by to be the gradient of z of a factor r^p, power = Σ_e ∂L/∂(ln factor) · p; 0 where r
+    is clamped."""
+    clamp = torch.tensor(R_MIN, dtype=log_r_B.dtype).log()
+    return torch.where(log_r_B > clamp, power_B * (-2.0 * log_r_B).exp(), 0.0)
+
+
+class Values(torch.autograd.Function):
+    """r^p · s of chosen entries; the formulas are the module's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, score_E: Tensor, z_BD: Tensor, power: Tensor, terms: ScoreTerms, entries: Entries, sums: Sums
+    ) -> Tensor:
+        products = entries.products
+        log_r_B = terms.log_r_B if products is None or not products.of(terms) else products.log_r_B
+        if power.dim() == 0:
+            factor_E = (power * log_r_B).exp()[entries.token_E]
+        else:
+            factor_E = (power[entries.feature_E] * log_r_B[entries.token_E]).exp()
+        value_E = score_E * factor_E
+        ctx.entries, ctx.sums, ctx.centre_only, ctx.n_features = entries, sums, terms.centre_only, terms.n_features
+        ctx.save_for_backward(z_BD, power, log_r_B, factor_E, value_E)
+        return value_E
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        entries: Entries = ctx.entries
+        sums: Sums = ctx.sums
+        z_BD, power, log_r_B, factor_E, value_E = ctx.saved_tensors
+        need_score, need_z, need_power, *_ = ctx.needs_input_grad
+        grad_score = grads[0] * factor_E if need_score else None
+        grad_z = grad_power = None
+        tangent_E, n_tokens = grads[0] * value_E, len(z_BD)
+        if power.dim() == 0:
+            tangent_B = sums.entries_by_token_sum(tangent_E, entries, n_tokens)
+            power_B, grad_power = tangent_B * power, total(tangent_B * log_r_B)
+        else:
+            power_B = sums.entries_by_token_sum(tangent_E * power[entries.feature_E], entries, n_tokens)
+            if need_power:
+                slope_E = tangent_E * log_r_B[entries.token_E]
+                grad_power = _summed_to(sums, power.shape, slope_E, entries, ctx.n_features)
+        if need_z:
+            pull_B = _radial(power_B, log_r_B)
+            grad_z = _alike(pull_B @ z_BD, n_tokens) if ctx.centre_only else pull_B[:, None] * z_BD
+        return grad_score, grad_z, grad_power, None, None, None
 
 
 def _at_feature(parameter: Tensor, entries: Entries) -> Tensor:

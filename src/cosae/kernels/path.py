@@ -32,6 +32,11 @@ class SparsePath:
         inputs = (terms.z_BD, terms.rows_FD, terms.exponent, terms.log_gain)
         return apply(autograd.Content, *inputs, terms, entries, self.sums)
 
+    def entry_values(self, terms: ScoreTerms, entries: Entries, score_E: Tensor) -> Tensor:
+        if terms.value_exponent is None:
+            return score_E
+        return apply(autograd.Values, score_E, terms.z_BD, terms.value_exponent, terms, entries, self.sums)
+
     def at_feature(self, parameter_F: Tensor, entries: Entries) -> Tensor:
         return apply(autograd.AtFeature, parameter_F, entries, self.sums)
 

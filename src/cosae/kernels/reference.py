@@ -82,6 +82,21 @@ def entry_content(terms: ScoreTerms, entries: Entries) -> Tensor:
     return content(terms)[entries.token_E, entries.feature_E]
 
 
+def values(terms: ScoreTerms, score_BF: Tensor) -> Tensor:
+    """(B, F) what scores are worth where they are chosen: r^δ · s; differentiable in z, the value exponent δ and s."""
+    if terms.value_exponent is None:
+        return score_BF
+    return score_BF * (terms.value_exponent * terms.log_r_B[:, None]).exp()
+
+
+def entry_values(terms: ScoreTerms, entries: Entries, score_E: Tensor) -> Tensor:
+    """(E,) the same of the chosen entries."""
+    if terms.value_exponent is None:
+        return score_E
+    ones_BF = score_E.new_ones(terms.n_tokens, terms.n_features)
+    return score_E * values(terms, ones_BF)[entries.token_E, entries.feature_E]
+
+
 def at_feature(parameter_F: Tensor, entries: Entries) -> Tensor:
     """(E,) parameter_F[feature] of each entry, differentiable."""
     return parameter_F[entries.feature_E]

@@ -4,12 +4,14 @@
          = ⟨z_b, w_i⟩ · exp(log_gain_i + (a_i − 1) · ln r_b) · |w_i|^{u − 1} + β_i
 
 with r = |z|, κ = cos(z, w), u = row_power (paper §1). The inner product is a = 1,
-log_gain = 0, u = 1: then every factor is exactly 1.
+log_gain = 0, u = 1: then every factor is exactly 1. What is chosen has the value s, or r^δ · s where a score has a
+value exponent δ.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ R_MIN = 1e-8
 """Smallest r that enters a logarithm (paper §1, clamps)."""
 ROW_MIN = 1e-12
 """Smallest encoder row length that is divided by (paper §1, clamps)."""
+LEARNED = ("z_BD", "rows_FD", "bias_F", "exponent", "log_gain", "value_exponent")
+"""Fields of ScoreTerms that may have a graph."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class ScoreTerms:
     log_gain  () or (F,)  b
     row_power 0 (rows enter by direction only) or 1 (their length counts: the standard inner product)
     live_B    (B,) bool; False rows have no scores at all and are never selected
+    value_exponent  () or (F,)  δ: the value of a chosen entry is r^δ · s; None where it is s. No selection reads it
     """
 
     z_BD: Tensor
@@ -42,6 +47,7 @@ class ScoreTerms:
     log_gain: Tensor
     row_power: int
     live_B: Tensor
+    value_exponent: Tensor | None = None
     plain: bool = False
     """True where a = 1, log_gain = 0 and row_power = 1 by construction: all factors are 1, skip them."""
     centre_only: bool = False
@@ -72,9 +78,8 @@ class ScoreTerms:
 
     def detached(self) -> ScoreTerms:
         """The same numbers without a graph: what selection looks at."""
-        bias_F = None if self.bias_F is None else self.bias_F.detach()
-        tensors = {name: getattr(self, name).detach() for name in ("z_BD", "rows_FD", "exponent", "log_gain")}
-        return replace(self, bias_F=bias_F, **tensors)
+        held: dict[str, Any] = {name: value.detach() for name in LEARNED if (value := getattr(self, name)) is not None}
+        return replace(self, **held)
 
     def of_tokens(self, token_S: Tensor) -> ScoreTerms:
         """Terms of some tokens alone."""
@@ -83,8 +88,9 @@ class ScoreTerms:
     def of_features(self, feature_S: Tensor, rows_SD: Tensor) -> ScoreTerms:
         """Terms of some features alone, whose rows are given."""
         bias_S = None if self.bias_F is None else self.bias_F[feature_S]
-        exponent, log_gain = (x[feature_S] if x.dim() else x for x in (self.exponent, self.log_gain))
-        return replace(self, rows_FD=rows_SD, bias_F=bias_S, exponent=exponent, log_gain=log_gain)
+        names = ("exponent", "log_gain", "value_exponent")
+        held = {name: x for name in names if (x := getattr(self, name)) is not None and x.dim()}
+        return replace(self, rows_FD=rows_SD, bias_F=bias_S, **{name: x[feature_S] for name, x in held.items()})
 
 
 @dataclass(frozen=True)

@@ -183,11 +183,12 @@ class PairedFVE:
 
 @dataclass(frozen=True)
 class Exponent:
-    """An arm's exponent a after training."""
+    """An arm's exponent a after training, and the mean of its value exponents where it has them."""
 
     kind: str = ""
     mean: float | None = None
     value: float | None = None
+    value_exponent: float | None = None
     quantiles: tuple[float, ...] = ()
     histogram: Histogram = field(default_factory=Histogram)
 

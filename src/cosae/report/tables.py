@@ -149,6 +149,8 @@ def summary_table(record: RunRecord, looks: Looks) -> Table:
 def _exponent(record: RunRecord, arm: str) -> Markup:
     found = record.exponent(arm)
     words = {"fixed": "fixed", "per_feature": "mean of features"}.get(found.kind)
+    if found.value_exponent is not None:
+        words = " · ".join(part for part in (words, f"value exponent {fixed(found.value_exponent, 3)}") if part)
     form = "{}<small>{}</small>" if words and found.at_end is not None else "{}"
     return Markup(form).format(fixed(found.at_end, 3), words)
 

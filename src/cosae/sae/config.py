@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cosae.errors import CosaeError, check_choice, short
 from cosae.sae.frame import FRAMES
-from cosae.sae.score import SCORES
+from cosae.sae.score import SCORES, Family
 from cosae.sae.selector import SELECTORS
 from cosae.types import at_least_fp32
 
@@ -48,11 +48,15 @@ class SAEConfig:
     norm_restoring: bool = False
     """Give the reconstruction of z the length of z."""
     n_groups: int = 4
-    """Blocks of features that share a and b, for cosine_grouped."""
+    """Blocks of features that share a and b (or δ), where the owner is the group."""
     bias: bool = True
     """Whether scores have a bias β."""
     bandwidth: float = 0.5
     """JumpReLU: width of the gradient window around θ, relative to θ."""
+    a_owner: str | None = None
+    """Who owns a and b, for cosine_two_exponents: shared, group, feature, or fixed (then b is shared); None: shared."""
+    value_exponent_owner: str | None = None
+    """Who owns the value exponent, for cosine_two_exponents: shared, group, feature or fixed; None: shared."""
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae", "k", "n_groups"):
@@ -68,7 +72,8 @@ class SAEConfig:
             raise CosaeError(f"k must be at most d_sae = {self.d_sae}. To keep {self.k} features, raise d_sae.")
         if self.selector == "gated" and not self.bias:
             raise CosaeError("the gated selector needs the score's bias for its gates: leave bias=True.")
-        if self.score == "cosine_grouped" and self.n_groups > width:
+        family = self.family
+        if "group" in (family.exponent_owner, family.value_owner) and self.n_groups > width:
             raise CosaeError(f"n_groups must be at most d_sae = {self.d_sae}. Got {self.n_groups} instead.")
         prefixes = tuple(int(p) for p in self.prefixes)
         if prefixes:
@@ -81,6 +86,11 @@ class SAEConfig:
             raise CosaeError(f"bandwidth must lie between 0 and 2. Got {short(self.bandwidth)} instead.")
 
     @property
+    def family(self) -> Family:
+        """The score's member of its family, with the owners chosen here."""
+        return SCORES[self.score].owned(self.a_owner, self.value_exponent_owner)
+
+    @property
     def sizes(self) -> tuple[int, int, int]:
         """(d_in, d_sae, k). Raises CosaeError where one is open."""
         if self.d_in is None or self.d_sae is None or self.k is None:
@@ -88,8 +98,12 @@ class SAEConfig:
         return self.d_in, self.d_sae, self.k
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields."""
-        return {**asdict(self), "prefixes": list(self.prefixes)}
+        """JSON-able fields; owners only where they were chosen."""
+        values = {**asdict(self), "prefixes": list(self.prefixes)}
+        for name in ("a_owner", "value_exponent_owner"):
+            if values[name] is None:
+                del values[name]
+        return values
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,9 @@ class InitConfig:
     """What a fresh SAE starts from (cosae.sae.initialise). Raises CosaeError on a value that is not allowed."""
 
     a_init: float = 0.0
-    """Start of every learned exponent a."""
+    """Start of every learned exponent a, and the value of a fixed one of cosine_two_exponents."""
+    value_exponent_init: float = 1.0
+    """The same of the value exponent δ of cosine_two_exponents."""
     b_init: str | float = "auto"
     """Start of b: auto, sqrt_d, norm, or a number."""
     centre: str = "geometric_median"
@@ -110,8 +126,9 @@ class InitConfig:
         number = isinstance(self.b_init, int | float) and not isinstance(self.b_init, bool)
         if not (math.isfinite(self.b_init) if number else self.b_init in B_INITS):  # type: ignore[arg-type]
             raise CosaeError(f"b_init must be a finite number or one of {', '.join(B_INITS)}. Got {self.b_init!r}.")
-        if not math.isfinite(self.a_init):
-            raise CosaeError(f"a_init must be a finite number. Got {self.a_init!r} instead.")
+        for name in ("a_init", "value_exponent_init"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise CosaeError(f"{name} must be a finite number. Got {value!r} instead.")
         check_choice("centre", self.centre, CENTRES)
 
 

@@ -1,9 +1,9 @@
 """Our one format: a directory with cfg.json, sae_weights.safetensors and self_check.safetensors.
 
 SAELens' names and layouts on disk: W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc, b_dec, threshold (d_sae,), and the
-paper's scale_a, scale_b; b_gate, r_mag, b_mag for gated. Weights are only ever read through safetensors. Writing is
-atomic: a directory is complete or absent. Reading checks format, version, digest, names, shapes, finiteness, and that
-stored probe activations still give their stored codes.
+paper's scale_a, scale_b; b_gate, r_mag, b_mag for gated; value_exponent for scores that have one. Weights are only
+ever read through safetensors. Writing is atomic: a directory is complete or absent. Reading checks format, version,
+digest, names, shapes, finiteness, and that stored probe activations still give their stored codes.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def to_disk(sae: SAE) -> dict[str, Tensor]:
     state = _own_tensors(sae)
     if not sae.score.is_plain:
         state |= {"scale_a": sae.score.a, "scale_b": sae.score.b}
+    if sae.score.delta is not None:
+        state["value_exponent"] = sae.score.delta
     if not bool(sae.threshold.isnan().any()):
         state["threshold"] = sae.threshold.expand(sae.d_sae)
     if not bool((sae.selector.rank_gain_F == 1).all()):
@@ -87,7 +89,7 @@ def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
     for name, tensor in _own_tensors(sae).items():
         tensor.copy_(state[name])
     if not sae.score.is_plain:
-        _load_score(sae, state["scale_a"], state["scale_b"])
+        _load_score(sae, state["scale_a"], state["scale_b"], state.get("value_exponent"))
     if cfg.selector != "jumprelu" and "threshold" in state:
         value = state["threshold"]
         sae.selector.threshold = value[0].clone() if bool((value == value[0]).all()) else value.clone()
@@ -96,7 +98,7 @@ def from_disk(cfg: SAEConfig, state: dict[str, Tensor], source: str) -> SAE:
     return sae
 
 
-def _load_score(sae: SAE, exponent: Tensor, gain: Tensor) -> None:
+def _load_score(sae: SAE, exponent: Tensor, gain: Tensor, value_exponent: Tensor | None) -> None:
     score = sae.score
     if score.family.exponent_owner != "base_delta":
         by_group = score.family.exponent_owner == "group"
@@ -106,6 +108,9 @@ def _load_score(sae: SAE, exponent: Tensor, gain: Tensor) -> None:
         if bool((per_group[score.group_F] == gain).all()):
             gain = per_group
     score._replace("log_gain", gain.clone())
+    if value_exponent is not None:
+        by_group = score.family.value_owner == "group"
+        score.value_exponent.copy_(_group_values(sae, value_exponent) if by_group else value_exponent)
 
 
 def _group_values(sae: SAE, value_F: Tensor) -> Tensor:
@@ -123,6 +128,8 @@ def shapes(sae: SAE) -> dict[str, tuple[tuple[tuple[int, ...], ...], bool]]:
     if not sae.score.is_plain:
         scalar_a = sae.score.family.exponent_owner in ("fixed", "shared")
         found |= {"scale_a": (((),) if scalar_a else (wide,), True), "scale_b": (((), wide), True)}
+    if sae.score.delta is not None:
+        found["value_exponent"] = ((tuple(sae.score.delta.shape),), True)
     return found
 
 

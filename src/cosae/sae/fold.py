@@ -6,8 +6,10 @@ Scaling encoder rows cannot fold a cosine score, which normalises them. Here eve
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
+from torch import Tensor
 
 from cosae.errors import CosaeError, check_positive
 from cosae.sae.model import SAE
@@ -28,21 +30,27 @@ def fold_decoder_norm(sae: SAE) -> SAE:
     folded.decoder.rows_FD.div_(norm_F[:, None])
     if sae.cfg.norm_restoring:
         return folded
-    folded.score.scale_content_(norm_F)
-    if folded.score.bias_F is not None:
-        folded.score.bias_F.mul_(norm_F)
-    folded.selector.scale_scores_(norm_F)
-    if sae.cfg.selector == "gated":
-        folded.selector.b_mag_F.mul_(norm_F)
+    _scale_codes(folded, norm_F)
     return folded
+
+
+def _scale_codes(sae: SAE, factor_F: Tensor) -> None:
+    """Multiply each feature's codes by factor (F,) > 0, in place; the same entries fire."""
+    sae.score.scale_content_(factor_F)
+    if sae.score.bias_F is not None:
+        sae.score.bias_F.mul_(factor_F)
+    sae.selector.scale_scores_(factor_F)
+    if sae.cfg.selector == "gated":
+        sae.selector.b_mag_F.mul_(factor_F)
 
 
 @torch.no_grad()
 def fold_input_scale(sae: SAE, s: float) -> SAE:
     """An SAE for x out of one that was trained on s · x: same codes, reconstructions divided by s.
 
-    raw: `b += a ln s` (inner product: rows · s), decoder and centre divided by s. unit: only the centre is divided.
-    layer_norm: nothing changes. Raises CosaeError unless s is finite and positive.
+    raw: `b += a ln s` (inner product: rows · s), decoder and centre divided by s; a value exponent δ multiplies scores,
+    and all they are compared with, by s^δ besides. unit: only the centre is divided. layer_norm: nothing changes.
+    Raises CosaeError unless s is finite and positive.
     """
     check_positive("the input scale", s)
     folded = copy.deepcopy(sae)
@@ -51,6 +59,8 @@ def fold_input_scale(sae: SAE, s: float) -> SAE:
     folded.centre_D.div_(s)
     if sae.cfg.frame == "raw":
         folded.score.scale_input_(s)
+        if folded.score.delta is not None:
+            _scale_codes(folded, folded.score.delta.mul(math.log(s)).exp().expand(sae.d_sae))
         if not sae.cfg.norm_restoring:
             folded.decoder.rows_FD.div_(s)
     return folded

@@ -2,9 +2,10 @@
 
 decoder rows  Kaiming uniform, then unit length; encoder rows a copy of them; β = 0
 centre c      geometric median of a sample (Weiszfeld), its mean, or 0
-a             a_init
-b             ½ ln d ("sqrt_d"), ln mean|z| ("norm"), or by "auto" (1 − a) times the second where mean|z| and √d are
-              more than a factor 2 apart, else (1 − a) times the first: at a = 1 the score has its size by itself
+a, δ          a_init, value_exponent_init
+b             ½ ln d ("sqrt_d"), ln mean|z| ("norm"), or by "auto" (1 − a − δ) times the second where mean|z| and √d are
+              more than a factor 2 apart, else (1 − a − δ) times the first: at a + δ = 1 codes have their size by
+              themselves
 θ, gate bias  the quantile of *all* scores of the sample at which k of d_sae pass (paper §9 #9: the quantile of
               the positive ones alone starts at half the wanted L0)
 """
@@ -49,7 +50,7 @@ def _log_gain(b_init: str | float, d_in: int, a: float, z_ND: Tensor | None) -> 
     if not isinstance(b_init, str):
         return float(b_init)
     sqrt_d = sqrt_d_gain(d_in)
-    # r^a κ at a start of 1 has the inner product's size by itself: what auto adds shrinks with 1 − a
+    # r^a κ at a start of 1 has the inner product's size by itself: what auto adds shrinks with 1 − a, a all growth
     left = 1.0 - a if b_init == "auto" else 1.0
     if b_init == "sqrt_d" or (z_ND is None and b_init == "auto"):
         return left * sqrt_d
@@ -87,6 +88,7 @@ def initialise(
     if score.bias_F is not None:
         score.bias_F.zero_()
     score.set_exponent(init.a_init)
+    score.set_value_exponent(init.value_exponent_init)
 
     z_ND = None
     if sample is not None:
@@ -104,7 +106,7 @@ def initialise(
             centre_D.copy_(geometric_median(inside_ND) if init.centre == "geometric_median" else inside_ND.mean(0))
         framed = frames.normalize(cfg.frame, sample_ND, centre_D)
         z_ND = framed.z_BD[framed.live_B]
-    score.set_log_gain(_log_gain(init.b_init, d_in, float(score.a.mean()), z_ND))
+    score.set_log_gain(_log_gain(init.b_init, d_in, float(score.growth.mean()), z_ND))
     if cfg.selector in PENALISED_SELECTORS:
         _open_gates(cfg, centre_D, score, selector, sample)
 

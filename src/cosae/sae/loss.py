@@ -87,12 +87,13 @@ def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig, spa
     """
     dead = dead_F.nonzero()[:, 0]
     terms = output.terms
-    still = {name: getattr(terms, name).detach() for name in ("z_BD", "exponent", "log_gain")}
-    dead_terms = replace(terms, **still).of_features(dead, embedding(dead, terms.rows_FD, sparse=sparse_gradients))
+    dead_FD = embedding(dead, terms.rows_FD, sparse=sparse_gradients)
+    dead_terms = replace(terms.detached(), bias_F=terms.bias_F).of_features(dead, dead_FD)
     score_BF = reference.content(dead_terms, matmul(dead_terms.z_BD, dead_terms.rows_FD.T))
     if dead_terms.bias_F is not None:
         score_BF = score_BF + dead_terms.bias_F
     score_BF = _relu_straight_through(score_BF, config.aux_k if config.aux_k is not None else max(1, sae.d_in // 2))
+    score_BF = reference.values(dead_terms, score_BF)
     recon_BD = matmul(score_BF, embedding(dead, at_least_fp32(sae.decoder.rows_FD), sparse=sparse_gradients))
     live_B1 = terms.live_B[:, None]
     residual_BD = (output.framed.z_BD - output.recon[-1]).detach() * live_B1

@@ -60,7 +60,7 @@ class SAE(Shown, nn.Module):
         self.kernel = "auto"
         d_in, d_sae, k = cfg.sizes
         self.centre_D = nn.Parameter(torch.zeros(d_in))
-        self.score = Score(cfg.score, d_in, d_sae, cfg.n_groups, cfg.bias)
+        self.score = Score(cfg.family, d_in, d_sae, cfg.n_groups, cfg.bias)
         self.selector = Selector(cfg.selector, k, d_sae, cfg.bandwidth)
         self.decoder = Decoder(d_in, d_sae, cfg.prefixes, cfg.norm_restoring)
 
@@ -173,6 +173,11 @@ class SAE(Shown, nn.Module):
         return self.score.b
 
     @property
+    def value_exponent(self) -> Tensor | None:
+        """() or (d_sae,) value exponent δ in force: codes are r^δ times their score; None for scores without one."""
+        return self.score.delta
+
+    @property
     def threshold(self) -> Tensor:
         """() or (d_sae,): a code is active where its score exceeds this; NaN where not calibrated yet."""
         if self.cfg.selector == "jumprelu":
@@ -250,7 +255,8 @@ class SAE(Shown, nn.Module):
         gate_error = None
         if self.cfg.selector == "gated":
             rows_FD = at_least_fp32(self.decoder.rows_FD).detach()
-            gate = kernel.decode(selection.score_E, entries, rows_FD, n_tokens)
+            gate_E = kernel.entry_values(terms, entries, selection.score_E)
+            gate = kernel.decode(gate_E, entries, rows_FD, n_tokens)
             gate_error = kernel.squared_errors(framed.z_BD, gate, terms.centre_only)
         return TrainOutput(framed, terms, selection, recon, error, gate_error)
 

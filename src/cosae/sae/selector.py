@@ -7,6 +7,8 @@
     jumprelu    s > θ_i                                    s > θ_i (θ scaled to the wanted L0) s
     gated       π = s > 0 opens the gate                   π > threshold (calibrated)         ReLU(e^ρ·content + β_mag)
 
+A score with a value exponent δ multiplies every value by r^δ; choice, thresholds and ranks stay on s.
+
 An uncalibrated batch_topk falls back at inference to the training rule over the rows it is handed (paper §2);
 `SAE.calibrated` says which of the two holds.
 
@@ -137,7 +139,7 @@ class Selector(nn.Module):
             entries = kernel.select_above(terms.detached(), theta_F * (1 - 0.5 * self.bandwidth))
             score_E = self._scores(terms, kernel, entries)[0]
             log_theta_E = kernel.at_feature(self.log_threshold_F.to(score_E.dtype), entries)
-            value_E = apply(_JumpValue, score_E, log_theta_E, self.bandwidth)
+            value_E = kernel.entry_values(terms, entries, apply(_JumpValue, score_E, log_theta_E, self.bandwidth))
             on_E = apply(_JumpCount, score_E.detach(), log_theta_E, self.bandwidth)
             count_B = on_E.new_zeros(terms.n_tokens).index_add(0, entries.token_E, on_E)
             return Selection(entries, score_E, value_E, count_B)
@@ -172,10 +174,11 @@ class Selector(nn.Module):
     def _evaluate(self, terms: ScoreTerms, kernel: Kernel, entries: Entries, hint: float | None = None) -> Selection:
         score_E, content_E = self._scores(terms, kernel, entries)
         if self.name != "gated":
-            return Selection(entries, score_E, score_E, hint=hint)
+            return Selection(entries, score_E, kernel.entry_values(terms, entries, score_E), hint=hint)
         r_mag_E = kernel.at_feature(self.r_mag_F.to(content_E.dtype), entries)
         b_mag_E = kernel.at_feature(self.b_mag_F.to(content_E.dtype), entries)
-        return Selection(entries, score_E, (r_mag_E.exp() * content_E + b_mag_E).relu(), hint=hint)
+        magnitude_E = (r_mag_E.exp() * content_E + b_mag_E).relu()
+        return Selection(entries, score_E, kernel.entry_values(terms, entries, magnitude_E), hint=hint)
 
     @property
     def margin_gain_F(self) -> Tensor:

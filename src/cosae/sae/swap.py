@@ -6,14 +6,16 @@ In: a trained SAE. Out: a new SAE of the same rows, bias, centre, decoder and se
               What the paper evaluated; scores then have another size than the threshold expects
     refitted  b_i = ln exp(b_i) |w_i|^u m^{a_i − a'} so that old and new content agree at r = m, the sample's median
               length (a shared b takes the mean over features); then thresholds to the old L0 on the sample, and one
-              factor on all codes that makes the reconstruction of the sample best (least squares)
+              factor on all codes that makes the reconstruction of the sample best (least squares). Where either has a
+              value exponent, it is values that agree: content and bias are multiplied by m^{δ − δ'}
 
-A score whose gains are per feature and whose a' equals the old a is the same function to rounding: inner product → any
-per-feature cosine at a' = 1, and back.
+A score whose gains are per feature and whose a' and δ' equal the old a and δ is the same function to rounding: inner
+product → any per-feature cosine at a' = 1, and back.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -23,6 +25,7 @@ from cosae.errors import CosaeError, check_choice
 from cosae.kernels.terms import R_MIN, ROW_MIN
 from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate, measure_l0
+from cosae.sae.config import SAEConfig
 from cosae.sae.model import SAE
 from cosae.sae.score import SCORES, sqrt_d_gain
 from cosae.sae.selector import CALIBRATED_SELECTORS
@@ -31,21 +34,36 @@ BATCH = 4096
 
 
 @torch.no_grad()
-def swap_score(sae: SAE, score: str, *, sample: Tensor | None = None, refit: bool = True, a_init: float = 0.0) -> SAE:
+def swap_score(
+    sae: SAE,
+    score: str,
+    *,
+    sample: Tensor | None = None,
+    refit: bool = True,
+    a_init: float = 0.0,
+    value_exponent_init: float = 1.0,
+    a_owner: str | None = None,
+    value_exponent_owner: str | None = None,
+) -> SAE:
     """The SAE under another score; the one given is not changed.
 
     score    a name of cosae.sae.score.SCORES
     sample   (N, d_in) activations that the filter keeps; needed to refit
     refit    fit gains, thresholds and the codes' common size to the sample; False keeps all but the score, as the paper
     a_init   start of the exponents the new score learns (the inner products have theirs fixed at 1)
+    value_exponent_init  the same of its value exponent, where it has one
+    a_owner, value_exponent_owner  as in SAEConfig
 
-    Raises CosaeError for an unknown score, a missing or unusable sample, or an SAE without an inference threshold where
-    one is to be matched.
+    Raises CosaeError for an unknown score or owner, a missing or unusable sample, or an SAE without an inference
+    threshold where one is to be matched.
     """
     check_choice("score", score, SCORES)
     if refit and sample is None:
         raise CosaeError("refitting a swapped score needs a sample of activations: pass sample=, or refit=False.")
-    swapped = _with_score(sae, score, a_init)
+    cfg = replace(sae.cfg, score=score, a_owner=a_owner, value_exponent_owner=value_exponent_owner)
+    swapped = _with_score(sae, cfg)
+    swapped.score.set_exponent(a_init)
+    swapped.score.set_value_exponent(value_exponent_init)
     if not refit:
         return swapped
     assert sample is not None
@@ -56,7 +74,7 @@ def swap_score(sae: SAE, score: str, *, sample: Tensor | None = None, refit: boo
     if not sae.calibrated:
         raise CosaeError("a swapped score is refitted to the old L0: calibrate this batch_topk SAE first.")
     r_N = frames.normalize(sae.cfg.frame, flat_ND, sae.centre_D).norm_stats.r_B
-    _match_gains(sae, swapped, float(r_N.median().clamp_min(R_MIN)))
+    _match_gains(sae, swapped, math.log(r_N.median().clamp_min(R_MIN)))
     if sae.cfg.selector in CALIBRATED_SELECTORS:
         calibrate(swapped, flat_ND, max(measure_l0(sae, flat_ND), 1 / len(flat_ND)))
     if not sae.cfg.norm_restoring:
@@ -64,29 +82,31 @@ def swap_score(sae: SAE, score: str, *, sample: Tensor | None = None, refit: boo
     return swapped
 
 
-def _with_score(sae: SAE, score: str, a_init: float) -> SAE:
-    """The same weights under another score, with fresh exponents and gains."""
-    swapped = SAE(replace(sae.cfg, score=score)).to(sae.device)
+def _with_score(sae: SAE, cfg: SAEConfig) -> SAE:
+    """The same weights under another score, with gains ½ ln d and exponents of 0 where they are not the score's own."""
+    swapped = SAE(cfg).to(sae.device)
     swapped.kernel, swapped.metadata = sae.kernel, {**sae.metadata, "swapped_from": sae.cfg.score}
     mine = swapped.state_dict()
-    own = ("score.exponent", "score.exponent_base", "score.exponent_delta_F", "score.log_gain")
+    own = ("exponent", "exponent_base", "exponent_delta_F", "log_gain", "value_exponent")
     for name, value in sae.state_dict().items():
-        if name not in own and name in mine:
+        if name.removeprefix("score.") not in own and name in mine:
             if mine[name].shape == value.shape:
                 mine[name].copy_(value)
             else:  # a threshold or gain that is one number in a fresh SAE and one per feature after a fold
                 setattr(swapped.selector, name.removeprefix("selector."), value.clone())
-    swapped.score.set_exponent(a_init)
     swapped.score.set_log_gain(sqrt_d_gain(sae.d_in))
     return swapped
 
 
-def _match_gains(old: SAE, new: SAE, median_r: float) -> None:
-    """Equal content at r = median_r."""
+def _match_gains(old: SAE, new: SAE, log_r: float) -> None:
+    """Equal content and, where either has a value exponent, equal values at this ln r."""
+    delta, new_delta = (torch.zeros(()) if sae.score.delta is None else sae.score.delta for sae in (old, new))
+    log_factor_F = ((delta - new_delta) * log_r).expand(old.d_sae)
     length_F = torch.linalg.vector_norm(old.score.rows_FD, dim=-1).clamp_min(ROW_MIN)
     log_size_F = old.score.b + old.score.family.row_power * length_F.log()
-    wanted_F = log_size_F + (old.score.a - new.score.a) * torch.tensor(median_r).log()
-    wanted_F = wanted_F.expand(old.d_sae)
+    wanted_F = log_size_F + (old.score.a - new.score.a) * log_r + log_factor_F
+    if bool(log_factor_F.any()):
+        _scale_compared(new, log_factor_F.exp())
     if new.score.family.gain_owner == "fixed":
         if new.score.is_plain:  # the rows carry the size themselves
             new.score.rows_FD.mul_((wanted_F.exp() / length_F)[:, None])
@@ -114,7 +134,6 @@ def _match_size(sae: SAE, x_ND: Tensor) -> None:
     factor = along / square if square > 0 else 1.0
     if not factor > 0:
         return
-    factor_F = torch.full((sae.d_sae,), factor, device=sae.device)
     if sae.cfg.score == "inner_unit":  # its size is fixed at 1: the decoder takes the factor
         sae.decoder.rows_FD.mul_(factor)
         return
@@ -122,10 +141,15 @@ def _match_size(sae: SAE, x_ND: Tensor) -> None:
         sae.score.rows_FD.mul_(factor)
     else:
         sae.score.log_gain.add_(torch.tensor(factor).log())
+    _scale_compared(sae, torch.tensor(factor, device=sae.device))
+
+
+def _scale_compared(sae: SAE, factor: Tensor) -> None:
+    """Multiply what content is added to or compared with, biases and thresholds, by factor () or (F,)."""
     if sae.score.bias_F is not None:
         sae.score.bias_F.mul_(factor)
     if sae.cfg.selector == "jumprelu":
-        sae.selector.log_threshold_F.add_(factor_F.log())
+        sae.selector.log_threshold_F.add_(factor.log())
     else:
         sae.selector.threshold = sae.selector.threshold * factor
     if sae.cfg.selector == "gated":

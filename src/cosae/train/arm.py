@@ -20,7 +20,6 @@ from cosae.sae.config import InitConfig, SAEConfig
 from cosae.sae.file import load
 from cosae.sae.loss import LossConfig
 from cosae.sae.model import SAE
-from cosae.sae.score import SCORES
 from cosae.sae.swap import swap_score
 from cosae.train.optimizer import MOST_LR
 
@@ -47,6 +46,8 @@ class Arm:
     """Learning rate; None takes the run's."""
     a_lr: float = 1.0
     """Learning rate of a, as a multiple of the run's."""
+    value_exponent_lr: float = 1.0
+    """Learning rate of the value exponent, as a multiple of the run's."""
     b_lr: float = 1.0
     """Learning rate of b, as a multiple of the run's."""
     threshold_lr: float = 1.0
@@ -63,11 +64,11 @@ class Arm:
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
             raise CosaeError(f"an arm's name must be letters, digits or ._-+= (at most 80). Got {self.name!r} instead.")
-        for name in ("a_lr", "b_lr", "threshold_lr", "sparsity_weight"):
+        for name in ("a_lr", "value_exponent_lr", "b_lr", "threshold_lr", "sparsity_weight"):
             check_positive(name, getattr(self, name), zero=True)
         if self.lr is not None:
             check_positive("lr", self.lr)
-        for name in ("lr", "a_lr", "b_lr", "threshold_lr"):
+        for name in ("lr", "a_lr", "value_exponent_lr", "b_lr", "threshold_lr"):
             check_most(name, getattr(self, name), MOST_LR)
         if self.seed is not None:
             check_seed(self.seed)
@@ -120,15 +121,24 @@ class Arm:
                 asked, has = getattr(cfg, name), getattr(saved.cfg, name)
                 raise CosaeError(f"the arm {self.name} asks for {name} {asked}; {folder}, its start, has {has}.")
         saved.metadata = {}
-        if saved.cfg.score != cfg.score:
-            refit = sample_ND is not None
-            saved = swap_score(saved, cfg.score, sample=sample_ND, refit=refit, a_init=self.init.a_init)
+        if saved.cfg.family != cfg.family:
+            saved = swap_score(
+                saved,
+                cfg.score,
+                sample=sample_ND,
+                refit=sample_ND is not None,
+                a_init=self.init.a_init,
+                value_exponent_init=self.init.value_exponent_init,
+                a_owner=cfg.a_owner,
+                value_exponent_owner=cfg.value_exponent_owner,
+            )
         return saved
 
     def lr_multipliers(self) -> dict[str, float]:
         """Learning-rate multiple by parameter name."""
         a = dict.fromkeys(("score.exponent", "score.exponent_base", "score.exponent_delta_F"), self.a_lr)
-        return {**a, "score.log_gain": self.b_lr, "selector.log_threshold_F": self.threshold_lr}
+        own = {"score.value_exponent": self.value_exponent_lr, "score.log_gain": self.b_lr}
+        return {**a, **own, "selector.log_threshold_F": self.threshold_lr}
 
 
 def check_seed(seed: int) -> None:
@@ -157,6 +167,7 @@ ARMS: dict[str, Arm] = {
     "cosine_per_feature": Arm.of("cosine_per_feature", "cosine_per_feature"),
     "cosine_base_delta": Arm.of("cosine_base_delta", "cosine_base_delta"),
     "cosine_grouped": Arm.of("cosine_grouped", "cosine_grouped"),
+    "cosine_two_exponents": Arm.of("cosine_two_exponents", "cosine_two_exponents"),
 }
 """Arms by name, for `--arms`. `cosine` is the paper's global form."""
 
@@ -191,11 +202,15 @@ def parse_arm(text: str) -> Arm:
 
 def _idle(name: str, sae: SAEConfig) -> str | None:
     """Why a field of an arm has no say in an SAE of this make; None where it has one."""
-    family = SCORES[sae.score]
-    if name == "n_groups" and sae.score != "cosine_grouped":
-        return f"of the score {sae.score}"
-    if name in ("a_init", "a_lr") and family.exponent_owner == "fixed":
+    family = sae.family
+    if name == "n_groups" and "group" not in (family.exponent_owner, family.value_owner):
+        return f"of the score {sae.score}" + (" without groups" if family.value_owner else "")
+    if name.startswith("value_exponent_") and family.value_owner is None:
+        return f"of the score {sae.score}, which has no value exponent"
+    if (name == "a_init" and family.exponent is not None) or (name == "a_lr" and family.exponent_owner == "fixed"):
         return f"of the score {sae.score}, whose exponent is not learned"
+    if name == "value_exponent_lr" and family.value_owner == "fixed":
+        return f"of the score {sae.score}, whose value exponent is not learned here"
     if name in ("b_init", "b_lr") and family.gain_owner == "fixed":
         return f"of the score {sae.score}, which has no gain"
     if name in ("bandwidth", "threshold_lr") and sae.selector != "jumprelu":

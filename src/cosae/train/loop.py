@@ -180,6 +180,8 @@ def _record(
     if numbers["a"] is not None and a.numel() > 1:
         marks = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=a.device)
         numbers["a_quantiles"] = torch.quantile(a[:1_000_000], marks).tolist()
+    if state.sae.value_exponent is not None:
+        numbers["value_exponent"] = float(state.sae.value_exponent.detach().mean())
     numbers["b"] = float(state.sae.scale_b.detach().mean())
     if state.sae.cfg.selector in ("jumprelu", "gated"):
         numbers["sparsity_weight"] = state.weight

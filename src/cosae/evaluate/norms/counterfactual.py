@@ -117,7 +117,8 @@ def at_median(
             r_B = framed.norm_stats.r_B
             to_median_B1 = torch.where(r_B > 0, np.log(middle) - r_B.clamp_min(1e-30).log(), 0.0)[:, None]
         factor_BF = (terms.exponent * to_median_B1).exp()
-        found = _readings(_fired(sae, terms, content_BF), _fired(sae, terms, content_BF * factor_BF), rows.start)
+        there = _fired(sae, terms, content_BF * factor_BF, to_median_B1)
+        found = _readings(_fired(sae, terms, content_BF, 0.0), there, rows.start)
         for one in counts.values():
             one.add(found)
         if largest is not None:
@@ -175,8 +176,16 @@ class Largest:
         return self._id_E[self._score_E > self.above()]
 
 
-def _fired(sae: SAE, terms: ScoreTerms, content_BF: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, F) bool and values: the inference rule of every selector, on content that is already there."""
+def _fired(sae: SAE, terms: ScoreTerms, content_BF: Tensor, log_longer: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(B, F) bool and values by the inference rule, on content of tokens exp(log_longer) times as long as terms."""
+    on_BF, value_BF = _chosen(sae, terms, content_BF)
+    if terms.value_exponent is not None:
+        value_BF = reference.values(terms, value_BF) * (terms.value_exponent * log_longer).exp()
+    return on_BF, value_BF
+
+
+def _chosen(sae: SAE, terms: ScoreTerms, content_BF: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, F) bool and what is chosen: the inference rule of every selector, on content that is already there."""
     selector = sae.selector
     score_BF = _scores(terms, content_BF)
     if selector.name in ("topk", "abs_topk"):

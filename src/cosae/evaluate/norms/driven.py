@@ -3,8 +3,8 @@
 In: the two passes of a cosae SAE. Out: plain numbers, per feature and pooled, with sinks in and out.
 
 Counterfactual (norms.counterfactual): every token keeps the direction of x − c and gets the median length. A
-firing that vanishes or appears is norm-driven. Exactly 0 where a = 0, and in the unit and layer_norm frames. With, over
-tokens, A firings as it is, M at the median length, and A ∩ M in both,
+firing that vanishes or appears is norm-driven. Exactly 0 where a = 0 (whatever a value exponent makes of values), and
+in the unit and layer_norm frames. With, over tokens, A firings as it is, M at the median length, and A ∩ M in both,
 
     share of a feature   1 − |A ∩ M| / |A ∪ M|  (Jaccard distance)
     pooled share         the same with counts summed over features first: each feature weighs as it fires

@@ -2,7 +2,8 @@
 
 In: a cosae SAE. Out: an autoencoder whose codes are f_i / r^{a_i − a}, r = |x − c| over its median: the code of a
 score with exponent a on the same features (the free baseline the paper left out, §9 E; a standard SAE has a_i = 1, and
-its codes are divided by r^{1 − a}). Two readings:
+its codes are divided by r^{1 − a}). Where values grow by a value exponent δ_i beside, they are divided by r^{δ_i} too.
+Two readings:
 
     keep_firings  the SAE's own inference rule chooses, only the values change
     same L0       the changed scores are compared with one threshold, set on a sample so that as many fire as before
@@ -47,21 +48,17 @@ class ReadTime:
     def encode(self, x_BD: Tensor) -> Codes:
         """x (..., d_in) → the changed codes, sparse. Raises what `SAE.encode` raises."""
         codes = self.sae.encode(x_BD)
-        if self.threshold is None:
-            assert codes.norm_stats is not None
-            factor_B = self._factor(codes.norm_stats)
-            if factor_B.ndim == 1:
-                return codes.with_values(codes.value_E * factor_B[codes.token_E])
-            return codes.with_values(codes.value_E * factor_B[codes.token_E, codes.feature_E])
         assert codes.norm_stats is not None
+        if self.threshold is None:
+            return codes.with_values(codes.value_E * self._factor_of(codes, codes.norm_stats))
         flat_BD = x_BD.reshape(-1, x_BD.shape[-1])
         tokens, features, values = [], [], []
         for rows in row_slices(len(flat_BD), max(1, DENSE_ELEMENTS // self.d_sae)):
-            score_BF = self._changed_scores(flat_BD[rows])
+            score_BF, value_BF = self._changed(flat_BD[rows])
             token_E, feature_E = (score_BF > self.threshold).nonzero(as_tuple=True)
             tokens.append(token_E + rows.start)
             features.append(feature_E)
-            values.append(score_BF[token_E, feature_E])
+            values.append(value_BF[token_E, feature_E])
         return Codes.from_entries(
             torch.cat(tokens),
             torch.cat(features),
@@ -76,27 +73,30 @@ class ReadTime:
         """The SAE's own reconstruction from these codes, their growth put back first."""
         if codes.norm_stats is None:
             raise CosaeError("codes read without their norm need it back to be decoded: decode what `encode` returned.")
-        factor_B = self._factor(codes.norm_stats)
-        token_E = codes.token_E
-        factor_E = factor_B[token_E] if factor_B.ndim == 1 else factor_B[token_E, codes.feature_E]
-        return self.sae.decode(codes.with_values(codes.value_E / factor_E))
+        return self.sae.decode(codes.with_values(codes.value_E / self._factor_of(codes, codes.norm_stats)))
 
-    def _changed_scores(self, x_BD: Tensor) -> Tensor:
-        """(B, F) scores with the growth taken out; −inf for rows of zeros."""
+    def _changed(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, F) scores, −inf for rows of zeros, and what they are worth, each with its growth taken out."""
         framed = frames.normalize(self.sae.cfg.frame, x_BD.to(self.sae.device), self.sae.centre_D)
-        score_BF = reference.scores(self.sae.score.terms(framed).detached())
-        factor_B = self._factor(framed.norm_stats)
-        return score_BF * (factor_B[:, None] if factor_B.ndim == 1 else factor_B)
+        terms = self.sae.score.terms(framed).detached()
+        score_BF = reference.scores(terms)
+        changed_BF = score_BF * self._factor(framed.norm_stats, terms.exponent)
+        if terms.value_exponent is None:
+            return changed_BF, changed_BF
+        growth = terms.exponent + terms.value_exponent
+        return changed_BF, reference.values(terms, score_BF) * self._factor(framed.norm_stats, growth)
 
-    def _factor(self, norm_stats: NormStats) -> Tensor:
-        """(B,) or (B, F): (r / median)^{a − a_i}; 1 where the frame has no length left to take out."""
+    def _factor(self, norm_stats: NormStats, growth: Tensor) -> Tensor:
+        """(B, 1) or (B, F): (r / median)^{a − growth_i}; 1 where the frame has no length left to take out."""
         if self.sae.cfg.frame != "raw":
-            return torch.ones_like(norm_stats.r_B)
+            return torch.ones_like(norm_stats.r_B)[:, None]
         log_r_B = (norm_stats.r_B.clamp_min(1e-30) / self.median_r).log()
-        a = self.sae.scale_a.detach()
-        if a.ndim == 0:
-            return ((self.exponent - a) * log_r_B).exp()
-        return ((self.exponent - a) * log_r_B[:, None]).exp()
+        return ((self.exponent - growth) * log_r_B[:, None]).exp()
+
+    def _factor_of(self, codes: Codes, norm_stats: NormStats) -> Tensor:
+        """(E,) the same for codes, which have their values' growth."""
+        factor_BF = self._factor(norm_stats, self.sae.score.growth.detach())
+        return factor_BF[codes.token_E, codes.feature_E if factor_BF.shape[1] > 1 else 0]
 
 
 @torch.no_grad()
@@ -130,5 +130,5 @@ def _threshold(reader: ReadTime, x_ND: Tensor) -> float:
     n_fired = sum(int(reader.sae.encode(x_ND[rows]).count_B.sum()) for rows in row_slices(len(x_ND), 4096))
     largest = Largest(n_fired)
     for rows in row_slices(len(x_ND), max(1, DENSE_ELEMENTS // reader.d_sae)):
-        largest.add(reader._changed_scores(x_ND[rows]), rows.start)
+        largest.add(reader._changed(x_ND[rows])[0], rows.start)
     return largest.above()

@@ -93,7 +93,7 @@ def _arms(saes: Mapping[str, Sequence[SAE]], calm: Activations, texts: TextProbe
         arms[name] = list(listed)
     if texts.read_time:
         for name, listed in saes.items():
-            if any(sae.cfg.frame == "raw" and bool((sae.scale_a != 0).any()) for sae in listed):
+            if any(sae.cfg.frame == "raw" and bool((sae.score.growth != 0).any()) for sae in listed):
                 arms[READ_TIME.format(name)] = [remove_norm(sae, calm) for sae in listed]
     if texts.untrained:
         arms[UNTRAINED] = [_untrained(next(iter(saes.values()))[0], calm.x_ND.float())]

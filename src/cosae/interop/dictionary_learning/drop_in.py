@@ -103,7 +103,7 @@ class Dictionary(nn.Module):
             features = features * self.sae.W_dec.norm(dim=-1)
         if not (return_active or return_topk or return_gate or output_pre_jump):
             return features
-        score = torch.nan_to_num(self.sae.scores(x), neginf=0.0)
+        score = self._scores(x)
         if return_gate:
             if self.sae.cfg.selector != "gated":
                 raise CosaeError(f"return_gate is for gated SAEs. Got one of {self.sae.cfg.selector}.")
@@ -116,13 +116,22 @@ class Dictionary(nn.Module):
             return features, best.values, best.indices, positive
         return features, features.reshape(-1, self.dict_size).sum(0) > 0, positive
 
+    def _scores(self, x: Tensor) -> Tensor:
+        """(..., dict_size) what theirs calls features before they are chosen; 0 for rows of zeros."""
+        if self.sae.value_exponent is not None:
+            raise CosaeError(
+                "an SAE with a value exponent chooses features by other numbers than their values: leave out "
+                "return_active, return_topk, return_gate, output_pre_jump and use_threshold."
+            )
+        return torch.nan_to_num(self.sae.scores(x), neginf=0.0)
+
     def _features(self, x: Tensor, use_threshold: bool | None) -> Tensor:
         selector = self.sae.cfg.selector
         if use_threshold is None or use_threshold == (selector == "batch_topk" and self.sae.calibrated):
             return self.sae.encode(x).to_dense()
         if selector not in ("batch_topk", "topk"):
             raise CosaeError(f"use_threshold is for batch_topk and topk SAEs. Got one of {selector}.")
-        positive = torch.nan_to_num(self.sae.scores(x), neginf=0.0).relu()
+        positive = self._scores(x).relu()
         if use_threshold:
             return positive * (positive > self.threshold)
         flat = positive.flatten()

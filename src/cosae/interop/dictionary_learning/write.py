@@ -120,6 +120,7 @@ def _affine_rows(sae: SAE) -> Tensor:
     """(F, D) float64 rows of the score ⟨row, x − c⟩ + β. Raises CosaeError where the score is none."""
     cfg: Any = sae.cfg
     affine = cfg.score == "inner" or bool((sae.scale_a == 1).all())
+    affine = affine and (sae.value_exponent is None or bool((sae.value_exponent == 0).all()))
     if not affine or cfg.frame != "raw" or cfg.norm_restoring or cfg.selector == "abs_topk":
         raise CosaeError(
             "dictionary_learning has classes for inner-product SAEs on raw activations under batch_topk, topk, "

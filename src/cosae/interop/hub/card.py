@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from cosae.interop.public import Public
 from cosae.io.escape import code_span, markdown
@@ -110,25 +111,38 @@ def _one(path: str, sae: SAE, metrics: Mapping[str, Any] | None, alone: bool) ->
 
 
 def _score_words(sae: SAE) -> str:
-    owner = sae.score.family.exponent_owner
+    owner, value_owner = sae.score.family.exponent_owner, sae.score.family.value_owner
     if sae.cfg.score == "inner":
         return "⟨x − c, w⟩ + β"
+    words = f"exp(b) · |x − c|^a · cos(x − c, w) + β with a {_owned(owner, sae.scale_a)}"
+    if sae.value_exponent is None or value_owner is None:
+        return words
+    return f"{words}; a code is |x − c|^δ times that, with δ {_owned(value_owner, sae.value_exponent)}"
+
+
+def _owned(owner: str, value: Tensor) -> str:
     if owner == "fixed":
-        a = float(sae.scale_a.detach().reshape(-1)[0])
-        return f"exp(b) · |x − c|^a · cos(x − c, w) + β with a = {a:g} fixed"
-    return "exp(b) · |x − c|^a · cos(x − c, w) + β with a learned" + ("" if owner == "shared" else f" ({owner})")
+        return f"= {float(value.detach().reshape(-1)[0]):g} fixed"
+    return "learned" + ("" if owner == "shared" else f" ({owner})")
 
 
 def _exponents(sae: SAE) -> str:
     if sae.score.is_plain:
         return "The exponent a of the norm is 1: every code scales with the length of the activation."
-    a_F = sae.scale_a.detach().float().cpu().reshape(-1).numpy()
+    said = [_spread("exponent", "a", sae.scale_a, "0: blind to the norm, 1: inner product")]
+    if sae.value_exponent is not None:
+        said.append(_spread("value exponent", "δ", sae.value_exponent, "a + δ = 1: codes grow with the norm"))
+    return "\n\n".join(said)
+
+
+def _spread(name: str, symbol: str, value: Tensor, meaning: str) -> str:
+    a_F = value.detach().float().cpu().reshape(-1).numpy()
     if len(a_F) == 1:
-        return f"The exponent a of the norm is {a_F[0]:.4f} for all features (0: blind to the norm, 1: inner product)."
+        return f"The {name} {symbol} of the norm is {a_F[0]:.4f} for all features ({meaning})."
     low, middle, high = np.quantile(a_F, [0.05, 0.5, 0.95])
     return (
-        f"Exponents a over features: median {middle:.4f}, 5 % below {low:.4f}, 5 % above {high:.4f} (0: blind to the "
-        f"norm, 1: inner product).\n\n```\na: {histogram_text(a_F)}\n```"
+        f"{name.capitalize()}s {symbol} over features: median {middle:.4f}, 5 % below {low:.4f}, 5 % above {high:.4f} "
+        f"({meaning}).\n\n```\n{symbol}: {histogram_text(a_F)}\n```"
     )
 
 

@@ -36,10 +36,12 @@ MATRYOSHKA = "cosine_matryoshka_batchtopk"
 TOPK = "cosine_topk"
 OWN_ARCHITECTURES = tuple(f"cosae_{score}_{selector}" for score in SCORES for selector in SELECTORS)
 """What cosae's own cfg.json files carry (cosae.sae.file.saelens_architecture)."""
+JUMPRELU_SCORES = tuple(name for name, family in SCORES.items() if family.value_owner is None)
+"""Scores of the architectures cosine_…: what fires there is worth its score. Other scores are kept as cosae's own."""
 ARCHITECTURES = (JUMPRELU, BATCHTOPK, MATRYOSHKA, TOPK, GENERIC, *OWN_ARCHITECTURES)
 """Architectures that `assemble` takes."""
 SCALER = "activation_scaler.json"
-EXPONENTIALS = ("scale_a", "scale_a_base", "scale_a_delta", "scale_b", "r_mag")
+EXPONENTIALS = ("scale_a", "scale_a_base", "scale_a_delta", "scale_b", "value_exponent", "r_mag")
 """Tensors of which an exponential is taken."""
 OUR_NAMES = {
     "model_name": "model",
@@ -108,7 +110,7 @@ def _cosine(
     architecture = config["architecture"]
     check_conventions(config, ("none", "expected_average_only_in"))
     score = config.get("score", "")
-    check_choice("score", score, SCORES)
+    check_choice(f"the score of {architecture}", score, JUMPRELU_SCORES)
     _check_names(architecture, score, weights)
     if config.get("rescale_acts_by_decoder_norm", False):
         kept = {name: value for name, value in weights.items() if name != "threshold"}

@@ -3,7 +3,7 @@
 Enter activations (B, D) framed by `cosae.sae.frame`, weights by their names on disk; leave dense scores and codes
 (B, F). The same formulas as `cosae.SAE.encode`, which keeps only the selected entries (paper §1, §2):
 
-    s = exp(b) · r^a · |w|^u · κ + β,   codes = select(s) by the inference rule of cosae.sae.selector
+    s = exp(b) · r^a · |w|^u · κ + β,   codes = r^δ · select(s) by the inference rule of cosae.sae.selector
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from cosae.types import Framed, at_least_fp32
 HALF = (torch.float16, torch.bfloat16)
 
 
-def dense_scores(framed: Framed, score: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(content, score), each (B, F) fp32 or float64, 0 for rows that are not live; differentiable.
+def dense_terms(framed: Framed, score: str, weights: Mapping[str, Tensor]) -> ScoreTerms:
+    """What scores are made of; differentiable.
 
-    weights: W_enc (D, F); scale_a, scale_b () or (F,) but for `inner`; b_enc or b_gate (F,) where there is a bias.
+    weights: W_enc (D, F); scale_a, scale_b () or (F,) but for `inner`; b_enc or b_gate (F,) where there is a bias;
+    value_exponent () or (F,) where there is one.
     """
     family = SCORES[score]
     plain = family.row_power == 1
     bias = weights.get("b_gate", weights.get("b_enc"))
-    one = framed.z_BD.new_ones(())
-    terms = ScoreTerms(
+    one, delta = framed.z_BD.new_ones(()), weights.get("value_exponent")
+    return ScoreTerms(
         z_BD=framed.z_BD,
         rows_FD=at_least_fp32(weights["W_enc"]).T,
         bias_F=None if bias is None else at_least_fp32(bias),
@@ -38,12 +39,18 @@ def dense_scores(framed: Framed, score: str, weights: Mapping[str, Tensor]) -> t
         log_gain=one * 0 if plain else at_least_fp32(weights["scale_b"]),
         row_power=family.row_power,
         live_B=framed.live_B,
+        value_exponent=None if delta is None else at_least_fp32(delta),
         plain=plain,
     )
-    content_BF = torch.where(framed.live_B[:, None], reference.content(terms), 0.0)
+
+
+def dense_scores(terms: ScoreTerms) -> tuple[Tensor, Tensor]:
+    """(content, score), each (B, F) fp32 or float64, 0 for rows that are not live; differentiable."""
+    live_B1 = terms.live_B[:, None]
+    content_BF = torch.where(live_B1, reference.content(terms), 0.0)
     if terms.bias_F is None:
         return content_BF, content_BF
-    return content_BF, content_BF + terms.bias_F * framed.live_B[:, None]
+    return content_BF, content_BF + terms.bias_F * live_B1
 
 
 def dense_codes(
@@ -51,16 +58,17 @@ def dense_codes(
 ) -> Tensor:
     """(B, F) codes by the inference rule; rows that are not live stay 0. `hook` sees, and may edit, what is selected.
 
-    weights, beside those of `dense_scores`: threshold (F,) of a calibrated batch_topk or gated, log_threshold (F,) of
+    weights, beside those of `dense_terms`: threshold (F,) of a calibrated batch_topk or gated, log_threshold (F,) of
     jumprelu, rank_gain (F,) after a fold, r_mag and b_mag (F,) of gated (arXiv 2404.16014).
     """
-    content_BF, score_BF = dense_scores(framed, cfg.score, weights)
+    terms = dense_terms(framed, cfg.score, weights)
+    content_BF, score_BF = dense_scores(terms)
     live_B1 = framed.live_B[:, None]
     threshold = at_least_fp32(weights["threshold"]) if "threshold" in weights else None
     if cfg.selector == "gated":
         magnitude_BF = hook(at_least_fp32(weights["r_mag"]).exp() * content_BF + at_least_fp32(weights["b_mag"]))
         keep_BF = score_BF > (0.0 if threshold is None else threshold)
-        return torch.where(keep_BF & live_B1, magnitude_BF.relu(), 0.0)
+        return torch.where(keep_BF & live_B1, reference.values(terms, magnitude_BF.relu()), 0.0)
     score_BF = hook(score_BF)
     if cfg.selector == "jumprelu":
         keep_BF = score_BF > at_least_fp32(weights["log_threshold"]).exp()
@@ -71,7 +79,7 @@ def dense_codes(
         if "rank_gain" in weights:
             rank_BF = rank_BF / at_least_fp32(weights["rank_gain"])
         keep_BF = _largest(rank_BF, cfg, int(framed.live_B.sum())) & (rank_BF > 0)
-    return torch.where(keep_BF & live_B1, score_BF, 0.0)
+    return torch.where(keep_BF & live_B1, reference.values(terms, score_BF), 0.0)
 
 
 def _largest(rank_BF: Tensor, cfg: SAEConfig, n_live: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Enters x (..., d_in) of any float dtype; leave feature_acts (..., d_sae) and reconstructions in the SAE's dtype.
 
-    CosineJumpReLUSAE   `cosine_jumprelu`: f = s · 1[s > θ_i], raw frame, every score of cosae.sae.score.SCORES
+    CosineJumpReLUSAE   `cosine_jumprelu`: f = s · 1[s > θ_i], raw frame, every score of `cosine.JUMPRELU_SCORES`
     CosaeSAE            `cosae`, `cosae_SCORE_SELECTOR`: whatever cosae.SAE is (frames, selectors, norm restoring)
 
 What SAELens' own methods would get wrong is overridden here: folds scale b and not encoder columns (which a cosine
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError, check_choice
 from cosae.interop.saelens import cosine, folds
-from cosae.interop.saelens.dense import HALF, dense_codes, dense_scores
+from cosae.interop.saelens.dense import HALF, dense_codes, dense_scores, dense_terms
 from cosae.io.legacy import upgrade
 from cosae.sae import file, fold, frame
 from cosae.sae.config import SAEConfig as OwnConfig
@@ -139,7 +139,7 @@ class CosineScored(Precise):
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(scores, live): (..., d_sae) fp32 after hook_sae_acts_pre, 0 for all-zero rows of x; (..., 1) bool."""
         framed, lead = self._frame(x)
-        score_BF = dense_scores(framed, self.cfg.score, self._parameters)[1]
+        score_BF = dense_scores(dense_terms(framed, self.cfg.score, self._parameters))[1]
         score: Tensor = self.hook_sae_acts_pre(score_BF.reshape(*lead, -1))
         return score, framed.live_B.reshape(*lead, 1)
 
@@ -174,7 +174,7 @@ class CosineJumpReLUSAEConfig(sae_lens.JumpReLUSAEConfig):
     """Configuration of CosineJumpReLUSAE. Raises CosaeError on a value that is not allowed."""
 
     score: str = "cosine"
-    """One of cosae.sae.score.SCORES."""
+    """One of cosae.interop.saelens.cosine.JUMPRELU_SCORES: those without a value exponent."""
     k: float | None = None
     """Mean active features per token it was trained for, where known."""
     n_groups: int = 4
@@ -189,7 +189,7 @@ class CosineJumpReLUSAEConfig(sae_lens.JumpReLUSAEConfig):
         return cosine.JUMPRELU
 
 
-def check(cfg: Any, allowed: tuple[str, ...], scores: tuple[str, ...] = tuple(SCORES)) -> None:
+def check(cfg: Any, allowed: tuple[str, ...], scores: tuple[str, ...] = cosine.JUMPRELU_SCORES) -> None:
     """Raises CosaeError for a score that is not there or a convention a cosine score cannot express."""
     check_choice("score", cfg.score, scores)
     cosine.check_conventions(vars(cfg) | {"architecture": cfg.architecture()}, allowed)
