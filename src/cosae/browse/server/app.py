@@ -8,13 +8,15 @@ A mistake in a request is answered by one sentence in {"error": …}. No word of
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -150,7 +152,7 @@ def application(store: FeatureStore, notes: Notes, live: Live | None = None, hos
             return _error(400, "What is sent must be JSON.")
         if not isinstance(given, dict):
             return _error(400, "What is sent must be a JSON object.")
-        return await run_in_threadpool(_answered, getattr(data, name), given)
+        return await _aside(getattr(data, name), given)
 
     routes = [
         Route("/", page),
@@ -169,6 +171,27 @@ def _answered(call: Callable[[Any], Any], given: Mapping[str, Any]) -> Response:
         return JSONResponse({"error": str(error), "note": _plain_note(error.found)}, 409)
     except CosaeError as error:
         return _error(400, str(error))
+
+
+async def _aside(call: Callable[[Any], Any], given: Mapping[str, Any]) -> Response:
+    """The answer, made in a thread that does not keep the server from stopping: a model may take long."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Response] = loop.create_future()
+
+    def work() -> None:
+        try:
+            made = _answered(call, given)
+        except BaseException as error:
+            _tell(answer.set_exception, error)
+        else:
+            _tell(answer.set_result, made)
+
+    def _tell(what: Callable[[Any], None], value: Any) -> None:
+        with suppress(RuntimeError):  # the server has stopped
+            loop.call_soon_threadsafe(lambda: None if answer.done() else what(value))
+
+    threading.Thread(target=work, name="cosae browse", daemon=True).start()
+    return await answer
 
 
 def _error(status: int, sentence: str) -> Response:

@@ -16,18 +16,14 @@ from torch import Tensor
 from cosae.activations.filter import Filter
 from cosae.browse.top import Example, Features, kept, read_features
 from cosae.errors import CosaeError
-from cosae.models.capture import capture
 from cosae.models.intervene.window import own_filter
 from cosae.models.unembed import residual_directions, spelling, unembedding
 from cosae.report.terminal import text_table
-from cosae.run.dataset.corpus import adds_bos, pad_id
 from cosae.run.dataset.model import batch_size
+from cosae.run.explore.text import read_text
 from cosae.run.export import Opened, open_reading
 from cosae.run.requests import FeatureOptions, Reading
 from cosae.shown import counted, spelled_out
-from cosae.text.packing import sequences
-from cosae.text.pylib import Document
-from cosae.text.tokenization import tokenize_documents
 
 BEFORE, AFTER = 12, 6
 """Tokens of context around an example."""
@@ -99,13 +95,9 @@ class Look:
         counts.
         """
         opened = self.opened
-        bos = adds_bos(opened.data, opened.tokenizer)
-        read = list(tokenize_documents([Document("search", text)], opened.tokenizer, add_bos=bos))
-        special: dict[str, Any] = {"pad_id": pad_id(opened.tokenizer), "special_ids": opened.tokenizer.all_special_ids}
-        packed = sequences(read, max(2, sum(len(one.ids_T) for one in read)), "document", **special)
-        found = capture(opened.model, packed, opened.site)[opened.site.name] if len(packed) else None
-        on_N = torch.zeros(0, dtype=torch.bool) if found is None else kept(found, self.fitted)
-        if found is None or not bool(on_N.any()):
+        found = read_text(opened.model, opened.tokenizer, opened.site, opened.data, text)
+        on_N = kept(found, self.fitted)
+        if not bool(on_N.any()):
             raise CosaeError(f"the text {text!r} has no token that counts: give a longer one.")
         with torch.no_grad():
             codes = opened.sae.encode(found.x_ND[on_N])

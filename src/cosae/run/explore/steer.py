@@ -20,11 +20,13 @@ from cosae.models.intervene import edits
 from cosae.models.intervene.hooks import find_site
 from cosae.models.intervene.splice import spliced
 from cosae.models.intervene.window import own_filter
+from cosae.recipe import DataConfig
 from cosae.run.dataset.corpus import adds_bos, pad_id
 from cosae.run.dataset.model import open_model
 from cosae.run.identity import read_elsewhere
 from cosae.run.requests import Place, SteerOptions
 from cosae.run.saes import read_with_model
+from cosae.sae.model import SAE
 from cosae.text.pylib import Document
 from cosae.text.tokenization import tokenize_documents
 
@@ -45,6 +47,17 @@ class Steered:
         return "\n".join([self.what, *self.notes, "", "without:", self.without, "", "with:", self.changed, *same])
 
 
+@dataclass(frozen=True)
+class Steerable:
+    """An SAE with its model. elsewhere: a warning where the SAE was trained on another model or site."""
+
+    sae: SAE
+    data: DataConfig
+    model: Any
+    tokenizer: Any
+    elsewhere: str | None = None
+
+
 def steer(
     path: Path, prompt: str, place: Place, options: SteerOptions, log: Callable[[str], None] = lambda _: None
 ) -> Steered:
@@ -52,11 +65,18 @@ def steer(
     a prompt that is empty or too long."""
     options.check()
     sae, data = read_with_model(path, place)
-    edit = edit_of(options)
-    edits.check_edits(edit, sae.d_sae, data.site)
+    edits.check_edits(edit_of(options), sae.d_sae, data.site)
     log("opening the model")
     model, tokenizer = open_model(data, place.device)
     elsewhere = read_elsewhere(sae.metadata, data.model, find_site(model, data.site), model)
+    return continued(Steerable(sae, data, model, tokenizer, elsewhere), prompt, options, place.seed)
+
+
+def continued(parts: Steerable, prompt: str, options: SteerOptions, seed: int) -> Steered:
+    """Generate twice from a prompt with what is open already. Raises CosaeError as `steer` does."""
+    sae, data, model, tokenizer = parts.sae, parts.data, parts.model, parts.tokenizer
+    edit = edit_of(options)
+    edits.check_edits(edit, sae.d_sae, data.site)
     read = tokenize_documents([Document("prompt", prompt)], tokenizer, add_bos=adds_bos(data, tokenizer))
     ids_T = next((one.ids_T for one in read), None)
     if ids_T is None or not len(ids_T):
@@ -71,11 +91,11 @@ def steer(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", CosaeWarning)
         splice = spliced(model, {data.site: sae}, edits=edit, error_term=True, keep="none")
-        without = generate(model, tokenizer, ids_ST, options, place.seed)
+        without = generate(model, tokenizer, ids_ST, options, seed)
         with splice:
-            changed = generate(model, tokenizer, ids_ST, options, place.seed)
+            changed = generate(model, tokenizer, ids_ST, options, seed)
     ours = [str(one.message) for one in said if issubclass(one.category, CosaeWarning)]
-    notes = tuple(dict.fromkeys([*([f"warning: {elsewhere}"] if elsewhere else []), *ours]))
+    notes = tuple(dict.fromkeys([*([f"warning: {parts.elsewhere}"] if parts.elsewhere else []), *ours]))
     for one in said:
         if not issubclass(one.category, CosaeWarning):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
