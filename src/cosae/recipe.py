@@ -18,6 +18,7 @@ from cosae.activations.monitor import check_policy
 from cosae.activations.perturbation import SETTINGS, Perturbation
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError, check_choice, check_least
+from cosae.evaluate.probing.texts import LEAST_TEXTS
 from cosae.io.legacy import V01_ORDER, upgrade, upgrade_path
 from cosae.io.untrusted import check_bounded, one_sentence, parse_json, read_text
 from cosae.io.values import convert, from_plain, to_plain
@@ -152,6 +153,15 @@ class EvaluationConfig:
     probe_tokens: int = 131_072
     """Training-split tokens on which probing chooses its latents."""
     min_positives: int = 200
+    texts: tuple[str, ...] = ()
+    """Labelled sets whose classes are probed, as `cosae eval probing --texts` takes them; only where a language model
+    reads the texts. From a store, that is the model it was captured from."""
+    max_texts: int = 400
+    """Texts of one question and split, training and test together."""
+    max_classes: int = 8
+    """Classes of a set that are asked about, those with most texts."""
+    text_splits: int = 3
+    """Splits drawn, each with texts of its own."""
     resamples: int = 2000
     """Of every bootstrap."""
     seed: int = 0
@@ -159,8 +169,11 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("held_out_tokens", "calibration_tokens", "probe_tokens", "min_positives", "resamples"):
             check_least(name, getattr(self, name), 1)
+        for name, least in {"max_texts": LEAST_TEXTS, "max_classes": 1, "text_splits": 1}.items():
+            check_least(name, getattr(self, name), least)
 
 
+OF_TEXTS = ("evaluation.max_texts", "evaluation.max_classes", "evaluation.text_splits")
 INJECT_INTO = ("both", "training", "evaluation")
 
 
@@ -227,6 +240,8 @@ class Recipe(Shown):
                 where = "a run without a perturbation"
             elif path == "filter.factor" and left_out != "norm":
                 where = f"a filter of kind {left_out}"
+            elif path in OF_TEXTS and not self.evaluation.texts:
+                where = "a run without evaluation.texts"
             elif path in own and None not in own[path]:
                 where = "arms that all have one of their own"
             else:

@@ -52,6 +52,7 @@ JUMP, GATED = {"arms.sae.selector": "jumprelu"}, {"arms.sae.selector": "gated"}
 LEARNED = {"arms.sae.score": "cosine"}
 DEAD = {"d_sae": 64, "k": 1, "training.dead_after_tokens": 32}
 PAIR = {"pair": True}
+TEXTS = {"evaluation.texts": ("labels.jsonl",), "evaluation.max_texts": 60, "evaluation.text_splits": 1}
 LOG_NORMAL = {"perturbation.kind": "log_normal"}
 INJECTED = {"perturbation.kind": "sinks", "perturbation.frac": 0.2, "perturbation.factor": 4.0}
 MODEL = {"data.world": None, "data.model": "model", "data.site": "resid_post.2", "data.corpus": "texts",
@@ -86,6 +87,10 @@ SEEN: dict[str, tuple[Any, dict[str, Any]]] = {
     "evaluation.probing": (False, CODE),
     "evaluation.probe_tokens": (200, CODE),
     "evaluation.min_positives": (36, CODE),
+    "evaluation.texts": (("labels.jsonl",), MODEL),
+    "evaluation.max_texts": (50, {**MODEL, **TEXTS}),
+    "evaluation.max_classes": (1, {**MODEL, **TEXTS}),
+    "evaluation.text_splits": (2, {**MODEL, **TEXTS}),
     "data.world.d_in": (9, {}),
     "data.world.n_features": (30, {}),
     "data.world.l0": (2.0, {}),
@@ -220,6 +225,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [path.read_text() for path in sorted((place / "texts").iterdir())]
     rows = [{"text": text[: 80 + 10 * i], "other": text[::-1]} for i, text in enumerate(texts)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labelled = [{"text": text[at : at + 40], "label": at // 45 % 3} for text in texts for at in range(0, 450, 45)]
+    (place / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     (place / "lines.txt").write_text("".join(text + "\n" * (1 + i % 2) for i, text in enumerate(texts)))
     generator = np.random.default_rng(0)
     for name in ("rows", "other"):

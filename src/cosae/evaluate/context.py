@@ -45,6 +45,7 @@ class TextProbes:
     context   first tokens of a text that are read
     pooling   mean over tokens, or last
     max_texts texts of one question, train and test together
+    max_classes  classes of a set that are asked about, those with most texts; all by default
     seeds     splits drawn
     read_time whether each SAE is also read without its codes' growth with the norm
     untrained whether an untrained SAE of the first arm's make stands beside them
@@ -54,6 +55,7 @@ class TextProbes:
     context: int = POOLED_CONTEXT
     pooling: str = "mean"
     max_texts: int = 2000
+    max_classes: int | None = None
     seeds: int = 3
     read_time: bool = True
     untrained: bool = True

@@ -137,7 +137,8 @@ def measure_probing(context: Context) -> Numbers:
     if context.texts.sets:
         texts, tops, progress = context.texts, context.tops or TOPS, context.progress
         pooled = encode_texts(texts, context.arms, context.data, context.rule.factor, progress)
-        found = probe_texts(pooled, tops=tops, seeds=texts.seeds, seed=context.seed, progress=progress)
+        options: dict[str, Any] = {"seed": context.seed, "n_resamples": context.resamples, "baseline": context.baseline}
+        found = probe_texts(pooled, tops=tops, seeds=texts.seeds, progress=progress, **options)
         return {"kind": "texts", **found}
     return {"kind": "tokens", **measure_token_probing(context)}
 

@@ -17,7 +17,7 @@ import jinja2
 from cosae.errors import CosaeError
 from cosae.io.atomic import write_text, written
 from cosae.io.escape import printable
-from cosae.report import format, tables
+from cosae.report import format, sinks, tables
 from cosae.report.figures import probing, run
 from cosae.report.figures.svg import DARK, style_of
 from cosae.report.lenient import read_record
@@ -47,7 +47,8 @@ def summary_table(run_dirs: Sequence[Path | str]) -> str:
     texts = []
     for record in read_runs(run_dirs):
         head, rows = tables.summary_text(record)
-        notes = [*tables.summary_notes(record), *answer(record).text()]
+        said = [f"{name}: {sentence}" for name, sentence in sinks.sentences(record)]
+        notes = [*tables.summary_notes(record), *answer(record).text(), *said]
         texts.append(text_table(head, rows, title=record.title, notes=notes))
     return "\n\n".join(texts)
 
@@ -68,16 +69,20 @@ def write_page(out: Path, template: str, **context: object) -> Path:
 
 def sections(record: RunRecord) -> dict[str, str]:
     """Key and heading of every section of a run's part, in their order; what the run lacks has none."""
+    evaluation = record.evaluation
     of_arms = {
         "summary": "Summary",
         "quartiles": "Reconstruction by norm quartile",
         "exponents": "Learned exponents",
-        "probing": "Sparse probing",
-        **({"recovery": "Recovery of the known dictionary"} if record.evaluation.recovery else {}),
+        **({} if evaluation.texts and not record.probing else {"probing": "Sparse probing"}),
+        **({"texts": "Probing of whole texts"} if evaluation.texts else {}),
+        **({"recovery": "Recovery of the known dictionary"} if evaluation.recovery else {}),
         "training": "Training",
         **({"events": "Events"} if record.events else {}),
     }
-    named = {"norms": "Norms of the activations", **(of_arms if record.arms else {})}
+    named = {"norms": "Norms of the activations"}
+    named |= {"sinks": "Attention sinks"} if evaluation.sinks and (record.has_sinks or evaluation.texts) else {}
+    named |= of_arms if record.arms else {}
     return {**named, "provenance": "Provenance"}
 
 
@@ -94,6 +99,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {name: made for name, made in vars(format).items() if callable(made)} | {"repr": repr}
     environment.globals |= {
         "tables": tables,
+        "sinks": sinks,
         "run_figures": run,
         "probing_figures": probing,
         "rules": RULES,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cosae.report.lenient import Numbers
+from cosae.report.texts import Estimate, SinkNumbers, TextProbing
 
 SINKS = {"sinks_out": "sinks out", "sinks_in": "sinks in"}
 """The two sets of tokens that everything is measured on, in the order of the page."""
@@ -198,15 +199,6 @@ class Exponent:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean, or a difference, with its 95 % interval."""
-
-    mean: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
 class Concept:
     name: str = ""
     group: str = ""
@@ -292,6 +284,8 @@ class Evaluation:
     exponents: Mapping[str, Exponent] = field(default_factory=dict)
     probing: ProbingBySinks = field(default_factory=ProbingBySinks)
     recovery: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    sinks: Mapping[str, SinkNumbers] = field(default_factory=dict)
+    texts: TextProbing | None = None
 
 
 @dataclass(frozen=True)
@@ -369,6 +363,11 @@ class RunRecord:
         """The held-out numbers of an arm; empty when it was not measured."""
         found: Reconstruction = getattr(self.evaluation.reconstruction.get(arm, ReconstructionBySinks()), sinks)
         return found
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether there are tokens of the norms that the filter of sinks removes."""
+        return any(one.large for one in self.evaluation.sinks.values())
 
     def exponent(self, arm: str) -> Exponent:
         return self.evaluation.exponents.get(arm, Exponent())

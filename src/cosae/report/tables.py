@@ -16,7 +16,8 @@ from cosae.io.digest import value_digest
 from cosae.report.figures.probing import by_concept, called
 from cosae.report.figures.svg import Looks, Style, marker
 from cosae.report.format import NONE, count, fixed, percent, shortened
-from cosae.report.records import BASELINES, RULES, SINKS, Estimate, Probing, Reconstruction, RunRecord
+from cosae.report.records import BASELINES, RULES, SINKS, Probing, Reconstruction, RunRecord
+from cosae.report.texts import Estimate
 from cosae.report.verdict import Claim, claims, fve_claims
 
 

@@ -2,10 +2,11 @@
 
 In: a RunRecord. Out: `Claim`s (one paired difference from the baseline each) and the answer that a page begins with.
 
-The answer rests on few intervals, sinks left out: FVE and the median token's FVE for reconstruction, and AUROC of one
-group of concepts by two rules for concepts. Each is made wider, so that all hold together with 95 % (Bonferroni); the
-baseline's is [0, 0]. An arm is ahead of another if their wider intervals do not overlap in one measure of a kind, and
-not the other way round in another. The best is among the arms that no other is ahead of.
+The answer rests on few intervals, sinks left out: FVE and the median token's FVE for reconstruction, AUROC of one
+group of concepts by two rules for concepts, accuracy on labelled texts by the same two. Each is made wider, so that all
+hold together with 95 % (Bonferroni); the baseline's is [0, 0]. An arm is ahead of another if their wider intervals do
+not overlap in one measure of a kind, and not the other way round in another. The best is among the arms that no other
+is ahead of.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from statistics import NormalDist
 
 from cosae.report.format import fixed
 from cosae.report.records import SINKS, Probing, RunRecord
+from cosae.report.texts import TextProbing
 
 _RULES = {"auroc": "by AUROC", "mean_difference": "by mean difference"}
+_KINDS = {"Reconstruction": ("FVE", "median token FVE"), "Concepts": ("AUROC",), "Texts": ("accuracy",)}
+"""What the answer ranks arms in → how the measures of it begin."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,12 @@ def claims(record: RunRecord) -> list[Claim]:
             for arm in record.arms:
                 auroc = probing.difference(arm, rule, group)
                 add(arm, f"AUROC, {group}, {words}", (auroc.difference, auroc.low, auroc.high), at == 0)
+    texts = record.evaluation.texts or TextProbing()
+    for sinks, pooled in SINKS.items():
+        for rule, words in _RULES.items():
+            for arm in record.arms:
+                gap = texts.difference(arm, sinks, f"{rule}/top_1")
+                add(arm, f"accuracy on texts, {words}, {pooled}", (gap.mean, gap.low, gap.high), sinks == "sinks_out")
     level = 1 - 0.05 / max(sum(claim.counted for claim in found), 1)
     return [replace(claim, level=level) for claim in found]
 
@@ -116,12 +126,12 @@ def answer(record: RunRecord) -> Answer:
         said = "this run holds no paired differences, so it says nothing about which arm is better."
         return Answer((("Nothing to compare", said),))
     lines, level = [], []
-    for kind, word in {"Reconstruction": "FVE", "Concepts": "AUROC"}.items():
-        if measured := [claim for claim in counted if word in claim.measure]:
+    for kind, words in _KINDS.items():
+        if measured := [claim for claim in counted if claim.measure.startswith(words)]:
             ranking = _Ranking.of(measured, versus)
             lines.append((kind, f"{ranking.best_words()}."))
             level += [f"in {kind.lower()}, {said}" for said in ranking.level_words()]
-        else:
+        elif kind != "Texts" and not (kind == "Concepts" and record.evaluation.texts):
             lines.append((kind, "not measured."))
     lines.append(("Not told apart", "; ".join(level) + "." if level else "none of the best arms."))
     return Answer(tuple(lines), _how(counted, versus))

@@ -17,21 +17,19 @@ from cosae.evaluate.context import POOLED_CONTEXT, Context, TextProbes
 from cosae.evaluate.probing.encode_texts import draw_texts
 from cosae.evaluate.registry import REGISTRY
 from cosae.interop.read import read_sae
-from cosae.interop.sae_probes import datasets as sae_probes
 from cosae.io.progress import SILENT, Progress
 from cosae.report.terminal import printable, text_table
 from cosae.run import provenance
 from cosae.run.folder import write_json
 from cosae.run.identity import warn_elsewhere
+from cosae.run.measure import labelled
 from cosae.run.requests import EvalOptions, EvalRequest
 from cosae.run.saes import TOKENS, Datasets, calibrated, describe, every_sae, names_of, saes_in
 from cosae.sae.model import SAE
-from cosae.text.labelled import LabelledTexts, read_labelled
 
 FORMAT, VERSION = "cosae-eval", 2
 MODEL_TOKENS = 4096
 """Tokens where a measurement runs the model and none are asked for: each SAE or change costs the model's passes."""
-PROBES = "sae-probes"
 
 
 def evaluate(
@@ -101,7 +99,7 @@ def _open(
     """What to measure on, where its tokens come from, and warnings by arm."""
     request, progress = datasets.request, datasets.progress
     texts = TextProbes(
-        sets=[one for spec in options.texts for one in _labelled(spec, options)],
+        sets=[one for spec in options.texts for one in labelled(spec, options.text_column, options.label_column)],
         context=request.context or POOLED_CONTEXT,
         pooling=options.pooling,
         max_texts=options.max_texts,
@@ -176,14 +174,6 @@ def _paths(sae_specs: Sequence[str]) -> dict[str, list[Path]]:
     if len(arms) < len(named):
         raise CosaeError("two SAEs were given one name: name them apart with NAME=PATH.")
     return arms
-
-
-def _labelled(spec: str, options: EvalOptions) -> list[LabelledTexts]:
-    if spec == PROBES or spec.startswith(f"{PROBES}:"):
-        name = spec.removeprefix(PROBES).removeprefix(":")
-        read = sae_probes.datasets(only=[name] if name else None, n_rows=sae_probes.USED_ROWS)
-        return [LabelledTexts.of(one.name, one.texts, (int(label) for label in one.labels)) for one in read]
-    return [read_labelled(spec, text=options.text_column, label=options.label_column)]
 
 
 def _worse_than_mean(found: Any) -> bool:

@@ -36,7 +36,7 @@ from cosae.run.dataset.open import dataset_of
 from cosae.run.dataset.store import CAPTURED
 from cosae.run.finished import Finished
 from cosae.run.folder import RECIPE, RUN, check_free, write_json, write_recipe
-from cosae.run.measure import evaluate
+from cosae.run.measure import evaluate, text_probes
 from cosae.run.plan.check import check_run
 from cosae.run.plan.resources import check_device
 from cosae.run.record import exponent_changes, names_of_here, run_record, sae_provenance
@@ -196,6 +196,7 @@ class _Run:
             progress=progress,
         )
         try:
+            self.texts = text_probes(recipe, data) if measured else None
             self._initialise()
         except BaseException:
             self.close()
@@ -325,7 +326,7 @@ class _Run:
                 save(sae, self.out / folder.ARMS / name, self.stream.sample_ND[:8])
         evaluation = None
         if self.measured:
-            evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, self.progress)
+            evaluation = evaluate(saes, self.recipe, self.data, self.stream.filter, self.progress, self.texts)
             if self.out is not None:
                 write_json(self.out / folder.EVALUATION, evaluation)
         record = self.write_record("finished", calibrations)

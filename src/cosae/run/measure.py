@@ -13,13 +13,18 @@ import torch
 from cosae.activations.filter import Filter
 from cosae.activations.sample import Sample, SinkRule
 from cosae.evaluate import registry
-from cosae.evaluate.context import Context
+from cosae.evaluate.context import POOLED_CONTEXT, Context, TextProbes
 from cosae.evaluate.norms.describe import describe_norms
+from cosae.evaluate.probing.encode_texts import draw_texts
+from cosae.interop.sae_probes import datasets as sae_probes
 from cosae.io.progress import SILENT, Progress
 from cosae.recipe import Recipe
 from cosae.run.dataset.base import Dataset
 from cosae.sae.calibrate import calibrate
 from cosae.sae.model import SAE
+from cosae.text.labelled import LabelledTexts, read_labelled
+
+PROBES = "sae-probes"
 
 
 def evaluate(
@@ -28,9 +33,45 @@ def evaluate(
     data: Dataset,
     fitted: Filter,
     progress: Progress = SILENT,
+    texts: TextProbes | None = None,
 ) -> dict[str, Any]:
-    """evaluation.json of trained, calibrated SAEs that saw the same stream (shape: cosae.report.records)."""
-    return measure(evaluation_context(saes, recipe, data, fitted, progress), recipe, fitted)
+    """evaluation.json of trained, calibrated SAEs that saw the same stream (shape: cosae.report.records).
+
+    texts: what `text_probes` made of the recipe; made here where it is not given
+    """
+    context = evaluation_context(saes, recipe, data, fitted, progress)
+    context.texts = text_probes(recipe, data) if texts is None else texts
+    return measure(context, recipe, fitted)
+
+
+def text_probes(recipe: Recipe, data: Dataset) -> TextProbes:
+    """The labelled sets that a recipe names, read, and how they are probed.
+
+    Raises CosaeError for sets that cannot be read or are too small, and for data that no language model makes.
+    """
+    config = recipe.evaluation
+    if config.texts:
+        data.check_reads_texts()
+    texts = TextProbes(
+        sets=[one for spec in config.texts for one in labelled(spec)],
+        context=min(data.resolved().context, POOLED_CONTEXT),
+        max_texts=config.max_texts,
+        max_classes=config.max_classes,
+        seeds=config.text_splits,
+        read_time=False,
+        untrained=False,
+    )
+    draw_texts(texts)
+    return texts
+
+
+def labelled(spec: str, text: str = "text", label: str = "label") -> list[LabelledTexts]:
+    """The labelled sets of one name: one, or all of sae-probes. text, label: columns of other sets than those."""
+    if spec == PROBES or spec.startswith(f"{PROBES}:"):
+        name = spec.removeprefix(PROBES).removeprefix(":")
+        read = sae_probes.datasets(only=[name] if name else None, n_rows=sae_probes.USED_ROWS)
+        return [LabelledTexts.of(one.name, one.texts, (int(label) for label in one.labels)) for one in read]
+    return [read_labelled(spec, text=text, label=label)]
 
 
 def evaluation_context(
@@ -69,7 +110,9 @@ def measure(context: Context, recipe: Recipe, fitted: Filter) -> dict[str, Any]:
         "norms": norms,
         "reconstruction": reconstruction["saes"],
         "exponents": registry.measure_exponents(context),
+        "sinks": registry.measure_sinks(context)["saes"],
         "probing": None,
+        "texts": None,
         "recovery": registry.measure_recovery(context) if held_out.truth is not None else None,
         "paired_fve": reconstruction["paired"],
     }
@@ -79,6 +122,9 @@ def measure(context: Context, recipe: Recipe, fitted: Filter) -> dict[str, Any]:
                 context.firsts[context.first], recipe, context.sample("train"), fitted
             )
             result["probing"] = registry.measure_token_probing(context)
+    if context.texts.sets:
+        with progress.phase("probing texts"):
+            result["texts"] = registry.measure_probing(context)
     return result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,7 +47,8 @@ def test_planted_sinks_are_described(batch_tokens: int) -> None:
     assert found["norm_over_median"] == pytest.approx(50, rel=1e-5)
     assert found["positions"] == [[0, 4]]
     assert found["tokens"] == [[7, 4]]
-    assert (found["l0_on"], found["l0_off"]) == (2.0, 1.0)
+    assert (found["l0_on"], found["l0_off"], found["l0_at_0"]) == (2.0, 1.0, 2.0)
+    assert (found["large"], found["large_at_0"]) == (4, 4)
     assert (found["features_on"], found["sink_features"]) == (2, 1)
     assert found["firing_frac"] == pytest.approx(8 / 44)
     assert found["norm_ratio_on"] == pytest.approx(0.5, rel=1e-6)
@@ -55,6 +58,15 @@ def test_planted_sinks_are_described(batch_tokens: int) -> None:
     assert found["error_frac"] == pytest.approx(float(error_N[sink_N].sum() / error_N.sum()), abs=1e-9)
     assert found["variance_frac"] == pytest.approx(float(total_N[sink_N].sum() / total_N.sum()), abs=1e-9)
     assert found["fve_on"] == pytest.approx(1 - float(error_N[sink_N].sum() / total_N[sink_N].sum()), abs=1e-9)
+
+
+def test_a_large_token_elsewhere_is_not_at_position_0() -> None:
+    activations, sink_N = activations_with_sinks()
+    x_ND = activations.x_ND.clone()
+    x_ND[3] *= 50
+    moved = replace(activations, x_ND=x_ND, norm_N=x_ND.norm(dim=-1))
+    found = sink_metrics(Planted(), moved, sink_N)
+    assert (found["n_sinks"], found["large"], found["large_at_0"]) == (4, 5, 4)
 
 
 def test_without_sinks_what_is_about_them_is_none() -> None:

@@ -16,7 +16,7 @@ from cosae.errors import CosaeError
 from cosae.evaluate.probing.logistic import fit, scores
 from cosae.evaluate.probing.pooling import pool, pool_vectors
 from cosae.evaluate.probing.ranking import EVERY_RULE
-from cosae.evaluate.probing.texts import PooledSet, choose, probe_texts, split_of
+from cosae.evaluate.probing.texts import PooledSet, choose, draw, probe_texts, split_of
 from cosae.types import Codes
 
 S, F, D = 240, 20, 6
@@ -69,6 +69,33 @@ def test_the_rule_decides_where_a_blind_feature_is_loud() -> None:
     assert first == {"auroc": 3, "mean_difference": 7, "standardised_difference": 3}
     assert found["interval"]["over"] is None
     assert found["summary"]["sinks_out"]["loud"]["auroc/top_1"]["accuracy"]["low"] is None
+
+
+def test_what_a_mask_does_is_paired_by_set() -> None:
+    """ "loud" without its blind feature is "good": leaving out what is loud gives all of it back, in every set."""
+    sets = []
+    for i in range(4):
+        one = pooled_set(f"set {i}", i)
+        loud, good = one.codes["sinks_in"]["loud"], one.codes["sinks_in"]["good"]
+        sets.append(
+            replace(one, codes={"sinks_in": {"arm": loud, "same": good}, "sinks_out": {"arm": good, "same": good}})
+        )
+    found = probe_texts(sets, seeds=1, tops=(1,), full=False, rules=("mean_difference",), n_resamples=200)
+    assert found["interval"]["over"] == "sets"
+    masked = {(row["arm"], row["metric"]): row for row in found["masked"]}
+    by = found["values"]
+    gaps = np.subtract(*(by[s]["arm"]["mean_difference/top_1"]["accuracy"] for s in ("sinks_out", "sinks_in")))
+    row = masked["arm", "accuracy"]
+    assert row["difference"] == pytest.approx(gaps.mean())
+    assert 0.3 < row["low"] <= gaps.mean() <= row["high"] <= gaps.max()
+    assert [masked["same", "accuracy"][key] for key in ("difference", "low", "high")] == [0.0, 0.0, 0.0]
+
+
+def test_of_many_classes_those_with_most_texts_are_asked_about() -> None:
+    class_S = np.repeat(np.arange(5), [90, 30, 60, 25, 60])
+    asked = {n: {c for c, _ in draw("s", tuple("abcde"), class_S, 2, 100, None, n)} for n in (2, 3, None)}
+    assert asked == {2: {0, 2}, 3: {0, 2, 4}, None: {0, 1, 2, 3, 4}}
+    assert draw("s", ("a", "b"), class_S % 2, 1, 100, None, 1).keys() == {(1, 0)}
 
 
 def test_permuted_labels_stay_at_one_half_within_their_interval() -> None:

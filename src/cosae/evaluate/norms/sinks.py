@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cosae.activations.sample import Sample
 from cosae.activations.sinks import median_norm
 from cosae.evaluate.encoded import EncodedPass, spread
-from cosae.types import Activations
 
 SINK_FEATURE_FRAC = 0.5
 """A feature with more than this share of its firings on sinks is a sink feature."""
@@ -31,7 +31,8 @@ def sink_metrics(encoded: EncodedPass[Any]) -> dict[str, Any]:
     n_sinks, sink_frac        how many of the tokens, and what share
     norm_over_median          median and largest |x| of the sinks over the median |x| of all tokens
     positions, tokens         the commonest positions and token ids among sinks: [value, sinks with it] (-1: none known)
-    l0_on, l0_off             median codes ≠ 0 per token, on sinks and elsewhere
+    large, large_at_0         tokens of at least the rule's multiple of the median norm, and those of them at position 0
+    l0_on, l0_off, l0_at_0    median codes ≠ 0 per token: on sinks, elsewhere, at position 0
     features_on               features that fire on at least one sink
     sink_features             features with more than half of their firings on sinks
     firing_frac               share of all firings that happen on sinks
@@ -45,23 +46,28 @@ def sink_metrics(encoded: EncodedPass[Any]) -> dict[str, Any]:
     on_E = sink_N[token_E]
     off_F, on_F = (torch.bincount(feature_E[e], minlength=encoded.sae.d_sae).numpy() for e in (~on_E, on_E))
     return {
-        **_where(encoded.sample.activations, sink_N),
+        **_where(encoded.sample, sink_N),
         "l0_on": _median(encoded.l0_N[sink_N]),
         "l0_off": _median(encoded.l0_N[~sink_N]),
+        "l0_at_0": _median(encoded.l0_N[encoded.sample.activations.position_N.cpu() == 0]),
         **_features(on_F, off_F),
         **_recon(encoded),
     }
 
 
-def _where(activations: Activations, sink_N: Tensor) -> dict[str, Any]:
-    norm_N = activations.norm_N.cpu().double()
+def _where(sample: Sample, sink_N: Tensor) -> dict[str, Any]:
+    activations = sample.activations
+    norm_N, position_N = activations.norm_N.cpu().double(), activations.position_N.cpu()
     median = median_norm(norm_N)
+    large_N = norm_N >= sample.rule.factor * sample.median_norm
     return {
+        "large": int(large_N.sum()),
+        "large_at_0": int((large_N & (position_N == 0)).sum()),
         "n_sinks": int(sink_N.sum()),
         "sink_frac": float(sink_N.double().mean()),
         "norm_over_median": _over(_median(norm_N[sink_N]), median),
         "largest_over_median": _over(float(norm_N[sink_N].max()), median) if bool(sink_N.any()) else None,
-        "positions": _commonest(activations.position_N.cpu()[sink_N]),
+        "positions": _commonest(position_N[sink_N]),
         "tokens": _commonest(activations.token_N.cpu()[sink_N]),
     }
 

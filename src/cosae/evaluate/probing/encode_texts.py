@@ -70,7 +70,7 @@ def draw_texts(texts: TextProbes) -> list[Drawn]:
     found = []
     for one in texts.sets:
         filled = np.array([bool(text.strip()) for text in one.texts])
-        splits = draw(one.name, one.classes, one.class_N, texts.seeds, texts.max_texts, filled)
+        splits = draw(one.name, one.classes, one.class_N, texts.seeds, texts.max_texts, filled, texts.max_classes)
         found.append(Drawn(splits, np.unique(np.concatenate([split.rows for split in splits.values()]))))
     return found
 

@@ -102,15 +102,22 @@ class Split:
 
 
 def draw(
-    name: str, classes: Sequence[str], class_S: Rows, seeds: int, max_texts: int, usable_S: Labels | None = None
+    name: str,
+    classes: Sequence[str],
+    class_S: Rows,
+    seeds: int,
+    max_texts: int,
+    usable_S: Labels | None = None,
+    max_classes: int | None = None,
 ) -> dict[tuple[int, int], Split]:
     """(class, seed) → the texts of each question that can be asked of a labelled set: of two classes about the second
-    alone, the first being its mirror image. usable_S: texts that may be drawn.
+    alone, the first being its mirror image. usable_S: texts that may be drawn; max_classes: of more, those with most.
 
     Raises CosaeError where there is no class with 20 train texts and as many others.
     """
     row_U = np.flatnonzero(np.ones(len(class_S), dtype=bool) if usable_S is None else usable_S)
-    candidates = [1] if len(classes) == 2 else range(len(classes))
+    by_size = np.argsort(-np.bincount(class_S[row_U], minlength=len(classes)), kind="stable")
+    candidates = [1] if len(classes) == 2 else sorted(by_size[:max_classes].tolist())
     drawn = {(c, s): split_of(class_S[row_U], c, s, max_texts) for c in candidates for s in range(seeds)}
     found = {
         key: Split(row_U[split.train_R], row_U[split.test_R], split.train_label, split.test_label)
@@ -169,7 +176,8 @@ def probe_texts(
     values[sinks][arm][reading][metric]: (sets × seeds), means over classes, a reading being "RULE/top_K", or "full",
     or "floor" / "ceiling" of what is no SAE;
     summary[sinks][arm][reading][metric]: mean, low, high; paired: rows of arm, versus, sinks, reading, metric,
-    difference, low, high; latents[sinks][arm][rule][set][class]: the first ones chosen, by the first seed;
+    difference, low, high; masked: rows of arm, reading, metric and the same, of sinks out minus sinks in;
+    latents[sinks][arm][rule][set][class]: the first ones chosen, by the first seed;
     interval: what was drawn.
 
     Raises CosaeError for no sets, arms that differ between them, an unknown baseline, and a set without a class of 20
@@ -196,11 +204,11 @@ def probe_texts(
         known = {"name": one.name, "texts": n_texts, "encoded": len(one.class_S), "classes": named}
         described.append({**known, "l0": {name: dict(by) for name, by in one.l0.items()}})
     drawn = crossed_draws(len(sets), seeds, seed, n_resamples)
-    over = "sets and seeds" if len(sets) > 1 else "seeds" if seeds > 1 else None
-    how = {"sets and seeds": "bootstrap", "seeds": "Student's t", None: None}[over]
+    over = " and ".join(word for word, n in (("sets", len(sets)), ("seeds", seeds)) if n > 1) or None
+    how = "bootstrap" if len(sets) > 1 else "Student's t" if seeds > 1 else None
     resampled = {"sets": len(sets), "seeds": seeds, "seed": seed, "resamples": n_resamples}
     summary: dict[str, Any] = {sinks: {} for sinks in SINKS}
-    paired = []
+    paired, masked = [], []
     names = [(sinks, arm, reading) for sinks in SINKS for arm in values[sinks] for reading in values[sinks][arm]]
     for (sinks, arm, reading), metric in product(names, METRICS):
         value_DS = np.array(values[sinks][arm][reading][metric])
@@ -209,6 +217,10 @@ def probe_texts(
             gap_DS = value_DS - np.array(values[sinks][baseline][reading][metric])
             row = {"arm": arm, "versus": baseline, "sinks": sinks, "reading": reading, "metric": metric}
             paired.append({**row, **_interval(gap_DS, drawn, "difference", -1.0)})
+        if arm in arms and sinks == "sinks_out":
+            gap_DS = value_DS - np.array(values["sinks_in"][arm][reading][metric])
+            row = {"arm": arm, "reading": reading, "metric": metric}
+            masked.append({**row, **_interval(gap_DS, drawn, "difference", -1.0)})
     return {
         "sets": described,
         "arms": arms,
@@ -218,6 +230,7 @@ def probe_texts(
         "values": values,
         "summary": summary,
         "paired": paired,
+        "masked": masked,
         "latents": latents,
     }
 

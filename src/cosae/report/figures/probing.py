@@ -13,7 +13,8 @@ from markupsafe import Markup
 from cosae.report.figures import svg
 from cosae.report.figures.svg import COLUMN, Figure, Looks, Panel, Style, drawing, join, label, marker, padded
 from cosae.report.format import fixed, shortened
-from cosae.report.records import BASELINES, RULES, Estimate, Probing
+from cosae.report.records import BASELINES, RULES, Probing
+from cosae.report.texts import Estimate
 
 _FLOORS = {
     "token_identity": Style(svg.MUTED, "circle", hollow=True),
@@ -48,7 +49,7 @@ def means_figure(probing: Probing, looks: Looks) -> Figure | None:
     rows |= {name: 26.0 * len(names) + 20 + 20.0 * i for i, name in enumerate(floors)}
     found = {(n, r, g): probing.mean(n, r, g) for n in rows for r in RULES for g in probing.groups}
     height, words = 26 * len(names) + 20 * len(floors) + 16, "mean AUROC over concepts"
-    return Figure(_by_group(found, rows, probing.groups, looks, [], 0.04, height, words), _RULE_KEYS)
+    return Figure(by_panel(found, rows, _titles(probing), looks, [], 0.04, height, words), _RULE_KEYS)
 
 
 def differences_figure(probing: Probing, looks: Looks, baseline: str | None) -> Figure | None:
@@ -61,35 +62,43 @@ def differences_figure(probing: Probing, looks: Looks, baseline: str | None) -> 
     versus = next((row.versus for row in paired.values() if row.versus), baseline or "the baseline")
     height, words = 26 * len(names) + 8, f"AUROC minus that of {shortened(versus, 24)}"
     found = {key: row.estimate for key, row in paired.items()}
-    return Figure(_by_group(found, rows, probing.groups, looks, [0.0], 0.06, height, words), _RULE_KEYS)
+    return Figure(by_panel(found, rows, _titles(probing), looks, [0.0], 0.06, height, words), _RULE_KEYS)
 
 
-def _by_group(
+def _titles(probing: Probing) -> dict[str, str]:
+    return {group: f"{group} concepts" for group in probing.groups}
+
+
+def by_panel(
     found: Mapping[tuple[str, str, str], Estimate],
     rows: Mapping[str, float],
-    groups: Sequence[str],
+    titles: Mapping[str, str],
     looks: Looks,
     lines: Sequence[float],
     room: float,
     height: float,
     words: str,
+    kinds: Sequence[str] = tuple(RULES),
 ) -> list[Markup]:
-    """A panel a group, in which each name has its row, and an arm a mark for each rule; upright lines at `lines`."""
+    """A panel a title, in which each name has its row, and an arm a mark for each kind; upright lines at `lines`.
+
+    found: by name, kind and the title's key; of what is no arm, the first kind alone is drawn
+    """
     known = [v for one in found.values() for v in (one.low, one.high, one.mean) if v is not None]
     ends, panels = padded([*lines, *known], room), []
-    for group in groups:
+    for group, title in titles.items():
         panel = Panel.at((_LEFT, 30, COLUMN - _LEFT - 12, height), ends, (height, 0))
-        parts: list[object] = [panel.axes(f"{group} concepts", words, y_ticks=(), vertical=True)]
+        parts: list[object] = [panel.axes(title, words, y_ticks=(), vertical=True)]
         parts += [panel.column(at, dash=None) for at in lines]
         for name, y in rows.items():
             style, colour = looks.get(name) or _FLOORS[name], svg.INK if name in looks else svg.MUTED
             parts.append(label(_LEFT - 8, panel.y(y) + 4, called(name), "end", colour))
-            for k, rule in enumerate(RULES if name in looks else ["auroc"]):
+            for k, rule in enumerate(kinds if name in looks else kinds[:1]):
                 shift = (k - 0.5) * 9 if name in looks else 0
                 look = Style(style.colour, style.shape, hollow=style.hollow or k == 1)
                 parts.append(_interval(panel, found[name, rule, group], y + shift, look, f"{name}, {rule}"))
-        told = ", ".join(f"{called(name)} {fixed(found[name, 'auroc', group].mean)}" for name in rows)
-        panels.append(drawing(height + 76, parts, f"{words}, with 95 % intervals: {group} concepts", COLUMN, told))
+        told = ", ".join(f"{called(name)} {fixed(found[name, kinds[0], group].mean)}" for name in rows)
+        panels.append(drawing(height + 76, parts, f"{words}, with 95 % intervals: {title}", COLUMN, told))
     return panels
 
 

@@ -31,6 +31,7 @@ Split = Literal["train", "held_out", "calibration"]
 that thresholds meet the same kinds of text that they are measured on."""
 Side = Literal["train", "held_out"]
 
+NO_READER = "labelled texts need a language model that reads them, which these data lack: drop evaluation.texts."
 NO_MODEL = "this measurement runs the model itself: give --model and --site, not --activations or --store."
 
 
@@ -146,6 +147,10 @@ class Dataset(ABC):
         doc_N counts such texts from the first. Raises CosaeError where no model is run.
         """
         raise CosaeError(NO_MODEL)
+
+    def check_reads_texts(self) -> None:
+        """Raises CosaeError where `read_texts` would, before anything is loaded."""
+        raise CosaeError(NO_READER)
 
     @property
     def model(self) -> Any:

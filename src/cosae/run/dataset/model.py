@@ -175,6 +175,9 @@ class ModelDataset(Dataset):
     def vocabulary(self) -> int:
         return len(self.tokenizer)
 
+    def check_reads_texts(self) -> None:
+        pass
+
     def read_texts(self, texts: TextSequence[str], context: int) -> Iterator[tuple[list[int], Activations]]:
         documents = (Document(str(row), text) for row, text in enumerate(texts))
         bos = adds_bos(self.config, self.tokenizer)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -9,13 +13,16 @@ from cosae.activations.sample import Sample, SinkRule
 from cosae.activations.store.reader import open_store
 from cosae.activations.store.source import V01, StoreSource
 from cosae.activations.store.statistics import noise_warning
-from cosae.errors import CosaeError
+from cosae.errors import CosaeError, short
+from cosae.interop.public import PACKAGED, of_the_hub
 from cosae.io.legacy import V01_ORDER
 from cosae.io.values import from_plain, to_plain
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse, Sizes, Split, side_of, split_held_out
+from cosae.run.dataset.model import ModelDataset
 from cosae.run.plan.resources import Item
 from cosae.text.concepts.table import CONCEPTS
+from cosae.types import Activations
 
 CAPTURED: tuple[str, ...] = (
     "model",
@@ -96,6 +103,34 @@ class StoreDataset(Dataset):
         return Sample.of(
             self._perturbed(found, split), rule, labels_NC=labels_NC, labelled_N=labelled_N, documents=documents
         )
+
+    def check_reads_texts(self) -> None:
+        _ = self._reader
+
+    def read_texts(self, texts: Sequence[str], context: int) -> Iterator[tuple[list[int], Activations]]:
+        return self._reader.read_texts(texts, context)
+
+    @property
+    def vocabulary(self) -> int:
+        return self._reader.vocabulary
+
+    @cached_property
+    def _reader(self) -> ModelDataset:
+        """The model that the store was captured from, loaded when it reads.
+
+        Raises CosaeError where it is a place on this machine that the recipe does not name: a store may come from a
+        stranger.
+        """
+        data = self.resolved()
+        if data.model not in (*PACKAGED["model"], self.config.model) and not of_the_hub(data.model):
+            what = f"{self.store.folder} was captured from the model {short(data.model)}, a place on this machine"
+            raise CosaeError(f"{what}: to let it read labelled texts, name it as data.model in a recipe file.")
+        reader = ModelDataset(replace(data, store=None, store_site=None, corpus=DataConfig.corpus), self.use)
+        reader.progress = self.progress
+        return reader
+
+    def close(self) -> None:
+        self.__dict__.pop("_reader", None)
 
     def _spread(self, n_tokens: int) -> Tensor:
         """Ascending numbers of about n_tokens train rows: whole blocks drawn from all over the store."""
