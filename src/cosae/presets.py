@@ -1,4 +1,4 @@
-"""Named recipes: the embedded model's own, the demo's two settings, and the paper's headline run."""
+"""Named recipes: the embedded model's own, the demo's settings, and the paper's headline run."""
 
 from __future__ import annotations
 
@@ -36,6 +36,46 @@ def _demo() -> Recipe:
 def _demo_injected() -> Recipe:
     """The demo's arms once more, each token's norm multiplied by an independent log-normal factor (σ = 0.5)."""
     return replace(_demo(), name="demo-injected", perturbation=Perturbation(kind="log_normal", sigma=0.5, seed=0))
+
+
+REAL_TEXTS = (
+    "158_code_C", "161_agnews_0", "163_agnews_2", "157_amazon_5star", "139_news_class_Politics", "105_click_bait",
+    "23_headline_ischina", "96_spam_is", "106_hate_hate", "113_movie_sent", "149_twt_emotion_happiness",
+    "7_hist_fig_ispolitician", "126_art_type_book",
+)  # fmt: skip
+"""Sets of sae-probes with texts of many kinds and lengths."""
+
+
+def _demo_real() -> Recipe:
+    """A pretrained model at a site where position 0 of every text has a hundred times the median norm (cosae fetch)."""
+    return Recipe(
+        name="demo-real",
+        data=DataConfig(
+            model="smollm2",
+            site="resid_post.14",
+            corpus=("wiki:en:0.5", "wiki:fr:0.25", "wiki:es:0.25"),
+            context=128,
+            packing="document",
+        ),
+        filter=FilterPolicy(kind="norm"),
+        d_sae=4608,
+        arms=tuple(ARMS[name] for name in ("standard", "standard_unit_frame", "cosine")),
+        training=TrainingConfig(
+            steps=1000,
+            buffer_tokens=65_536,
+            optimizer=OptimizerConfig(lr=1e-3, warmup_steps=100),
+            dead_after_tokens=300_000,
+            checkpoint_every=250,
+        ),
+        evaluation=EvaluationConfig(
+            held_out_tokens=24_576,
+            calibration_tokens=16_384,
+            texts=("wiki:language", "wiki:topic", *(f"sae-probes:{name}" for name in REAL_TEXTS)),
+            max_texts=200,
+            max_classes=4,
+            text_splits=1,
+        ),
+    )
 
 
 def _paper() -> Recipe:
@@ -87,6 +127,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "embedded": Recipe,
     "demo": _demo,
     "demo-injected": _demo_injected,
+    "demo-real": _demo_real,
     "paper": _paper,
 }
 

@@ -7,7 +7,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -121,7 +120,14 @@ def _how_to_go_on(command: Any) -> str:
         return "Give the same command again."
     from cosae.run.folder import RECIPE
 
-    place = command.run if isinstance(command, training.Resume) else getattr(command, "out", None)
-    runs = [place, place / "natural", place / "injected"] if isinstance(place, Path) else []
+    real = isinstance(command, training.Demo) and command.real
+    if isinstance(command, training.Demo):
+        place = training.demo_folder(command)
+    else:
+        place = command.run if isinstance(command, training.Resume) else command.out
+    runs = [place, place / "natural", place / "injected"]
     unfinished = [run for run in runs if (run / RECIPE).is_file() and not training.finished(run)]
-    return f"Go on with: cosae resume {unfinished[0]}" if unfinished else "Nothing was saved yet: start again."
+    if unfinished:
+        return f"Go on with: cosae resume {unfinished[0]}"
+    kept = "What was captured so far is kept: give the same command again."
+    return kept if real else "Nothing was saved yet: start again."

@@ -23,7 +23,7 @@ class RecipeOptions:
     """A recipe to start from, and what is most often changed in it; the fields themselves are those of cosae.recipe."""
 
     preset: str = "embedded"
-    """Preset to start from: embedded, demo, demo-injected or paper."""
+    """Preset to start from: embedded, demo, demo-injected, demo-real or paper."""
     recipe: Path | None = None
     """Recipe file (.json, .yaml) to start from, instead of a preset."""
     model: str | None = None

@@ -80,13 +80,16 @@ class Plan(Train):
 class Demo:
     """Train six SAEs on the embedded model, with unchanged and with perturbed norms; print a table, write a report.
 
-    Takes a few minutes on two cores and needs no network.
+    Takes a few minutes on two cores and needs no network. With --real: three SAEs on a pretrained model with attention
+    sinks, after `cosae fetch smollm2 wiki sae-probes`; below 20 minutes on two cores the first time, less afterwards.
     """
 
-    out: Path = Path("runs/demo")
-    """Folder for the two runs and the report."""
+    out: Path | None = None
+    """Folder for the runs and the report. Default: runs/demo; with --real, runs/demo-real."""
+    real: bool = False
+    """Run on the pretrained model SmolLM2-135M, and show what its attention sinks do."""
     steps: int | None = None
-    """Training steps of each SAE, instead of 500."""
+    """Training steps of each SAE, instead of 500; with --real, instead of 1000."""
     quiet: bool = False
     """Do not print progress."""
 
@@ -154,9 +157,17 @@ def train(command: Train) -> int:
 
 
 def demo(command: Demo) -> int:
-    from cosae.run.demo import demo as run_demo
+    from cosae.run import demo as demos
 
-    return _conclude(run_demo(command.out, command.steps, not command.quiet), command.out)
+    out = demo_folder(command)
+    if command.real:
+        return _conclude([demos.demo_real(out, command.steps, not command.quiet)], out)
+    return _conclude(demos.demo(out, command.steps, not command.quiet), out)
+
+
+def demo_folder(command: Demo) -> Path:
+    """Where a demo is written."""
+    return command.out or Path("runs/demo-real" if command.real else "runs/demo")
 
 
 def resume(command: Resume) -> int:

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from cosae.activations.stream import SAMPLE_ROWS, ActivationStream, Source
 from cosae.errors import CosaeError
+from cosae.evaluate.context import TextProbes
+from cosae.evaluate.encoded import encode_all
+from cosae.evaluate.probing.encode_texts import draw_texts
 from cosae.io.progress import SILENT, Progress
 from cosae.recipe import Recipe
 from cosae.run.capture.request import Capture
 from cosae.run.dataset.base import Dataset
 from cosae.run.dataset.model import batch_size, open_model
-from cosae.run.measure import evaluation_context, measure
+from cosae.run.measure import evaluation_context, measure, text_probes
 from cosae.sae.calibrate import FVE_TOKENS, calibrate, measure_fve
 from cosae.sae.model import SAE
 from cosae.train.side_by_side import SideBySide
@@ -28,8 +31,12 @@ from cosae.train.step import ArmState, Batch, train_step
 from cosae.types import Activations
 
 WARM_STEPS, TIMED_STEPS = 2, 3
+READING = ("first window", "filling buffer", "reading the stream", "reading held-out activations")
+"""Parts of a run that are over as fast as activations come."""
 MEASURED_TOKENS = 4096
 """Tokens on which the sample calibrates and measures."""
+TIMED_TEXTS = 8
+"""Of each labelled set."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,10 @@ class TimePlan:
     @property
     def seconds(self) -> float:
         return sum(self.parts.values())
+
+    def from_store(self) -> TimePlan:
+        """The same with activations that lie in a store, whose reading takes next to no time."""
+        return TimePlan({part: 0.0 if part in READING else s for part, s in self.parts.items()}, self.tokens_per_second)
 
 
 def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
@@ -139,7 +150,25 @@ def _after_training(
     with suppress(CosaeError):  # so few tokens may lack what a measurement needs: what comes before it counts
         measure(context, changed, small.filter)
     parts["measuring"] += evaluation.held_out_tokens / len(sample) * (clock() - began)
+    if evaluation.texts:
+        parts["encoding labelled texts"] = _text_seconds(text_probes(recipe, data), data, saes)
     return parts
+
+
+def _text_seconds(texts: TextProbes, data: Dataset, saes: dict[str, SAE]) -> float:
+    """Time to encode the texts of all questions, by a few of each set."""
+    seconds = 0.0
+    for one, drawn in zip(texts.sets, draw_texts(texts), strict=True):
+        listed = [one.texts[row] for row in drawn.row_S[:: max(1, len(drawn.row_S) // TIMED_TEXTS)]]
+        if not seconds:
+            for _ in data.read_texts(listed[:1], texts.context):  # the model is loaded
+                pass
+        began = time.perf_counter()
+        for _, activations in data.read_texts(listed, texts.context):
+            for sae in saes.values():
+                encode_all(sae, activations)
+        seconds += len(drawn.row_S) / len(listed) * (time.perf_counter() - began)
+    return seconds
 
 
 def _step_seconds(states: Sequence[ArmState], batches: Sequence[Tensor], dead_after_tokens: int) -> dict[str, float]:
