@@ -10,8 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from cosae.io.lines import finite
 from cosae.report.figures.svg import INK, Panel, drawing, label, style_of, tag
-from cosae.train.log import finite
 from studies.results import Estimate, record, seeds
 
 STUDIES = Path(__file__).parent

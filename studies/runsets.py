@@ -138,6 +138,46 @@ def _fixed_exponents(name: str, sigma: float | None) -> Recipe:
     return base(name, *arms).changed(changes)
 
 
+TWO = "cosine_two_exponents,name=two_{}_{},a_init={},value_exponent_init={},a_lr=0,value_exponent_lr=0,b_lr=10"
+FAST = "a_lr=10,b_lr=10"
+CORNERS = ((1, 0), (0, 1), (0, 0), (1, -1))
+"""(a, δ) of every pair of what fires (by inner product or cosine) and what it is worth (in proportion to r or not)."""
+
+
+def _held(*pairs: tuple[float, float]) -> list[str]:
+    """Arms whose two exponents stay as they are."""
+    return [TWO.format(a, delta, a, delta) for a, delta in pairs]
+
+
+def _two_learned() -> list[str]:
+    """Cosines that learn one exponent and two, from several starts, without the window of a and with it."""
+    two = "cosine_two_exponents,name=two{}_from_{}_{},a_init={},value_exponent_init={},value_exponent_lr=10," + FAST
+    one = "cosine,name=one{}_from_{},a_init={}," + FAST
+    arms = []
+    for label, more in (("", ""), ("_window", ",a_window=0.2")):
+        arms += [one.format(label, a, a) + more for a in (0, 1)]
+        arms += [two.format(label, a, d, a, d) + more for a, d in ((0, 1), (0, 0), (1, 0))]
+    return arms
+
+
+def _two_exponents(name: str, sigma: float | None, arms: list[str]) -> Recipe:
+    """One exponent for firing and another for value; norms of a world, or the embedded model's own."""
+    if sigma is None:
+        return smaller(name, *arms).changed({"evaluation.probing": False, "d_sae": 1024})
+    world = World(d_in=128, n_features=512, l0=8, norm="log_normal", sigma=sigma)
+    changes = {"data": DataConfig(world=world), "d_sae": 512, "k": 8, "training.optimizer.lr": 2e-3}
+    return base(name, *arms).changed({**changes, "evaluation.held_out_tokens": 32_768})
+
+
+def _two_main() -> list[str]:
+    over_r2 = TWO.replace("two_{}_{}", "two_{}_{}_over_r2") + ",loss.reweight=2"
+    return ["standard", "standard_unit_frame", *_held(*CORNERS), over_r2.format(0, 1, 0, 1), *_two_learned()]
+
+
+GRID = tuple((a, delta) for a in (0.0, 0.15, 0.3, 0.5) for delta in (0.0, 0.4, 0.7, 1.0))
+"""(a, δ) held fixed, to see which pair leaves the least error."""
+
+
 def _continued() -> Recipe:
     """The natural runs' SAEs for 300 steps more, under their own score and under the other's (paper §5.2)."""
     pairs = (("standard", "standard"), ("standard", "cosine"), ("cosine", "cosine"), ("cosine", "standard"))
@@ -163,6 +203,11 @@ RUNSETS: dict[str, Callable[[], Recipe]] = {
     "continued": _continued,
     "world_fixed_a": lambda: _fixed_exponents("world_fixed_a", 0.5),
     "world_fixed_a_1": lambda: _fixed_exponents("world_fixed_a_1", 1.0),
+    "two_exponents": lambda: _two_exponents("two_exponents", 0.5, _two_main()),
+    "two_exponents_1": lambda: _two_exponents("two_exponents_1", 1.0, _two_main()),
+    "two_exponents_natural": lambda: _two_exponents("two_exponents_natural", None, _two_main()),
+    "two_exponents_grid": lambda: _two_exponents("two_exponents_grid", 0.5, _held(*GRID)),
+    "two_exponents_grid_1": lambda: _two_exponents("two_exponents_grid_1", 1.0, _held(*GRID)),
     "natural_fixed_a": lambda: _fixed_exponents("natural_fixed_a", None),
 }
 """Every set of runs by name."""

@@ -173,6 +173,46 @@ def test_training_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert float((whole.sae.value_exponent.detach() - 1).abs().max()) > 0
 
 
+@pytest.mark.parametrize("owner", ["shared", "feature"])
+@pytest.mark.parametrize("score", [TWO_EXPONENTS, "cosine"])
+def test_a_window_s_gradient_is_that_of_choosing_anew(score: str, owner: str) -> None:
+    """Finite differences of the loss that choose anew at each a, against the gradient with the window and without."""
+    if score == "cosine" and owner == "feature":
+        score = "cosine_per_feature"
+    draw = torch.Generator().manual_seed(1)
+    n, d, f = 6000, 16, 40
+    feature_FD = torch.nn.functional.normalize(torch.randn(f, d, generator=draw), dim=-1)
+    code_NF = (torch.rand(n, f, generator=draw) < 0.1) * torch.rand(n, f, generator=draw)
+    x_ND = (code_NF @ feature_FD + 0.05 * torch.randn(n, d, generator=draw)) * torch.randn(n, 1, generator=draw).exp()
+
+    def build(a: float, a_window: float = 0.0) -> SAE:
+        owners = {"a_owner": owner} if score == TWO_EXPONENTS else {}
+        sae = SAE.build(d, f, score, k=4, a_init=a, b_init=0.0, a_window=a_window, centre="zero", **owners).double()
+        with torch.no_grad():
+            sae.score.rows_FD.copy_(feature_FD)
+            sae.decoder.rows_FD.copy_(feature_FD)
+            sae.score.set_value_exponent(0.5)
+        return sae
+
+    def loss(sae: SAE) -> Tensor:
+        return sae.train_forward(x_ND.double()).error[0].sum()
+
+    def slope(sae: SAE) -> float:
+        loss(sae).backward()
+        grad = sae.score.exponent.grad
+        assert grad is not None
+        return float(grad.sum())
+
+    a, step = 0.4, 0.02
+    with torch.no_grad():
+        wanted = float(loss(build(a + step)) - loss(build(a - step))) / (2 * step)
+    without, found = slope(build(a)), slope(build(a, 0.1))
+    assert abs(found - wanted) < 0.05 * abs(without - wanted)
+    plain, windowed = build(a), build(a, 0.1)
+    assert torch.equal(windowed.encode(x_ND[:500]).to_dense(), plain.encode(x_ND[:500]).to_dense())
+    assert float(loss(windowed).detach()) == pytest.approx(float(loss(plain).detach()), rel=1e-12)
+
+
 def test_a_plain_start_reconstructs_at_any_size() -> None:
     """By "auto" the gain starts where codes have about the size of what they rebuild, whatever the exponents."""
     for scale in (0.01, 1.0, 100.0):
@@ -201,6 +241,11 @@ def test_files_of_other_scores_say_nothing_of_it(tmp_path: Path) -> None:
         ({"a_owner": "base_delta"}, "a_owner must be one of shared, group, feature, fixed"),
         ({"value_exponent_owner": "global"}, "value_exponent_owner must be one of"),
         ({"value_exponent_owner": "group", "n_groups": F + 1}, "n_groups must be at most"),
+        ({"a_window": 2.0}, "a_window must lie between 0"),
+        ({"a_window": 0.2, "selector": "topk"}, "a_window needs the selector batch_topk"),
+        ({"a_window": 0.2, "selector": "jumprelu"}, "a_window needs the selector batch_topk"),
+        ({"a_window": 0.2, "a_owner": "fixed"}, "exponent that learns"),
+        ({"a_window": 0.2, "score": "inner"}, "exponent that learns"),
     ],
 )
 def test_refused(named: dict[str, object], words: str) -> None:

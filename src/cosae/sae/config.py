@@ -53,6 +53,9 @@ class SAEConfig:
     """Whether scores have a bias β."""
     bandwidth: float = 0.5
     """JumpReLU: width of the gradient window around θ, relative to θ."""
+    a_window: float = 0.0
+    """BatchTopK: width of a gradient window around the smallest kept score, relative to it, through which a learns what
+    it lets fire too (cosae.sae.selector); 0: a learns from the values of kept entries alone."""
     a_owner: str | None = None
     """Who owns a and b, for cosine_two_exponents: shared, group, feature, or fixed (then b is shared); None: shared."""
     value_exponent_owner: str | None = None
@@ -85,6 +88,19 @@ class SAEConfig:
         if not 0.0 < self.bandwidth < 2.0:
             raise CosaeError(f"bandwidth must lie between 0 and 2. Got {short(self.bandwidth)} instead.")
 
+        self._check_window(family)
+
+    def _check_window(self, family: Family) -> None:
+        if not 0.0 <= self.a_window < 2.0:
+            raise CosaeError(f"a_window must lie between 0 (none) and 2. Got {short(self.a_window)} instead.")
+        if self.a_window and self.selector != "batch_topk":
+            raise CosaeError(
+                f"a_window needs the selector batch_topk, whose scores meet one threshold that moves with them. Got "
+                f"{self.selector}: leave a_window at 0."
+            )
+        if self.a_window and family.exponent_owner == "fixed":
+            raise CosaeError(f"a_window is for an exponent that learns. That of {self.score} is fixed: leave it at 0.")
+
     @property
     def family(self) -> Family:
         """The score's member of its family, with the owners chosen here."""
@@ -98,10 +114,10 @@ class SAEConfig:
         return self.d_in, self.d_sae, self.k
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields; owners only where they were chosen."""
+        """JSON-able fields; owners and the window of a only where they were chosen."""
         values = {**asdict(self), "prefixes": list(self.prefixes)}
-        for name in ("a_owner", "value_exponent_owner"):
-            if values[name] is None:
+        for name in ("a_owner", "value_exponent_owner", "a_window"):
+            if not values[name]:
                 del values[name]
         return values
 

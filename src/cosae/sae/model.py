@@ -61,7 +61,7 @@ class SAE(Shown, nn.Module):
         d_in, d_sae, k = cfg.sizes
         self.centre_D = nn.Parameter(torch.zeros(d_in))
         self.score = Score(cfg.family, d_in, d_sae, cfg.n_groups, cfg.bias)
-        self.selector = Selector(cfg.selector, k, d_sae, cfg.bandwidth)
+        self.selector = Selector(cfg.selector, k, d_sae, cfg.bandwidth, cfg.a_window)
         self.decoder = Decoder(d_in, d_sae, cfg.prefixes, cfg.norm_restoring)
 
     @classmethod

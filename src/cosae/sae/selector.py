@@ -9,6 +9,11 @@
 
 A score with a value exponent δ multiplies every value by r^δ; choice, thresholds and ranks stay on s.
 
+What fires passes no gradient to the exponent a of batch_topk, unless it is given a window of relative width w around
+the smallest kept score t (after JumpReLU's, below): an entry that crosses t brings the value t, and t moves so that as
+many stay. With m the mean over the window's entries,
+    ∂f/∂a += (1 / w) · (∂s/∂a − m(∂s/∂a)) where |s − t| < w·t/2, of kept and dropped entries alike, and no other value.
+
 An uncalibrated batch_topk falls back at inference to the training rule over the rows it is handed (paper §2);
 `SAE.calibrated` says which of the two holds.
 
@@ -27,6 +32,7 @@ from torch import Tensor, nn
 
 from cosae.kernels import Entries, Kernel, ScoreTerms
 from cosae.kernels.autograd import apply
+from cosae.kernels.deterministic import total
 
 SELECTORS = ("batch_topk", "topk", "abs_topk", "jumprelu", "gated")
 CALIBRATED_SELECTORS = ("batch_topk", "jumprelu", "gated")
@@ -114,8 +120,9 @@ class Selector(nn.Module):
     threshold: Tensor
     rank_gain_F: Tensor
 
-    def __init__(self, name: str, k: int, d_sae: int, bandwidth: float) -> None:
+    def __init__(self, name: str, k: int, d_sae: int, bandwidth: float, a_window: float = 0.0) -> None:
         super().__init__()
+        self.a_window = a_window
         self.name = name
         self.k = k
         self.bandwidth = bandwidth
@@ -147,11 +154,32 @@ class Selector(nn.Module):
             zero = terms.z_BD.new_zeros(())
             return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), zero))
         if self.name == "batch_topk":
-            n_keep = self.k * int(terms.live_B.sum())
-            entries, found = kernel.select_batch_topk(divided(terms, self.rank_gain_F), n_keep, hint)
+            n_keep, ranked = self.k * int(terms.live_B.sum()), divided(terms, self.rank_gain_F)
+            entries, found = kernel.select_batch_topk(ranked, n_keep, hint)
+            if self.a_window and found > 0:
+                return self._with_window(terms, ranked, kernel, entries, found)
             return self._evaluate(terms, kernel, entries, found)
         ranked, absolute = divided(terms, self.rank_gain_F), self.name == "abs_topk"
         return self._evaluate(terms, kernel, kernel.select_topk(ranked, self.k, absolute))
+
+    def _with_window(
+        self, terms: ScoreTerms, ranked: ScoreTerms, kernel: Kernel, kept: Entries, least: float
+    ) -> Selection:
+        """The kept entries and, with value 0, those in the window below the least of them; what the window tells a."""
+        low = terms.z_BD.new_tensor(least * (1 - 0.5 * self.a_window))
+        entries = kernel.select_above(ranked, low)
+        flat_E, kept_E = (some.token_E * terms.n_features + some.feature_E for some in (entries, kept))
+        on_E = torch.isin(flat_E, kept_E, assume_unique=True)
+        score_E, content_E = self._scores(terms, kernel, entries)
+        gain_E = self.rank_gain_F.to(score_E.dtype)[entries.feature_E]
+        inside_E = score_E.detach() < gain_E * least * (1 + 0.5 * self.a_window)
+        a = terms.exponent
+        a_E = kernel.at_feature(a, entries) if a.dim() else a
+        slope_E = content_E.detach() * terms.log_r_B.detach()[entries.token_E] / gain_E
+        moved_E = (a_E - a_E.detach()) * slope_E * inside_E  # 0, with the gradient of s / gain
+        mean = total(moved_E) / inside_E.sum().clamp_min(1)
+        value_E = score_E * on_E + (moved_E - mean * inside_E) * gain_E / self.a_window
+        return Selection(entries, score_E, kernel.entry_values(terms, entries, value_E), hint=least)
 
     def infer_select(self, terms: ScoreTerms, kernel: Kernel) -> Selection:
         """The inference rule."""
@@ -161,7 +189,7 @@ class Selector(nn.Module):
         elif self.name == "gated" or (self.name == "batch_topk" and self.calibrated):
             threshold = torch.nan_to_num(self.threshold, nan=0.0).to(dtype)
         else:
-            return self.train_select(terms, kernel)
+            return self.train_select(terms, kernel).fired() if self.a_window else self.train_select(terms, kernel)
         selection = self._evaluate(terms, kernel, kernel.select_above(terms.detached(), threshold))
         return selection.fired() if self.name == "gated" else selection
 
