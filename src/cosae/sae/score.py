@@ -17,7 +17,8 @@ unit rows (a = 1, δ = 0, b = 0), the paper's cosine (δ = 0), and what that inn
 
 How a and δ learn: both by what they change in the values of kept entries. Under a selector that compares scores with
 one another nothing else tells a, and this part of its gradient is the same as δ's but for the bias: it asks that a + δ
-be about 1 and not how the two share it. Their starts decide that (a_init, value_exponent_init).
+be about 1 and not how the two share it. Their starts decide that (a_init, value_exponent_init), or for BatchTopK a
+window that lets a learn from what fires (SAEConfig.a_window, cosae.sae.selector).
 
 Encoder rows may have any length: where u = 0 their normalisation is part of the formula, not of the optimiser.
 """
