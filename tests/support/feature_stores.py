@@ -61,8 +61,8 @@ def _features(rng: Any, n: int, others: int, vocabulary: int, labels: bool, sign
     quantiles = np.sort(rng.uniform(0.05, 1, (n, 5)), 1) * largest[:, None]
     quartiles = (rng.dirichlet(np.ones(4), n) * firings[:, None]).astype(np.int64)
     quartiles[:, 3] = firings - quartiles[:, :3].sum(1)
-    histogram = np.zeros((n, 256), np.int64)
-    histogram[alive, 255] = firings[alive]
+    histogram = np.zeros((n, 64), np.int64)
+    histogram[alive, 63] = firings[alive]
     match = np.repeat(np.where((np.arange(n) % 3 == 0), -1, np.arange(n))[:, None], others, 1)
     found = {
         "firings": firings,
@@ -89,6 +89,8 @@ def _features(rng: Any, n: int, others: int, vocabulary: int, labels: bool, sign
         "promoted_value": -np.sort(-rng.normal(2, 1, (n, 10)), 1),
         "suppressed_id": rng.integers(0, vocabulary, (n, 10)),
         "suppressed_value": np.sort(rng.normal(-2, 1, (n, 10)), 1),
+        "code_first": np.zeros(n, np.int64),
+        "code_count": np.zeros(n, np.int64),
         "match_id": match,
         "match_correlation": np.where(match >= 0, rng.uniform(0.5, 1, match.shape), np.nan),
         "match_cosine": np.where(match >= 0, rng.uniform(0.5, 1, match.shape), np.nan),

@@ -5,6 +5,8 @@
     sae0/features.parquet      a row a feature, sorted by id: numbers (F,) and short lists (F, n)
     sae0/examples-0.parquet    a row an example, features ascending; a file holds FILE_FEATURES features, a row group
                                GROUP_FEATURES of them, so that one feature is one short read
+    sae0/codes.parquet         token, value: codes of the sample by feature; features.parquet says where each begins
+    texts.parquet              id, sequence, pair (counts for all SAEs, no sink) of the sample: the first tokens
     sae0/explanations.json     what `cosae explain` found, a record of its own
 
 Missing numbers are NaN, missing ids −1. Pages carry checksums that are verified as they are read.
@@ -30,8 +32,9 @@ RECORD, VOCABULARY, FEATURES, EXPLANATIONS = "store.json", "vocabulary.parquet",
 FILE_FEATURES, GROUP_FEATURES, TABLE_ROWS = 4096, 16, 256
 SINK, COUNTED, REAL = 1, 2, 4
 """Bits of an example's flags."""
-BINS_OCTAVE = 16
-"""Bins of a histogram in which values double: quantiles from them are exact to 2.2 %."""
+BINS_OCTAVE, SHOWN_BINS, FINE_BINS = 4, 64, 16
+"""Of a histogram of |value|: bins in which values double, and how many bins; FINE_BINS: in an octave of histogram_top,
+the highest bin in which anything fell."""
 KAPPA_ONE = 32767
 """κ is kept as a sixteen-bit fraction of this: exact to 1.5e-5."""
 

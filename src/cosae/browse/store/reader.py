@@ -260,14 +260,14 @@ class FeatureStore:
         """The numbers of all features: what stays in memory of an SAE."""
         with self._lock:
             if sae not in self._tables:
-                wanted = [*SCALARS, "top_tokens", "match_id"]
+                wanted = [*SCALARS, "top_tokens", *(["match_id"] if len(self._folders) > 1 else [])]
                 labels = ["best_auroc", "best_concept"] if self.concepts else []
                 found = self._reader(sae, files.FEATURES).all([*wanted, *labels])
                 table = {name: found[name].astype(np.float64) for name in SCALARS}
                 n = len(table["firings"])
                 table["id"] = np.arange(n, dtype=np.float64)
                 table["density"] = table["firings"] / max(self._record["saes"][self._place[sae]]["tokens"], 1)
-                table["matched"] = (found["match_id"] >= 0).sum(1).astype(np.float64)
+                table["matched"] = (found.get("match_id", np.zeros((n, 0))) >= 0).sum(1).astype(np.float64)
                 table["auroc"] = found.get("best_auroc", np.full(n, np.nan)).astype(np.float64)
                 table["concept"] = found.get("best_concept", np.full(n, -1))
                 table["top_tokens"] = found["top_tokens"]
@@ -406,8 +406,9 @@ def _histogram(one: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[int, ..
     some = np.flatnonzero(count_n)
     if not len(some):
         return (), ()
-    first = int(some[0])
-    edges = 2.0 ** ((one["histogram_top"] - len(count_n) + 1 + np.arange(first, len(count_n) + 1)) / files.BINS_OCTAVE)
+    first, step = int(some[0]), files.FINE_BINS // files.BINS_OCTAVE
+    above = one["histogram_top"] + 1  # in fine bins, the upper edge of the last bin
+    edges = 2.0 ** ((above - step * np.arange(len(count_n) - first, -1, -1)) / files.FINE_BINS)
     return tuple(edges.tolist()), tuple(count_n[first:].tolist())
 
 

@@ -37,7 +37,8 @@ from cosae.io.records import write_record
 def write_features(folder: Path, columns: Columns) -> None:
     """An SAE's numbers and short lists, (F,) or (F, n) each."""
     folder.mkdir(exist_ok=True)
-    write_rows(folder / FEATURES, columns, TABLE_ROWS)
+    some = {name: value for name, value in columns.items() if value.size}  # no matches where there is no other SAE
+    write_rows(folder / FEATURES, some, TABLE_ROWS)
 
 
 def write_vocabulary(folder: Path, spelled: Mapping[int, str]) -> None:
