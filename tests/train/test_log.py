@@ -158,7 +158,15 @@ def test_wandb_gets_scalars_and_recipe_or_says_why_not(tmp_path: Path, monkeypat
     logger = WandB(tmp_path, "project", {"k": 4}, "1f", {"standard": "arm_1"})
     logger.log(record(3))
     logger.close()
-    known = {"project": "project", "id": "1f", "resume": "allow", "settings": WandB.QUIET}
+    off = dict.fromkeys(("x_disable_meta", "x_disable_machine_info", "x_disable_stats", "disable_git"), True)
+    off |= {
+        "x_save_requirements": False,
+        "save_code": False,
+        "console": "off",
+        "host": "",
+        "disable_job_creation": True,
+    }
+    known = {"project": "project", "id": "1f", "resume": "allow", "settings": off}
     assert seen[0] == {**known, "dir": str(tmp_path), "config": {"k": 4}}
     assert seen[1] == ({f"arm_1/{m}": v for _, m, v in scalars(record(3))}, 3)
     assert seen[2] == "finished"

@@ -68,11 +68,15 @@ class TensorBoard:
 class WandB:
     """Scalars under ARM/METRIC in a W&B run. Needs the extra `cosae[wandb]`; WANDB_MODE=offline works.
 
-    recipe: of it and of this machine (host, command line, git, what is printed) nothing more is sent
+    recipe: nothing of the machine is sent beside it (host, command line, git, what is printed, packages, hardware and
+    its load) but what W&B always says of itself: its version, that of Python, and the platform, as linux-x86_64
     name: the run's id within the project; a run of this id that is there already is gone on with.
     arms: the names under which W&B knows them, where those differ"""
 
-    QUIET: ClassVar = {"host": "", "console": "off", "save_code": False, "disable_git": True, "x_disable_meta": True}
+    QUIET: ClassVar = {
+        "host": "", "console": "off", "save_code": False, "disable_git": True, "disable_job_creation": True,
+        "x_disable_meta": True, "x_save_requirements": False, "x_disable_machine_info": True, "x_disable_stats": True,
+    }  # fmt: skip
 
     def __init__(
         self, run: Path, project: str, recipe: dict[str, Any], name: str, arms: Mapping[str, str] | None = None
