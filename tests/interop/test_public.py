@@ -16,7 +16,7 @@ from cosae.activations.synthetic import World
 from cosae.cli import main
 from cosae.interop.dictionary_learning.write import write as write_dictionary
 from cosae.interop.hub.transfer import preview, push
-from cosae.interop.public import Public, says_nothing, strings_of_json
+from cosae.interop.public import Public, says_nothing, strings_of_json, without_places
 from cosae.io.escape import printable
 from cosae.io.values import to_plain
 from cosae.recipe import Recipe
@@ -203,3 +203,19 @@ def test_written_files_are_for_whom_the_umask_says(mask: int, mode: int, run: Pa
     for path in found:
         wanted = mode | (mode & 0o444) >> 2 if path.is_dir() else mode
         assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('File "/home/me/x/lib/site-packages/sae_bench/core.py", line 3', 'File "sae_bench/core.py", line 3'),
+        ("model in /data/private/llama: gone", "model in llama: gone"),
+        ("see ~/work/notes.txt, or /srv/a/b.", "see notes.txt, or b."),
+        (
+            "https://host.example/a/b and a/b/c and 1/2/3 and /tmp",
+            "https://host.example/a/b and a/b/c and 1/2/3 and /tmp",
+        ),
+    ],
+)
+def test_absolute_paths_lose_their_folders(text: str, shown: str) -> None:
+    assert without_places(text) == shown

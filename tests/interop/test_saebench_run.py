@@ -57,6 +57,7 @@ def bench(monkeypatch):
         calls["drawn"] = torch.rand(1).item()
         torch.set_grad_enabled(False)
         print("their output")
+        print(f"into {output_path}")
         for name, sae in selected_saes:
             Path(output_path).mkdir(parents=True, exist_ok=True)
             metrics = {"meta_structure": {"fraction": float(sae.W_dec.norm(dim=1).mean()), "unknown": None}}
@@ -97,8 +98,13 @@ class TestResults:
         result = json.loads(file.read_text())
         assert result["cosae"]["sae"]["score"] == "cosine"
         assert result["sae_cfg_dict"]["hook_name"] == "blocks.1.hook_resid_post"
-        assert json.loads((tmp_path / "out" / "summary.json").read_text()) == found
-        assert "their output" in (tmp_path / "out" / "saebench.log").read_text()
+        files = {name: f"meta_structure/{name}_custom_sae_eval_results.json" for name in ("one", "two")}
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert summary == {**found, "results": {"meta_structure": files}}
+        log = (tmp_path / "out" / "saebench.log").read_text()
+        assert "their output" in log
+        assert "into meta_structure\n" in log
+        assert str(tmp_path) not in log
         names = sorted(file.name for file in (tmp_path / "out").iterdir())
         assert names == ["meta_structure", "saebench.log", "summary.json"], "nothing else is left behind"
 

@@ -28,11 +28,11 @@ VOCABULARY = frozenset(
     a abs absolute absorption abstopk activation activations add after answer any apply architecture arm arms array
     at attention attn auto autoencoder autoencodernew autoencodertopk aux b bandwidth base batch batchtopksae below
     bench beta bf bfloat bias bin block blocks bool bos both buffer by byte c cached calibrated calibration causal
-    centre chars checkpoint chosen chunk chunks class clip code coefficient commit compiled concepts config content
-    context core corpora corpus correlation cosae cosine count counts cpu cuda cv d data dataset datasets dead decay
-    decoder delphi delta demo dense density device dict dictionary digest direction distance document documents drop
+    centre chars checkpoint chosen chunk chunks class classes clip code coefficient commit compiled concepts config
+    content context core corpora corpus correlation cosae cosine count counts cpu cuda cv d data dataset datasets dead
+    decay decoder delphi delta demo dense density device dict dictionary digest direction distance document documents drop
     dtype e eager edges eight embed embedded embeddings encoder energy entries epoch epochs eps eval evaluation
-    every exact exponent export f factor false fatal feature features field file files filter filtered finite
+    every exact exponent exponents export f factor false fatal feature features field file files filter filtered finite
     firings first fixed flash float fold folded format fp frac fraction frame frequencies frequency fve gain gated
     gatedautoencoder gelu gemma geometric global gpt group grouped groups guessed h half head heads held hf hidden
     hierarchy high histogram hook id ids implementation in init inject injected inner input int into j jumprelu
@@ -41,7 +41,7 @@ VOCABULARY = frozenset(
     magnitude main massive matching matryoshka matryoshkabatchtopk matryoshkabatchtopksae max mean measured median
     metadata min mistral mixed mlp mode model modern module moments moved n name native natural neo neox neuronpedia
     new no noise non none norm normal normalise normalize norms not nothing npy numba number numpy o of off on one
-    only opt optimizer or order origin other out output over own p packages packed packing paper paragraph parquet
+    only opt optimizer or order origin other out output over own owner p packages packed packing paper paragraph parquet
     patching path per perturbation phi point policy position positions positives post power pre precision prefetch
     prefix prefixes probe probes probing program projection prompts published py pylib pythia python q quantile
     quantiles quartile qwen rank rare ratio raw read reading recipe reconstruction recovered relu resamples reset
@@ -51,7 +51,7 @@ VOCABULARY = frozenset(
     special split splits spread sqrt standard start starts state statistics std step steps stop store stored stores
     stream streamed studies submodule suffixes sum summary swap synthetic t target tensor text texts textual
     threshold thresholds time to token tokenizer tokenizers tokens topk torch total train trained trainer training
-    transcoder transformer transformers true txt type u uniform unit until used v value values variance vector
+    transcoder transformer transformers true two txt type u uniform unit until used v value values variance vector
     vectors version vision w waiting wanted warmup weight weights width window with without words workers world
     written x xattn xs y z zero
     """,
@@ -80,11 +80,17 @@ _HUB_TEXT = re.compile(r"(?:hf:)?([\w-][\w.-]*(?:/[\w-][\w.-]*)?)((?::[\w.+-]+){
 _FILE = re.compile(
     r"(?i).*\.(jsonl?|ya?ml|txt|md|csv|tsv|parquet|arrow|npy|npz|safetensors|gguf|pth?|bin|py|gz|zst|zip)"
 )
+_ABSOLUTE = re.compile(r"(?<![\w.:/~-])~?(?:/[^\s/\"'<>|:;,()\[\]{}]+){2,}")
 _BARE = re.compile(
     r"(distil)?gpt2(-(small|medium|large|xl))?|(pythia|opt|gemma|llama|qwen|phi|mistral)[\d.]*(-[\d.]+[mbk]?)*"
     r"(-(deduped|it|instruct|base|pt))?|wikitext|c4|imdb|openwebtext|ag_news|bookcorpus|wikipedia"
 )
 """Names of the hub, and of TransformerLens, without an owner; any other word may be a folder's."""
+
+
+def without_places(text: str) -> str:
+    """A text with every absolute path cut down to its last part, or to what follows site-packages; URLs stay."""
+    return _ABSOLUTE.sub(lambda path: path[0].partition("site-packages/")[2] or path[0].rsplit("/", 1)[1], text)
 
 
 def of_the_hub(name: str, local: Collection[str] = ()) -> bool:

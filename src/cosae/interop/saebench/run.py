@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError, check_choice, sentences
-from cosae.interop.public import NEUTRAL
+from cosae.interop.public import NEUTRAL, without_places
 from cosae.interop.read import read_sae
 from cosae.interop.saebench.adapter import DTYPES, SAEBenchSAE
 from cosae.interop.saebench.environment import run_elsewhere
@@ -58,7 +58,8 @@ def run_evals(
     settings  the fields of `Settings`: python, model_name, model_path, hook_name, hook_layer, data, dtype, …
 
     Returns {"results": {eval: {sae: file}}, "numbers": {eval: {sae: SAEBench's metrics}}, "failed": {eval: sentence}};
-    the same is in out/summary.json. Raises CosaeError for anything that can be told before an eval runs.
+    the same is in out/summary.json, where files are relative to `out`. Neither that nor the log keeps a path of this
+    machine. Raises CosaeError for anything that can be told before an eval runs.
     """
     out, asked = Path(out), Settings(**settings)
     loaded = {name: sae if isinstance(sae, SAE) else read_sae(sae) for name, sae in saes.items()}
@@ -69,8 +70,10 @@ def run_evals(
         _adapt(name, sae, asked)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saebench.", dir=out) as folder:
+        with contextlib.ExitStack() as opened:
+            folder = opened.enter_context(tempfile.TemporaryDirectory(prefix=".saebench.", dir=out))
             log = out / "saebench.log"
+            opened.callback(lambda: write_text(log, without_places(log.read_text("utf-8", "replace"))))
             if asked.python is None:
                 with (  # what SAEBench prints, and its progress bars
                     log.open("a", encoding="utf-8") as printed,
@@ -80,10 +83,19 @@ def run_evals(
                     answer = evaluate_here(loaded, evals, out.resolve(), asked, plain)
             else:
                 answer = run_elsewhere(loaded, evals, out.resolve(), asked, plain, Path(folder), log)
-        write_text(out / "summary.json", json.dumps(answer, indent=2))
+        write_text(out / "summary.json", json.dumps(_to_share(answer), indent=2))
     except OSError as error:
         raise CosaeError(f"{out} cannot be written ({error.strerror}); choose a folder you can write to.") from None
     return dict(answer)
+
+
+def _to_share(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer without places of this machine; files relative to the folder of results."""
+    results = {
+        name: {sae: f"{name}/{Path(file).name}" for sae, file in files.items()}
+        for name, files in answer["results"].items()
+    }
+    return {**answer, "results": results, "failed": {name: without_places(s) for name, s in answer["failed"].items()}}
 
 
 def run(
