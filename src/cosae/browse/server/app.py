@@ -12,6 +12,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ class Data:
         """Two SAEs."""
         return views.sae_comparison(self.store, self.store.compare_saes(_word(given, "a"), _word(given, "b")))
 
+    def exported(self, given: Mapping[str, str]) -> Any:
+        """All notes, to keep."""
+        return self.notes.exported()
+
     def note(self, given: Mapping[str, Any]) -> Any:
         """Write a note."""
         sae, id = _text(given, "sae"), given.get("feature")
@@ -111,6 +116,9 @@ class Data:
         return self.live
 
 
+EXPORT = "notes.json"
+READERS = 1
+"""Threads that read the store: each keeps memory of its own."""
 READ, WRITE = ("about", "table", "scatter", "feature", "compare"), ("note", "activations", "steer")
 
 
@@ -120,24 +128,28 @@ def application(store: FeatureStore, notes: Notes, live: Live | None = None, hos
     title = ", ".join(info.name for info in store.saes)
     html = {page: render(page, title, live=True) for page in PAGES}
 
-    def page(request: Request) -> Response:
+    few = ThreadPoolExecutor(READERS, "cosae browse")
+
+    async def page(request: Request) -> Response:
         name = request.path_params.get("page", "index")
         return HTMLResponse(html[name]) if name in html else _error(404, "There is no such page.")
 
-    def file(request: Request) -> Response:
+    async def file(request: Request) -> Response:
         name = request.path_params["name"]
         if name not in ASSETS:
             return _error(404, "There is no such file.")
         return Response(asset(name), media_type=KINDS[Path(name).suffix])
 
-    def read(request: Request) -> Response:
+    async def read(request: Request) -> Response:
         name = request.path_params["name"]
-        if name == "notes.json":
-            saved = {"Content-Disposition": 'attachment; filename="notes.json"'}
-            return JSONResponse(notes.exported(), headers=saved)
-        if name not in READ:
+        if name not in (*READ, EXPORT):
             return _error(404, "There are no such data.")
-        return _answered(getattr(data, name), request.query_params)
+        call = data.exported if name == EXPORT else getattr(data, name)
+        loop = asyncio.get_running_loop()
+        answer = await loop.run_in_executor(few, _answered, call, request.query_params)
+        if name == EXPORT:
+            answer.headers["Content-Disposition"] = f'attachment; filename="{EXPORT}"'
+        return answer
 
     async def write(request: Request) -> Response:
         name = request.path_params["name"]
