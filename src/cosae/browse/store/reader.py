@@ -56,6 +56,8 @@ WORDS = ("dead", "matched_any", "explained")
 SEARCHES = ("any", "token", "label", "concept", "id")
 SCALARS = ("firings", "largest", "mean", "norm_driven", "firing_norm", "pair_firings")
 MOST_ROWS = 1000
+MOST_OPEN = 8
+"""Files of a store that are open at once."""
 
 
 class FeatureStore:
@@ -251,10 +253,13 @@ class FeatureStore:
         return [name for name in self._folders if name != sae]
 
     def _reader(self, sae: str, name: str) -> RowReader:
+        """The files that were asked for last stay open: a footer takes 3 MB, and opening some milliseconds."""
         key = f"{self._folder(sae)}/{name}"
-        if key not in self._readers:
-            self._readers[key] = RowReader(self.folder / key)
-        return self._readers[key]
+        reader = self._readers.pop(key, None) or RowReader(self.folder / key)
+        self._readers[key] = reader
+        while len(self._readers) > MOST_OPEN:
+            self._readers.pop(next(iter(self._readers))).close()
+        return reader
 
     def _table(self, sae: str) -> dict[str, Array]:
         """The numbers of all features: what stays in memory of an SAE."""
