@@ -131,13 +131,35 @@ def test_any_inner_product_sae_survives_the_round_trip(
         assert torch.allclose(sae(x), again(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"score": "cosine"}, {"frame": "unit"}, {"selector": "abs_topk"}])
-def test_what_their_classes_cannot_hold_is_not_written(changes: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"score": "cosine"}, {"frame": "unit"}, {"selector": "abs_topk"}),
+        {"score": "cosine_two_exponents", "a_init": 1.0, "value_exponent_init": 0.5},
+    ],
+)
+def test_what_their_classes_cannot_hold_is_not_written(changes: dict[str, Any], tmp_path: Path) -> None:
     make = {"score": "inner", "selector": "topk", **changes}
     sae = cosae.SAE.build(d_in=D, d_sae=F, k=K, seed=0, sample=inputs(), **make)  # type: ignore[arg-type]
     with pytest.raises(CosaeError, match="classes for inner-product SAEs"):
         write_dictionary(sae, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_two_exponents_of_an_inner_product_are_written(tmp_path: Path) -> None:
+    """a = 1, δ = 0: nothing is lost."""
+    sae = cosae.SAE.build(D, F, "cosine_two_exponents", "topk", K, a_init=1.0, value_exponent_init=0.0)
+    again = read_sae(write_dictionary(sae, tmp_path / "sae"))
+    assert torch.allclose(sae(inputs()), again(inputs()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_drop_in_with_a_value_exponent_says_what_it_cannot_answer(tmp_path: Path) -> None:
+    sae = cosae.SAE.build(D, F, "cosine_two_exponents", "topk", K)
+    dictionary, _ = load_dictionary(cosae.save(sae, tmp_path / "ours"))
+    assert torch.equal(dictionary.encode(inputs()), sae.encode(inputs()).to_dense())
+    for option in ({"return_topk": True}, {"output_pre_jump": True}, {"use_threshold": True}):
+        with pytest.raises(CosaeError, match="value exponent chooses features by other numbers"):
+            dictionary.encode(inputs(), **option)
 
 
 def test_load_dictionary_is_a_drop_in(tmp_path: Path) -> None:

@@ -7,8 +7,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import cosae
+from cosae.interop.saelens import cosine
+from cosae.interop.saelens.dense import dense_codes
+from cosae.sae import file, frame
+from cosae.sae.calibrate import calibrate
+from cosae.sae.score import SCORES
+from cosae.sae.selector import SELECTORS
 from tests.interop.peers import all as peers
+from tests.support.foreign_files import inputs
 
 BUILT = [name for name in peers.CHECKS if peers.find_python(name) is not None]
 
@@ -28,6 +37,22 @@ def test_the_paper_s_files_agree_with_its_formulae() -> None:
     rows = peers.paper()
     assert len(rows) == 3
     assert max(row["difference"] for row in rows) <= 1e-5
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("score", SCORES)
+def test_dense_codes_are_those_of_encode(score: str, selector: str) -> None:
+    """What the plug-in computes, without SAELens; and what its architectures without a value exponent refuse."""
+    x_ND = inputs()
+    sae = cosae.SAE.build(x_ND.shape[1], 20, score, selector, 3, sample=x_ND)
+    calibrate(sae, x_ND)
+    weights = file.to_disk(sae)
+    framed = frame.normalize(sae.cfg.frame, x_ND, sae.centre_D)
+    found, wanted = dense_codes(sae.cfg, framed, weights, lambda s: s), sae.encode(x_ND).to_dense()
+    torch.testing.assert_close(found, wanted.detach(), rtol=1e-5, atol=1e-6)
+    if "two" in score:
+        with pytest.raises(cosae.CosaeError, match="score of cosine_jumprelu must be one of inner, "):
+            cosine.assemble({"architecture": cosine.JUMPRELU, "score": score}, weights, "it")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is not None, reason="sae-lens is here")

@@ -47,7 +47,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("selector", ["batch_topk", "topk", "abs_topk", "jumprelu", "gated"])
-@pytest.mark.parametrize("score", ["inner", "inner_unit", "cosine", "cosine_per_feature"])
+@pytest.mark.parametrize("score", ["inner", "inner_unit", "cosine", "cosine_per_feature", "cosine_two_exponents"])
 def test_it_counts_what_encoding_the_rescaled_tokens_gives(score: str, selector: str) -> None:
     sae, activations = build(score, selector), log_normal(seed=3)
     with torch.no_grad():
@@ -62,6 +62,22 @@ def test_it_counts_what_encoding_the_rescaled_tokens_gives(score: str, selector:
     assert numbers["share"] == pytest.approx(len(now ^ then) / len(now | then), abs=0.004)
     assert numbers["vanished_frac"] == pytest.approx(len(now - then) / len(now), abs=0.004)
     assert numbers["l0_at_median"] == pytest.approx(len(then) / len(activations), abs=0.01)
+
+
+@pytest.mark.parametrize("selector", ["batch_topk", "gated"])
+def test_values_grow_by_the_value_exponent_too(selector: str) -> None:
+    """With a = 0 the same features fire at every length, and each code is (m / r)^δ times as large there."""
+    sae = build("cosine_two_exponents", selector, value_exponent_init=0.7, value_exponent_owner="feature")
+    activations = log_normal(seed=3)
+    found = norm_driven(sae, activations)
+    codes = sae.encode(activations.x_ND)
+    r_N = (activations.x_ND - sae.centre_D.detach()).norm(dim=-1)
+    change_E = ((found["median_r"] / r_N)[codes.token_E] ** 0.7 - 1).abs()
+    numbers = found["sinks_out"]
+    assert found["invariant"]
+    assert numbers["share"] == 0.0
+    assert numbers["value_change"] == pytest.approx(float(change_E.mean()), rel=1e-4)
+    assert numbers["value_norm_frac"] > 0.1
 
 
 @pytest.mark.parametrize("selector", ["batch_topk", "topk", "abs_topk", "jumprelu", "gated"])

@@ -22,9 +22,11 @@ def activations(n: int = 500, seed: int = 0) -> Activations:
     return Activations.bare(direction_ND * torch.randn(n, generator=generator).exp()[:, None])
 
 
-def build(score: str = "inner", selector: str = "batch_topk", frame: str = "raw") -> cosae.SAE:
+def build(score: str = "inner", selector: str = "batch_topk", frame: str = "raw", **more: object) -> cosae.SAE:
     x_ND = activations().x_ND
-    sae = cosae.SAE.build(d_in=D, d_sae=20, score=score, selector=selector, k=3, seed=1, frame=frame, sample=x_ND)
+    sae = cosae.SAE.build(
+        d_in=D, d_sae=20, score=score, selector=selector, k=3, seed=1, frame=frame, sample=x_ND, **more
+    )
     calibrate(sae, x_ND)
     return sae
 
@@ -48,16 +50,31 @@ def test_what_is_decoded_is_the_sae_s_own_reconstruction() -> None:
         assert torch.allclose(reader.decode(reader.encode(sample.x_ND)), sae(sample.x_ND), rtol=1e-4, atol=1e-5)
 
 
-def test_each_feature_loses_its_own_exponent() -> None:
-    sae, sample = build("cosine_per_feature"), activations()
+@pytest.mark.parametrize(
+    ("score", "more"),
+    [
+        ("cosine_per_feature", {}),
+        ("cosine_two_exponents", {"a_owner": "feature", "value_exponent_owner": "feature"}),
+    ],
+)
+def test_each_feature_loses_its_own_exponent(score: str, more: dict[str, str]) -> None:
+    sae, sample = build(score, **more), activations()
     with torch.no_grad():
         sae.score.exponent.copy_(torch.linspace(0, 1, 20))
+        if sae.value_exponent is not None:
+            sae.score.value_exponent.copy_(torch.linspace(1, -1, 20))
     calibrate(sae, sample.x_ND)
     scaled = Activations.bare(2 * (sample.x_ND - sae.centre_D.detach()) + sae.centre_D.detach())
     reader = remove_norm(sae, sample, keep_firings=False)
     now, then = reader.encode(sample.x_ND).to_dense(), reader.encode(scaled.x_ND).to_dense()
     assert torch.allclose(now, then, rtol=1e-4, atol=1e-5)
     assert now.count_nonzero() > 100
+    kept = remove_norm(sae, sample)
+    assert torch.allclose(kept.decode(kept.encode(sample.x_ND)), sae(sample.x_ND), rtol=1e-3, atol=1e-4)
+    codes, changed = sae.encode(sample.x_ND), kept.encode(sample.x_ND)
+    longer_E = (sample.x_ND - sae.centre_D.detach()).norm(dim=-1)[codes.token_E] / kept.median_r
+    expected_E = codes.value_E / longer_E ** sae.score.growth[codes.feature_E]
+    assert torch.allclose(changed.value_E, expected_E, rtol=1e-4)
 
 
 def test_the_same_l0_is_kept_with_a_threshold_of_its_own() -> None:
