@@ -17,8 +17,9 @@ from cosae.interop.dictionary_learning.write import write as write_dictionary
 from cosae.io.progress import Progress
 from cosae.report.audit import audit_text
 from cosae.run.audit import run_audit
+from cosae.run.evaluate import evaluate
 from cosae.run.plan import check
-from cosae.run.plan.memory import audit_memory
+from cosae.run.plan.memory import measuring_memory
 from cosae.run.requests import EvalRequest
 from cosae.sae.calibrate import calibrate
 
@@ -154,9 +155,18 @@ def test_an_audit_that_does_not_fit_is_refused_before_it_starts(
         run_audit([own], EvalRequest(activations=str(vectors)), tmp_path / "out")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
+    file = EvalRequest(activations=str(vectors))
+    with pytest.raises(CosaeError, match=r"the memory of cpu.* Lower --tokens from 900 to"):
+        evaluate("norms", [str(own)], file, out=tmp_path / "found.json")
+    assert evaluate("reconstruction", [str(own)], file)["found"]  # which takes less
+    monkeypatch.setattr(check, "free_memory", lambda _: 1000)
+    with pytest.raises(CosaeError, match="the memory of cpu"):
+        evaluate("reconstruction", [str(own)], file, out=tmp_path / "found.json")
+    assert not (tmp_path / "found.json").exists()
+    assert evaluate("geometry", [str(own)], file)["found"]  # which encodes nothing
 
 
 def test_an_audit_of_a_wide_sae_is_known_to_fit_in_little() -> None:
     with torch.device("meta"):
         sae = cosae.SAE(cosae.SAEConfig(d_in=768, d_sae=32_768, score="inner", k=32))
-    assert audit_memory(sae, 32_768, 32.0).n_bytes < 2.5e9
+    assert measuring_memory(sae, 32_768, 32.0).n_bytes < 2.5e9

@@ -20,7 +20,7 @@ from cosae.report.audit import write_audit_page
 from cosae.run import provenance
 from cosae.run.folder import write_json
 from cosae.run.identity import warn_elsewhere
-from cosae.run.plan.check import check_audit
+from cosae.run.plan.check import check_measuring
 from cosae.run.plan.resources import human
 from cosae.run.requests import EvalRequest
 from cosae.run.saes import TOKENS, Datasets, calibrated, describe, every_sae, names_of
@@ -63,7 +63,7 @@ def run_audit(
                 "warning": warning,
                 "elsewhere": elsewhere or None,
             }
-            needed = human(check_audit(sae, sample, request.device))
+            needed = human(check_measuring([sae], sample, request.device))
             with progress.phase(f"auditing {name}, which takes about {needed} of memory"):
                 numbers = audit(sae, sample, spell=dataset.spell, seed=request.seed, progress=progress)
             if elsewhere and worse_than_mean(numbers):

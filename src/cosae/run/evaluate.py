@@ -23,6 +23,7 @@ from cosae.run import provenance
 from cosae.run.folder import write_json
 from cosae.run.identity import warn_elsewhere
 from cosae.run.measure import labelled
+from cosae.run.plan.check import check_measuring
 from cosae.run.requests import EvalOptions, EvalRequest
 from cosae.run.saes import TOKENS, Datasets, calibrated, describe, every_sae, names_of, saes_in
 from cosae.sae.model import SAE
@@ -69,6 +70,9 @@ def evaluate(
         context, source, warnings = _open(sae_specs, datasets, options)
         if row.reads == "model":
             _ = context.data.model  # refused before anything is measured
+        elif row.reads == "tokens" and not context.texts.sets:
+            saes = list(context.firsts.values())
+            check_measuring(saes, context.sample(), request.device, at_median=measurement == "norms")
         with progress.phase(f"measuring {measurement}"), torch.no_grad():
             found = row.measure(context)
             fired = _l0(context, found) if row.reads != "weights" else {}

@@ -5,9 +5,10 @@ recipe → sizes (configurations, headers) → memory, disk → refused? → a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from cosae.activations.sample import Sample
@@ -18,7 +19,7 @@ from cosae.report.terminal import text_table
 from cosae.run.capture.request import Capture
 from cosae.run.dataset.base import Dataset, DataUse, Sizes
 from cosae.run.dataset.open import dataset_of, open_dataset
-from cosae.run.plan.memory import MemoryPlan, audit_memory, capture_disk, capture_memory, run_disk, train_memory
+from cosae.run.plan.memory import MemoryPlan, capture_disk, capture_memory, measuring_memory, run_disk, train_memory
 from cosae.run.plan.resources import Choice, Item, check_fits, free_disk, free_memory, human, total
 from cosae.run.plan.time import TimePlan, capture_time, train_time
 from cosae.sae.model import SAE
@@ -104,19 +105,25 @@ def check_capture(request: Capture, out: Path) -> Plan:
     return plan
 
 
-def check_audit(sae: SAE, sample: Sample, device: str) -> int:
-    """Bytes that an audit will take beside the SAE and its tokens. Raises CosaeError where they are not free.
+def check_measuring(saes: Sequence[SAE], sample: Sample, device: str, at_median: bool = True) -> int:
+    """Bytes that measuring SAEs will take beside them and their tokens. Raises CosaeError where they are not free.
 
-    How many features fire is seen on a few tokens.
+    How many features fire is seen on a few tokens. at_median: see `measuring_memory`
     """
     n = len(sample)
     few = sample.activations.x_ND[:: max(1, n // 64)].float()
-    l0 = len(sae.encode(few).value_E) / len(few)
-    memory = audit_memory(sae, n, l0)
-    tokens = Choice("--tokens", n, 64, lambda value: audit_memory(sae, value, l0).n_bytes)
+    fired = [len(sae.encode(few).value_E) / len(few) for sae in saes]
+
+    def memory(tokens: int) -> MemoryPlan:
+        plans = [measuring_memory(sae, tokens, l0, at_median) for sae, l0 in zip(saes, fired, strict=True)]
+        every = chain.from_iterable
+        return MemoryPlan(tuple(every(p.resident for p in plans)), tuple(every(p.passing for p in plans)))
+
+    needed = memory(n)
+    tokens = Choice("--tokens", n, 64, lambda value: memory(value).n_bytes)
     otherwise = "a machine or a moment with more memory free"
-    check_fits(memory.peak, [tokens], free_memory(device), f"the memory of {device}", otherwise)
-    return memory.n_bytes
+    check_fits(needed.peak, [tokens], free_memory(device), f"the memory of {device}", otherwise)
+    return needed.n_bytes
 
 
 @advises_to_drop()

@@ -141,17 +141,20 @@ def run_disk(recipe: Recipe, d_in: int) -> tuple[Item, ...]:
     )
 
 
-def audit_memory(sae: SAE, tokens: int, l0: float) -> MemoryPlan:
-    """Memory of an audit beside the SAE and its tokens, of which l0 features fire on each."""
+def measuring_memory(sae: SAE, tokens: int, l0: float, at_median: bool = True) -> MemoryPlan:
+    """Memory of an audit or a measurement beside the SAE and its tokens, of which l0 features fire on each.
+
+    at_median: whether tokens are scored at the median norm as well, and features compared; an audit does both
+    """
     features, d = sae.cfg.sizes[1], sae.cfg.sizes[0]
     codes = Item(f"codes of {tokens:,} tokens, {l0:.3g} each, and their firings", int(tokens * l0 * ENTRY_BYTES))
     dense = FLOAT * min(DENSE_ELEMENTS, min(tokens, BATCH_TOKENS) * features)
-    passing = (
-        Item("encoding a batch", 2 * dense + 5 * 8 * min(tokens, BATCH_TOKENS) * d),
+    encoding = Item("encoding a batch", 2 * dense + 5 * 8 * min(tokens, BATCH_TOKENS) * d)
+    more = (
         Item("a batch of scores, as they are and at the median norm", SCORE_COPIES * dense),
         Item("cosines of features", 3 * FLOAT * (min(CHUNK_ELEMENTS, features**2) + features * d)),
     )
-    return MemoryPlan((codes,), passing)
+    return MemoryPlan((codes,), (encoding, *more) if at_median else (encoding,))
 
 
 def capture_memory(request: Capture, sizes: Sequence[Sizes], label_bytes: int) -> MemoryPlan:
