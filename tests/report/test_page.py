@@ -158,6 +158,23 @@ def test_everything_untrusted_is_escaped(tmp_path):
     assert HOSTILE in reader.text
 
 
+def test_a_few_features_are_shown_with_their_text(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=0)
+    hostile = {"before": HOSTILE, "token": "\n", "after": "\u202e\x1b"}
+    change(run / "evaluation.json", lambda value: value["features"]["global"][0]["examples"][0].update(hostile))
+    page = write_report([run], tmp_path / "page.html").read_text()
+    reader = Reader(page)
+    assert "script" not in reader.seen
+    assert "1.23 %" in reader.text
+    assert HOSTILE in reader.text
+    assert "<mark>\\n</mark>\\u202e\\x1b" in page
+    assert "<mark>return</mark> x + 1" in page
+    assert "cosae browse run" in page
+    assert str(tmp_path) not in page, "the page tells no folder of this machine"
+    change(run / "evaluation.json", lambda value: value.update(features={}))
+    assert "cosae browse" not in write_report([run], tmp_path / "page.html").read_text()
+
+
 def test_names_cannot_turn_the_page_around(tmp_path):
     name = "\u202eevil\x1b\u2066"
     run = write_run(

@@ -41,10 +41,16 @@ def write_run(
         ],
         "exponents": {arm: _exponent(*arms[arm], rng) for arm in arms},
         "probing": {s: _probing(arms, edge, concepts, rng) for s in ("sinks_out", "sinks_in")} if concepts else None,
+        "features": {arm: [_feature(i) for i in (7, 130)] for arm in list(arms)[:2]},
         "recovery": {arm: {"mcc": 0.7 + edge[arm], "f1": 0.6, "n_tokens": 4096} for arm in arms} if world else None,
     }  # fmt: skip
     _write(path / "evaluation.json", evaluation)
     return path
+
+
+def _feature(number):
+    example = {"value": 3.25, "before": "def f(x):\n    ", "token": "return", "after": " x + 1"}
+    return {"feature": number, "density": 0.0123, "largest": 3.25, "examples": [example, {**example, "value": 2.0}]}
 
 
 def _write(path, value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -161,8 +162,12 @@ def demo(command: Demo) -> int:
 
     out = demo_folder(command)
     if command.real:
-        return _conclude([demos.demo_real(out, command.steps, not command.quiet)], out)
-    return _conclude(demos.demo(out, command.steps, not command.quiet), out)
+        finished, shown = [demos.demo_real(out, command.steps, not command.quiet)], out
+    else:
+        finished, shown = demos.demo(out, command.steps, not command.quiet), out / "natural"
+    status = _conclude(finished, out)
+    print(f"Look at the features, side by side: cosae browse {shlex.quote(str(shown))}")
+    return status
 
 
 def demo_folder(command: Demo) -> Path:

@@ -25,6 +25,7 @@ from cosae.report.read import read_runs
 from cosae.report.records import RULES, FilterPolicy, RunRecord
 from cosae.report.terminal import text_table
 from cosae.report.verdict import answer, claims
+from cosae.shown import spelled_out
 
 
 def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
@@ -77,6 +78,7 @@ def sections(record: RunRecord) -> dict[str, str]:
         **({} if evaluation.texts and not record.probing else {"probing": "Sparse probing"}),
         **({"texts": "Probing of whole texts"} if evaluation.texts else {}),
         **({"recovery": "Recovery of the known dictionary"} if evaluation.recovery else {}),
+        **({"features": "Features"} if any(evaluation.features.values()) else {}),
         "training": "Training",
         **({"events": "Events"} if record.events else {}),
     }
@@ -96,7 +98,10 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {name: made for name, made in vars(format).items() if callable(made)} | {"repr": repr}
+    environment.filters |= {name: made for name, made in vars(format).items() if callable(made)} | {
+        "repr": repr,
+        "spelled_out": spelled_out,
+    }
     environment.globals |= {
         "tables": tables,
         "sinks": sinks,

@@ -275,6 +275,26 @@ class ProbingBySinks:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A token on which a feature fires, with text around it."""
+
+    value: float | None = None
+    before: str = ""
+    token: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class ShownFeature:
+    """One of a few features that the page shows with examples."""
+
+    feature: float | None = None
+    density: float | None = None
+    largest: float | None = None
+    examples: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True)
 class Evaluation:
     tokens: float | None = None
     documents: float | None = None
@@ -286,6 +306,7 @@ class Evaluation:
     recovery: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     sinks: Mapping[str, SinkNumbers] = field(default_factory=dict)
     texts: TextProbing | None = None
+    features: Mapping[str, tuple[ShownFeature, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

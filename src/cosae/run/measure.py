@@ -12,6 +12,7 @@ import torch
 
 from cosae.activations.filter import Filter
 from cosae.activations.sample import Sample, SinkRule
+from cosae.browse.drawn import drawn_features
 from cosae.evaluate import registry
 from cosae.evaluate.context import POOLED_CONTEXT, Context, TextProbes
 from cosae.evaluate.norms.describe import describe_norms
@@ -41,7 +42,7 @@ def evaluate(
     """
     context = evaluation_context(saes, recipe, data, fitted, progress)
     context.texts = text_probes(recipe, data) if texts is None else texts
-    return measure(context, recipe, fitted)
+    return measure(context, recipe, fitted) | {"features": shown_features(context, data)}
 
 
 def text_probes(recipe: Recipe, data: Dataset) -> TextProbes:
@@ -126,6 +127,15 @@ def measure(context: Context, recipe: Recipe, fitted: Filter) -> dict[str, Any]:
         with progress.phase("probing texts"):
             result["texts"] = registry.measure_probing(context)
     return result
+
+
+def shown_features(context: Context, data: Dataset) -> dict[str, Any]:
+    """A few features of each SAE with examples, from the codes that were measured; empty where tokens have no text."""
+    if data.spell(0) is None:
+        return {}
+    with context.progress.phase("looking for examples of features"):
+        passes = {name: context.encoded(sae) for name, sae in context.firsts.items()}
+        return {name: drawn_features(one, data.around, data.spell, context.seed) for name, one in passes.items()}
 
 
 def untrained_baseline(sae: SAE, recipe: Recipe, train: Sample, fitted: Filter) -> SAE:

@@ -166,6 +166,10 @@ class Dataset(ABC):
         """The text of a token id, where there is a tokenizer."""
         return None
 
+    def around(self, doc: int, index: int, before: int, after: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of the tokens before and after a token of the held-out sample; nothing where they are not at hand."""
+        return (), ()
+
     def close(self) -> None:  # noqa: B027  most datasets have nothing to end
         """End whatever still works in the background; a later request starts it again."""
 

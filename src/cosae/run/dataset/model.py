@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as TextSequence
 from dataclasses import replace
@@ -120,6 +121,20 @@ class ModelDataset(Dataset):
 
     def spell(self, token: int) -> str | None:
         return str(self.tokenizer.decode([token]))
+
+    def around(self, doc: int, index: int, before: int, after: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        n_tokens = self.use.held_out_tokens + self.use.calibration_tokens
+        if ("held_out", n_tokens) not in self._captured:
+            return (), ()
+        found, _ = self._captured["held_out", n_tokens]
+        near = found[(found.doc_N == doc) & (found.index_N >= index - before) & (found.index_N <= index + after)]
+        known = dict(zip(near.index_N.tolist(), near.token_N.tolist(), strict=True))
+
+        def run(step: int, most: int) -> list[int]:
+            places = range(index + step, index + step * (most + 1), step)
+            return [known[place] for place in itertools.takewhile(known.__contains__, places)]
+
+        return tuple(reversed(run(-1, before))), tuple(run(1, after))
 
     def close(self) -> None:
         if "text" in self.__dict__:
