@@ -18,6 +18,7 @@ import cosae.models.capture as capture_module
 from cosae.activations.store.reader import Store
 from cosae.cli import main
 from cosae.io.progress import Progress
+from cosae.presets import PRESETS
 from cosae.recipe import Recipe
 from cosae.run.audit import run_audit
 from cosae.run.capture.request import Capture
@@ -237,6 +238,7 @@ def test_an_audit_names_its_phases(whole: Path, capsys: pytest.CaptureFixture[st
 VERBS: dict[str, list[str]] = {
     "train": ["train", "--recipe", "{recipe}", "--out", "{out}"],
     "plan": ["plan", "--recipe", "{recipe}", "--out", "{out}"],
+    "demo": ["demo", "--out", "{out}"],
     "resume": ["resume", "{begun}"],
     "capture": ["capture", "--recipe", "{recipe}", "--tokens", "3000", "--out", "{out}"],
     "audit": ["audit", "{sae}", "--tokens", "500", "--out", "{out}"],
@@ -259,6 +261,8 @@ def test_sigterm_ends_every_verb_that_runs_a_model_and_no_half_output_is_left(
     import transformers
 
     small.write(tmp_path / "recipe.json")
+    for name in ("demo", "demo-injected"):
+        monkeypatch.setitem(PRESETS, name, lambda: small)
     shutil.copytree(whole, tmp_path / "begun")
     for done in ("run.json", "checkpoints/step_000000030", "evaluation.json"):
         path = tmp_path / "begun" / done
