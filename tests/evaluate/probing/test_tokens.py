@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from cosae.errors import CosaeError
-from cosae.evaluate.probing import baselines, logistic
+from cosae.evaluate.probing import baselines, logistic, tokens
 from cosae.evaluate.probing.tokens import probe
+from cosae.io.progress import Progress
+from cosae.io.signals import Stop
 from cosae.text.concepts.labels import Concept
 from cosae.types import Activations, Codes
 
@@ -105,6 +109,44 @@ def test_a_latent_against_the_concept_is_turned_by_its_sign() -> None:
     assert "random_sae" not in out["baselines"]
     assert out["summary"]["standard"]["auroc"]["contextual"]["auroc"] == {"mean": None, "low": None, "high": None}
     assert out["paired"] == []
+
+
+def test_a_signal_ends_ranking_between_two_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked to stop while latents are weighed, in whatever thread: none is ranked any more."""
+    progress, ranked, weigh = Progress(False), [], tokens.qualities_of_latents
+    progress.stop = Stop(at_once=KeyboardInterrupt())
+
+    def asked(*args: object) -> object:
+        progress.stop.asked = True
+        return weigh(*args)
+
+    monkeypatch.setattr(tokens, "qualities_of_latents", asked)
+    monkeypatch.setattr(tokens, "rank_quality_of_latents", lambda *args: ranked.append(args))
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=progress)
+    assert ranked == []
+
+
+@pytest.mark.parametrize("tops", [(1,), (2,)])
+def test_a_signal_ends_a_regression_in_its_next_iteration(tops: tuple[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all dimensions (the ceiling), and on the first two latents."""
+    progress, iterations, fit = Progress(False), [], logistic.fit
+    progress.stop = Stop(at_once=KeyboardInterrupt())
+
+    def counted(x: object, label: object, *, check: Callable[[], None], **named: object) -> object:
+        def third() -> None:
+            iterations.append(threading.get_ident())
+            if iterations.count(threading.get_ident()) == 3:
+                progress.stop.asked = True
+            check()
+
+        return fit(x, label, check=third, **named)
+
+    monkeypatch.setattr(logistic, "fit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=progress, tops=tops)
+    by_thread = [iterations.count(one) for one in set(iterations)]
+    assert max(by_thread) <= 3, "no iteration after the one in which somebody asked"
 
 
 def test_two_latents_know_what_neither_knows_alone() -> None:

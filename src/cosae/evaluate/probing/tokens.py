@@ -151,7 +151,7 @@ def _readings(
         score_NC = np.empty(label_NC.shape)
         for c, latent_n in enumerate(best_FC.T):
             known = train_NF[:, latent_n].toarray(), train.label_NC[:, [c]]
-            score_NC[:, [c]] = logistic.scores(*known, held_out_NF[:, latent_n].toarray())
+            score_NC[:, [c]] = logistic.scores(*known, held_out_NF[:, latent_n].toarray(), check=check)
         found[f"{rule}/top_{n}"] = {"latent": best_FC.T.tolist(), **_named(rank_quality(score_NC, label_NC))}
     return found
 
