@@ -1,4 +1,4 @@
-"""What `cosae eval`, `audit`, `export`, `features` and `steer` are asked: their options, arguments of what is behind.
+"""What `cosae eval`, `audit`, `export`, `browse`, `features` and `steer` are asked: their options.
 
 The command line reads this for its help, so torch is imported only when something is asked.
 """
@@ -78,6 +78,30 @@ class FeatureOptions:
             raise CosaeError("--rows and --sort are of the table, which --feature does not show: drop them.")
         if self.search is not None and not self.search.strip():
             raise CosaeError("--search needs a text to look for. Got nothing but spaces.")
+
+
+@dataclass(frozen=True)
+class BrowseRequest(Origin):
+    """What a feature store is built from. The seed is of the order of documents and of the examples that are drawn."""
+
+    store: str | None = None
+    """Folder written by `cosae capture`, instead of running a model; with --model, for the spelling of its tokens."""
+    tokens: int = 200_000
+    """Tokens of text to read; all, where there are fewer."""
+    context: int = 128
+    """Tokens per sequence."""
+    window: int = 48
+    """Tokens of text kept around each example."""
+
+    def check(self) -> None:
+        """Raises CosaeError for values that are not allowed, and for options that have no say."""
+        for name, least in (("tokens", 1), ("context", 3), ("window", 1)):
+            check_least(name, getattr(self, name), least)
+        if self.store is None:
+            return
+        for name in ("corpus", "context"):
+            if getattr(self, name) != getattr(BrowseRequest, name):
+                raise CosaeError(f"{name} has no say in activations that are there already: drop --{name}.")
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,12 @@ class BuildOptions:
 
     window  tokens around an example that are kept with it, its own included
     seed    of what is drawn among the tokens on which a feature fires
+    commit  of cosae, noted in the store; decides nothing
     """
 
     window: int = 48
     seed: int = 0
+    commit: str | None = None
 
     def check(self) -> None:
         """Raises CosaeError for values that are not allowed."""
@@ -61,6 +63,13 @@ class Listed:
     evaluation: Mapping[str, float] = field(default_factory=dict)
 
 
+def identity_of(source: Mapping[str, Any], saes: Mapping[str, Listed], options: BuildOptions) -> str:
+    """Of everything that decides a store, as far as it has a name: SAEs by their digests, the tokens by their source's
+    identity."""
+    known = {name: one.sha256 for name, one in saes.items()}
+    return value_digest({"source": dict(source), "saes": known, "options": [options.window, options.seed]})
+
+
 class Building:
     """The pass so far, and its working folder."""
 
@@ -72,8 +81,7 @@ class Building:
         self.sample_pair: list[Array] = []
         self.sample_labels: list[tuple[Array, Array]] = []
         self.pair_tokens = 0
-        known = {name: one.sha256 for name, one in saes.items()}
-        self.identity = value_digest({"source": source.identity, "saes": known, "options": asdict(options)})
+        self.identity = identity_of(source.identity, saes, options)
         self._saved_at = time.monotonic()
         found = self._checkpoint()
         if found is None:

@@ -355,7 +355,7 @@ def _record(building: Building, saes: list[dict[str, Any]], matches: list[Column
         "window": building.options.window,
         "seed": building.options.seed,
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": source.identity.get("commit"),
+        "commit": building.options.commit,
     }
     norms = {
         "tokens": probe.tokens,
@@ -369,6 +369,7 @@ def _record(building: Building, saes: list[dict[str, Any]], matches: list[Column
         "sink_counts": building.norm_counts[1][bins].tolist(),
     }
     return {
+        "identity": building.identity,
         "read": read,
         "norms": norms,
         "saes": saes,
