@@ -169,7 +169,7 @@ def test_exports_name_no_place_of_this_machine(kind: str, here: Path, capsys: py
     command("--corpus", "zebra/text", "--out", "out")
     for path in (path for path in (here / "out").rglob("*") if path.is_file()):
         assert b"zebra" not in path.read_bytes()
-        assert path.name in said
+        assert f"{path.relative_to(here / 'out').as_posix()} ({path.stat().st_size:,} bytes)" in said
         if path.suffix == ".json":
             texts = {printable(text).strip() for text in strings_of_json(path)}
             assert texts <= {line.strip() for line in said.split("\n")}

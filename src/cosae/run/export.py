@@ -202,7 +202,7 @@ def preview(write: Callable[[Path], Any]) -> Iterator[str]:
         out = Path(folder) / "export"
         yield from str(write(out)).replace(str(out), "OUT").splitlines()
         for file in sorted(path for path in out.rglob("*") if path.is_file()):
-            yield file.relative_to(out).as_posix()
+            yield f"{file.relative_to(out).as_posix()} ({file.stat().st_size:,} bytes)"
             if file.suffix == ".json":
                 yield from (f"    {text}" for text in strings_of_json(file))
     yield "Nothing was kept or sent."
