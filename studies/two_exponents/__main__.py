@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from markupsafe import Markup
 
 from cosae.activations.synthetic import SyntheticSource
 from cosae.sae.file import load
@@ -24,29 +24,41 @@ CLAIM = Claim(
 WORLDS = {"two_exponents": "world, σ 0.5", "two_exponents_1": "world, σ 1"}
 MAIN = {**WORLDS, "two_exponents_natural": "natural"}
 SETS = (*MAIN, "two_exponents_grid")
+WINDOWED = "two_window_from_0_1"
+FIRING = "firing: by cosine instead of inner product, values ∝ r"
+VALUE = "value: ∝ r instead of not, firing by cosine"
+WEIGHTS = "loss: weights 1/r² besides"
+DECIDES = "learned with the window: two from (0, 1) less one from 0"
 PARTS = {
     "all of it": ("standard_unit_frame", "standard"),
     "unit rows, learned b": ("two_1_0", "standard"),
-    "firing: by cosine instead of inner product, values ∝ r": ("two_0_1", "two_1_0"),
-    "value: ∝ r instead of not, firing by cosine": ("two_0_1", "two_0_0"),
-    "loss: weights 1/r² besides": ("two_0_1_over_r2", "two_0_1"),
+    FIRING: ("two_0_1", "two_1_0"),
+    VALUE: ("two_0_1", "two_0_0"),
+    WEIGHTS: ("two_0_1_over_r2", "two_0_1"),
     "nothing else: the frame itself less (0, 1)": ("standard_unit_frame", "two_0_1"),
-    "two exponents, learned from (0, 1), less one, learned from 0": ("two_from_0_1", "one_from_0"),
+    "learned: two from (0, 1) less one from 0": ("two_from_0_1", "one_from_0"),
+    "learned: two from (0, 0) less one from 0": ("two_from_0_0", "one_from_0"),
+    DECIDES: (WINDOWED, "one_window_from_0"),
+    "the window: one from 0 with it less without": ("one_window_from_0", "one_from_0"),
 }
 LEARNED = (
     *("one_from_0", "one_from_1", "one_window_from_0", "one_window_from_1"),
-    *("two_from_0_1", "two_from_0_0", "two_window_from_0_1", "two_window_from_0_0"),
+    *("two_from_0_1", "two_from_0_0", WINDOWED, "two_window_from_0_0"),
 )
 TOKENS = 16_384
+DELTAS = sorted({delta for _, delta in GRID})
+Gaps = dict[str, dict[str, Estimate]]
+Pairs = list[tuple[float, float]]
+Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 
 
-def ends(name: str, arm: str) -> list[tuple[float, float]]:
+def ends(name: str, arm: str) -> Pairs:
     """(a, δ) at the end, by seed; δ is 0 where there is none."""
     found = [results.evaluation(name, seed)["exponents"][arm] for seed in results.seeds(name)]
     return [(one["mean"], one.get("value_exponent", 0.0)) for one in found]
 
 
-def slopes(name: str, arm: str) -> list[tuple[float, float]]:
+def slopes(name: str, arm: str) -> Pairs:
     """d FVE / d a of trained SAEs, by seed: through the values of kept entries, and through what fires besides."""
     found = []
     for seed in results.seeds(name):
@@ -73,92 +85,83 @@ def gap(name: str, arms: tuple[str, str], key: str) -> Estimate:
 def result() -> Result:
     """Parts of the unit frame's gain, where exponents end, and the reconstruction at pairs held fixed."""
     gaps = {
-        f"{name}/{part}": {key: gap(name, arms, key) for key in _keys(name)}
+        f"{name}/{part}": {key: gap(name, arms, key) for key in ("fve", "median_token_fve", *_mcc(name))}
         for name in MAIN
         for part, arms in PARTS.items()
-        if all(arm in results.evaluation(name, 0)["reconstruction"] for arm in arms)
+        if all(_has(name, arm) for arm in arms)
     }
     at_end = {f"{name}/{arm}": ends(name, arm) for name in MAIN for arm in LEARNED if _has(name, arm)}
-    pulls = {f"{name}/{arm}": slopes(name, arm) for name in WORLDS for arm in LEARNED[:4]}
+    pulls = {f"{name}/{arm}": slopes(name, arm) for name in WORLDS for arm in LEARNED}
     grid = {f"{a:g}/{delta:g}": results.recon("two_exponents_grid", f"two_{a}_{delta}") for a, delta in GRID}
-    both = [gaps[f"{name}/{list(PARTS)[-1]}"]["fve"] for name in WORLDS]
-    verdict = "not supported" if all(one.sign > 0 for one in both) else "supported"
+    verdict = "not supported" if all(gaps[f"{name}/{DECIDES}"]["fve"].sign > 0 for name in WORLDS) else "supported"
+    tables = [_parts(gaps), _where(at_end, pulls), _held(grid)]
     numbers = {"gaps": gaps, "ends": at_end, "slopes": pulls, "grid": grid}
-    return Result(
-        verdict, _figures(gaps, at_end), _tables(gaps, at_end, pulls, grid), _text(at_end), numbers, _figure(gaps), SETS
-    )
+    return Result(verdict, _figures(gaps), tables, _text(gaps, at_end, pulls), numbers, _figure(gaps), SETS)
 
 
 def _has(name: str, arm: str) -> bool:
     return arm in results.evaluation(name, 0)["exponents"]
 
 
-def _keys(name: str) -> tuple[str, ...]:
-    return ("fve", "median_token_fve", *(("mcc",) if name in WORLDS else ()))
+def _mcc(name: str) -> tuple[str, ...]:
+    return ("mcc",) if name in WORLDS else ()
 
 
-def _figure(gaps: dict[str, dict[str, Estimate]]) -> Any:
-    rows = [
-        (f"{key.split('/', 1)[1].split(':')[0]}, {MAIN[key.split('/')[0]]}", one["fve"]) for key, one in gaps.items()
-    ]
+def _figure(gaps: Gaps) -> Markup:
+    rows = [(f"{part.split(',')[0]}, {MAIN[name]}", one["fve"]) for (name, part), one in _by_set(gaps)]
     return intervals(rows, "difference in FVE")
 
 
-def _pair(values: Sequence[tuple[float, float]]) -> str:
-    return ", ".join(f"({a:.2f}, {delta:.2f})" for a, delta in values)
+def _by_set(gaps: Gaps) -> list[tuple[tuple[str, str], dict[str, Estimate]]]:
+    return [((key.split("/", 1)[0], key.split("/", 1)[1]), one) for key, one in gaps.items()]
 
 
-def _tables(
-    gaps: dict[str, dict[str, Estimate]],
-    at_end: dict[str, list[tuple[float, float]]],
-    pulls: dict[str, list[tuple[float, float]]],
-    grid: dict[str, list[float]],
-) -> list[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
-    parts = [
-        [MAIN[key.split("/")[0]], key.split("/", 1)[1], one["fve"], one["median_token_fve"], one.get("mcc", "–")]
-        for key, one in gaps.items()
+def _parts(gaps: Gaps) -> Table:
+    rows = [
+        [MAIN[name], part, one["fve"], one["median_token_fve"], one.get("mcc", "–")]
+        for (name, part), one in _by_set(gaps)
     ]
-    where = []
+    caption = (
+        "Differences between arms, 95 % intervals over seeds. All on the raw loss but where weights are named; MCC says how "
+        "many of the true features were found."
+    )
+    return caption, ["runs", "difference", "FVE", "median token FVE", "MCC"], rows
+
+
+def _where(at_end: dict[str, Pairs], pulls: dict[str, Pairs]) -> Table:
+    rows = []
     for key, values in at_end.items():
         name, arm = key.split("/")
-        pull = _slope(pulls[key]) if key in pulls else ["–", "–"]
-        where.append([MAIN[name], arm, _pair(values), results.mean(results.recon(name, arm)), *pull])
-    deltas = sorted({delta for _, delta in GRID})
-    held = [[f"a {a:g}", *(results.mean(grid[f"{a:g}/{d:g}"]) for d in deltas)] for a in sorted({a for a, _ in GRID})]
-    slope = "dFVE/da by {}"
-    return [
-        (
-            "What the unit frame gains from: differences between arms, 95 % intervals over seeds; all on the raw loss but "
-            "where weights are named.",
-            ["runs", "difference", "FVE", "median token FVE", "features recovered (MCC)"],
-            parts,
-        ),
-        (
-            "Where (a, δ) ends, by seed; every exponent and b at ten times the learning rate. At the end, by how much FVE "
-            "would rise with a: through the values of kept entries, which is all that its gradient sees without a window, "
-            "and through what fires.",
-            ["runs", "arm", "(a, δ) at the end", "FVE", slope.format("value"), slope.format("firing")],
-            where,
-        ),
-        ("FVE with both held fixed; world, σ 0.5.", ["", *(f"δ {delta:g}" for delta in deltas)], held),
-    ]
-
-
-def _slope(values: Sequence[tuple[float, float]]) -> list[str]:
-    return [f"{results.mean([one[at] for one in values]):+.3f}" for at in (0, 1)]
-
-
-def _figures(gaps: dict[str, dict[str, Estimate]], at_end: dict[str, list[tuple[float, float]]]) -> str:
-    last, firing, value, loss = (list(PARTS)[at] for at in (-1, 2, 3, 4))
-    two = "; ".join(f"{label} {gaps[f'{name}/{last}']['fve']}" for name, label in MAIN.items())
-    why = ", ".join(
-        f"{word} {gaps[f'two_exponents/{part}']['fve']}"
-        for word, part in (("firing", firing), ("value", value), ("weights 1/r²", loss))
+        pairs = ", ".join(f"({a:.2f}, {delta:.2f})" for a, delta in values)
+        pull = [f"{mean:+.3f}" for mean in _means(pulls[key])] if key in pulls else ["–", "–"]
+        rows.append([MAIN[name], arm, pairs, results.mean(results.recon(name, arm)), *pull])
+    caption = (
+        "Where (a, δ) ends, by seed; exponents and b at ten times the learning rate; `window`: with `a_window` 0.2. The last "
+        "columns: by how much FVE would rise with a at the end, through the values of kept entries, which is all that a's "
+        "gradient sees without the window, and through what fires."
     )
-    return f"FVE, two exponents less one: {two}; what the unit frame gains from (world, σ 0.5): {why}"
+    return caption, ["runs", "arm", "(a, δ) at the end", "FVE", "dFVE/da, value", "dFVE/da, firing"], rows
 
 
-def _text(at_end: dict[str, list[tuple[float, float]]]) -> list[str]:
+def _held(grid: dict[str, list[float]]) -> Table:
+    rows = [[f"a {a:g}", *(results.mean(grid[f"{a:g}/{d:g}"]) for d in DELTAS)] for a in sorted({a for a, _ in GRID})]
+    return "FVE with both held fixed; world, σ 0.5, 500 steps.", ["", *(f"δ {d:g}" for d in DELTAS)], rows
+
+
+def _means(values: Pairs) -> tuple[float, float]:
+    return results.mean([one for one, _ in values]), results.mean([two for _, two in values])
+
+
+def _figures(gaps: Gaps) -> str:
+    two = "; ".join(
+        f"{label} {gaps[f'{name}/{DECIDES}']['fve']}" for name, label in MAIN.items() if _has(name, WINDOWED)
+    )
+    parts = {"firing": FIRING, "value": VALUE, "weights 1/r²": WEIGHTS}
+    why = ", ".join(f"{word} {gaps[f'two_exponents/{part}']['fve']}" for word, part in parts.items())
+    return f"FVE, two exponents less one, both with the window: {two}; what the unit frame's FVE owes to (σ 0.5): {why}"
+
+
+def _text(gaps: Gaps, at_end: dict[str, Pairs], pulls: dict[str, Pairs]) -> list[str]:
     return []
 
 

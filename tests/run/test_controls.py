@@ -69,7 +69,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_row_of_the_table_is_tried_here() -> None:
-    tried = "loss|unit and|score swap at|score swap, t|norm noise in|norm noise at|free|a from|a held|worlds|norm per"
+    swaps, noise = "score swap at|score swap, t", "norm noise in|norm noise at"
+    tried = f"loss|unit and|{swaps}|{noise}|free|a from|a held|firing and|worlds|norm per"
     assert [row for row in table() if not re.match(tried, row)] == []
     assert len(table()) == len(tried.split("|"))
 
@@ -148,6 +149,12 @@ def test_a_from_both_ends_and_held() -> None:
     assert high != 1
     (line,) = spans("a held")
     assert all(float(sae.scale_a.detach().mean()) == 0.5 for sae in trained(line, 4).values())
+
+
+def test_firing_and_value_apart() -> None:
+    (line,) = spans("firing and")
+    saes = [sae.requires_grad_(False) for sae in trained(line).values()]
+    assert [(float(sae.scale_a.mean()), float(sae.value_exponent.mean())) for sae in saes] == [(1, 0), (0, 1), (0, 0)]
 
 
 @pytest.mark.parametrize("row", ["worlds", "norm per"])

@@ -171,8 +171,10 @@ class TrainingDisplay:
 
 
 def describe(numbers: dict[str, Any]) -> str:
-    """Loss, FVE (without attention sinks too, where they are trained on), L0, dead share and a of one arm in a line."""
+    """Loss, FVE (without attention sinks too, where they are trained on), L0, dead share and exponents in a line."""
     a, calm = numbers.get("a"), numbers.get("fve_sinks_out")
     fve = f"{numbers['fve']:.3f}" if calm is None else f"{numbers['fve']:.3f} (sinks out {calm:.3f})"
     text = f"loss {numbers['loss']:.4f}  FVE {fve}  L0 {numbers['l0']:5.1f}  dead {100 * numbers['dead_frac']:4.1f} %"
-    return text if a is None else f"{text}  a {a:+.3f}"
+    delta = numbers.get("value_exponent")
+    text = text if a is None else f"{text}  a {a:+.3f}"
+    return text if delta is None else f"{text}  δ {delta:+.3f}"
