@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
     "eval": (looking.Eval, looking.evaluate),
     "calibrate": (looking.Calibrate, looking.calibrate),
     "features": (exploring.Features, exploring.features),
+    "browse": (exploring.Browse, exploring.browse),
     "steer": (exploring.Steer, exploring.steer),
     "plan": (training.Plan, training.train),
     "capture": (stores.Capture, stores.capture),

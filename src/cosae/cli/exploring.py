@@ -1,17 +1,18 @@
-"""The commands of `cosae` that look at single features: features, steer."""
+"""The commands of `cosae` that look at single features: features, browse, steer."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from cosae.cli.options import logger
+from cosae.cli.options import logger, progress
 from cosae.errors import CosaeError
 from cosae.io.escape import printable
-from cosae.run.requests import FeatureOptions, Place, Reading, SteerOptions
+from cosae.run.requests import BrowseRequest, FeatureOptions, Place, Reading, SteerOptions
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,63 @@ class Steer:
     place: Annotated[Place, tyro.conf.arg(name="")] = field(default_factory=Place)
     quiet: bool = False
     """Do not print progress."""
+
+
+@dataclass(frozen=True)
+class Browse:
+    """Look at the features of one or several SAEs side by side, in pages that are served on this machine.
+
+    What is missing is built first: the model reads --tokens tokens of text once. Takes SAEs of one site, a run's folder
+    for all of its SAEs, or a feature store that was built before.
+    Example: cosae browse runs/demo/natural
+    """
+
+    saes: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders or files of SAEs, of any format that cosae reads, or a run's folder, or that of a feature store."""
+    request: Annotated[BrowseRequest, tyro.conf.arg(name="")] = field(default_factory=BrowseRequest)
+    out: Path | None = None
+    """Folder for the feature store. Default: RUN/features, or SAE.features beside the first SAE."""
+    rebuild: bool = False
+    """Build the store anew where it is there already."""
+    static: Path | None = None
+    """Write the pages as plain files to this folder, instead of serving them: all but what runs the model."""
+    host: str = "127.0.0.1"
+    """Address to listen on. The default can be reached from this machine alone."""
+    port: int = 8321
+    """Port to listen on; 0 for any free one."""
+    open: bool = False
+    """Open the pages in a browser."""
+    quiet: bool = False
+    """Do not print progress."""
+
+
+def browse(command: Browse) -> int:
+    from cosae.browse.server import serve, write_static
+    from cosae.browse.server.serve import listening
+    from cosae.browse.server.static import MARK
+    from cosae.browse.store.reader import open_store
+    from cosae.io.staged import check_place
+    from cosae.run.explore.browse import prepare
+    from cosae.run.explore.live import live_model
+
+    if not command.saes:
+        raise CosaeError("browse needs the folder of a run, or of at least one SAE: cosae browse RUN")
+    if command.static is not None:
+        for name in ("host", "port", "open"):
+            if getattr(command, name) != getattr(Browse, name):
+                raise CosaeError(f"--{name} is of the server, which --static does without: drop one of them.")
+        check_place(command.static, MARK)
+    else:
+        listening(command.host, command.port).close()  # before anything is built
+    log = logger(command.quiet)
+    folder = prepare(command.saes, command.request, command.out, command.rebuild, progress(command.quiet))
+    with closing(open_store(folder)) as store:
+        if command.static is not None:
+            print(f"Pages: {write_static(store, command.static, log) / 'index.html'}")
+        else:
+            live = live_model(store, command.request, log)
+            serve(store, command.host, command.port, command.open, live, lambda text: print(text, flush=True))
+    return 0
 
 
 def features(command: Features) -> int:

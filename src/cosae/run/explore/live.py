@@ -40,6 +40,12 @@ class _Opened:
     data: Any
 
 
+def live_model(store: FeatureStore, place: Place, log: Callable[[str], None] = lambda _: None) -> LiveModel | None:
+    """The model behind the pages of a store; None where the files of its SAEs are not at hand."""
+    at_hand = all(one.path is not None and Path(one.path).exists() for one in store.saes)
+    return LiveModel(store, place, log) if at_hand else None
+
+
 class LiveModel:
     """The model of a store with its SAEs (`cosae.browse.server.live.Live`): opened when it is first asked, one call at
     a time."""

@@ -48,7 +48,7 @@ window.cosae = (() => {
     const cut = whole.length > longest ? `${whole.slice(0, longest).join("")}…` : text;
     return cut.replace(HIDDEN, (c) => SIGNS[c] ?? `⟨${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
   }
-  const quoted = (text, longest) => el("bdi", { class: "piece" }, spell(text, longest).replace(/^ | $/g, "␣") || "␣");
+  const quoted = (text, longest) => el("bdi", { class: "piece" }, spell(text, longest).replace(/ {4,}/g, (all) => `␣×${all.length}`).replace(/^ | $/g, "␣") || "␣");
 
   /* Addresses: the same names with a server and from disk. */
   const query = () => new URLSearchParams(location.search);

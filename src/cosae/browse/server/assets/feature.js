@@ -28,8 +28,8 @@ cosae.page(async (main, about) => {
   /* Values and norms. */
   const histogram = found.edges.length ? el("figure", {},
     cosae.plot.histogram({ label: `Histogram of the values of feature ${id}`, edges: found.edges, counts: found.counts, xLog: found.edges[0] > 0, xLabel: "|value| where it fires", yLabel: "firings",
-      mark: { at: found.quantiles?.[2], words: "median" } }),
-    el("figcaption", {}, `5 % to 95 % of the values: ${significant(found.quantiles?.[0])} to ${significant(found.quantiles?.[4])}`,
+      mark: { at: found.quantiles?.[2], words: "" } }),
+    el("figcaption", {}, `Dashed: the median, ${significant(found.quantiles?.[2])}; 5 % to 95 % of the values: ${significant(found.quantiles?.[0])} to ${significant(found.quantiles?.[4])}`,
       cosae.known(found.negative) ? `; ${percent(found.negative)} are negative` : "")) : "";
   const parts = ["first (short)", "second", "third", "last (long)"];
   const quartiles = found.quartile_share ? cosae.table("Firings by quartile of the token's norm", ["quartile", "of its firings", "of all tokens"],

@@ -10,7 +10,7 @@ cosae.page(async (main, about) => {
   const words = cosae.query(), sae = words.get("sae") || about.saes[0].name;
   const info = about.saes.find((one) => one.name === sae);
   const given = words.get("id");
-  const id = given !== null && given !== "" ? Number(given) : (await cosae.data.table({ sae, sort: "norm_driven", dead: "no", limit: 1 })).rows[0]?.id ?? 0;
+  const id = given !== null && given !== "" ? Number(given) : (await cosae.data.table({ sae, sort: "norm_driven", least_firings: 100, limit: 1 })).rows[0]?.id ?? 0;
   const found = await cosae.data.feature(sae, id);
 
   const form = el("form", { method: "get", action: "score.html" }, el("div", { class: "fields-row" },
