@@ -243,7 +243,7 @@ def extra(name: str, seed: int, samples: Samples | None = None) -> dict[str, Any
 
 if __name__ == "__main__":
     shared = Samples()
-    for asked in sys.argv[1:] or [n for n in RUNSETS if not n.startswith("world")]:
+    for asked in sys.argv[1:] or [n for n in RUNSETS if not n.startswith(("world", "real"))]:
         for one in SEEDS:
             if finished(folder_of(asked, one)):
                 extra(asked, one, shared)

@@ -1,6 +1,6 @@
 """Named sets of runs that the claims share: a recipe and at least three seeds each, kept in a folder by recipe digest.
 
-    python -m studies.runsets natural injected ...      (no name: all of them)
+    python -m studies.runsets natural injected ...      (no name: all but the real model's)
 
 A seed sets the order of the data and every arm's initial weights; arms of one run see the same batches. A set that was
 interrupted goes on where it stopped; one whose recipe changed is made anew beside the old one.
@@ -14,8 +14,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cosae.activations.filter import FilterPolicy
 from cosae.activations.perturbation import Perturbation
@@ -191,6 +192,30 @@ def _continued() -> Recipe:
     return smaller("continued", *arms).changed({"training.steps": 300})
 
 
+def _real(name: str, block: int, *arms: str, d_sae: int = 2304, kind: Literal["norm", "none"] = "norm") -> Recipe:
+    """SmolLM2 at the output of one block (studies.real_model): four passes over the store."""
+    return Recipe(
+        name=name,
+        data=DataConfig(store=str(CACHE / "real_model" / "stores"), store_site=f"resid_post.{block}"),
+        filter=FilterPolicy(kind=kind),
+        d_sae=d_sae,
+        arms=tuple(parse_arm(text) for text in arms),
+        training=TrainingConfig(
+            steps=2000,
+            optimizer=OptimizerConfig(lr=1e-3, warmup_steps=100),
+            dead_after_tokens=300_000,
+            checkpoint_every=500,
+        ),
+        evaluation=EvaluationConfig(held_out_tokens=32_768, calibration_tokens=32_768, probing=False),
+    )
+
+
+REAL_FEW = ("standard", "standard_unit_frame", "cosine")
+REAL_ALL = (*REAL_FEW, "cosine_per_feature", "cosine_base_delta", *COSINES[3:5])
+"""Arms on the real model: everywhere, and at the blocks that are looked at closely."""
+REAL_CLOSELY = (10, 14, 24)
+
+
 RUNSETS: dict[str, Callable[[], Recipe]] = {
     "natural": _natural,
     "injected": _injected,
@@ -216,6 +241,12 @@ RUNSETS: dict[str, Callable[[], Recipe]] = {
         {"training.steps": FEWER_STEPS}
     ),
     "natural_fixed_a": lambda: _fixed_exponents("natural_fixed_a", None),
+    **{
+        f"real_{b}": partial(_real, f"real_{b}", b, *(REAL_ALL if b in REAL_CLOSELY else REAL_FEW))
+        for b in (10, 11, 12, 14, 18, 24, 28)
+    },
+    "real_14_unfiltered": lambda: _real("real_14_unfiltered", 14, *REAL_FEW, kind="none"),
+    "real_14_wide": lambda: _real("real_14_wide", 14, *REAL_FEW, d_sae=9216),
 }
 """Every set of runs by name."""
 
@@ -277,7 +308,7 @@ def arm_names(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:] or list(RUNSETS)
+    asked = sys.argv[1:] or [name for name in RUNSETS if not name.startswith("real")]
     if unknown := [name for name in asked if name not in RUNSETS]:
         sys.exit(f"studies: a set of runs must be one of {', '.join(RUNSETS)}. Got {', '.join(unknown)} instead.")
     for asked_name in asked:

@@ -1,0 +1,1 @@
+"""A pretrained model with real attention sinks: is the paper's gain the sink, and what should be used instead?"""

@@ -1,0 +1,75 @@
+"""The study, one command, over as many sittings as it takes: what is there already is kept.
+
+    python -m studies.real_model              capture, train, measure, write the page (hours on two cores)
+    python -m studies.real_model STAGE …      capture, train, measure, page: these alone
+
+First: cosae fetch smollm2, cosae fetch wiki, cosae fetch sae-probes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from cosae.recipe import DataConfig
+from cosae.run.capture.request import Capture
+from cosae.run.capture.stores import capture_stores
+from studies.real_model import measured, texts
+from studies.real_model.design import BLOCKS, CONTEXT, CORPUS, HELD_OUT_TOKENS, MODEL, STORES, TRAIN_TOKENS
+from studies.runsets import REAL_CLOSELY, SEEDS, ensure, finished, folder_of
+
+ORDER = (
+    *("real_14", "real_10", "real_12", "real_28", "real_14_unfiltered"),
+    *("real_11", "real_18", "real_24", "real_14_wide"),
+)
+"""Sets of runs, what the verdict needs most first."""
+
+
+def capture() -> None:
+    """Activations of all sites, and the labelled texts."""
+    data = DataConfig(model=MODEL, corpus=CORPUS, context=CONTEXT, packing="document")
+    sites = tuple(f"resid_post.{block}" for block in BLOCKS)
+    capture_stores(Capture(data, sites, TRAIN_TOKENS, HELD_OUT_TOKENS), STORES)
+    texts.ensure()
+
+
+def train() -> None:
+    """Every run; its checkpoints go once it is finished."""
+    for name in ORDER:
+        for folder in ensure(name):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def measure() -> None:
+    """What is asked of finished runs, two at a time."""
+    closely = {f"real_{block}" for block in REAL_CLOSELY}
+    jobs = [(name, seed, kind) for name in ORDER for seed in SEEDS for kind in ("tokens", "texts")]
+    jobs += [(name, seed, "splice") for name in ORDER if name in closely for seed in SEEDS]
+    missing = [job for job in jobs if finished(folder_of(*job[:2])) and not _there(job)]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        for future in [pool.submit(measured.one, job) for job in missing]:
+            future.result()
+
+
+def _there(job: tuple[str, int, str]) -> bool:
+    name, seed, kind = job
+    return (folder_of(name, seed) / f"{kind}.json").exists()
+
+
+def page() -> None:
+    """RESULT.md, numbers.json and the figures from what is there."""
+    from studies.real_model.result import write
+
+    write()
+
+
+STAGES = {"capture": capture, "train": train, "measure": measure, "page": page}
+
+if __name__ == "__main__":
+    asked = sys.argv[1:] or list(STAGES)
+    if unknown := [stage for stage in asked if stage not in STAGES]:
+        sys.exit(f"studies.real_model: a stage is one of {', '.join(STAGES)}. Got {unknown[0]!r} instead.")
+    for stage in asked:
+        STAGES[stage]()

@@ -1,0 +1,140 @@
+"""What is measured of a finished run, each once, beside the run: texts.json, tokens.json and splice.json.
+
+texts    every arm on every labelled set (`probing`); at the blocks looked at closely also the standard SAE with its
+         norm read out (keep its firings, divide its codes by the length) and read by cosine (refitted), and the
+         dimensions of x
+tokens   held-out tokens of Wikipedia: features on at sinks, firings that the norm decides, firings by norm quartile
+splice   loss and KL with the reconstruction in the model's place, at the blocks looked at closely
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cosae
+from cosae.activations.filter import Filter
+from cosae.activations.sample import SINKS, SinkRule
+from cosae.evaluate.encoded import Autoencoder, encode_sample
+from cosae.evaluate.model.splice import measure_splice
+from cosae.evaluate.norms.counterfactual import at_median
+from cosae.evaluate.norms.driven import firing_norms, norm_driven
+from cosae.evaluate.norms.read_time import remove_norm
+from cosae.evaluate.norms.sinks import sink_metrics
+from cosae.io.values import from_plain
+from cosae.recipe import DataConfig, Recipe
+from cosae.run.dataset.base import DataUse
+from cosae.run.dataset.model import ModelDataset
+from cosae.run.dataset.open import open_dataset
+from cosae.run.folder import read_json, write_json
+from cosae.sae.model import SAE
+from cosae.sae.swap import swap_score
+from studies.real_model import texts
+from studies.real_model.design import CONTEXT, CORPUS, LIKE_THE_PAPER, MODEL, WIKI, labelled_sets
+from studies.real_model.probing import probe
+from studies.runsets import REAL_CLOSELY, finished, folder_of
+
+READ_TIME, SWAPPED, DIMENSIONS = "standard, read without its norm", "standard, read by cosine", "dimensions of x"
+NORM_TOKENS, SPLICED_TOKENS = 8_192, 6_144
+SPLICED = ("standard", "standard_unit_frame", "cosine", "cosine_per_feature", "two_unit", "two_learned")
+PLANTED_AT = 10
+
+
+def block_of(name: str) -> int:
+    """The block of a set of runs, which is in its name."""
+    return int(name.split("_")[1])
+
+
+def saes_of(folder: Path) -> dict[str, SAE]:
+    """The trained SAEs of a run."""
+    return {name: cosae.load(folder / "arms" / name) for name in read_json(folder / "run.json")["arms"]}
+
+
+def measured(name: str, seed: int, kind: str) -> dict[str, Any]:
+    """KIND.json of one run, made where it is not there yet."""
+    path = folder_of(name, seed) / f"{kind}.json"
+    if not path.exists():
+        print(f"{kind}: {name}, seed {seed}", file=sys.stderr, flush=True)
+        write_json(path, KINDS[kind](name, seed))
+    return read_json(path)
+
+
+@torch.no_grad()
+def _texts(name: str, seed: int) -> dict[str, Any]:
+    folder, block = folder_of(name, seed), block_of(name)
+    median = _filter(folder).median_norm
+    assert median is not None
+    readers: dict[str, Autoencoder | None] = dict(saes_of(folder))
+    closely = name in {f"real_{b}" for b in REAL_CLOSELY}
+    if closely:
+        standard = readers["standard"]
+        assert isinstance(standard, SAE)
+        calm = _calm(folder)
+        readers |= {READ_TIME: remove_norm(standard, calm), DIMENSIONS: None}
+        readers[SWAPPED] = swap_score(standard, "cosine", sample=calm.x_ND.float())
+    found: dict[str, Any] = {reader: {} for reader in readers}
+    for one in labelled_sets():
+        at = texts.read(one, block)
+        for reader, sae in readers.items():
+            full = one.name in (*LIKE_THE_PAPER, *WIKI)
+            planted = name == f"real_{PLANTED_AT}"
+            found[reader][one.name] = probe(sae, at, median, closely=closely, full=full and closely, planted=planted)
+        print(".", end="", file=sys.stderr, flush=True)
+    return found
+
+
+@torch.no_grad()
+def _tokens(name: str, seed: int) -> dict[str, Any]:
+    folder = folder_of(name, seed)
+    recipe, fitted = Recipe.read(folder / "recipe.json"), _filter(folder)
+    with open_dataset(recipe.data, DataUse.of(recipe)) as data:
+        held_out = data.sample("held_out", recipe.evaluation.held_out_tokens, SinkRule(10.0, fitted.median_norm))
+    few = held_out[torch.arange(len(held_out)) < NORM_TOKENS]
+    found = {}
+    for arm, sae in saes_of(folder).items():
+        encoded, some = encode_sample(sae, held_out), encode_sample(sae, few)
+        driven = norm_driven(some, at_median(some), seed=seed, n_resamples=200)
+        norms = firing_norms(encoded)
+        short = {sinks: {k: v for k, v in (norms[sinks] or {}).items() if k != "per_feature"} for sinks in SINKS}
+        share = {sinks: (driven[sinks] or {}).get("share") for sinks in SINKS}
+        found[arm] = {"sinks": sink_metrics(encoded), "norm_driven": share, "firing_norms": short}
+    return found
+
+
+@torch.no_grad()
+def _splice(name: str, seed: int) -> dict[str, Any]:
+    folder, block = folder_of(name, seed), block_of(name)
+    saes = {arm: sae for arm, sae in saes_of(folder).items() if arm in SPLICED}
+    config = DataConfig(model=MODEL, corpus=CORPUS, context=CONTEXT, packing="document", site=f"resid_post.{block}")
+    with ModelDataset(config, DataUse(held_out_tokens=SPLICED_TOKENS)) as data:
+        sequences = data.sequences("held_out", SPLICED_TOKENS)
+        model, median = data.model, _filter(folder).median_norm
+        return measure_splice(model, data.site, saes, sequences, median_norm=median, batch_sequences=16)
+
+
+KINDS: dict[str, Callable[[str, int], dict[str, Any]]] = {"texts": _texts, "tokens": _tokens, "splice": _splice}
+
+
+def _filter(folder: Path) -> Filter:
+    return from_plain(Filter, read_json(folder / "run.json")["filter"], "the filter")
+
+
+def _calm(folder: Path) -> Any:
+    """Training activations that are no sinks."""
+    recipe = Recipe.read(folder / "recipe.json")
+    with open_dataset(recipe.data, DataUse.of(recipe)) as data:
+        train = data.sample("train", 32_768, SinkRule(10.0, _filter(folder).median_norm))
+    return train.activations[~train.sink_N][:16_384]
+
+
+def one(job: tuple[str, int, str]) -> None:
+    """In a process of its own, on one thread."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    name, seed, kind = job
+    if finished(folder_of(name, seed)):
+        measured(name, seed, kind)
