@@ -211,7 +211,11 @@ def _real(name: str, block: int, *arms: str, d_sae: int = 2304, kind: Literal["n
 
 
 REAL_FEW = ("standard", "standard_unit_frame", "cosine")
-REAL_ALL = (*REAL_FEW, "cosine_per_feature", "cosine_base_delta", *COSINES[3:5])
+REAL_ALL = (
+    *(*REAL_FEW, "cosine_per_feature", "cosine_base_delta", *COSINES[3:5]),
+    "cosine_two_exponents,name=two_unit,a_owner=fixed,value_exponent_owner=fixed,a_init=0,value_exponent_init=1",
+    "cosine_two_exponents,name=two_learned,a_init=0,value_exponent_init=1,a_lr=10,value_exponent_lr=10",
+)
 """Arms on the real model: everywhere, and at the blocks that are looked at closely."""
 REAL_CLOSELY = (10, 14, 24)
 

@@ -20,7 +20,7 @@ from studies.runsets import REAL_CLOSELY, folder_of
 
 NAMES = (
     *("real_10", "real_11", "real_12", "real_14", "real_18", "real_24", "real_28"),
-    *("real_14_unfiltered", "real_14_wide", "real_10_two", "real_14_two"),
+    *("real_14_unfiltered", "real_14_wide"),
 )
 RULES = ("mean_difference", "standardised_difference", "auroc")
 WAYS = {"paper": "the paper's protocol", "masked": "position 0 left out", "masked_auroc": "left out, latents by AUROC"}
