@@ -210,13 +210,14 @@ def _real(name: str, block: int, *arms: str, d_sae: int = 2304, kind: Literal["n
     )
 
 
+TWO_UNIT = "cosine_two_exponents,name=two_unit,a_owner=fixed,value_exponent_owner=fixed,a_init=0,value_exponent_init=1"
 REAL_FEW = ("standard", "standard_unit_frame", "cosine")
+REAL_MORE = (*REAL_FEW, "cosine_per_feature", "cosine_base_delta", TWO_UNIT)
 REAL_ALL = (
-    *(*REAL_FEW, "cosine_per_feature", "cosine_base_delta", *COSINES[3:5]),
-    "cosine_two_exponents,name=two_unit,a_owner=fixed,value_exponent_owner=fixed,a_init=0,value_exponent_init=1",
+    *(*REAL_MORE[:-1], *COSINES[3:5], TWO_UNIT),
     "cosine_two_exponents,name=two_learned,a_init=0,value_exponent_init=1,a_lr=10,value_exponent_lr=10",
 )
-"""Arms on the real model: everywhere, and at the blocks that are looked at closely."""
+"""Arms on the real model: where only the gain is asked, at the blocks looked at closely, and at block 14."""
 REAL_CLOSELY = (10, 14, 24)
 
 
@@ -246,7 +247,9 @@ RUNSETS: dict[str, Callable[[], Recipe]] = {
     ),
     "natural_fixed_a": lambda: _fixed_exponents("natural_fixed_a", None),
     **{
-        f"real_{b}": partial(_real, f"real_{b}", b, *(REAL_ALL if b in REAL_CLOSELY else REAL_FEW))
+        f"real_{b}": partial(
+            _real, f"real_{b}", b, *(REAL_ALL if b == 14 else REAL_MORE if b in REAL_CLOSELY else REAL_FEW)
+        )
         for b in (10, 11, 12, 14, 18, 24, 28)
     },
     "real_14_unfiltered": lambda: _real("real_14_unfiltered", 14, *REAL_FEW, kind="none"),

@@ -1,8 +1,7 @@
 """What is measured of a finished run, each once, beside the run: texts.json, tokens.json and splice.json.
 
-texts    every arm on every labelled set (`probing`); at the blocks looked at closely also the standard SAE with its
-         norm read out (keep its firings, divide its codes by the length) and read by cosine (refitted), and the
-         dimensions of x
+texts    every arm on every labelled set (`probing`); at block 14 also the standard SAE with its norm read out (its
+         firings kept, codes divided by the length) and read by cosine (refitted), and the dimensions of x
 tokens   held-out tokens of Wikipedia: features on at sinks, firings that the norm decides, firings by norm quartile
 splice   loss and KL with the reconstruction in the model's place, at the blocks looked at closely
 """
@@ -71,7 +70,7 @@ def _texts(name: str, seed: int) -> dict[str, Any]:
     assert median is not None
     readers: dict[str, Autoencoder | None] = dict(saes_of(folder))
     closely = name in {f"real_{b}" for b in REAL_CLOSELY}
-    if closely:
+    if name == "real_14":
         standard = readers["standard"]
         assert isinstance(standard, SAE)
         calm = _calm(folder)
