@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cosae.evaluate.probing.ranking import EVERY_RULE
 from studies.__main__ import CLAIMS, PAGE, page
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +90,69 @@ def test_figures_quote_the_numbers() -> None:
     reason = json.loads((ROOT / "studies" / "learned_exponent" / "reason.json").read_text("utf-8"))
     at = np.mean(reason["fve"]["σ 0.5"]["both"], axis=0)
     assert 0.4 <= reason["exponents"][int(at.argmax())] <= 0.6
+
+
+REAL = json.loads((ROOT / "studies" / "real_model" / "numbers.json").read_text("utf-8"))
+
+
+def gain(block: int | str, reading: str) -> list[float]:
+    found: list[float] = REAL["runs"][f"real_{block}"]["arms"]["cosine"]["readings"][reading]["gain"]
+    return found
+
+
+def judged_on_the_real_model() -> dict[str, str]:
+    """The predictions of studies/real_model/PREDICTIONS.md, by what that file says refutes them."""
+    paper, masked = "in/mean_difference/top_1", "out/mean_difference/top_1"
+    there = {int(row["block"]) for row in REAL["dose"]}
+    sinks, none = there & {12, 14, 18, 24, 28}, there & {10, 11}
+    whole = gain(14, paper)[0]
+    runs = REAL["runs"]
+    raw = runs["real_14"]["arms"]["standard_unit_frame"]["readings"]["in/raw/mean_difference/top_1"]["accuracy"]
+    rules = [f"{side}/{rule}/top_1" for side in ("in", "out") for rule in EVERY_RULE]
+    splice = runs["real_14"]["splice"]
+    refuted = {
+        "P1": any(gain(b, paper)[1] < 5 for b in (12, 14)) or any(gain(b, paper)[1] < 0 for b in sinks),
+        "P2": any(gain(b, masked)[0] > gain(b, paper)[0] / 2 for b in (12, 14)),
+        "P3": any(gain(b, "out/auroc/top_1")[1] > 1.5 for b in (12, 14)),
+        "P4": any(gain(b, reading)[1] > 2 for b in none for reading in rules),
+        "P5": gain(14, "random/mean_difference/top_1")[0] < 0.8 * whole,
+        "P6": gain(14, "clipped/mean_difference/top_1")[0] > 0.5 * whole,
+        "P7": gain(10, "planted/mean_difference/top_1")[1] < 2,
+        "P8": any(gain(b, "last/mean_difference/top_1")[1] > 2 for b in sinks),
+        "P9": "real_14_unfiltered" in runs and gain("14_unfiltered", paper)[0] > 0.75 * whole,
+        "P11": raw > 0.6,
+    }
+    if len(there) == 7:
+        dose = [(row["strength"] * row["on"]["standard"], gain(row["block"], paper)[0]) for row in REAL["dose"]]
+        refuted["P10"] = stats.spearmanr(dose).statistic < 0.5
+    if splice is not None:
+        off, on = splice["off_sinks/sinks_out"], splice["everywhere/sinks_in"]
+        far = [abs(one["recovered"] - off["standard"]["recovered"]) for one in off.values()]
+        refuted["P12"] = max(far) > 0.05 or any(on[arm]["recovered"] >= off[arm]["recovered"] for arm in off)
+    return {name: "refuted" if yes else "not refuted" for name, yes in refuted.items()}
+
+
+def test_predictions_on_the_real_model_are_judged_by_their_own_file() -> None:
+    said = {name: verdict for name, (verdict, _) in REAL["predictions"].items() if verdict != "not run"}
+    again = judged_on_the_real_model()
+    assert {name: verdict == "refuted" for name, verdict in said.items()} == {
+        name: again[name] == "refuted" for name in said
+    }
+    text = (ROOT / "studies" / "real_model" / "RESULT.md").read_text("utf-8")
+    for name, (verdict, figures) in REAL["predictions"].items():
+        assert f"| {name} | **{verdict}** | {figures.replace('|', chr(92) + '|')} |" in text
+
+
+def test_an_interval_of_the_real_model_draws_sets_and_seeds() -> None:
+    values = REAL["runs"]["real_14"]["gains_by_set"]
+    for reading, by_set in values.items():
+        gain_DS = np.array(by_set)
+        assert gain_DS.shape == (81, len(REAL["runs"]["real_14"]["seeds"]))
+        rng = np.random.default_rng(0)
+        drawn = [
+            gain_DS[rng.integers(81, size=81)][:, rng.integers(gain_DS.shape[1], size=gain_DS.shape[1])].mean()
+            for _ in range(2000)
+        ]
+        middle, low, high = gain(14, reading)
+        assert middle == pytest.approx(gain_DS.mean(), abs=0.01)
+        assert [low, high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.5)

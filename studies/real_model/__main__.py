@@ -1,7 +1,7 @@
 """The study, one command, over as many sittings as it takes: what is there already is kept.
 
-    python -m studies.real_model              capture, train, measure, write the page (hours on two cores)
-    python -m studies.real_model STAGE …      capture, train, measure, page: these alone
+    python -m studies.real_model              capture, run, write the page (hours on two cores)
+    python -m studies.real_model STAGE …      capture, run, page: these alone
 
 First: cosae fetch smollm2, cosae fetch wiki, cosae fetch sae-probes.
 """
@@ -13,12 +13,14 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import torch
+
 from cosae.recipe import DataConfig
 from cosae.run.capture.request import Capture
 from cosae.run.capture.stores import capture_stores
 from studies.real_model import measured, texts
 from studies.real_model.design import BLOCKS, CONTEXT, CORPUS, HELD_OUT_TOKENS, MODEL, STORES, TRAIN_TOKENS
-from studies.runsets import REAL_CLOSELY, SEEDS, ensure, finished, folder_of
+from studies.runsets import REAL_CLOSELY, SEEDS, ensure
 
 ORDER = (
     *("real_14", "real_10", "real_12", "real_28", "real_14_unfiltered"),
@@ -35,27 +37,21 @@ def capture() -> None:
     texts.ensure()
 
 
-def train() -> None:
-    """Every run; its checkpoints go once it is finished."""
-    for name in ORDER:
-        for folder in ensure(name):
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def measure() -> None:
-    """What is asked of finished runs, two at a time."""
-    closely = {f"real_{block}" for block in REAL_CLOSELY}
-    jobs = [(name, seed, kind) for name in ORDER for seed in SEEDS for kind in ("tokens", "texts")]
-    jobs += [(name, seed, "splice") for name in ORDER if name in closely for seed in SEEDS]
-    missing = [job for job in jobs if finished(folder_of(*job[:2])) and not _there(job)]
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        for future in [pool.submit(measured.one, job) for job in missing]:
+def run() -> None:
+    """Train and measure every run, two at a time, a thread each; checkpoints go once a run is finished."""
+    jobs = [(name, seed) for name in ORDER for seed in SEEDS]
+    with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for future in [pool.submit(one_run, *job) for job in jobs]:
             future.result()
 
 
-def _there(job: tuple[str, int, str]) -> bool:
-    name, seed, kind = job
-    return (folder_of(name, seed) / f"{kind}.json").exists()
+def one_run(name: str, seed: int) -> None:
+    """One run of a set, from its training to its last number."""
+    (folder,) = ensure(name, (seed,), progress=False)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    closely = name in {f"real_{block}" for block in REAL_CLOSELY}
+    for kind in ("tokens", "texts", *(["splice"] if closely else [])):
+        measured.measured(name, seed, kind)
 
 
 def page() -> None:
@@ -65,7 +61,7 @@ def page() -> None:
     write()
 
 
-STAGES = {"capture": capture, "train": train, "measure": measure, "page": page}
+STAGES = {"capture": capture, "run": run, "page": page}
 
 if __name__ == "__main__":
     asked = sys.argv[1:] or list(STAGES)

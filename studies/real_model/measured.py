@@ -8,7 +8,6 @@ splice   loss and KL with the reconstruction in the model's place, at the blocks
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,7 @@ from cosae.sae.swap import swap_score
 from studies.real_model import texts
 from studies.real_model.design import CONTEXT, CORPUS, LIKE_THE_PAPER, MODEL, WIKI, labelled_sets
 from studies.real_model.probing import probe
-from studies.runsets import REAL_CLOSELY, finished, folder_of
+from studies.runsets import REAL_CLOSELY, folder_of
 
 READ_TIME, SWAPPED, DIMENSIONS = "standard, read without its norm", "standard, read by cosine", "dimensions of x"
 NORM_TOKENS, SPLICED_TOKENS = 8_192, 6_144
@@ -129,11 +128,3 @@ def _calm(folder: Path) -> Any:
     with open_dataset(recipe.data, DataUse.of(recipe)) as data:
         train = data.sample("train", 32_768, SinkRule(10.0, _filter(folder).median_norm))
     return train.activations[~train.sink_N][:16_384]
-
-
-def one(job: tuple[str, int, str]) -> None:
-    """In a process of its own, on one thread."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    name, seed, kind = job
-    if finished(folder_of(name, seed)):
-        measured(name, seed, kind)

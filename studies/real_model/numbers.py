@@ -62,6 +62,10 @@ def _of_runs(name: str) -> Numbers:
             **{key: _rounded(np.mean([one[key] for one in fired])) for key in FIRED},
             **_of_tokens(arm, tokens, evaluations),
         }
+    by_set = {}
+    for pooling, reading in (PAPER, MASKED, MASKED_AUROC) if name == "real_14" else ():
+        gain_DS = _table(texts, "cosine", pooling, reading) - _table(texts, STANDARD, pooling, reading)
+        by_set[f"{pooling}/{reading}"] = (100 * gain_DS).round(1).tolist()
     return {
         "block": block_of(name),
         "seeds": seeds,
@@ -69,6 +73,7 @@ def _of_runs(name: str) -> Numbers:
         "strength": _strength(tokens),
         "arms": arms,
         "splice": _splice(name),
+        "gains_by_set": by_set,
     }
 
 

@@ -219,7 +219,7 @@ def test_an_injection_reaches_measurements_of_token_concepts(measurement: str, t
         cosae.save(sae, tmp_path / score)
     found = {}
     for inject in (None, "log_normal:sigma=2", "none"):
-        request = EvalRequest(tokens=4000, context=64, inject=inject)
+        request = EvalRequest(tokens=2000, context=64, inject=inject)
         specs = (f"A={tmp_path / 'inner'}", f"B={tmp_path / 'cosine'}")
         found[inject] = evaluate(measurement, specs, request)["found"]
     assert found[None] == found["none"]

@@ -44,7 +44,7 @@ def pooled_set(name: str = "planted", seed: int = 0, n_classes: int = 2, arms: i
 
 
 def test_a_planted_feature_is_perfect_and_noise_is_one_half() -> None:
-    sets = [pooled_set(f"set {i}", i) for i in range(6)]
+    sets = [pooled_set(f"set {i}", i) for i in range(4)]
     found = probe_texts(sets, baseline="noise", seeds=2, n_resamples=200)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     for sinks in SINKS:
@@ -100,7 +100,7 @@ def test_of_many_classes_those_with_most_texts_are_asked_about() -> None:
 
 def test_permuted_labels_stay_at_one_half_within_their_interval() -> None:
     rng = np.random.default_rng(5)
-    sets = [replace(pooled_set(f"s{i}", i), class_S=rng.permutation(pooled_set(f"s{i}", i).class_S)) for i in range(8)]
+    sets = [replace(pooled_set(f"s{i}", i), class_S=rng.permutation(pooled_set(f"s{i}", i).class_S)) for i in range(5)]
     found = probe_texts(sets, baseline="good", seeds=2, n_resamples=500)
     for reading, by in found["summary"]["sinks_in"]["good"].items():
         assert by["auroc"]["low"] < 0.5 < by["auroc"]["high"], reading
