@@ -8,7 +8,6 @@ First: cosae fetch smollm2, cosae fetch wiki, cosae fetch sae-probes.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -20,7 +19,7 @@ from cosae.run.capture.request import Capture
 from cosae.run.capture.stores import capture_stores
 from studies.real_model import measured, texts
 from studies.real_model.design import BLOCKS, CONTEXT, CORPUS, HELD_OUT_TOKENS, MODEL, STORES, TRAIN_TOKENS
-from studies.runsets import REAL_CLOSELY, SEEDS, ensure
+from studies.runsets import SEEDS
 
 ORDER = (
     *("real_14", "real_10", "real_12", "real_28", "real_14_unfiltered"),
@@ -41,17 +40,8 @@ def run() -> None:
     """Train and measure every run, two at a time, a thread each; checkpoints go once a run is finished."""
     jobs = [(name, seed) for name in ORDER for seed in SEEDS]
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for future in [pool.submit(one_run, *job) for job in jobs]:
+        for future in [pool.submit(measured.one_run, *job) for job in jobs]:
             future.result()
-
-
-def one_run(name: str, seed: int) -> None:
-    """One run of a set, from its training to its last number."""
-    (folder,) = ensure(name, (seed,), progress=False)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    closely = name in {f"real_{block}" for block in REAL_CLOSELY}
-    for kind in ("tokens", "texts", *(["splice"] if closely else [])):
-        measured.measured(name, seed, kind)
 
 
 def page() -> None:

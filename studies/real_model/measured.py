@@ -8,6 +8,7 @@ splice   loss and KL with the reconstruction in the model's place, at the blocks
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ from cosae.sae.swap import swap_score
 from studies.real_model import texts
 from studies.real_model.design import CONTEXT, CORPUS, LIKE_THE_PAPER, MODEL, WIKI, labelled_sets
 from studies.real_model.probing import probe
-from studies.runsets import REAL_CLOSELY, folder_of
+from studies.runsets import REAL_CLOSELY, ensure, folder_of
 
 READ_TIME, SWAPPED, DIMENSIONS = "standard, read without its norm", "standard, read by cosine", "dimensions of x"
 NORM_TOKENS, SPLICED_TOKENS = 8_192, 6_144
@@ -46,6 +47,15 @@ PLANTED_AT = 10
 def block_of(name: str) -> int:
     """The block of a set of runs, which is in its name."""
     return int(name.split("_")[1])
+
+
+def one_run(name: str, seed: int) -> None:
+    """One run of a set, from its training to its last number."""
+    (folder,) = ensure(name, (seed,), progress=False)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    closely = name in {f"real_{block}" for block in REAL_CLOSELY}
+    for kind in ("tokens", "texts", *(["splice"] if closely else [])):
+        measured(name, seed, kind)
 
 
 def saes_of(folder: Path) -> dict[str, SAE]:
