@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from studies.real_model import claims
+
 STUDIES = Path(__file__).parent
 PAGE = STUDIES.parent / "docs" / "CLAIMS.md"
 CLAIMS = (
@@ -28,13 +30,17 @@ CLAIMS = (
 HEAD = """# The paper's claims, tried at our scale
 
 arXiv 2606.15054 claims that cosine scoring learns features that match human concepts far more often at equal
-reconstruction. Each claim is tried here on the embedded model (192 wide, block 5), on synthetic worlds or on both, with
-three seeds, paired arms and intervals. A small model with tame norms is not Qwen3-8B: "cannot be seen at this scale" is
-a possible answer, and "not supported" means no more than it says. "What an audit of its code remarks": our notes on the
-paper, by their section.
+reconstruction.
 
-| | claim | the paper | what an audit of its code remarks | verdict here | our figures | command |
-|---|---|---|---|---|---|---|
+{real}
+
+Each claim is tried on the embedded model (192 wide, block 5), on synthetic worlds or on both, with three seeds, paired
+arms and intervals; the verdict is about those. A small model with tame norms is not Qwen3-8B: "cannot be seen at this
+scale" is a possible answer, and "not supported" means no more than it says. "On a real model" is the pretrained one
+above. "What an audit of its code remarks": our notes on the paper, by their section.
+
+| | claim | the paper | what an audit of its code remarks | verdict here | our figures | on a real model | command |
+|---|---|---|---|---|---|---|---|
 """
 FOOT = """
 A claim's command trains the runs that are not there yet, measures them and writes its RESULT.md, figure.svg and
@@ -49,6 +55,8 @@ numbers.json. Why a learned exponent ends where it does, without training:
 def page() -> str:
     """The table, one row per claim that has numbers."""
     rows = []
+    real = claims.numbers()
+    on_real = claims.cells(real)
     for folder in CLAIMS:
         path = STUDIES / folder / "numbers.json"
         if not path.exists():
@@ -62,9 +70,10 @@ def page() -> str:
             found["audit"],
             f"**{found['verdict']}**",
             found["figures"],
+            on_real.get(found["letter"], claims.UNTRIED),
         ]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + f" | `{found['command']}` |")
-    return HEAD + "\n".join(rows) + "\n" + FOOT
+    return HEAD.format(real=claims.paragraph(real)) + "\n".join(rows) + "\n" + FOOT
 
 
 if __name__ == "__main__":
