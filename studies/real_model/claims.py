@@ -31,8 +31,8 @@ def paragraph(found: dict[str, Any]) -> str:
         f"{at['strength']:.0f} times the median norm: by the paper's protocol cosine − standard is "
         f"{shown(at['paper'])} points of top-1 probing accuracy; with position 0 left out of the pooling "
         f"{shown(at['masked'])}; with latents chosen by AUROC as well {shown(at['masked_auroc'])}. Where the model has "
-        f"no sink, by the same protocol: {calm}. Means over {sets} labelled sets and {seeds} seeds, 95 % intervals over "
-        "both; predictions written down before, controls and what failed: "
+        f"no sink, by the same protocol: {calm}. Means over {sets} labelled sets and {seeds} seeds, 95 % intervals "
+        "over both; predictions written down before, controls and what failed: "
         "[studies/real_model](../studies/real_model/RESULT.md). One model of 135 million parameters is not Qwen3-8B."
     )
 

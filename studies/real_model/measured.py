@@ -42,6 +42,8 @@ READ_TIME, SWAPPED, DIMENSIONS = "standard, read without its norm", "standard, r
 NORM_TOKENS, SPLICED_TOKENS = 8_192, 6_144
 SPLICED = ("standard", "standard_unit_frame", "cosine", "cosine_per_feature", "two_unit", "two_learned")
 PLANTED_AT = 10
+UNREAD = ("cosine_fast", "cosine_fast_from_1")
+"""Arms that only ask where a learned exponent ends."""
 
 
 def block_of(name: str) -> int:
@@ -77,7 +79,7 @@ def _texts(name: str, seed: int) -> dict[str, Any]:
     folder, block = folder_of(name, seed), block_of(name)
     median = _filter(folder).median_norm
     assert median is not None
-    readers: dict[str, Autoencoder | None] = dict(saes_of(folder))
+    readers: dict[str, Autoencoder | None] = {a: sae for a, sae in saes_of(folder).items() if a not in UNREAD}
     closely = name in {f"real_{b}" for b in REAL_CLOSELY}
     if name == "real_14":
         standard = readers["standard"]

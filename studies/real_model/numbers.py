@@ -121,7 +121,7 @@ def _of_tokens(arm: str, tokens: list[Numbers], evaluations: list[Numbers]) -> N
     if tokens:
         for sinks in ("sinks_out", "sinks_in"):
             found[f"norm_driven/{sinks}"] = _mean([t[arm]["norm_driven"][sinks] for t in tokens])
-            quartile = [(t[arm]["firing_norms"][sinks] or {}).get("quartiles", [None] * 4)[3] for t in tokens]
+            quartile = [(t[arm]["firing_norms"][sinks] or {}).get("quartile_share", [None] * 4)[3] for t in tokens]
             found[f"top_quartile/{sinks}"] = _mean(quartile)
         for key in ("l0_on", "sink_features", "firing_frac", "error_frac", "fve_on", "norm_ratio_on"):
             found[f"sinks/{key}"] = _mean([t[arm]["sinks"][key] for t in tokens])
