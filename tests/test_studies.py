@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from cosae.evaluate.probing import logistic
 from cosae.evaluate.probing.ranking import EVERY_RULE
+from cosae.types import Activations, Codes
 from studies.__main__ import CLAIMS, PAGE, page
+from studies.real_model import probing
+from studies.real_model.texts import ReadSet
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,3 +161,37 @@ def test_an_interval_of_the_real_model_draws_sets_and_seeds() -> None:
         middle, low, high = gain(14, reading)
         assert middle == pytest.approx(gain_DS.mean(), abs=0.01)
         assert [low, high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.5)
+
+
+def small_set() -> ReadSet:
+    """Two texts of three and one tokens, position 0 long."""
+    x_ND = torch.tensor([[90.0, 0.0], [1.0, 2.0], [3.0, 0.5], [80.0, 1.0]])
+    none = torch.full((4,), -1, dtype=torch.int32)
+    text_N, position_N = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 0], dtype=torch.int32)
+    special_N = torch.zeros(4, dtype=torch.bool)
+    activations = Activations(x_ND, x_ND.norm(dim=-1), none, text_N.int(), position_N, none, special_N)
+    return ReadSet("small", {}, text_N.numpy(), activations)
+
+
+def test_the_controls_of_the_real_model_change_what_they_say() -> None:
+    one, sink_N = small_set(), np.array([True, False, False, True])
+    left_out = probing._one_other(one)
+    assert left_out.sum() == 1
+    assert not left_out[[0, 3]].any()
+    clipped = probing._clipped(Codes.from_dense(one.activations.x_ND), sink_N).to_dense()
+    assert clipped.tolist() == [[3.0, 0.0], [1.0, 2.0], [3.0, 0.5], [3.0, 1.0]]
+    pooled = dict(probing._pooled(Codes.from_dense(one.activations.x_ND), one, sink_N, 2, probing.POOLINGS))
+    assert pooled["in"].to_dense()[0].tolist() == pytest.approx([94 / 3, 2.5 / 3])
+    assert pooled["out"].to_dense().tolist() == [[2.0, 1.25], [0.0, 0.0]]
+    assert pooled["last"].to_dense().tolist() == [[3.0, 0.5], [80.0, 1.0]]
+
+
+@pytest.mark.parametrize("n_features", [1, 5])
+def test_newton_finds_the_minimum_that_the_library_finds(n_features: int) -> None:
+    rng = np.random.default_rng(n_features)
+    label_N = rng.random(160) < 0.4
+    x_NK = rng.normal(size=(160, n_features)) + label_N[:, None]
+    x_NK -= x_NK.mean(axis=0)
+    weight_K, bias = probing.newton(x_NK, label_N)
+    theirs_KC, bias_C = logistic.fit(x_NK, label_N[:, None])
+    assert x_NK @ weight_K + bias == pytest.approx(x_NK @ theirs_KC[:, 0] + bias_C[0], abs=2e-3)
