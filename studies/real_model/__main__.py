@@ -19,7 +19,7 @@ from cosae.run.capture.request import Capture
 from cosae.run.capture.stores import capture_stores
 from studies.real_model import measured, texts
 from studies.real_model.design import BLOCKS, CONTEXT, CORPUS, HELD_OUT_TOKENS, MODEL, STORES, TRAIN_TOKENS
-from studies.runsets import SEEDS
+from studies.runsets import REAL_CLOSELY, SEEDS
 
 ORDER = (
     *("real_14", "real_10", "real_12", "real_28", "real_14_unfiltered"),
@@ -39,8 +39,11 @@ def capture() -> None:
 def run() -> None:
     """Train and measure every run, two at a time, a thread each; checkpoints go once a run is finished."""
     jobs = [(name, seed) for name in ORDER for seed in SEEDS]
+    closely = {f"real_{block}" for block in REAL_CLOSELY}
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for future in [pool.submit(measured.one_run, *job) for job in jobs]:
+        waiting = [pool.submit(measured.one_run, *job) for job in jobs]
+        waiting += [pool.submit(measured.measured, *job, "splice") for job in jobs if job[0] in closely]
+        for future in waiting:
             future.result()
 
 

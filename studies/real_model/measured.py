@@ -55,8 +55,7 @@ def one_run(name: str, seed: int) -> None:
     """One run of a set, from its training to its last number."""
     (folder,) = ensure(name, (seed,), progress=False)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    closely = name in {f"real_{block}" for block in REAL_CLOSELY}
-    for kind in ("tokens", "texts", *(["splice"] if closely else [])):
+    for kind in ("tokens", "texts"):
         measured(name, seed, kind)
 
 

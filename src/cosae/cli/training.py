@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from cosae.recipe import Recipe
 
 
+NO_ARMS = (
+    "cosae: no --arms given: training standard, and standard_unit_frame, which takes each token's norm out and puts it "
+    "back. Which is better depends on the norms: docs/choosing.md."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train(RecipeOptions):
     """Train several SAEs on the same batches of activations, measure them, and write a report.
@@ -146,6 +152,8 @@ def train(command: Train) -> int:
         return 0
     for text in recipe.warnings:
         print(f"cosae: warning: {text}", file=sys.stderr)
+    if not (command.arms or command.quiet) and recipe.arms == type(recipe)().arms:
+        print(NO_ARMS, file=sys.stderr)
     if command.dry_run or isinstance(command, Plan):
         from cosae.run.plan.check import plan_run, screen
 
