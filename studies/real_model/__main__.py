@@ -22,7 +22,7 @@ from studies.real_model.design import BLOCKS, CONTEXT, CORPUS, HELD_OUT_TOKENS, 
 from studies.runsets import REAL_CLOSELY, SEEDS
 
 ORDER = (
-    *("real_14", "real_10", "real_12", "real_28", "real_14_unfiltered"),
+    *("real_14", "real_10", "real_12", "real_14_unfiltered", "real_28"),
     *("real_11", "real_18", "real_24", "real_14_wide"),
 )
 """Sets of runs, what the verdict needs most first."""
@@ -38,12 +38,12 @@ def capture() -> None:
 
 def run() -> None:
     """Train and measure every run, two at a time, a thread each; checkpoints go once a run is finished."""
-    jobs = [(name, seed) for name in ORDER for seed in SEEDS]
     closely = {f"real_{block}" for block in REAL_CLOSELY}
+    jobs = [(name, seed, kind) for name in ORDER for kind in ("run", "splice") for seed in SEEDS]
+    jobs = [job for job in jobs if job[2] == "run" or job[0] in closely]
+    jobs.sort(key=lambda job: job[2] == "splice" and job[0] != "real_14")  # the other blocks' at the end
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = [pool.submit(measured.one_run, *job) for job in jobs]
-        waiting += [pool.submit(measured.measured, *job, "splice") for job in jobs if job[0] in closely]
-        for future in waiting:
+        for future in [pool.submit(measured.one, *job) for job in jobs]:
             future.result()
 
 

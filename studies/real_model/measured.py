@@ -39,8 +39,8 @@ from studies.real_model.probing import probe
 from studies.runsets import REAL_CLOSELY, ensure, folder_of
 
 READ_TIME, SWAPPED, DIMENSIONS = "standard, read without its norm", "standard, read by cosine", "dimensions of x"
-NORM_TOKENS, SPLICED_TOKENS = 8_192, 6_144
-SPLICED = ("standard", "standard_unit_frame", "cosine", "cosine_per_feature", "two_unit", "two_learned")
+NORM_TOKENS, SPLICED_TOKENS = 8_192, 4_096
+SPLICED = ("standard", "standard_unit_frame", "cosine", "two_unit")
 PLANTED_AT = 10
 UNREAD = ("cosine_fast", "cosine_fast_from_1")
 """Arms that only ask where a learned exponent ends."""
@@ -51,12 +51,15 @@ def block_of(name: str) -> int:
     return int(name.split("_")[1])
 
 
-def one_run(name: str, seed: int) -> None:
-    """One run of a set, from its training to its last number."""
+def one(name: str, seed: int, kind: str) -> None:
+    """One run of a set, from its training to what its tokens and texts say; or what splicing it costs."""
+    if kind == "splice":
+        measured(name, seed, kind)
+        return
     (folder,) = ensure(name, (seed,), progress=False)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for kind in ("tokens", "texts"):
-        measured(name, seed, kind)
+    for asked in ("tokens", "texts"):
+        measured(name, seed, asked)
 
 
 def saes_of(folder: Path) -> dict[str, SAE]:

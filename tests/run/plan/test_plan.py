@@ -16,7 +16,6 @@ import torch
 from cosae.activations.synthetic import World
 from cosae.cli import main
 from cosae.errors import CosaeError
-from cosae.presets import preset
 from cosae.recipe import DataConfig, Recipe
 from cosae.run.capture.request import Capture
 from cosae.run.capture.stores import capture_stores
@@ -25,6 +24,7 @@ from cosae.run.execute import Logs, execute, resume
 from cosae.run.plan import check as plans
 from cosae.run.plan.check import check_capture, check_run, plan_run, screen
 from cosae.run.plan.resources import Choice, Item, check_fits, human, total
+from cosae.train.arm import ARMS
 from tests.support import ROOT
 
 TOLERANCE = 0.35
@@ -77,8 +77,7 @@ def small(
     kernel: str = "auto",
 ) -> Recipe:
     """Two arms on a world, four steps."""
-    arms = preset("embedded").arms
-    return Recipe(arms=(arms[0], arms[2]), d_sae=m, k=16, kernel=kernel).changed(
+    return Recipe(arms=(ARMS["standard"], ARMS["cosine"]), d_sae=m, k=16, kernel=kernel).changed(
         {
             "data.world": World(d_in=d, n_features=256, l0=3),
             "training.steps": 4,
