@@ -128,12 +128,12 @@ class InitConfig:
 
     a_init: float = 0.0
     """Start of every learned exponent a, and the value of a fixed one of cosine_two_exponents."""
-    value_exponent_init: float = 1.0
-    """The same of the value exponent δ of cosine_two_exponents."""
     b_init: str | float = "auto"
     """Start of b: auto, sqrt_d, norm, or a number."""
     centre: str = "geometric_median"
     """Start of the centre, fitted to a sample: geometric_median, mean or zero."""
+    value_exponent_init: float = 1.0
+    """Start of the value exponent δ of cosine_two_exponents, or its value where it is fixed."""
 
     def __post_init__(self) -> None:
         if isinstance(self.b_init, str):

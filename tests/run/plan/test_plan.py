@@ -286,6 +286,6 @@ def test_the_command_line_plans(verb: list[str], tmp_path: Path, capsys: pytest.
         main([*verb, *options])
     printed = capsys.readouterr()
     assert (stopped.value.code, printed.err) == (0, "")
-    for line in ("memory: about", "disk: about", "time: about", "the shuffle buffer", "steps of cosine"):
+    for line in ("memory: about", "disk: about", "time: about", "the shuffle buffer", "steps of standard_unit_frame"):
         assert line in printed.out
     assert not out.exists()
