@@ -48,18 +48,18 @@ def _of_runs(name: str) -> Numbers:
     evaluations = [read_json(folder_of(name, seed) / "evaluation.json") for seed in seeds]
     readings = {(pooling, reading) for pooling, by in _first(texts[0]).items() for reading in by}
     arms = {}
-    for arm in texts[0]:
+    for arm in dict.fromkeys([*texts[0], *evaluations[0]["reconstruction"]]):
         own = {}
-        for pooling, reading in sorted(readings):
+        for pooling, reading in sorted(readings) if arm in texts[0] else ():
             value_DS = _table(texts, arm, pooling, reading)
             if value_DS is not None:
                 standard_DS = _table(texts, STANDARD, pooling, reading)
                 gain = None if arm == STANDARD or standard_DS is None else _interval(100 * (value_DS - standard_DS))
                 own[f"{pooling}/{reading}"] = {"accuracy": round(float(value_DS.mean()), 4), "gain": gain}
-        fired = [{k: np.mean([one["fired"].get(k, np.nan) for one in t[arm].values()]) for k in FIRED} for t in texts]
+        fired = [{k: _mean([one["fired"].get(k) for one in t.get(arm, {}).values()]) for k in FIRED} for t in texts]
         arms[arm] = {
             "readings": own,
-            **{key: _rounded(np.mean([one[key] for one in fired])) for key in FIRED},
+            **{key: _mean([one[key] for one in fired]) for key in FIRED},
             **_of_tokens(arm, tokens, evaluations),
         }
     by_set = {}

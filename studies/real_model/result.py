@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cosae.io.values import finite
+from cosae.io.lines import finite
 from cosae.report.figures.svg import INK, Panel, drawing, label, style_of, tag
 from cosae.run.folder import read_json
 from studies.real_model.design import FOLDER, LIKE_THE_PAPER, OTHERS, TRAIN_TOKENS, WIKI
