@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 RESULTS = README[README.index("## What comes out") : README.index("## Train, look, audit")]
 CLAIMS = (ROOT / "docs" / "CLAIMS.md").read_text("utf-8")
 STUDIES = {path.parent.name: json.loads(path.read_text("utf-8")) for path in (ROOT / "studies").glob("*/numbers.json")}
+REAL = STUDIES.pop("real_model")
 NUMBER = r"[+-]\d\.\d+"
 ESTIMATE = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
 ROWS = {
@@ -122,6 +123,10 @@ def test_the_readme_installs_extras_that_exist() -> None:
     assert {extra for line in (users, *developers) for extra in line.split(",")} <= set(known)
 
 
+ON_REAL = ("{:+.1f} [{:+.1f}, {:+.1f}]", "{:+.4f} [{:+.4f}, {:+.4f}]")
+"""How the column about the real model writes points, and variance explained."""
+
+
 @pytest.mark.parametrize("claim", STUDIES)
 def test_every_interval_on_the_claims_page_is_a_study_s(claim: str) -> None:
     """A rounded mean with its interval, for each that the page quotes of a study; none is edited by hand."""
@@ -130,6 +135,7 @@ def test_every_interval_on_the_claims_page_is_a_study_s(claim: str) -> None:
     if claim == "norm_shift":  # its numbers are by seed
         by_seed = [one["fve"] for name, one in numbers.items() if name != "gap"]
         known |= {written(over_seeds(one, other)) for one in by_seed for other in by_seed}
+    known |= {text.format(*one) for one in _lists(REAL) if len(one) == 3 for text in ON_REAL}
     (row,) = (line for line in CLAIMS.splitlines() if line.startswith("| (") and f"](../studies/{claim}/" in line)
     quoted = [f"{middle} [{low}, {high}]" for middle, low, high in ESTIMATE.findall(row.replace("−", "-"))]
     assert [one for one in quoted if one not in known] == []

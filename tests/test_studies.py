@@ -105,44 +105,44 @@ def gain(block: int | str, reading: str) -> list[float]:
     return found
 
 
-def judged_on_the_real_model() -> dict[str, str]:
-    """The predictions of studies/real_model/PREDICTIONS.md, by what that file says refutes them."""
+def refuted_on_the_real_model() -> dict[str, bool]:
+    """The predictions of studies/real_model/PREDICTIONS.md that were tried, by what that file says refutes them."""
     paper, masked = "in/mean_difference/top_1", "out/mean_difference/top_1"
-    there = {int(row["block"]) for row in REAL["dose"]}
-    sinks, none = there & {12, 14, 18, 24, 28}, there & {10, 11}
-    whole = gain(14, paper)[0]
-    runs = REAL["runs"]
-    raw = runs["real_14"]["arms"]["standard_unit_frame"]["readings"]["in/raw/mean_difference/top_1"]["accuracy"]
+    sinks, runs = (12, 14, 18, 24, 28), REAL["runs"]
     rules = [f"{side}/{rule}/top_1" for side in ("in", "out") for rule in EVERY_RULE]
-    splice = runs["real_14"]["splice"]
-    refuted = {
-        "P1": any(gain(b, paper)[1] < 5 for b in (12, 14)) or any(gain(b, paper)[1] < 0 for b in sinks),
-        "P2": any(gain(b, masked)[0] > gain(b, paper)[0] / 2 for b in (12, 14)),
-        "P3": any(gain(b, "out/auroc/top_1")[1] > 1.5 for b in (12, 14)),
-        "P4": any(gain(b, reading)[1] > 2 for b in none for reading in rules),
-        "P5": gain(14, "random/mean_difference/top_1")[0] < 0.8 * whole,
-        "P6": gain(14, "clipped/mean_difference/top_1")[0] > 0.5 * whole,
-        "P7": gain(10, "planted/mean_difference/top_1")[1] < 2,
-        "P8": any(gain(b, "last/mean_difference/top_1")[1] > 2 for b in sinks),
-        "P9": "real_14_unfiltered" in runs and gain("14_unfiltered", paper)[0] > 0.75 * whole,
-        "P11": raw > 0.6,
-    }
-    if len(there) == 7:
-        dose = [(row["strength"] * row["on"]["standard"], gain(row["block"], paper)[0]) for row in REAL["dose"]]
-        refuted["P10"] = stats.spearmanr(dose).statistic < 0.5
-    if splice is not None:
-        off, on = splice["off_sinks/sinks_out"], splice["everywhere/sinks_in"]
+    dose = [(row["strength"] * row["on"]["standard"], gain(row["block"], paper)[0]) for row in REAL["dose"]]
+
+    def spliced() -> bool:
+        off, on = (runs["real_14"]["splice"][key] for key in ("off_sinks/sinks_out", "everywhere/sinks_in"))
         far = [abs(one["recovered"] - off["standard"]["recovered"]) for one in off.values()]
-        refuted["P12"] = max(far) > 0.05 or any(on[arm]["recovered"] >= off[arm]["recovered"] for arm in off)
-    return {name: "refuted" if yes else "not refuted" for name, yes in refuted.items()}
+        return max(far) > 0.05 or any(on[arm]["recovered"] >= off[arm]["recovered"] for arm in off)
+
+    def raw() -> float:
+        readings = runs["real_14"]["arms"]["standard_unit_frame"]["readings"]
+        return float(readings["in/raw/mean_difference/top_1"]["accuracy"])
+
+    refuted = {
+        "P1": lambda: [gain(b, paper)[1] < (5 if b < 18 else 0) for b in sinks],
+        "P2": lambda: [gain(b, masked)[0] > gain(b, paper)[0] / 2 for b in (12, 14)],
+        "P3": lambda: [gain(b, "out/auroc/top_1")[1] > 1.5 for b in (12, 14)],
+        "P4": lambda: [gain(b, reading)[1] > 2 for b in (10, 11) for reading in rules],
+        "P5": lambda: [gain(14, "random/mean_difference/top_1")[0] < 0.8 * gain(14, paper)[0]],
+        "P6": lambda: [gain(14, "clipped/mean_difference/top_1")[0] > 0.5 * gain(14, paper)[0]],
+        "P7": lambda: [gain(10, "planted/mean_difference/top_1")[1] < 2],
+        "P8": lambda: [gain(b, "last/mean_difference/top_1")[1] > 2 for b in sinks],
+        "P9": lambda: [gain("14_unfiltered", paper)[0] > 0.75 * gain(14, paper)[0]],
+        "P10": lambda: [stats.spearmanr(dose).statistic < 0.5],
+        "P11": lambda: [raw() > 0.6],
+        "P12": lambda: [spliced()],
+    }
+    tried = [name for name, (verdict, _) in REAL["predictions"].items() if verdict != "not run"]
+    return {name: any(refuted[name]()) for name in tried}
 
 
 def test_predictions_on_the_real_model_are_judged_by_their_own_file() -> None:
-    said = {name: verdict for name, (verdict, _) in REAL["predictions"].items() if verdict != "not run"}
-    again = judged_on_the_real_model()
-    assert {name: verdict == "refuted" for name, verdict in said.items()} == {
-        name: again[name] == "refuted" for name in said
-    }
+    assert {name: REAL["predictions"][name][0] == "refuted" for name in refuted_on_the_real_model()} == (
+        refuted_on_the_real_model()
+    )
     text = (ROOT / "studies" / "real_model" / "RESULT.md").read_text("utf-8")
     for name, (verdict, figures) in REAL["predictions"].items():
         assert f"| {name} | **{verdict}** | {figures.replace('|', chr(92) + '|')} |" in text

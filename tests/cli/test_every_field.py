@@ -50,6 +50,7 @@ SINKS = {"data.world.norm": "sinks", "data.world.sink_frac": 0.1}
 HELD = {"filter.kind": "none", **SINKS}
 JUMP, GATED = {"arms.sae.selector": "jumprelu"}, {"arms.sae.selector": "gated"}
 LEARNED = {"arms.sae.score": "cosine"}
+TWO = {"arms.sae.score": "cosine_two_exponents"}
 DEAD = {"d_sae": 64, "k": 1, "training.dead_after_tokens": 32}
 PAIR = {"pair": True}
 TEXTS = {"evaluation.texts": ("labels.jsonl",), "evaluation.max_texts": 60, "evaluation.text_splits": 1}
@@ -129,12 +130,17 @@ SEEN: dict[str, tuple[Any, dict[str, Any]]] = {
     "arms.sae.n_groups": (2, {"arms.sae.score": "cosine_grouped"}),
     "arms.sae.bias": (False, {}),
     "arms.sae.bandwidth": (0.2, JUMP),
+    "arms.sae.a_owner": ("feature", TWO),
+    "arms.sae.value_exponent_owner": ("feature", TWO),
+    "arms.sae.a_window": (0.5, LEARNED),
     "arms.init.a_init": (0.5, LEARNED),
+    "arms.init.value_exponent_init": (0.5, TWO),
     "arms.init.b_init": ("norm", LEARNED),
     "arms.init.centre": ("zero", {}),
     "arms.seed": (5, {}),
     "arms.lr": (5e-3, {}),
     "arms.a_lr": (3.0, LEARNED),
+    "arms.value_exponent_lr": (3.0, TWO),
     "arms.b_lr": (3.0, LEARNED),
     "arms.threshold_lr": (3.0, JUMP),
     "arms.sparsity_weight": (0.5, JUMP),
