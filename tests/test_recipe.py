@@ -300,3 +300,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_named_arms_are_the_recipes_arms() -> None:
     assert all(arm == ARMS[arm.name] for arm in Recipe().arms)
+
+
+def test_a_nested_value_in_the_place_of_a_number_is_shown_cut(tmp_path: Path) -> None:
+    plain = json.loads(json.dumps(to_plain(preset("demo"))))
+    plain["arms"][0]["threshold_lr"] = to_plain(preset("demo").arms) * 2
+    (tmp_path / "recipe.json").write_text(json.dumps(plain))
+    with pytest.raises(CosaeError, match="threshold_lr must be of type float") as refusal:
+        Recipe.read(tmp_path / "recipe.json")
+    assert len(str(refusal.value)) < 400 + len(str(tmp_path))

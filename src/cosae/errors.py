@@ -31,14 +31,17 @@ def advises_to_drop() -> Iterator[None]:
         raise CosaeError(f"{str(error).removesuffix('.')}, {advice}") from error
 
 
+SHORT = 240
+"""Characters of what came that a message shows."""
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 12, 12, 8
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 160
 
 
 def short(value: object) -> str:
-    """A value as it is written in Python, cut where it is long: what came may be a stranger's."""
-    return " ".join(_SHORT.repr(value).split())
+    """A value as it is written in Python, cut where it is long: what came may be a stranger's, and nested."""
+    text = " ".join(_SHORT.repr(value).split())
+    return text if len(text) <= SHORT else f"{text[:SHORT]}…"
 
 
 def sentences(*parts: object) -> str:
