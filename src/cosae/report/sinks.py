@@ -20,6 +20,7 @@ from cosae.shown import counted
 PAPER, AUROC = "mean_difference/top_1", "auroc/top_1"
 ONE_FEATURE = {PAPER: "feature chosen by mean difference", AUROC: "feature chosen by AUROC"}
 POOLED = {"sinks_in": "all tokens", "sinks_out": "without sinks"}
+"""With the first of both, a number is the paper's."""
 RULES = {
     "mean_difference": "by mean difference",
     "auroc": "by AUROC",
@@ -143,12 +144,8 @@ def sets_sentence(texts: TextProbing) -> str:
 
 def sentences(record: RunRecord) -> list[tuple[str, str]]:
     """What the answer says of sinks: what fires there, and what they do to the paper's number."""
-    found = []
-    if record.has_sinks and (on := _firing(record)):
-        found.append(("Sinks", on))
-    if texts := record.evaluation.texts:
-        found.append(("Sinks and probing", f"{_effect(texts)}."))
-    return found
+    firing = [("Sinks", said)] if record.has_sinks and (said := _firing(record)) else []
+    return firing + _effects(record.evaluation.texts or TextProbing())
 
 
 def _firing(record: RunRecord) -> str:
@@ -156,26 +153,29 @@ def _firing(record: RunRecord) -> str:
     listed = [f"{count(one.l0_at_0)} features of {arm}" for arm, one in sinks.items() if one.l0_at_0 is not None]
     if not listed or place is None:
         return ""
-    off = [one.l0_off for one in sinks.values() if one.l0_off is not None]
-    usual = f", against {fixed(min(off), 0)} to {fixed(max(off), 0)} elsewhere" if off else ""
-    return f"position 0 of a text has {times(place)} the median norm; {_and(listed)} fire there{usual}."
+    off = [count(one.l0_off) for one in sorted(sinks.values(), key=lambda one: one.l0_off or 0)]
+    usual = " to ".join(dict.fromkeys((off[0], off[-1])))
+    return f"position 0 of a text has {times(place)} the median norm; {_and(listed)} fire there, {usual} elsewhere."
 
 
-def _effect(texts: TextProbing) -> str:
+def _effects(texts: TextProbing) -> list[tuple[str, str]]:
     """The paper's number, the same without the sinks, and by AUROC."""
-    said = []
-    for reading, sinks, how in (
-        (PAPER, "sinks_in", "by the paper's protocol (one feature by mean difference, codes averaged over all tokens)"),
-        (PAPER, "sinks_out", "with the sinks left out of the average"),
-        (AUROC, "sinks_out", "with that and the feature chosen by AUROC"),
+    found = []
+    for title, reading, sinks in (
+        ("The paper's probing number", PAPER, "sinks_in"),
+        ("The same without the sinks", PAPER, "sinks_out"),
+        ("And by AUROC", AUROC, "sinks_out"),
     ):
         gaps = [(arm, texts.difference(arm, sinks, reading)) for arm in texts.arms if arm != texts.baseline]
         if listed := [f"{arm} {_words(gap)}" for arm, gap in gaps if gap.mean is not None]:
-            said.append(f"{how}, accuracy minus that of {texts.baseline} is {_and(listed)}")
+            found.append([title, _and(listed)])
+    if found:
+        how = "one feature chosen by mean difference, codes averaged over all tokens"
+        found[0][1] = f"accuracy minus that of {texts.baseline}, {how}: {found[0][1]}"
     masked = texts.masking(str(texts.baseline), PAPER)
-    if masked.mean is not None:
-        said.append(f"leaving the sinks out alone changes {texts.baseline} by {_words(masked)}")
-    return "; ".join(said)
+    if len(found) > 1 and masked.mean is not None:
+        found[1][1] += f"; {texts.baseline} itself changes by {_words(masked)}"
+    return [(title, f"{said}.") for title, said in found]
 
 
 def _words(one: Estimate) -> str:
