@@ -212,7 +212,7 @@ def test_the_paper_preset_is_the_papers() -> None:
     assert (paper.data.max_chars, paper.data.min_chars, paper.data.context) == (8192, 51, 2048)  # skip ≤ 50 characters
     assert (paper.filter.kind, paper.filter.factor) == ("norm", 10.0)
     for arm in paper.arms:
-        assert arm.init == InitConfig(0.0, "sqrt_d", "geometric_median")
+        assert arm.init == InitConfig(a_init=0.0, b_init="sqrt_d", centre="geometric_median")
         assert arm.sae.selector == "batch_topk"
         assert (arm.loss.normalise, arm.loss.aux_coefficient, arm.loss.aux_k) == ("none", 1 / 32, None)
 
