@@ -25,6 +25,10 @@ from cosae.run.requests import EvalRequest
 from cosae.sae.calibrate import calibrate
 from tests.cli.test_every_field import place as place
 
+BROWSE = (
+    "model", "site", "format", "seed", "corpus", "store", "tokens", "context", "window", "out", "rebuild", "static",
+    "host", "port", "open",
+)  # fmt: skip
 NEEDS = {
     "device": "needs an accelerator",
     "quiet": "what is printed on the side",
@@ -39,6 +43,9 @@ NEEDS = {
     ),
     **dict.fromkeys(("train out", "plan out"), "where it is written"),
     **dict.fromkeys(("train show", "train dry_run"), "show is in every test of the recipe; tests/cli/test_advice.py"),
+    **dict.fromkeys(
+        (f"browse {name}" for name in BROWSE), "tests/cli/test_browse.py, tests/run/explore/test_browse.py"
+    ),
     "export upload": "tests/interop/peers/neuronpedia_checks.py, a stand-in",
     "bench": "needs SAEBench: tests/interop/test_saebench_run.py, a stand-in",
 }

@@ -79,6 +79,7 @@ def _features(rng: Any, n: int, others: int, vocabulary: int, labels: bool, sign
         "histogram": histogram,
         "histogram_top": np.floor(16 * np.log2(np.where(alive, largest, 1))).astype(np.int64),
         "exponent": np.full(n, 0.5),
+        "value_exponent": np.full(n, 0.25),
         "log_gain": np.zeros(n),
         "bias": np.full(n, np.nan),
         "threshold": np.full(n, 0.3),

@@ -100,6 +100,7 @@ def _of_weights(state: SAEState) -> Columns:
     fixed = sae.cfg.selector in ("topk", "abs_topk")
     return {
         "exponent": spread(sae.scale_a),
+        "value_exponent": spread(sae.value_exponent),
         "log_gain": spread(sae.scale_b),
         "bias": spread(sae.b_enc),
         "threshold": spread(None if fixed else sae.threshold),

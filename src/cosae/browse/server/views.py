@@ -76,7 +76,7 @@ def feature(store: FeatureStore, found: Feature) -> dict[str, Any]:
 _LOGITS = ("promoted", "suppressed")
 _PLAIN_FIELDS = (
     "sae", "quantiles", "edges", "counts", "negative", "quartile_share", "vanished", "appeared", "aurocs", "exponent",
-    "log_gain", "bias", "threshold", "decoder_norm", "encoder_norm",
+    "value_exponent", "log_gain", "bias", "threshold", "decoder_norm", "encoder_norm",
 )  # fmt: skip
 
 

@@ -190,6 +190,7 @@ class FeatureStore:
             appeared=int(one["appeared"]),
             aurocs=tuple((names[c], float(auroc_C[c])) for c in best),
             exponent=float(one["exponent"]),
+            value_exponent=_known(one["value_exponent"]) if "value_exponent" in one else None,
             log_gain=float(one["log_gain"]),
             bias=_known(one["bias"]),
             threshold=_known(one["threshold"]),

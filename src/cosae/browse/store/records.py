@@ -288,7 +288,8 @@ class Feature:
     quartile_share share of its firings in each quartile of |x|; None where it never fires. The null is the SAE's
     vanished, appeared   firings that vanish where every token has the median length; that appear there
     aurocs         (concept, AUROC), the highest first; empty where tokens have no labels
-    exponent       its exponent a; bias: its β, None where the SAE has none; threshold: the score above which it fires,
+    exponent       its exponent a; value_exponent: its δ, None for scores without one
+    log_gain       its b; bias: its β, None where the SAE has none; threshold: the score above which it fires,
                    None for selectors without one (topk)
     decoder_norm, encoder_norm   lengths of its rows
     examples       by group in the order of GROUPS: top from the largest down, interval from the highest fifth down
@@ -310,6 +311,7 @@ class Feature:
     appeared: int
     aurocs: tuple[tuple[str, float], ...]
     exponent: float
+    value_exponent: float | None
     log_gain: float
     bias: float | None
     threshold: float | None

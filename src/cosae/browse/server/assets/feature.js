@@ -34,7 +34,7 @@ cosae.page(async (main, about) => {
   const parts = ["first (short)", "second", "third", "last (long)"];
   const quartiles = found.quartile_share ? cosae.table("Firings by quartile of the token's norm", ["quartile", "of its firings", "of all tokens"],
     parts.map((part, at) => [part, number(found.quartile_share[at], percent), number(info.quartile_null[at], percent)])) : "";
-  const parameters = cosae.table("Its part of the SAE", ["", ""], [["exponent a", number(found.exponent)], ["log-gain b", number(found.log_gain)], ["bias β", number(found.bias)],
+  const parameters = cosae.table("Its part of the SAE", ["", ""], [["exponent a", number(found.exponent)], ...(cosae.known(found.value_exponent) ? [["exponent δ of the value", number(found.value_exponent)]] : []), ["log-gain b", number(found.log_gain)], ["bias β", number(found.bias)],
     ["threshold", number(found.threshold)], ["length of the decoder row", number(found.decoder_norm)], ["length of the encoder row", number(found.encoder_norm)]]);
 
   /* Logits. */

@@ -1,9 +1,9 @@
 /* The score on real tokens: cosine (across) and length (up) of the tokens around a feature's examples, who fires, in which
    order, and the cut-off curve, for any exponent a of the length and any exponent δ of the value.
 
-       score(a) = g · (r / m)^a · κ + β        value = (r / m)^δ · score
-       g = exp(b) · |w|^u · m^(own a), m the SAE's median length: at a = own a the score is the feature's own, and a
-       token of the median length has the same score for every a. */
+       score(a) = g · (r / m)^a · κ + β        value = m^(own δ) · (r / m)^δ · score
+       g = exp(b) · |w|^u · m^(own a), m the SAE's median length: at its own a and δ score and value are the feature's
+       own, and a token of the median length has the same for every a and δ. */
 "use strict";
 cosae.page(async (main, about) => {
   const { el, svg, number, count, significant, href, spell, featureLink } = cosae;
@@ -32,9 +32,10 @@ cosae.page(async (main, about) => {
     cosae.replace(main, form, el("p", {}, `Feature ${id} fires on none of these tokens: choose another.`));
     return;
   }
-  const own = info.frame === "raw" ? found.exponent : 0, ownValue = info.frame === "raw" ? 0 : 1;
+  const own = info.frame === "raw" ? found.exponent : 0, ownValue = info.frame === "raw" ? found.value_exponent ?? 0 : 1;
   const m = info.median_r, beta = found.bias ?? 0;
   const gain = Math.exp(found.log_gain) * (info.row_power ? found.encoder_norm ** info.row_power : 1) * (info.frame === "raw" ? m ** own : 1);
+  const size = info.frame === "raw" ? m ** ownValue : 1;
   const score = (p, a) => gain * (p.r / m) ** a * p.cosine + beta;
   const fired = points.filter((p) => p.value !== 0).length;
   /* The threshold above which as many tokens fire as now; between the last that does and the first that does not. */
@@ -58,7 +59,7 @@ cosae.page(async (main, about) => {
   const made = {};
   const low = Math.min(-0.5, own - 0.5), high = Math.max(1.5, own + 0.5);
   const sliders = el("div", {}, slider("a", "exponent a of the length in the score (0: cosine alone, 1: inner product)", low, high, Number(own.toFixed(2))),
-    slider("delta", "exponent δ of the length in the value (it does not change who fires)", -1, 2, ownValue));
+    slider("delta", "exponent δ of the length in the value (it does not change who fires)", -1, 2, Number(ownValue.toFixed(2))));
   const rule = cosae.choice("the threshold", "rule", [["count", "as many of these tokens fire as now"], ["same", "the same at the median length"]], "count", (value) => { state.rule = value; draw(); });
   const buttons = el("div", { class: "fields-row" }, rule,
     [["a = 0, the cosine", 0], [`a = ${significant(own)}, its own`, own], ["a = 1, the inner product", 1]].map(([text, a]) => el("button", { type: "button", onclick: () => made.a(a) }, text)));
@@ -72,7 +73,7 @@ cosae.page(async (main, about) => {
       p.score = score(p, a);
       p.fires = p.score > cut;
       p.state = p.fires ? (p.value !== 0 ? "fires" : "new") : (p.value !== 0 ? "lost" : "silent");
-      p.worth = (p.r / m) ** state.delta * p.score;
+      p.worth = size * (p.r / m) ** state.delta * p.score;
     }
     const order = points.filter((p) => p.fires || p.value !== 0).sort((p, q) => q.worth - p.worth);
     const curve = (exponent, threshold, across, up) => {
