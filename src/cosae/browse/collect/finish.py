@@ -18,9 +18,12 @@ from cosae.browse.collect.examples import choose
 from cosae.browse.collect.state import SAEState, joined
 from cosae.browse.store.format import (
     BINS_OCTAVE,
+    CODE_ROWS,
+    CODES,
     GROUP_FEATURES,
     REAL,
     SHOWN_BINS,
+    TEXTS,
     write_rows,
 )
 from cosae.browse.store.pairs import MIN_FIRINGS
@@ -35,7 +38,6 @@ Columns = dict[str, Array]
 LOGITS, TOP_TOKENS, LOGIT_ROWS = 10, 6, 256
 LEAST_LABELLED = 10
 """Tokens of the sample with a concept, and without it, that its AUROC needs."""
-CODE_ROWS = 65_536
 
 
 def write_store(folder: Path, building: Building, progress: Progress) -> None:
@@ -235,7 +237,7 @@ def _codes(place: Path, state: SAEState) -> Columns:
     by_feature = joined(state.sample, state.sae.d_sae).tocsc()
     by_feature.sort_indices()
     columns = {"token": by_feature.indices.astype(np.int32), "value": by_feature.data.astype(np.float32)}
-    write_rows(place / "codes.parquet", columns, CODE_ROWS)
+    write_rows(place / CODES, columns, CODE_ROWS)
     return {
         "code_first": by_feature.indptr[:-1].astype(np.int64),
         "code_count": np.diff(by_feature.indptr).astype(np.int64),
@@ -250,7 +252,7 @@ def _texts(folder: Path, building: Building, used: set[int]) -> None:
     sequence = np.searchsorted(np.asarray(tokens.open("start")), np.arange(n), side="right") - 1
     pair = np.concatenate(building.sample_pair)
     used.update(np.unique(ids).tolist())
-    write_rows(folder / "texts.parquet", {"id": ids, "sequence": sequence, "pair": pair}, CODE_ROWS)
+    write_rows(folder / TEXTS, {"id": ids, "sequence": sequence, "pair": pair}, CODE_ROWS)
 
 
 def _examples(place: Path, building: Building, number: int, used: set[int], progress: Progress) -> Array:

@@ -29,6 +29,7 @@ Columns = Mapping[str, Array]
 
 FORMAT, VERSION = "cosae-features", 1
 RECORD, VOCABULARY, FEATURES, EXPLANATIONS = "store.json", "vocabulary.parquet", "features.parquet", "explanations.json"
+TEXTS, CODES, CODE_ROWS = "texts.parquet", "codes.parquet", 65_536
 FILE_FEATURES, GROUP_FEATURES, TABLE_ROWS = 4096, 16, 256
 SINK, COUNTED, REAL = 1, 2, 4
 """Bits of an example's flags."""

@@ -41,6 +41,7 @@ from cosae.browse.store.records import (
     SAEComparison,
     SAEInfo,
     TablePage,
+    Texts,
 )
 from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io.digest import file_digest
@@ -71,6 +72,7 @@ class FeatureStore:
         self._explained: dict[str, tuple[float, dict[int, Explanation]]] = {}
         self._folders = {one["name"]: one["folder"] for one in record["saes"]}
         self._place = {name: place for place, name in enumerate(self._folders)}
+        self._texts: Texts | None = None
         self._spelled: dict[int, str] | None = None
         self._lower: tuple[NDArray[np.int64], list[str]] | None = None
         self.read = from_plain(Pass, record["read"], "the store's record")
@@ -167,9 +169,7 @@ class FeatureStore:
     def feature(self, sae: str, id: int) -> Feature:
         """Everything about one feature. Raises CosaeError for one that is not there."""
         self._check(sae, id)
-        with self._lock:
-            many = self._reader(sae, files.FEATURES).group(id // files.TABLE_ROWS)
-        one = {name: value[id % files.TABLE_ROWS] for name, value in many.items()}
+        one = self._numbers_of(sae, id)
         plain = self._record["saes"][self._known(sae)]
         auroc_C = one.get("aurocs", np.zeros(0))
         names = [name for name, _ in self.concepts]
@@ -202,6 +202,35 @@ class FeatureStore:
             matches=tuple(self._matches(sae, one)),
             explanation=self.explanations(sae).get(id),
         )
+
+    def texts(self) -> Texts:
+        """The tokens of the sample: the first ones of the pass."""
+        with self._lock:
+            if self._texts is None:
+                reader = RowReader(self.folder / files.TEXTS)
+                found = reader.all()
+                reader.close()
+                self._texts = Texts(found["id"], found["sequence"], found["pair"])
+            return self._texts
+
+    def codes(self, sae: str, id: int) -> tuple[Array, Array]:
+        """(n,) tokens of the sample on which a feature fires, ascending, and its values there."""
+        self._check(sae, id)
+        with self._lock:
+            one = self._numbers_of(sae, id)
+            first, end = int(one["code_first"]), int(one["code_first"] + one["code_count"])
+            if first == end:
+                return np.zeros(0, np.int64), np.zeros(0, np.float32)
+            reader = self._reader(sae, files.CODES)
+            groups = range(first // files.CODE_ROWS, (end - 1) // files.CODE_ROWS + 1)
+            parts = [reader.group(number) for number in groups]
+        within = slice(first - groups.start * files.CODE_ROWS, end - groups.start * files.CODE_ROWS)
+        token, value = (np.concatenate([part[name] for part in parts])[within] for name in ("token", "value"))
+        return token.astype(np.int64), value
+
+    def folder_of(self, sae: str) -> str:
+        """The folder of an SAE's files, in the store's."""
+        return self._folder(sae)
 
     def compare(self, sae_a: str, id_a: int, sae_b: str, id_b: int) -> Comparison:
         """Two features, of one SAE or of two."""
@@ -349,6 +378,11 @@ class FeatureStore:
         if where in ("any", "id") and text.isdecimal() and int(text) < len(found_F):
             found_F[int(text)] = True
         return found_F
+
+    def _numbers_of(self, sae: str, id: int) -> dict[str, Any]:
+        with self._lock:
+            many = self._reader(sae, files.FEATURES).group(id // files.TABLE_ROWS)
+        return {name: value[id % files.TABLE_ROWS] for name, value in many.items()}
 
     def _examples(self, sae: str, id: int) -> tuple[Example, ...]:
         name = files.example_file(id)

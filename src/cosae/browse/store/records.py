@@ -329,6 +329,15 @@ class Feature:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """The sample's tokens, all (N,): ids, number of each one's sequence, and whether features were paired on it."""
+
+    ids_N: NDArray[np.int32]
+    sequence_N: NDArray[np.int64]
+    pair_N: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class SharedText:
     """A stretch of text on which the values of both features are known; all (W,)."""
 
