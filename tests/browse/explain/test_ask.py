@@ -14,8 +14,8 @@ import torch
 from cosae.browse.collect.build import build_store
 from cosae.browse.collect.building import BuildOptions, Listed
 from cosae.browse.explain import prompts
+from cosae.browse.explain.ask import ExplainOptions, bill, choose, explain_features
 from cosae.browse.explain.endpoint import Endpoint
-from cosae.browse.explain.explain import ExplainOptions, bill, choose, explain_features
 from cosae.browse.explain.material import material
 from cosae.browse.explain.score import balanced_accuracy, mean_of, paired
 from cosae.browse.store.reader import FeatureStore, open_store
