@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[type[Any], Callable[..., int]]] = {
     "calibrate": (looking.Calibrate, looking.calibrate),
     "features": (exploring.Features, exploring.features),
     "browse": (exploring.Browse, exploring.browse),
+    "explain": (exploring.Explain, exploring.explain),
     "steer": (exploring.Steer, exploring.steer),
     "plan": (training.Plan, training.train),
     "capture": (stores.Capture, stores.capture),

@@ -1,4 +1,4 @@
-"""The commands of `cosae` that look at single features: features, browse, steer."""
+"""The commands of `cosae` that look at single features: features, browse, explain, steer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from cosae.browse.explain.options import Asking, ExplainOptions
 from cosae.cli.options import logger, progress
 from cosae.errors import CosaeError
 from cosae.io.escape import printable
@@ -79,6 +80,54 @@ class Browse:
     """Open the pages in a browser."""
     quiet: bool = False
     """Do not print progress."""
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Let a language model say what features fire on, and score what it says on texts that it was not told of.
+
+    Scored by detection and fuzzing beside baselines; explanations show in cosae browse. Every question and answer is
+    kept in the store's explain.jsonl, from which the same command goes on.
+    Example: cosae explain runs/demo/natural --endpoint http://127.0.0.1:8000/v1 --model NAME
+    """
+
+    saes: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders or files of SAEs of one site, or a run's folder, or that of a feature store."""
+    asking: Annotated[Asking, tyro.conf.arg(name="")] = field(default_factory=Asking)
+    options: Annotated[ExplainOptions, tyro.conf.arg(name="")] = field(default_factory=ExplainOptions)
+    reads: str | None = None
+    """Model that the SAEs read, as --model of browse. Default: from their files."""
+    site: str | None = None
+    """Site that the SAEs read. Default: from their files."""
+    corpus: str | None = None
+    """Text, as --corpus of browse."""
+    tokens: int = BrowseRequest.tokens
+    """Tokens of text, as --tokens of browse."""
+    device: str = "cpu"
+    """Device: cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Seed of what is drawn: features, texts, answers."""
+    out: Path | None = None
+    """Folder of the feature store, as --out of browse."""
+    quiet: bool = False
+    """Do not print progress."""
+
+
+def explain(command: Explain) -> int:
+    from cosae.run.explore.browse import is_store
+    from cosae.run.explore.explain import explain as run_explain
+
+    if not command.saes:
+        raise CosaeError("explain needs the folder of a run, of at least one SAE, or of a feature store.")
+    options = {name: getattr(command, name) for name in ("site", "corpus", "tokens", "device", "seed")}
+    if len(command.saes) == 1 and is_store(command.saes[0]):
+        for name in ("reads", "site", "corpus", "tokens", "out"):
+            if getattr(command, name) != getattr(Explain, name):
+                raise CosaeError(f"--{name} has no say in a feature store that is there already: drop it.")
+    request = BrowseRequest(model=command.reads, **options)
+    shown = progress(command.quiet)
+    print(run_explain(command.saes, request, command.asking, command.options, command.out, shown))
+    return 0
 
 
 def browse(command: Browse) -> int:

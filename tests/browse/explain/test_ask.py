@@ -14,9 +14,10 @@ import torch
 from cosae.browse.collect.build import build_store
 from cosae.browse.collect.building import BuildOptions, Listed
 from cosae.browse.explain import prompts
-from cosae.browse.explain.ask import ExplainOptions, bill, choose, explain_features
+from cosae.browse.explain.ask import bill, choose, explain_features
 from cosae.browse.explain.endpoint import Endpoint
 from cosae.browse.explain.material import material
+from cosae.browse.explain.options import ExplainOptions
 from cosae.browse.explain.score import balanced_accuracy, mean_of, paired
 from cosae.browse.store.reader import FeatureStore, open_store
 from cosae.browse.store.records import Score
@@ -24,7 +25,7 @@ from cosae.errors import CosaeError
 from tests.support.chat_stand_in import Stand, is_judgement, numbered, standing
 from tests.support.chunk_sources import MadeUp, made_up_sae
 
-OPTIONS = ExplainOptions(n=3, examples=6)
+OPTIONS = ExplainOptions(n_features=3, examples=6)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ def test_the_bill_is_what_is_asked(store: FeatureStore) -> None:
 def test_the_key_is_sent_and_never_written(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COSAE_EXPLAIN_KEY", "sk-secret-of-mine")
     with standing(knows(store)) as stand:
-        ask(store, stand, ExplainOptions(n=1, examples=4, baselines=()))
+        ask(store, stand, ExplainOptions(n_features=1, examples=4, baselines=()))
         assert {one["Authorization"] for one in stand.headers} == {"Bearer sk-secret-of-mine"}
         assert {one["path"] for one in stand.asked} == {"/v1/chat/completions"}
     for path in store.folder.rglob("*"):
@@ -219,10 +220,10 @@ def test_features_that_are_named_are_explained_and_earlier_ones_stay(store: Feat
         ids = (row.id for row in store.table("c", limit=100).rows if row.id not in told)
         id = next(id for id in ids if material(store, store.feature("c", id), 4, 0))
         stand.reply = lambda messages: "EXPLANATION: it" if not is_judgement(messages) else "[1, 1, 1, 1, 1]"
-        ask(store, stand, ExplainOptions(features=(id,), examples=4))
+        ask(store, stand, ExplainOptions(feature=(id,), examples=4))
     assert set(store.explanations("c")) == {*first.explanations["c"], id}
     with pytest.raises(CosaeError, match="out of range"):
-        choose(store, ["c"], ExplainOptions(features=(99,)), 0)
+        choose(store, ["c"], ExplainOptions(feature=(99,)), 0)
 
 
 def test_answers_are_read_strictly() -> None:

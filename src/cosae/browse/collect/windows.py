@@ -88,6 +88,7 @@ def kappas_around(
 ) -> Array:
     """(e, W) int16: cosine of z with the feature's encoder row, in units of 1 / KAPPA_ONE; 0 beyond the window."""
     unit_ND = torch.nn.functional.normalize(z_ND.float(), dim=-1)
+    rows_FD = rows_FD.float()
     found = np.zeros((len(feature_e), width), np.int16)
     starts = chunk.start_S1
     block_S = starts[:-1] // BLOCK_TOKENS  # of the sequences that begin in one block of tokens
@@ -100,9 +101,11 @@ def kappas_around(
         inside = np.flatnonzero(block_S == block_e[part[0]])
         first, end = int(starts[inside[0]]), int(starts[inside[-1] + 1])
         used, column = np.unique(feature_e[part], return_inverse=True)
-        row_UD = torch.nn.functional.normalize(rows_FD[torch.from_numpy(used)].float(), dim=-1)
-        kappa_TU = (unit_ND[first:end] @ row_UD.T).clamp(-1, 1).mul_(KAPPA_ONE).round_().to(torch.int16).cpu().numpy()
+        row_UD = rows_FD[torch.from_numpy(used).to(rows_FD.device)]
+        product_TU = (unit_ND[first:end] @ row_UD.T).cpu().numpy()
+        length_U = torch.linalg.vector_norm(row_UD, dim=1).clamp_min(1e-30).cpu().numpy()
         offset = np.arange(width)
         at = np.minimum(start_e[part, None] - first + offset, end - first - 1)
-        found[part] = np.where(offset < length_e[part, None], kappa_TU[at, column[:, None]], 0)
+        kappa = np.clip(product_TU[at, column[:, None]] / length_U[column, None], -1, 1)
+        found[part] = np.where(offset < length_e[part, None], np.rint(kappa * KAPPA_ONE), 0)
     return found

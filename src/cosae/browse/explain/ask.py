@@ -23,52 +23,21 @@ from cosae.browse.explain import prompts
 from cosae.browse.explain.endpoint import Chat, Messages
 from cosae.browse.explain.log import Asked
 from cosae.browse.explain.material import Material, Text, material
+from cosae.browse.explain.options import ASKED_BASELINES, ExplainOptions
 from cosae.browse.explain.score import balanced_accuracy, mean_of, paired, unigram
 from cosae.browse.store.explained import write_explanations
 from cosae.browse.store.format import EXPLANATIONS
 from cosae.browse.store.reader import FeatureStore
 from cosae.browse.store.records import Explanation, Row, Score
-from cosae.errors import CosaeError, check_choice, check_least, check_range
+from cosae.errors import CosaeError
 from cosae.io.atomic import write_text, written
 from cosae.io.progress import SILENT, Progress
 
 LOG, SUMMARY = "explain.jsonl", "explain.json"
 CONSTANT = "any text"
 KINDS = ("detection", "fuzzing")
-ASKED_BASELINES = ("shuffled", "constant")
 CHARACTERS_PER_TOKEN, EXPLANATION_TOKENS = 3.5, 30
 """Of English, roughly; what an explanation is taken to have where its length is not known yet."""
-
-
-@dataclass(frozen=True)
-class ExplainOptions:
-    """What is explained, and how it is judged."""
-
-    features: tuple[int, ...] = ()
-    """Features to explain, of every SAE. Default: drawn at random."""
-    n: int = 50
-    """Number of features drawn for each SAE, at the same quantiles of density in all."""
-    examples: int = 10
-    """Positive texts that an explanation is judged on, and as many negative ones."""
-    texts: int = 5
-    """Texts per question of detection and fuzzing."""
-    baselines: tuple[str, ...] = ("shuffled", "constant", "unigram")
-    """What explanations are held against: shuffled (another feature's), constant (the words "any text"), unigram (a
-    classifier of tokens, which asks nobody)."""
-    retries: int = 2
-    """How often a question is asked again whose answer cannot be read."""
-    max_tokens: int = 300
-    """Tokens of an answer, at most."""
-    temperature: float = 0.0
-    """Of the answers; 0: always the likeliest token."""
-
-    def check(self) -> None:
-        """Raises CosaeError for values that are not allowed."""
-        for name, least in (("n", 1), ("examples", 2), ("texts", 1), ("retries", 0), ("max_tokens", 16)):
-            check_least(name, getattr(self, name), least)
-        check_range("temperature", self.temperature, "[0, 2]")
-        for name in self.baselines:
-            check_choice("a baseline", name, (*ASKED_BASELINES, "unigram"))
 
 
 @dataclass(frozen=True)
@@ -110,18 +79,18 @@ class Found:
 def choose(store: FeatureStore, saes: Sequence[str], options: ExplainOptions, seed: int) -> list[Chosen]:
     """The features, with their texts. Raises CosaeError where none has examples enough."""
     options.check()
-    quantile_n = np.random.default_rng(seed).uniform(size=4 * options.n)
+    quantile_n = np.random.default_rng(seed).uniform(size=4 * options.n_features)
     found: list[Chosen] = []
     for sae in saes:
         alive = [row.id for row in _rows(store, sae)]
-        if options.features:
-            ids = list(options.features)
+        if options.feature:
+            ids = list(options.feature)
         else:
             drawn = (alive[min(int(q * len(alive)), len(alive) - 1)] for q in quantile_n) if alive else iter(())
             ids = list(drawn)
         mine: dict[int, Chosen] = {}
         for place, id in enumerate(ids):
-            if id in mine or (not options.features and len(mine) == options.n):
+            if id in mine or (not options.feature and len(mine) == options.n_features):
                 continue
             texts = material(store, store.feature(sae, id), options.examples, seed)
             if texts is not None:
@@ -148,7 +117,7 @@ def bill(store: FeatureStore, chosen: Sequence[Chosen], options: ExplainOptions)
     for one in chosen:
         found.add(prompts.explain(_marked(store, one.material.shown)), 2 * EXPLANATION_TOKENS)
         for kind, times in (("detection", 1 + len(_asked(options))), ("fuzzing", 1)):
-            for part in _parts(one.material.judged, options.texts):
+            for part in _parts(one.material.judged, options.per_question):
                 for _ in range(times):
                     found.add(prompts.judge(kind, words, _texts(store, kind, part)), 3 * len(part))
     return found
@@ -234,7 +203,7 @@ class _Asking:
     def judged(self, one: Chosen, kind: str, explanation: str, what: str) -> Score:
         """Balanced accuracy of the answers on the texts of a feature."""
         said: list[int | None] = []
-        for part in _parts(one.material.judged, self.options.texts):
+        for part in _parts(one.material.judged, self.options.per_question):
             n = len(part)
             messages = prompts.judge(kind, explanation, _texts(self.store, kind, part))
             about = {"sae": one.sae, "feature": one.id, "asked": kind, "of": what}
