@@ -39,9 +39,9 @@ def capture() -> None:
 def run() -> None:
     """Train and measure every run, two at a time, a thread each; checkpoints go once a run is finished."""
     closely = {f"real_{block}" for block in REAL_CLOSELY}
-    jobs = [(name, seed, kind) for name in ORDER for kind in ("run", "splice") for seed in SEEDS]
+    jobs = [(name, seed, kind) for name in ORDER for kind in ("run", "sharing", "splice") for seed in SEEDS]
     jobs = [job for job in jobs if job[2] == "run" or job[0] in closely]
-    jobs.sort(key=lambda job: job[2] == "splice" and job[0] != "real_14")  # the other blocks' at the end
+    jobs.sort(key=lambda job: job[2] != "run" and job[0] != "real_14")  # the other blocks' at the end
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for future in [pool.submit(measured.one, *job) for job in jobs]:
             future.result()

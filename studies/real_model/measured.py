@@ -4,6 +4,7 @@ texts    every arm on every labelled set (`probing`); at block 14 also the stand
          firings kept, codes divided by the length) and read by cosine (refitted), and the dimensions of x
 tokens   held-out tokens of Wikipedia: features on at sinks, firings that the norm decides, firings by norm quartile
 splice   loss and KL with the reconstruction in the model's place, at the blocks looked at closely
+sharing  features that two SAEs share by the paper's rule, of two scores and, as the yardstick, of two seeds
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 import cosae
 from cosae.activations.filter import Filter
 from cosae.activations.sample import SINKS, SinkRule
-from cosae.evaluate.encoded import Autoencoder, encode_sample
+from cosae.evaluate.encoded import Autoencoder, encode_all, encode_sample
+from cosae.evaluate.matching.match import match
 from cosae.evaluate.model.splice import measure_splice
 from cosae.evaluate.norms.counterfactual import at_median
 from cosae.evaluate.norms.driven import firing_norms, norm_driven
@@ -36,7 +38,7 @@ from cosae.sae.swap import swap_score
 from studies.real_model import texts
 from studies.real_model.design import CONTEXT, CORPUS, LIKE_THE_PAPER, MODEL, WIKI, labelled_sets
 from studies.real_model.probing import probe
-from studies.runsets import REAL_CLOSELY, ensure, folder_of
+from studies.runsets import SEEDS, ensure, folder_of
 
 READ_TIME, SWAPPED, DIMENSIONS = "standard, read without its norm", "standard, read by cosine", "dimensions of x"
 NORM_TOKENS, SPLICED_TOKENS = 8_192, 4_096
@@ -52,8 +54,8 @@ def block_of(name: str) -> int:
 
 
 def one(name: str, seed: int, kind: str) -> None:
-    """One run of a set, from its training to what its tokens and texts say; or what splicing it costs."""
-    if kind == "splice":
+    """One run of a set, from its training to what its tokens and texts say; or another kind of number."""
+    if kind != "run":
         measured(name, seed, kind)
         return
     (folder,) = ensure(name, (seed,), progress=False)
@@ -129,7 +131,26 @@ def _splice(name: str, seed: int) -> dict[str, Any]:
         return measure_splice(model, data.site, saes, sequences, median_norm=median, batch_sequences=16)
 
 
-KINDS: dict[str, Callable[[str, int], dict[str, Any]]] = {"texts": _texts, "tokens": _tokens, "splice": _splice}
+@torch.no_grad()
+def _sharing(name: str, seed: int) -> dict[str, Any]:
+    folder, other = folder_of(name, seed), folder_of(name, SEEDS[(SEEDS.index(seed) + 1) % len(SEEDS)])
+    recipe = Recipe.read(folder / "recipe.json")
+    with open_dataset(recipe.data, DataUse.of(recipe)) as data:
+        rule = SinkRule(10.0, _filter(folder).median_norm)
+        held_out = data.sample("held_out", recipe.evaluation.held_out_tokens, rule)
+    calm = held_out.activations[~held_out.sink_N]
+    own, others = saes_of(folder), saes_of(other)
+    pairs = [(f"standard / {arm}", own["standard"], own[arm]) for arm in SPLICED[1:]]
+    pairs += [(f"{arm} / other seed", own[arm], others[arm]) for arm in SPLICED]
+    return {words: match(encode_all(a, calm), encode_all(b, calm), a.W_dec, b.W_dec).numbers() for words, a, b in pairs}
+
+
+KINDS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "texts": _texts,
+    "tokens": _tokens,
+    "splice": _splice,
+    "sharing": _sharing,
+}
 
 
 def _filter(folder: Path) -> Filter:

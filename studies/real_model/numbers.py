@@ -74,6 +74,7 @@ def _of_runs(name: str) -> Numbers:
         "arms": arms,
         "splice": _splice(name),
         "gains_by_set": by_set,
+        "sharing": _sharing(name),
     }
 
 
@@ -152,6 +153,12 @@ def _splice(name: str) -> Numbers | None:
             }
         found[f"{place}/{over}"] = row
     return found
+
+
+def _sharing(name: str) -> Numbers:
+    """Pair of SAEs → share of the first one's live features that the second has too, by the paper's rule; by seed."""
+    runs = [read_json(folder_of(name, seed) / "sharing.json") for seed in seeds_of(name, "sharing")]
+    return {pair: [round(run[pair]["shared_frac"], 3) for run in runs] for pair in (runs[0] if runs else {})}
 
 
 def _over_seeds(own: list[float], base: list[float]) -> Interval:

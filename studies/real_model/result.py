@@ -105,6 +105,14 @@ def _section(name: str, one: Numbers) -> list[str]:
     trained = [arm for arm in arms if "exponent" in arms[arm]]
     parts.append("Held-out tokens of Wikipedia.")
     parts.append(_table(["", *trained], ([words, *(_known(arms[a], key) for a in trained)] for key, words in _FACTS)))
+    if one["sharing"]:
+        parts.append(
+            "Features shared (correlation and cosine of .7 or more, one to one; sinks out), by seed. Arms of one seed start "
+            "from the same weights, other seeds do not."
+        )
+        parts.append(
+            _table(["", "share"], ([p, ", ".join(f"{v:.3f}" for v in by)] for p, by in one["sharing"].items()))
+        )
     if one["splice"]:
         parts.append(
             f"In the model's place ({one['splice']['tokens']} tokens, {one['splice']['seeds']} seeds): loss recovered "
