@@ -107,8 +107,8 @@ def _section(name: str, one: Numbers) -> list[str]:
     parts.append(_table(["", *trained], ([words, *(_known(arms[a], key) for a in trained)] for key, words in _FACTS)))
     if one["sharing"]:
         parts.append(
-            "Features shared (correlation and cosine of .7 or more, one to one; sinks out), by seed. Arms of one seed start "
-            "from the same weights, other seeds do not."
+            "Features shared (correlation and cosine of .7 or more, one to one; sinks out), by seed. Arms of one seed "
+            "start from the same weights, other seeds do not."
         )
         parts.append(
             _table(["", "share"], ([p, ", ".join(f"{v:.3f}" for v in by)] for p, by in one["sharing"].items()))
