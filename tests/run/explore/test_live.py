@@ -12,8 +12,9 @@ import torch
 
 from cosae.errors import CosaeError
 from cosae.models.embedded import load
+from cosae.recipe import DataConfig
 from cosae.run.explore.live import MOST_TOKENS, LiveModel
-from cosae.run.explore.steer import steer
+from cosae.run.explore.steer import Steerable, continued, steer
 from cosae.run.requests import Place, SteerOptions
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
@@ -119,3 +120,19 @@ def test_texts_that_cannot_be_read(parts: Any) -> None:
         parts[0].activations(" \n")
     with pytest.raises(CosaeError, match=f"at most {MOST_TOKENS:,}"):
         parts[0].activations("a b " * MOST_TOKENS)
+
+
+def test_who_stops_it_waits_for_one_token(parts: Any) -> None:
+    live = LiveModel(parts[0]._store, Place())
+    live.stop(wait=True)
+    with pytest.raises(CosaeError, match="stopping"):
+        live.steer(ASKED)
+    with pytest.raises(CosaeError, match="stopping"):
+        live.activations(TEXT)
+    stopped = iter([False, True, True, True])
+    sae = parts[1]["one"]
+    model, tokenizer = load()
+    data = DataConfig(model="embedded", site="resid_post.3")
+    options = SteerOptions((5,), ablate=True, new_tokens=50)
+    found = continued(Steerable(sae, data, model, tokenizer), "def f(", options, 0, lambda: next(stopped))
+    assert len(found.changed_T) == len(found.without_T) - 1 < 20

@@ -203,7 +203,10 @@ async def _aside(call: Callable[[Any], Any], given: Mapping[str, Any]) -> Respon
             loop.call_soon_threadsafe(lambda: None if answer.done() else what(value))
 
     threading.Thread(target=work, name="cosae browse", daemon=True).start()
-    return await answer
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        return _error(503, "The server is stopping.")
 
 
 def _error(status: int, sentence: str) -> Response:

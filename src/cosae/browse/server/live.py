@@ -17,3 +17,6 @@ class Live(Protocol):
 
         Returns what: the change in words; without, changed: both texts; notes: warnings.
         """
+
+    def stop(self, wait: bool = False) -> None:
+        """End the call in progress soon, and refuse later ones. wait: return when none is in progress."""

@@ -41,12 +41,22 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listener.getsockname()[1]}/"
         options: dict[str, Any] = {"log_level": "warning", "lifespan": "off", "server_header": False}
-        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, **options))
+        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=2, **options))
+        exit_of = server.handle_exit
+
+        def handle_exit(*signalled: Any) -> None:
+            if live is not None:
+                live.stop()  # a model that goes on would keep the server
+            exit_of(*signalled)
+
+        server.handle_exit = handle_exit  # type: ignore[method-assign, assignment]
         log(f"Browse at {address} (Ctrl-C stops)")
         if open_browser:
             webbrowser.open(address)
         with suppress(KeyboardInterrupt):  # uvicorn has stopped by then, and raises the signal again
             server.run(sockets=[listener])
+        if live is not None:
+            live.stop(wait=True)
 
 
 def listening(host: str, port: int) -> socket.socket:

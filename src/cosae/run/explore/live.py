@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class LiveModel:
 
     def __init__(self, store: FeatureStore, place: Place, log: Callable[[str], None] = lambda _: None) -> None:
         self._store, self._place, self._log = store, place, log
-        self._lock = Lock()
+        self._lock, self._stopped = Lock(), Event()
         self._held: _Opened | None = None
 
     def activations(self, text: str) -> dict[str, Any]:
@@ -99,10 +99,23 @@ class LiveModel:
         with self._lock:
             opened = self._opened()
             parts = Steerable(opened.saes[sae], opened.data, opened.model, opened.tokenizer)
-            found = continued(parts, prompt, options, seed)
+            found = continued(parts, prompt, options, seed, self._stopped.is_set)
+            self._check_wanted()
         return {"what": found.what, "without": found.without, "changed": found.changed, "notes": list(found.notes)}
 
+    def stop(self, wait: bool = False) -> None:
+        """End the call in progress after its current token, and refuse later ones."""
+        self._stopped.set()
+        if wait:
+            with self._lock:
+                pass
+
+    def _check_wanted(self) -> None:
+        if self._stopped.is_set():
+            raise CosaeError("the server is stopping.")
+
     def _opened(self) -> _Opened:
+        self._check_wanted()
         if self._held is None:
             self._log("opening the model")
             read = {one.name: read_with_model(Path(one.path or ""), self._place) for one in self._store.saes}

@@ -72,8 +72,13 @@ def steer(
     return continued(Steerable(sae, data, model, tokenizer, elsewhere), prompt, options, place.seed)
 
 
-def continued(parts: Steerable, prompt: str, options: SteerOptions, seed: int) -> Steered:
-    """Generate twice from a prompt with what is open already. Raises CosaeError as `steer` does."""
+def continued(
+    parts: Steerable, prompt: str, options: SteerOptions, seed: int, stopped: Callable[[], bool] = lambda: False
+) -> Steered:
+    """Generate twice from a prompt with what is open already; no further token once it is `stopped`.
+
+    Raises CosaeError as `steer` does.
+    """
     sae, data, model, tokenizer = parts.sae, parts.data, parts.model, parts.tokenizer
     edit = edit_of(options)
     edits.check_edits(edit, sae.d_sae, data.site)
@@ -91,9 +96,9 @@ def continued(parts: Steerable, prompt: str, options: SteerOptions, seed: int) -
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", CosaeWarning)
         splice = spliced(model, {data.site: sae}, edits=edit, error_term=True, keep="none")
-        without = generate(model, tokenizer, ids_ST, options, seed)
+        without = generate(model, tokenizer, ids_ST, options, seed, stopped)
         with splice:
-            changed = generate(model, tokenizer, ids_ST, options, seed)
+            changed = generate(model, tokenizer, ids_ST, options, seed, stopped)
     ours = [str(one.message) for one in said if issubclass(one.category, CosaeWarning)]
     notes = tuple(dict.fromkeys([*([f"warning: {parts.elsewhere}"] if parts.elsewhere else []), *ours]))
     for one in said:
@@ -117,9 +122,14 @@ def edit_of(options: SteerOptions) -> edits.Edit:
     return edits.steer(options.feature, options.add or 0.0)
 
 
-def generate(model: Any, tokenizer: Any, ids_ST: Tensor, options: SteerOptions, seed: int) -> Tensor:
+def generate(
+    model: Any, tokenizer: Any, ids_ST: Tensor, options: SteerOptions, seed: int, stopped: Callable[[], bool]
+) -> Tensor:
     """(T,) prompt and new tokens; the process' own generators are left as they were."""
     from transformers import GenerationConfig
+
+    def enough(ids_ST: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(ids_ST),), stopped(), dtype=torch.bool, device=ids_ST.device)
 
     drawn: dict[str, Any] = {"do_sample": True, "temperature": options.temperature} if options.temperature else {}
     ends = model.generation_config.eos_token_id
@@ -127,5 +137,6 @@ def generate(model: Any, tokenizer: Any, ids_ST: Tensor, options: SteerOptions, 
     config = GenerationConfig(**fixed, **drawn)  # type: ignore[no-untyped-call]
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        found: Tensor = model.generate(ids_ST, attention_mask=torch.ones_like(ids_ST), generation_config=config)
+        asked = {"attention_mask": torch.ones_like(ids_ST), "generation_config": config}
+        found: Tensor = model.generate(ids_ST, **asked, stopping_criteria=[enough])
     return found[0].cpu()
