@@ -11,11 +11,12 @@ from __future__ import annotations
 import base64
 import shutil
 import sys
-import tempfile
+import threading
+import time
 from pathlib import Path
 from urllib.parse import urlencode
 
-from cosae.browse.server import write_static
+from cosae.browse.server import serve
 from cosae.browse.store.reader import FeatureStore, open_store
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -41,13 +42,18 @@ def main(folder: Path, out: Path, feature: int | None = None) -> None:
         match = next(m for m in store.feature(one.name, feature).matches if m.sae == other.name)
         a, b = feature, match.id if match.id is not None else b
     path = next(filter(None, map(shutil.which, BROWSERS)))
-    with tempfile.TemporaryDirectory() as place, sync_playwright() as running:
-        site = write_static(store, Path(place) / "site").as_uri()
+    said: list[str] = []
+    threading.Thread(target=serve, args=(store,), kwargs={"port": 0, "log": said.append}, daemon=True).start()
+    while not said:
+        time.sleep(0.1)
+    site = said[0].split()[2]
+    with sync_playwright() as running:
         chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
         shots = []
         for sae, id in ((one.name, a), (other.name, b)):
             page = chromium.new_page(viewport={"width": WIDTH, "height": HEIGHT})
-            page.goto(f"{site}/feature.html?{urlencode({'sae': sae, 'id': id})}")
+            page.set_default_timeout(120_000)
+            page.goto(f"{site}feature.html?{urlencode({'sae': sae, 'id': id})}")
             page.wait_for_selector("main[data-drawn]")
             shots.append(page.screenshot())
         both = chromium.new_page(viewport={"width": 2 * WIDTH, "height": HEIGHT})
@@ -67,7 +73,6 @@ def main(folder: Path, out: Path, feature: int | None = None) -> None:
         )
         both.screenshot(path=str(out))
         chromium.close()
-    store.close()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE = 120_000
+"""Milliseconds: a machine may be busy with other things."""
 SERIOUS = ("serious", "critical")
 
 
@@ -36,6 +38,7 @@ def watched(opened: Any, width: int = 1280, dark: bool = False) -> Iterator[Any]
         viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light", reduced_motion="reduce"
     )
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     wrong: list[str] = []
     page.on("console", lambda said: wrong.append(f"{said.type}: {said.text}") if said.type != "log" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))

@@ -47,7 +47,7 @@ cosae.page(async (main, about) => {
   const held = Object.keys(GROUPS).filter((group) => found.examples.some((one) => one.group === group));
   const shown = { group: held.includes(words.get("group")) ? words.get("group") : held[0], around: Number(tokens.kept.around ?? 0), breaks: Boolean(tokens.kept.breaks) };
   const list = el("div", { id: "examples" });
-  const most = Math.max(...found.examples.flatMap((one) => one.value.map(Math.abs)), 1e-12);
+  const most = row.largest; // of tokens that count: a sink beside them may have a value a hundred times as large
   const tabs = el("ul", { class: "tabs", "aria-label": "Groups of examples" }, held.map((group) => el("li", {}, el("button", { type: "button", "data-group": group, "aria-pressed": "false",
     onclick: () => { shown.group = group; draw(); } }, `${GROUPS[group]} (${found.examples.filter((one) => one.group === group).length})`))));
   function draw() {
