@@ -38,7 +38,7 @@ from cosae.sae.swap import swap_score
 from studies.real_model import texts
 from studies.real_model.design import CONTEXT, CORPUS, LIKE_THE_PAPER, MODEL, WIKI, labelled_sets
 from studies.real_model.probing import probe
-from studies.runsets import SEEDS, ensure, folder_of
+from studies.runsets import REAL_CLOSELY, SEEDS, ensure, folder_of
 
 READ_TIME, SWAPPED, DIMENSIONS = "standard, read without its norm", "standard, read by cosine", "dimensions of x"
 NORM_TOKENS, SPLICED_TOKENS = 8_192, 4_096

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cosae.io.lines import finite
-from cosae.report.figures.svg import INK, Panel, drawing, label, style_of, tag
+from cosae.report.figures.svg import INK, Panel, drawing, label, marker, style_of, tag
 from cosae.run.folder import read_json
 from studies.real_model.design import FOLDER, LIKE_THE_PAPER, OTHERS, TRAIN_TOKENS, WIKI
 from studies.real_model.judge import judge, shown
@@ -210,33 +210,29 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def figure(dose: Sequence[Numbers]) -> Markup:
-    """Gain by dose, three ways of reading, each with its interval."""
+    """Gain by block, three ways of reading, each with its interval."""
     if not dose:
         return drawing(40, [], "nothing run yet")
     ends = [v for row in dose for way in WAYS for v in row[way][1:]] + [0.0]
-    doses = [row["dose"] for row in dose]
     room = 0.08 * (max(ends) - min(ends))
-    panel = Panel.at(
-        (70, 20, 600, 330), (min(doses) / 2, max(doses) * 2), (min(ends) - room, max(ends) + room), log="x"
-    )
-    words = "norm of position 0 over the median × standard latents that fire on it"
-    parts: list[Any] = [panel.axes(x_label=words, y_label="cosine − standard, points"), panel.row(0.0, "")]
-    for at, (way, name) in enumerate(WAYS.items()):
-        style, shift = style_of(at), 7.0 * (at - 1)
-        for row in dose:
+    panel = Panel.at((70, 20, 600, 330), (-0.5, len(dose) - 0.5), (min(ends) - room, max(ends) + room))
+    names = [(float(at), f"{row['block']}: {row['strength']:.0f} ×") for at, row in enumerate(dose)]
+    words = "block: norm of position 0 over the median"
+    parts: list[Any] = [
+        panel.axes(x_label=words, y_label="cosine − standard, points", x_ticks=names),
+        panel.row(0.0, ""),
+    ]
+    for number, (way, name) in enumerate(WAYS.items()):
+        style, shift = style_of(number), 11.0 * (number - 1)
+        for at, row in enumerate(dose):
             middle, low, high = row[way]
-            x = panel.x(row["dose"]) + shift
+            x = panel.x(at) + shift
             line = {"x1": x, "x2": x, "y1": panel.y(low), "y2": panel.y(high)}
             parts.append(tag("line", **line, stroke=style.colour, stroke_width=2))
-            parts.append(
-                panel.mark(row["dose"], middle, style, f"block {row['block']}, {name}: {shown(row[way])}", shift)
-            )
-        parts.append(tag("circle", cx=692, cy=40 + 22 * at, r=5, fill=style.colour))
-        parts.append(label(704, 44 + 22 * at, name, "start", INK, 13))
-    for row in dose:
-        parts.append(label(panel.x(row["dose"]), 16, str(row["block"]), "middle", INK, 12))
+            parts.append(panel.mark(at, middle, style, f"block {row['block']}, {name}: {shown(row[way])}", shift))
+        parts += [marker(692, 40 + 22 * number, style), label(704, 44 + 22 * number, name, "start", INK, 13)]
     told = "; ".join(f"block {row['block']}: {shown(row['paper'])}, {shown(row['masked'])}" for row in dose)
-    return drawing(410, parts, "Gain of cosine over standard by the dose of the sink", width=900, told=told)
+    return drawing(410, parts, "Gain of cosine over standard by block", width=900, told=told)
 
 
 __all__ = ["DIMENSIONS", "figure", "page", "write"]
