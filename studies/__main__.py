@@ -26,6 +26,7 @@ CLAIMS = (
     "width_and_k",
     "layer_norm_side",
     "norm_shift",
+    "two_exponents",
 )
 HEAD = """# The paper's claims, tried at our scale
 
@@ -44,7 +45,7 @@ above. "What an audit of its code remarks": our notes on the paper, by their sec
 """
 FOOT = """
 A claim's command trains the runs that are not there yet, measures them and writes its RESULT.md, figure.svg and
-numbers.json; `python -m studies --all` does so for all ten, in some hours on two cores. Runs (three seeds a set) are
+numbers.json; `python -m studies --all` does so for all eleven, in some hours on two cores. Runs (three seeds a set) are
 kept under `runs/studies/` by the digest of their recipe and are not part of the repository. `python -m studies` writes
 this page again from the numbers that are there, in a second; tests/test_studies.py judges every verdict again from
 numbers.json. Why a learned exponent ends where it does, without training:

@@ -60,6 +60,10 @@ def judged(claim: str, n: dict[str, Any]) -> str:
         if sign(n["natural/cosine"]["auroc"]) <= 0:
             return "cannot be seen at this scale"
         return "supported" if n["twin/cosine"]["auroc"][2] < n["natural/cosine"]["auroc"][0] else "not supported"
+    if claim == "two_exponents":
+        part = "learned with the window: two from (0, 1) less one from 0"
+        signs = [sign(n["gaps"][f"{name}/{part}"]["fve"]) for name in ("two_exponents", "two_exponents_1")]
+        return "not supported" if min(signs) > 0 else "supported"
     assert claim == "norm_shift"
     held = sign(n["gap"]["fve"]) > 0 and np.mean(n["cosine/0.5"]["l0"]) < 48
     return "supported" if held else "not supported"
@@ -92,9 +96,18 @@ def test_figures_quote_the_numbers() -> None:
     for name in ("batch_topk", "topk", "abs_topk", "jumprelu", "gated"):
         middle, low, high = NUMBERS["selectors"]["numbers"][name]["auroc"]
         assert f"{name} {middle:+.3f} [{low:+.3f}, {high:+.3f}]" in NUMBERS["selectors"]["figures"]
+    ends = {arm: [a for a, _ in pairs] for arm, pairs in NUMBERS["two_exponents"]["numbers"]["ends"].items()}
+    for start in (0, 1):  # what fires pulls a learned exponent to the best fixed one
+        plain, windowed = (ends[f"two_exponents/one{label}_from_{start}"] for label in ("", "_window"))
+        assert len(plain) == len(windowed) == 3
+        assert max(windowed) < min(plain)
     reason = json.loads((ROOT / "studies" / "learned_exponent" / "reason.json").read_text("utf-8"))
     at = np.mean(reason["fve"]["σ 0.5"]["both"], axis=0)
     assert 0.4 <= reason["exponents"][int(at.argmax())] <= 0.6
+    for grids in reason["two"].values():  # the ridge
+        mean = np.mean(grids, axis=0)
+        best = [reason["delta"][int(row.argmax())] for row in mean[:6]]
+        assert best == pytest.approx([1 - 2 * a for a in reason["a"][:6]], abs=0.11)
 
 
 REAL = json.loads((ROOT / "studies" / "real_model" / "numbers.json").read_text("utf-8"))

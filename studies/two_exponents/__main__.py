@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,24 +29,28 @@ WINDOWED = "two_window_from_0_1"
 FIRING = "firing: by cosine instead of inner product, values ∝ r"
 VALUE = "value: ∝ r instead of not, firing by cosine"
 WEIGHTS = "loss: weights 1/r² besides"
+UNIT_ROWS = "unit rows, learned b"
+NOTHING = "nothing else: the frame itself less (0, 1)"
+TWO = "learned: two from (0, 1) less one from 0"
+WINDOW = "the window: one from 0 with it less without"
 DECIDES = "learned with the window: two from (0, 1) less one from 0"
 PARTS = {
     "all of it": ("standard_unit_frame", "standard"),
-    "unit rows, learned b": ("two_1_0", "standard"),
+    UNIT_ROWS: ("two_1_0", "standard"),
     FIRING: ("two_0_1", "two_1_0"),
     VALUE: ("two_0_1", "two_0_0"),
     WEIGHTS: ("two_0_1_over_r2", "two_0_1"),
-    "nothing else: the frame itself less (0, 1)": ("standard_unit_frame", "two_0_1"),
-    "learned: two from (0, 1) less one from 0": ("two_from_0_1", "one_from_0"),
+    NOTHING: ("standard_unit_frame", "two_0_1"),
+    TWO: ("two_from_0_1", "one_from_0"),
     "learned: two from (0, 0) less one from 0": ("two_from_0_0", "one_from_0"),
     DECIDES: (WINDOWED, "one_window_from_0"),
-    "the window: one from 0 with it less without": ("one_window_from_0", "one_from_0"),
+    WINDOW: ("one_window_from_0", "one_from_0"),
 }
 LEARNED = (
     *("one_from_0", "one_from_1", "one_window_from_0", "one_window_from_1"),
     *("two_from_0_1", "two_from_0_0", WINDOWED, "two_window_from_0_0"),
 )
-TOKENS = 16_384
+TOKENS = 4096
 DELTAS = sorted({delta for _, delta in GRID})
 Gaps = dict[str, dict[str, Estimate]]
 Pairs = list[tuple[float, float]]
@@ -82,6 +87,11 @@ def gap(name: str, arms: tuple[str, str], key: str) -> Estimate:
     return results.difference(read(name, arms[0], key), read(name, arms[1], key))
 
 
+def said(one: Estimate) -> str:
+    """With its interval, where there is more than one seed."""
+    return str(one) if math.isfinite(one.low) else f"{one.mean:+.3f} (one seed)"
+
+
 def result() -> Result:
     """Parts of the unit frame's gain, where exponents end, and the reconstruction at pairs held fixed."""
     gaps = {
@@ -91,7 +101,7 @@ def result() -> Result:
         if all(_has(name, arm) for arm in arms)
     }
     at_end = {f"{name}/{arm}": ends(name, arm) for name in MAIN for arm in LEARNED if _has(name, arm)}
-    pulls = {f"{name}/{arm}": slopes(name, arm) for name in WORLDS for arm in LEARNED}
+    pulls = {f"two_exponents/{arm}": slopes("two_exponents", arm) for arm in LEARNED[:4]}
     grid = {f"{a:g}/{delta:g}": results.recon("two_exponents_grid", f"two_{a}_{delta}") for a, delta in GRID}
     verdict = "not supported" if all(gaps[f"{name}/{DECIDES}"]["fve"].sign > 0 for name in WORLDS) else "supported"
     tables = [_parts(gaps), _where(at_end, pulls), _held(grid)]
@@ -118,7 +128,7 @@ def _by_set(gaps: Gaps) -> list[tuple[tuple[str, str], dict[str, Estimate]]]:
 
 def _parts(gaps: Gaps) -> Table:
     rows = [
-        [MAIN[name], part, one["fve"], one["median_token_fve"], one.get("mcc", "–")]
+        [MAIN[name], part, *(said(one[key]) if key in one else "–" for key in ("fve", "median_token_fve", "mcc"))]
         for (name, part), one in _by_set(gaps)
     ]
     caption = (
@@ -153,16 +163,54 @@ def _means(values: Pairs) -> tuple[float, float]:
 
 
 def _figures(gaps: Gaps) -> str:
-    two = "; ".join(
-        f"{label} {gaps[f'{name}/{DECIDES}']['fve']}" for name, label in MAIN.items() if _has(name, WINDOWED)
-    )
+    two = "; ".join(f"{label} {gaps[f'{name}/{DECIDES}']['fve']}" for name, label in WORLDS.items())
     parts = {"firing": FIRING, "value": VALUE, "weights 1/r²": WEIGHTS}
     why = ", ".join(f"{word} {gaps[f'two_exponents/{part}']['fve']}" for word, part in parts.items())
-    return f"FVE, two exponents less one, both with the window: {two}; what the unit frame's FVE owes to (σ 0.5): {why}"
+    natural = said(gaps[f"two_exponents_natural/{TWO}"]["fve"])
+    return (
+        f"FVE, two exponents less one, both with the window: {two}; natural, without it: {natural}; what the unit frame's "
+        f"FVE owes to (σ 0.5): {why}"
+    )
 
 
 def _text(gaps: Gaps, at_end: dict[str, Pairs], pulls: dict[str, Pairs]) -> list[str]:
-    return []
+    def of(name: str, part: str, key: str = "fve") -> str:
+        return said(gaps[f"{name}/{part}"][key])
+
+    def where(name: str, arm: str) -> str:
+        return "({:.2f}, {:.2f})".format(*_means(at_end[f"{name}/{arm}"]))
+
+    def a(name: str, arm: str) -> str:
+        return f"{_means(at_end[f'{name}/{arm}'])[0]:.2f}"
+
+    half, one, natural = MAIN
+    value, firing = _means(pulls[f"{half}/one_from_0"])
+    return [
+        f"**Firing, value or the loss?** Where norms vary for no reason (σ 0.5) the unit frame gains {of(half, 'all of it')} of "
+        f"FVE over the standard SAE: {of(half, UNIT_ROWS)} from unit rows and a gain that learns, {of(half, FIRING)} from firing "
+        f"by cosine; the frame itself adds {of(half, NOTHING)} to the pair (0, 1). Where firing is by cosine already, values "
+        f"that grow with r are worth {of(half, VALUE)}. Its loss is the raw one, so weights are no part of the gain; weights "
+        f"1/r² would add {of(half, WEIGHTS)}. On natural activations, whose norms hardly vary, firing gives "
+        f"{of(natural, FIRING)}, value {of(natural, VALUE)} and weights {of(natural, WEIGHTS)}.",
+        f"At σ 1 FVE is the long tokens' affair: firing by cosine changes FVE by {of(one, FIRING)}, the median token's by "
+        f"{of(one, FIRING, 'median_token_fve')} and the MCC of features by {of(one, FIRING, 'mcc')}; with weights 1/r² besides, "
+        f"FVE by {of(one, WEIGHTS)} and the MCC by {of(one, WEIGHTS, 'mcc')} more (500 steps; at σ 0.5: 1000).",
+        f"**Where one exponent ends, and why.** At σ 0.5 a learned exponent ends at {a(half, 'one_from_0')} from 0 and "
+        f"{a(half, 'one_from_1')} from 1, above the best fixed one of about .5. There its gradient through values is "
+        f"{value:+.3f}, nearly at rest, while FVE would fall by {-firing:.3f} for each unit of a through what fires, of which "
+        f"batch top-k tells it nothing. With that gradient (`a_window`) it ends at {a(half, 'one_window_from_0')} and "
+        f"{a(half, 'one_window_from_1')}, and FVE changes by {of(half, WINDOW)}.",
+        f"**Where two end.** [REASON.md](../learned_exponent/REASON.md) predicts the ridge δ = 1 − 2a, best between (.1, .8) and "
+        f"(.2, .6) at σ 0.5, between (.2, .6) and (.3, .3) at σ 1. From (0, 0) without the window: {where(half, 'two_from_0_0')} "
+        f"at σ 0.5, {where(one, 'two_from_0_0')} at σ 1; with it: {where(half, 'two_window_from_0_0')}, "
+        f"{where(one, 'two_window_from_0_0')}. From (0, 1) without it: {where(half, 'two_from_0_1')}, "
+        f"{where(one, 'two_from_0_1')}, since the gradient of values tells the sum of a and δ alone; with it: "
+        f"{where(half, WINDOWED)}, {where(one, WINDOWED)}. On natural activations: {where(natural, 'two_from_0_1')} without, "
+        f"{where(natural, WINDOWED)} with it.",
+        f"Two less one, on natural activations, learned without the window: {of(natural, TWO)}.",
+        "Not supported means: in both worlds two exponents, learned with the window from (0, 1), have more FVE than one, learned "
+        "with it from 0, the intervals off 0.",
+    ]
 
 
 if __name__ == "__main__":
