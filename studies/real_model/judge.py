@@ -56,10 +56,12 @@ def gain_of(runs: Numbers, name: str, at: tuple[str, str], arm: str = "cosine") 
 
 
 def _p1(dose: dict[int, Numbers]) -> Verdict:
-    gains = {b: dose[b]["paper"] for b in SINKS}
-    text = "; ".join(f"block {b} {shown(g)}" for b, g in gains.items())
-    if min(gains[b][1] for b in STRONG) < 5 or min(gains[b][1] for b in SINKS) < 0:
+    gains = {b: dose[b]["paper"] for b in SINKS if b in dose}
+    text = "; ".join(f"block {b} ({dose[b]['strength']:.0f} ×) {shown(g)}" for b, g in gains.items())
+    if any(g[1] < (5 if b in STRONG else 0) for b, g in gains.items()):
         return "refuted", text
+    if set(SINKS) - set(gains):
+        raise KeyError(f"block {min(set(SINKS) - set(gains))}")
     return ("held" if min(gains[b][0] for b in STRONG) >= 8 and gains[28][0] >= 4 else "neither"), text
 
 
