@@ -17,6 +17,11 @@ from cosae.train.step import OptimizerConfig
 DEMO_ARMS = ("standard", "standard_unit_frame", "unit_rows", "cosine", "cosine_per_feature", "cosine_base_delta")
 
 
+def _embedded() -> Recipe:
+    """What `cosae train` does where nothing else is said: the two arms that docs/choosing.md leaves to choose from."""
+    return Recipe(arms=(ARMS["standard"], ARMS["standard_unit_frame"]))
+
+
 def _demo() -> Recipe:
     """Six arms on the embedded model, small enough for a few minutes on two cores."""
     return Recipe(
@@ -124,7 +129,7 @@ def _paper() -> Recipe:
 
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
-    "embedded": Recipe,
+    "embedded": _embedded,
     "demo": _demo,
     "demo-injected": _demo_injected,
     "demo-real": _demo_real,

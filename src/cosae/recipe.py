@@ -192,7 +192,9 @@ class Recipe(Shown):
     """Width of arms that name none; None is 16 × d_in."""
     k: int = 32
     """Mean active features of arms that name none."""
-    arms: tuple[Arm, ...] = (ARMS["standard"], ARMS["standard_unit_frame"])
+    arms: tuple[Arm, ...] = tuple(
+        ARMS[name] for name in ("standard", "standard_unit_frame", "cosine", "cosine_per_feature")
+    )
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: str = "cpu"

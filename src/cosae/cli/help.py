@@ -38,7 +38,7 @@ DEFAULTS = {
     "corpus": "pylib",
     "context": "256",
     "dtype": "float32",
-    "arms": "standard standard_unit_frame cosine cosine_per_feature",
+    "arms": "standard standard_unit_frame",
     "d_sae": "16 × the width",
     "k": "32",
     "steps": "2000",

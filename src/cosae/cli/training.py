@@ -152,7 +152,7 @@ def train(command: Train) -> int:
         return 0
     for text in recipe.warnings:
         print(f"cosae: warning: {text}", file=sys.stderr)
-    if not (command.arms or command.quiet) and recipe.arms == type(recipe)().arms:
+    if not (command.arms or command.recipe or command.quiet) and command.preset == RecipeOptions.preset:
         print(NO_ARMS, file=sys.stderr)
     if command.dry_run or isinstance(command, Plan):
         from cosae.run.plan.check import plan_run, screen

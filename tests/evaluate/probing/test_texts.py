@@ -44,7 +44,7 @@ def pooled_set(name: str = "planted", seed: int = 0, n_classes: int = 2, arms: i
 
 
 def test_a_planted_feature_is_perfect_and_noise_is_one_half() -> None:
-    sets = [pooled_set(f"set {i}", i) for i in range(4)]
+    sets = [pooled_set(f"set {i}", i) for i in range(6)]
     found = probe_texts(sets, baseline="noise", seeds=2, n_resamples=200)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     for sinks in SINKS:
