@@ -7,6 +7,8 @@ from typing import Any
 
 from studies.real_model.design import FOLDER
 from studies.real_model.judge import shown
+from studies.real_model.measured import READ_TIME
+from studies.real_model.numbers import PAPER
 
 UNTRIED = "not tried there"
 
@@ -24,6 +26,10 @@ def paragraph(found: dict[str, Any]) -> str:
         return ""
     at, sets, seeds = rows[14], found["runs"]["real_14"]["sets"], len(found["runs"]["real_14"]["seeds"])
     calm = " and ".join(f"{shown(rows[b]['paper'])} at block {b}" for b in (10, 11) if b in rows) or "not run"
+    weak = (
+        f"; with a weak one ({rows[28]['strength']:.0f} ×) {shown(rows[28]['paper'])} at block 28" if 28 in rows else ""
+    )
+    read = found["runs"]["real_14"]["arms"][READ_TIME]["readings"]["/".join(PAPER)]["gain"]
     most = at["paper"][1] > 0 and at["masked"][0] <= at["paper"][0] / 2
     headline = "the gain is mostly one token a text" if most else "the gain is not one token a text alone"
     return (
@@ -31,8 +37,9 @@ def paragraph(found: dict[str, Any]) -> str:
         f"{at['strength']:.0f} times the median norm: by the paper's protocol cosine − standard is "
         f"{shown(at['paper'])} points of top-1 probing accuracy; with position 0 left out of the pooling "
         f"{shown(at['masked'])}; with latents chosen by AUROC as well {shown(at['masked_auroc'])}. Where the model has "
-        f"no sink, by the same protocol: {calm}. Means over {sets} labelled sets and {seeds} seeds, 95 % intervals "
-        "over both; predictions written down before, controls and what failed: "
+        f"no sink, by the same protocol: {calm}{weak}. The same standard SAEs gain {shown(read)} when their codes are "
+        f"read with the norm divided out, without any training. Means over {sets} labelled sets and {seeds} seeds, "
+        "95 % intervals over both; predictions written down before, controls and what failed: "
         "[studies/real_model](../studies/real_model/RESULT.md). One model of 135 million parameters is not Qwen3-8B."
     )
 
