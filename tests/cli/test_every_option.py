@@ -219,7 +219,8 @@ def test_an_option_acts_or_is_refused(
     assert after != before, "nothing else was done or said"
 
 
-@pytest.mark.parametrize("measurement", ["discovery", pytest.param("probing", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("measurement", ["discovery", "probing"])
 def test_an_injection_reaches_measurements_of_token_concepts(measurement: str, tmp_path: Path) -> None:
     for seed, score in enumerate(("inner", "cosine")):
         sae = cosae.SAE.build(d_in=192, d_sae=16, score=score, selector="topk", k=4, seed=seed)

@@ -41,7 +41,10 @@ SMALL = {
 LARGE = {**SMALL, "d_sae": 768, "training.batch_tokens": 512, "training.buffer_tokens": 16_384}
 
 
-@pytest.fixture(scope="module", params=["small", pytest.param("large", marks=pytest.mark.slow)])
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["small", "large"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("target") / "run"
     arms, changes = (ARMS, LARGE) if request.param == "large" else (PAIRS, SMALL)
