@@ -23,8 +23,6 @@ TRAIN_TOKENS, HELD_OUT_TOKENS = 512_000, 65_536
 
 BLOCKS = (10, 11, 12, 14, 18, 24, 28)
 """Blocks whose output is read. Position 0 is ordinary at 10 and 11, a sink from 12 on."""
-MAIN_BLOCKS = (10, 14, 24)
-"""Those at which every arm is trained."""
 
 LIKE_THE_PAPER = (
     "158_code_C",

@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy import stats
 
-from studies.real_model.numbers import MASKED, MASKED_AUROC, PAPER, Interval, Numbers
+from studies.real_model.numbers import PAPER, Interval, Numbers
 
 STRONG, SINKS, NONE = (12, 14), (12, 14, 18, 24, 28), (10, 11)
 Verdict = tuple[str, str]
@@ -140,6 +140,3 @@ def _p12(runs: Numbers) -> Verdict:
 
 def _by(held: bool, refuted: bool) -> str:
     return "refuted" if refuted else "held" if held else "neither"
-
-
-__all__ = ["MASKED", "MASKED_AUROC", "gain_of", "judge", "shown"]

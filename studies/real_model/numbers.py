@@ -24,7 +24,6 @@ PAPER = ("in", "mean_difference/top_1")
 """The paper's protocol: every token pooled, latents by the raw mean difference."""
 MASKED = ("out", "mean_difference/top_1")
 MASKED_AUROC = ("out", "auroc/top_1")
-VERDICTS = ("held", "refuted", "neither", "not run")
 
 Interval = list[float]
 Numbers = dict[str, Any]

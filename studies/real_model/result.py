@@ -13,7 +13,6 @@ from cosae.report.figures.svg import INK, Panel, drawing, label, marker, style_o
 from cosae.run.folder import read_json
 from studies.real_model.design import FOLDER, LIKE_THE_PAPER, OTHERS, TRAIN_TOKENS, WIKI
 from studies.real_model.judge import judge, shown
-from studies.real_model.measured import DIMENSIONS
 from studies.real_model.numbers import STANDARD, Numbers, collect
 from studies.real_model.texts import PRECISION
 from studies.runsets import REAL_CLOSELY, folder_of
@@ -233,6 +232,3 @@ def figure(dose: Sequence[Numbers]) -> Markup:
         parts += [marker(692, 40 + 22 * number, style), label(704, 44 + 22 * number, name, "start", INK, 13)]
     told = "; ".join(f"block {row['block']}: {shown(row['paper'])}, {shown(row['masked'])}" for row in dose)
     return drawing(410, parts, "Gain of cosine over standard by block", width=900, told=told)
-
-
-__all__ = ["DIMENSIONS", "figure", "page", "write"]

@@ -1,10 +1,6 @@
 """sae-probes' data sets: labels, split and files, on small data in the wheel's layout."""
 
-import csv
-import io
-
 import numpy as np
-import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,16 +12,7 @@ from cosae.interop.sae_probes.activations import last_token_activations, write_a
 from cosae.models import embedded
 from cosae.models.capture import capture
 from cosae.types import Sequences
-
-
-def write(path, rows):
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]))
-    table.writeheader()
-    table.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pyarrow.output_stream(str(path), compression="zstd") as stream:
-        stream.write(text.getvalue().encode())
+from tests.support.fetched import write_csv
 
 
 @pytest.fixture
@@ -40,10 +27,12 @@ def folder(tmp_path):
         {"Dataset Tag": "long", "Dataset save name": "cleaned_data/8_long.csv", "Data type": "Continuous"},
         {"Dataset Tag": "size", "Dataset save name": "cleaned_data/9_size.csv", "Data type": "Binary Classification"},
     ]
-    write(tmp_path / sae_probes.MASTER, master)
+    write_csv(tmp_path / sae_probes.MASTER, master)
     rows = [("a, b", "red"), ('say "hi"\nthere', "blue"), ("NA", "red")]
-    write(tmp_path / "cleaned_data/7_colour.csv.zst", [{"prompt": p, "target": t} for p, t in rows])
-    write(tmp_path / "cleaned_data/9_size.csv.zst", [{"prompt": p, "target": t} for p, t in [("x", "10"), ("y", "9")]])
+    write_csv(tmp_path / "cleaned_data/7_colour.csv.zst", [{"prompt": p, "target": t} for p, t in rows])
+    write_csv(
+        tmp_path / "cleaned_data/9_size.csv.zst", [{"prompt": p, "target": t} for p, t in [("x", "10"), ("y", "9")]]
+    )
     return tmp_path
 
 
@@ -98,18 +87,18 @@ class TestDatasets:
             sae_probes.datasets(folder)
 
     def test_other_columns(self, folder):
-        write(folder / "cleaned_data/7_colour.csv.zst", [{"text": "a", "label": "1"}])
+        write_csv(folder / "cleaned_data/7_colour.csv.zst", [{"text": "a", "label": "1"}])
         with pytest.raises(CosaeError, match="columns prompt and target"):
             sae_probes.datasets(folder)
 
     def test_three_targets(self, folder):
-        write(folder / "cleaned_data/7_colour.csv.zst", [{"prompt": "a", "target": str(i)} for i in range(3)])
+        write_csv(folder / "cleaned_data/7_colour.csv.zst", [{"prompt": "a", "target": str(i)} for i in range(3)])
         with pytest.raises(CosaeError, match=r"must have two targets\. Got 3"):
             sae_probes.datasets(folder)
 
     @pytest.mark.parametrize("name", ["../../secret.csv", "/etc/secret.csv"])
     def test_a_list_that_points_outside_its_folder(self, folder, name):
-        write(folder / sae_probes.MASTER, [{"Dataset save name": name, "Data type": "Binary Classification"}])
+        write_csv(folder / sae_probes.MASTER, [{"Dataset save name": name, "Data type": "Binary Classification"}])
         with pytest.raises(CosaeError, match="is not sae-probes' list"):
             sae_probes.names(folder)
 

@@ -36,16 +36,16 @@ def write_fetched() -> None:
     for name, listed in rows.items():
         (wiki / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
     probes = folder_of("sae-probes")
-    _write(
+    write_csv(
         probes / MASTER,
         [{"Dataset save name": f"cleaned_data/{s}.csv", "Data type": "Binary Classification"} for s in SETS],
     )
     for name in SETS:
         both = [{"prompt": text(LETTERS["es" if i % 2 else "en"]), "target": str(i % 2)} for i in range(80)]
-        _write(probes / "cleaned_data" / f"{name}.csv.zst", both)
+        write_csv(probes / "cleaned_data" / f"{name}.csv.zst", both)
 
 
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
+def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
     text = io.StringIO()
     table = csv.DictWriter(text, list(rows[0]))
     table.writeheader()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cosae.report.lenient import Numbers
-from cosae.report.texts import Estimate, SinkNumbers, TextProbing
+from cosae.report.texts import Difference, Estimate, SinkNumbers, TextProbing
 
 SINKS = {"sinks_out": "sinks out", "sinks_in": "sinks in"}
 """The two sets of tokens that everything is measured on, in the order of the page."""
@@ -212,21 +212,11 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class PairedAUROC:
-    """Difference of an arm from the arm `versus` on the same concepts."""
+class PairedAUROC(Difference):
+    """On the same concepts."""
 
-    arm: str = ""
-    versus: str | None = None
     rule: str = ""
     group: str = ""
-    metric: str = ""
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.difference, self.low, self.high)
 
 
 @dataclass(frozen=True)

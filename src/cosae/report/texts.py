@@ -19,6 +19,22 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A paired difference of an arm from `versus`, with its interval."""
+
+    arm: str = ""
+    versus: str | None = None
+    metric: str = ""
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.difference, self.low, self.high)
+
+
+@dataclass(frozen=True)
 class SinkNumbers:
     """One SAE on the sinks of the held-out tokens."""
 
@@ -42,21 +58,11 @@ class LabelledSet:
 
 
 @dataclass(frozen=True)
-class TextDifference:
-    """A paired difference: of an arm from `versus`, or, without `versus` and `sinks`, of its sinks out from in."""
+class TextDifference(Difference):
+    """From `versus`; without `versus` and `sinks`, of an arm's sinks out from its sinks in."""
 
-    arm: str = ""
-    versus: str | None = None
     sinks: str = ""
     reading: str = ""
-    metric: str = ""
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.difference, self.low, self.high)
 
 
 @dataclass(frozen=True)
