@@ -78,6 +78,14 @@ def test_what_enters_and_what_is_added_give_what_leaves(models: Callable[[str], 
     torch.testing.assert_close(before + attention + mlp, after, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_mlp_makes_what_it_adds_of_what_it_reads(models: Callable[[str], Any], family: str) -> None:
+    model = models(family)
+    read, added = (a.x_ND for a in capture(model, make_sequences(), ["mlp_in.2", "mlp_out.2"]).values())
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_submodule(f"{BLOCK_PATHS[family]}.2.mlp")(read), added)
+
+
 def test_gemma_starts_from_scaled_embeddings_and_gpt2_from_positions_too(
     models: Callable[[str], Any],
 ) -> None:

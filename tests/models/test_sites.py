@@ -34,6 +34,9 @@ def test_short_lens_and_path_names_mean_the_same_site(family: str) -> None:
         assert resolve_site(model, f"blocks.3.hook_{kind}") == expected
         assert resolve_site(model, path) == expected
         assert resolve_site(model, expected) is expected
+    path = f"{block}.mlp"
+    read = Site("mlp_in.3", "blocks.3.mlp.hook_in", path, 3, "input")
+    assert resolve_site(model, "mlp_in.3") == resolve_site(model, "blocks.3.mlp.hook_in") == read
     before = Site("resid_pre.3", "blocks.3.hook_resid_pre", block, 3, "input")
     assert resolve_site(model, "resid_pre.3") == resolve_site(model, "blocks.3.hook_resid_pre") == before
     assert resolve_site(model, f"{BLOCK_PATHS[family]}.3") != before

@@ -9,6 +9,7 @@ A site has up to three names, all accepted:
                                                  gets them: Gemma's √d factor, GPT-2's positions are in
     resid_post.3  blocks.3.hook_resid_post       output of block 3, before any final norm
     attn_out.3    blocks.3.hook_attn_out         what block 3's attention adds to the residual stream
+    mlp_in.3      blocks.3.mlp.hook_in           what block 3's MLP reads, after its norm
     mlp_out.3     blocks.3.hook_mlp_out          what block 3's MLP adds to the residual stream
 
 and the module path (`model.layers.3`, `transformer.h.3.mlp`, or any other module inside a block), meaning that module's
@@ -29,7 +30,9 @@ from cosae.errors import CosaeError
 from cosae.shown import counted
 from cosae.types import Site
 
-KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_in", "mlp_out")
+HOOKS = {"mlp_in": "mlp.hook_in"}
+"""TransformerLens' names, but for hook_KIND."""
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 # Norms between a sublayer and the residual stream: the MLP's, the attention's. In Llama
@@ -53,6 +56,9 @@ def resolve_site(model: nn.Module, site: str | Site) -> Site:
     short = re.fullmatch(rf"(?P<kind>{kinds})\.(?P<block>\d+)", site)
     if found := short or re.fullmatch(rf"blocks\.(?P<block>\d+)\.hook_(?P<kind>{kinds})", site):
         return _named_site(model, found["kind"], int(found["block"]), blocks_path, n_blocks, site)
+    for kind, hook in HOOKS.items():
+        if found := re.fullmatch(rf"blocks\.(\d+)\.{re.escape(hook)}", site):
+            return _named_site(model, kind, int(found[1]), blocks_path, n_blocks, site)
     return _path_site(model, site, blocks_path, n_blocks)
 
 
@@ -97,23 +103,23 @@ def _named_site(model: nn.Module, kind: str, block: int, blocks_path: str, n_blo
     _check_block(model, block, n_blocks, asked)
     path = f"{blocks_path}.{block}"
     child = None
-    if kind in ("attn_out", "mlp_out"):
+    if kind in ("attn_out", "mlp_in", "mlp_out"):
         child = _sublayer(model.get_submodule(path), kind)
         if child is None:
             available = sorted(name for name, _ in model.get_submodule(path).named_children())
+            does = "reads what its mlp reads" if kind == "mlp_in" else f"returns what its {kind.split('_')[0]} adds"
             raise CosaeError(
-                f"Site '{asked}' is unknown: no module in block {block} of {type(model).__name__} returns "
-                f"what its {kind.split('_')[0]} adds; use resid_pre.{block}, resid_post.{block} or a module "
+                f"Site '{asked}' is unknown: no module in block {block} of {type(model).__name__} {does}; use resid_pre.{block}, resid_post.{block} or a module "
                 f"of the block ({path}. + {', '.join(available)})."
             )
         path = f"{path}.{child}"
     call, calls = _runs(model, blocks_path, block, child)
     return Site(
         name=f"{kind}.{block}",
-        hook_name=f"blocks.{block}.hook_{kind}",
+        hook_name=f"blocks.{block}.{HOOKS.get(kind, f'hook_{kind}')}",
         module_path=path,
         block=block,
-        reads="input" if kind == "resid_pre" else "output",
+        reads="input" if kind in ("resid_pre", "mlp_in") else "output",
         call=call,
         calls=calls,
     )
@@ -167,8 +173,11 @@ def _runs(model: nn.Module, blocks_path: str, block: int, inside: str | None) ->
 
 
 def _sublayer(block: nn.Module, kind: str) -> str | None:
-    """Name of the child whose output is what the attention or MLP adds to the residual stream, if any."""
+    """Name of the child whose output is what the attention or MLP adds to the residual stream, or whose input is what
+    the MLP reads, if any."""
     children = dict(block.named_children())
+    if kind == "mlp_in":
+        return next((name for name in MLP_NAMES if name in children), None)
     for mlp_norm, attention_norm in POST_NORMS.items():
         if mlp_norm in children:
             # AFMoE pairs the MLP norm's name of one family with the attention norm's of the other.
