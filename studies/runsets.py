@@ -219,6 +219,11 @@ REAL_ALL = (
 )
 """Arms on the real model: where only the gain is asked, at the blocks looked at closely, and at block 14."""
 REAL_CLOSELY = (10, 14, 24)
+REAL_REWEIGHTED = (
+    "standard",
+    "cosine",
+    *("standard,name=standard_over_r,loss.reweight=1", "standard,name=standard_over_r2,loss.reweight=2"),
+)
 
 
 RUNSETS: dict[str, Callable[[], Recipe]] = {
@@ -253,6 +258,7 @@ RUNSETS: dict[str, Callable[[], Recipe]] = {
         for b in (10, 11, 12, 14, 18, 24, 28)
     },
     "real_14_unfiltered": lambda: _real("real_14_unfiltered", 14, *REAL_FEW, kind="none"),
+    "real_14_reweighted": lambda: _real("real_14_reweighted", 14, *REAL_REWEIGHTED),
     "real_14_wide": lambda: _real("real_14_wide", 14, *REAL_FEW, d_sae=9216),
 }
 """Every set of runs by name."""

@@ -59,7 +59,7 @@ def cells(found: dict[str, Any]) -> dict[str, str]:
     at = {row["block"]: row for row in found["dose"]}[14]
     read = arms["standard, read by cosine"]["readings"]
     swapped = [shown(read[way]["gain"]) for way in ("in/mean_difference/top_1", "out/auroc/top_1")]
-    wide = found["runs"].get("real_14_wide")
+    wide, reweighted = (found["runs"].get(f"real_14_{name}") for name in ("wide", "reweighted"))
     return {
         "a": f"FVE − standard, sinks out: {'; '.join(fve)}",
         "b": f"a at the end, three seeds: {told}",
@@ -70,8 +70,25 @@ def cells(found: dict[str, Any]) -> dict[str, str]:
         f"{cosine['at_position_0']:.0f} of 2304",
         "f": f"standard weights read by cosine, refitted: {swapped[0]} points by the paper's protocol, {swapped[1]} "
         "with position 0 left out and by AUROC",
+        "e": UNTRIED if reweighted is None else _reweighted(reweighted),
         "h": UNTRIED if wide is None else _wide(wide),
+        "k": _two_exponents(arms),
     }
+
+
+def _reweighted(run: dict[str, Any]) -> str:
+    arms = {"1/r": "standard_over_r", "1/r²": "standard_over_r2", "cosine": "cosine"}
+    by = {words: run["arms"][arm]["readings"]["/".join(PAPER)]["gain"] for words, arm in arms.items()}
+    return "by the paper's protocol, points over standard: " + ", ".join(f"{w} {shown(g)}" for w, g in by.items())
+
+
+def _two_exponents(arms: dict[str, Any]) -> str:
+    two, one = (arms[name]["fve/sinks_out/difference"] for name in ("two_unit", "cosine"))
+    gain = arms["two_unit"]["readings"]["/".join(PAPER)]["gain"]
+    return (
+        f"FVE − standard: (a, δ) = (0, 1) {_gap(two)}, cosine {_gap(one)}; by the paper's protocol of probing "
+        f"{shown(gain)} points: its codes have the norm again"
+    )
 
 
 def _wide(run: dict[str, Any]) -> str:

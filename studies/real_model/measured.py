@@ -5,6 +5,7 @@ texts    every arm on every labelled set (`probing`); at block 14 also the stand
 tokens   held-out tokens of Wikipedia: features on at sinks, firings that the norm decides, firings by norm quartile
 splice   loss and KL with the reconstruction in the model's place, at the blocks looked at closely
 sharing  features that two SAEs share by the paper's rule, of two scores and, as the yardstick, of two seeds
+discovery  at block 14, whether the cosine SAE's gain in probing comes from features that only it has (`discovery`)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import cosae
 from cosae.activations.filter import Filter
 from cosae.activations.sample import SINKS, SinkRule
 from cosae.evaluate.encoded import Autoencoder, encode_all, encode_sample
-from cosae.evaluate.matching.match import match
+from cosae.evaluate.matching.match import Matching, match
 from cosae.evaluate.model.splice import measure_splice
 from cosae.evaluate.norms.counterfactual import at_median
 from cosae.evaluate.norms.driven import firing_norms, norm_driven
@@ -35,8 +36,10 @@ from cosae.run.dataset.open import open_dataset
 from cosae.run.folder import read_json, write_json
 from cosae.sae.model import SAE
 from cosae.sae.swap import swap_score
+from cosae.types import Activations
 from studies.real_model import texts
 from studies.real_model.design import CONTEXT, CORPUS, LIKE_THE_PAPER, MODEL, WIKI, labelled_sets
+from studies.real_model.discovery import decompose
 from studies.real_model.probing import probe
 from studies.runsets import REAL_CLOSELY, SEEDS, ensure, folder_of
 
@@ -81,8 +84,7 @@ def measured(name: str, seed: int, kind: str) -> dict[str, Any]:
 @torch.no_grad()
 def _texts(name: str, seed: int) -> dict[str, Any]:
     folder, block = folder_of(name, seed), block_of(name)
-    median = _filter(folder).median_norm
-    assert median is not None
+    median = _median(folder)
     readers: dict[str, Autoencoder | None] = {a: sae for a, sae in saes_of(folder).items() if a not in UNREAD}
     closely = name in {f"real_{b}" for b in REAL_CLOSELY}
     if name == "real_14":
@@ -133,16 +135,34 @@ def _splice(name: str, seed: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _sharing(name: str, seed: int) -> dict[str, Any]:
+    own, others, calm = _two_seeds(name, seed)
+    pairs = [(f"standard / {arm}", own["standard"], own[arm]) for arm in SPLICED[1:]]
+    pairs += [(f"{arm} / other seed", own[arm], others[arm]) for arm in SPLICED]
+    return {words: _matched(a, b, calm).numbers() for words, a, b in pairs}
+
+
+@torch.no_grad()
+def _discovery(name: str, seed: int) -> dict[str, Any]:
+    own, others, calm = _two_seeds(name, seed)
+    saes = {"standard": own["standard"], "cosine": own["cosine"], "other seed": others["standard"]}
+    pairs = {
+        ("standard", b): _matched(saes["standard"], saes[b], calm).pairs.shared() for b in ("cosine", "other seed")
+    }
+    return decompose(saes, pairs, block_of(name), _median(folder_of(name, seed)))
+
+
+def _matched(a: SAE, b: SAE, calm: Activations) -> Matching:
+    return match(encode_all(a, calm), encode_all(b, calm), a.W_dec, b.W_dec)
+
+
+def _two_seeds(name: str, seed: int) -> tuple[dict[str, SAE], dict[str, SAE], Activations]:
+    """A run's SAEs, those of the next seed, and held-out tokens that are no sinks."""
     folder, other = folder_of(name, seed), folder_of(name, SEEDS[(SEEDS.index(seed) + 1) % len(SEEDS)])
     recipe = Recipe.read(folder / "recipe.json")
     with open_dataset(recipe.data, DataUse.of(recipe)) as data:
         rule = SinkRule(10.0, _filter(folder).median_norm)
         held_out = data.sample("held_out", recipe.evaluation.held_out_tokens, rule)
-    calm = held_out.activations[~held_out.sink_N]
-    own, others = saes_of(folder), saes_of(other)
-    pairs = [(f"standard / {arm}", own["standard"], own[arm]) for arm in SPLICED[1:]]
-    pairs += [(f"{arm} / other seed", own[arm], others[arm]) for arm in SPLICED]
-    return {words: match(encode_all(a, calm), encode_all(b, calm), a.W_dec, b.W_dec).numbers() for words, a, b in pairs}
+    return saes_of(folder), saes_of(other), held_out.activations[~held_out.sink_N]
 
 
 KINDS: dict[str, Callable[[str, int], dict[str, Any]]] = {
@@ -150,11 +170,18 @@ KINDS: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "tokens": _tokens,
     "splice": _splice,
     "sharing": _sharing,
+    "discovery": _discovery,
 }
 
 
 def _filter(folder: Path) -> Filter:
     return from_plain(Filter, read_json(folder / "run.json")["filter"], "the filter")
+
+
+def _median(folder: Path) -> float:
+    median = _filter(folder).median_norm
+    assert median is not None
+    return median
 
 
 def _calm(folder: Path) -> Any:

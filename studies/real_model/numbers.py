@@ -13,6 +13,7 @@ from scipy import stats
 
 from cosae.evaluate.statistics import crossed_draws, crossed_interval
 from cosae.run.folder import read_json
+from studies.real_model import saebench
 from studies.real_model.design import BLOCKS
 from studies.real_model.measured import block_of
 from studies.real_model.probing import by_set
@@ -37,7 +38,7 @@ def seeds_of(name: str, kind: str = "texts") -> list[int]:
 def collect(names: tuple[str, ...]) -> Numbers:
     """Everything, by set of runs."""
     found = {name: _of_runs(name) for name in names if seeds_of(name)}
-    return {"runs": found, "dose": _dose(found), "predictions": {}}
+    return {"runs": found, "dose": _dose(found), "saebench": saebench.numbers(_interval), "predictions": {}}
 
 
 def _of_runs(name: str) -> Numbers:
@@ -74,6 +75,7 @@ def _of_runs(name: str) -> Numbers:
         "splice": _splice(name),
         "gains_by_set": by_set,
         "sharing": _sharing(name),
+        "discovery": _discovery(name),
     }
 
 
@@ -152,6 +154,30 @@ def _splice(name: str) -> Numbers | None:
             }
         found[f"{place}/{over}"] = row
     return found
+
+
+def _discovery(name: str) -> Numbers:
+    """Pair → way → gaps in AUROC of the second SAE over the first, in points, over questions and seeds; the share of
+    the gap that shared features have too (separability), None where the gap may be 0."""
+    runs = [read_json(folder_of(name, seed) / "discovery.json") for seed in seeds_of(name, "discovery")]
+    found: Numbers = {}
+    for pair, ways in runs[0].items() if runs else ():
+        for way in ways:
+            of = {key: np.array([r[pair][way][key] for r in runs]).T for key in ("full_a", "full_b", *_MATCHED)}
+            full_CS, matched_CS = of["full_b"] - of["full_a"], of["matched_b"] - of["matched_a"]
+            full = _interval(100 * full_CS)
+            found.setdefault(pair, {})[way] = {
+                "questions": len(full_CS),
+                "shared_features": [r[pair][way]["matched"] for r in runs],
+                "full": full,
+                "shared": _interval(100 * matched_CS),
+                "random": _mean([100 * r[pair][way]["gap_random"]["mean"] for r in runs]),
+                "separability": None if full[1] <= 0 <= full[2] else _rounded(matched_CS.mean() / full_CS.mean(), 3),
+            }
+    return found
+
+
+_MATCHED = ("matched_a", "matched_b")
 
 
 def _sharing(name: str) -> Numbers:

@@ -19,7 +19,7 @@ from studies.runsets import REAL_CLOSELY, folder_of
 
 NAMES = (
     *("real_10", "real_11", "real_12", "real_14", "real_18", "real_24", "real_28"),
-    *("real_14_unfiltered", "real_14_wide"),
+    *("real_14_unfiltered", "real_14_reweighted", "real_14_wide"),
 )
 RULES = ("mean_difference", "standardised_difference", "auroc")
 WAYS = {"paper": "the paper's protocol", "masked": "position 0 left out", "masked_auroc": "left out, latents by AUROC"}
@@ -50,6 +50,7 @@ def page(numbers: Numbers) -> str:
         _table(_DOSE_HEAD, (_dose_row(row) for row in numbers["dose"])),
         "![gain by block](figure.svg)",
     ]
+    parts += _saebench(numbers["saebench"])
     for name in NAMES:
         if name in runs and len(runs[name]["arms"]) > 1:
             parts += _section(name, runs[name])
@@ -112,6 +113,8 @@ def _section(name: str, one: Numbers) -> list[str]:
         parts.append(
             _table(["", "share"], ([p, ", ".join(f"{v:.3f}" for v in by)] for p, by in one["sharing"].items()))
         )
+    if one["discovery"]:
+        parts += _discovery(one["discovery"])
     if one["splice"]:
         parts.append(
             f"In the model's place ({one['splice']['tokens']} tokens, {one['splice']['seeds']} seeds): loss recovered "
@@ -120,6 +123,50 @@ def _section(name: str, one: Numbers) -> list[str]:
         rows = ([p.replace("_", " "), *(_spliced(row[a]) for a in row)] for p, row in _places(one["splice"]))
         parts.append(_table(["replaced / counted", *next(iter(dict(_places(one["splice"])).values()))], rows))
     return parts
+
+
+def _discovery(pairs: Numbers) -> list[str]:
+    """Where the gap lies: in features that both have, or in those of one alone."""
+    head = ["pair, features chosen", "all features", "shared ones alone", "as many at random", "separability", "shared"]
+    rows = [
+        [
+            f"{pair}, {WAYS[way]}",
+            *(shown(one[key]) for key in ("full", "shared")),
+            f"{one['random']:+.1f}",
+            "" if one["separability"] is None else f"{one['separability']:.0%}",
+            ", ".join(map(str, one["shared_features"])),
+        ]
+        for pair, ways in pairs.items()
+        for way, one in ways.items()
+    ]
+    words = (
+        "Discovery or separability (paper §6): gap in held-out AUROC, in points, of the second SAE over the first by "
+        "the one feature chosen for each question, among all features, among those that both have, and among as many "
+        "drawn at random. Separability: the share of the gap that shared features have too; none where it may be 0."
+    )
+    return [words, _table(head, rows)]
+
+
+def _saebench(found: Numbers) -> list[str]:
+    """The same SAEs through SAEBench's code."""
+    if not found:
+        return []
+    words = (
+        "## SAEBench's own code\n\nsparse_probing of SAEBench 0.6 through `cosae bench`, texts of four classes in the "
+        "place of its AG News (AG News, code, Wikipedia's topics). SAEBench leaves a BOS out of the pooling. With "
+        "SmolLM2's tokenizer as it is, a BOS takes the sink; without one, as in Qwen3, the first word does and is "
+        "pooled. Accuracy by standard → cosine, and the difference in points over questions and seeds."
+    )
+    rows = [
+        [f"{run.removeprefix('real_')}, {bos}", *(_accuracies(one[f"sae_top_{top}"]) for top in (1, 2, 5))]
+        for run, by in found.items()
+        for bos, one in by.items()
+    ]
+    return [words, _table(["block, tokenizer", "top 1", "top 2", "top 5"], rows)]
+
+
+def _accuracies(one: Numbers) -> str:
+    return f"{one['standard']:.3f} → {one['cosine']:.3f} ({shown(one['gain'])})"
 
 
 _FACTS = (

@@ -102,5 +102,6 @@ def _convert(path: Path, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # they are floats now
+    config.architectures = [type(sketch).__name__]  # as save_pretrained of a model writes; other loaders ask for it
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
