@@ -11,7 +11,6 @@ import pytest
 import torch
 from scipy import stats
 
-from cosae.evaluate.probing import logistic
 from cosae.evaluate.probing.ranking import EVERY_RULE
 from cosae.types import Activations, Codes
 from studies.__main__ import CLAIMS, PAGE, page
@@ -197,14 +196,3 @@ def test_the_controls_of_the_real_model_change_what_they_say() -> None:
     assert pooled["in"].to_dense()[0].tolist() == pytest.approx([94 / 3, 2.5 / 3])
     assert pooled["out"].to_dense().tolist() == [[2.0, 1.25], [0.0, 0.0]]
     assert pooled["last"].to_dense().tolist() == [[3.0, 0.5], [80.0, 1.0]]
-
-
-@pytest.mark.parametrize("n_features", [1, 5])
-def test_newton_finds_the_minimum_that_the_library_finds(n_features: int) -> None:
-    rng = np.random.default_rng(n_features)
-    label_N = rng.random(160) < 0.4
-    x_NK = rng.normal(size=(160, n_features)) + label_N[:, None]
-    x_NK -= x_NK.mean(axis=0)
-    weight_K, bias = probing.newton(x_NK, label_N)
-    theirs_KC, bias_C = logistic.fit(x_NK, label_N[:, None])
-    assert x_NK @ weight_K + bias == pytest.approx(x_NK @ theirs_KC[:, 0] + bias_C[0], abs=2e-3)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse, special
+from scipy import sparse
 
 from cosae.activations.perturbation import Perturbation, apply
 from cosae.activations.sinks import FACTOR, sink_mask
@@ -138,34 +138,10 @@ def _score(x: Any, split: Split, standardised: bool = True) -> list[float]:
         mean_K, deviation_K = train.mean(axis=0), train.std(axis=0)
         scale_K = np.divide(1.0, deviation_K, out=np.zeros_like(deviation_K), where=deviation_K > 0)
         scale_K = scale_K if standardised else np.ones_like(scale_K)
-        weight_K, bias = newton((train - mean_K) * scale_K, split.train_label)
-        logit_M1 = ((test - mean_K) * scale_K @ weight_K + bias)[:, None]
+        weight_K1, bias_1 = logistic.fit((train - mean_K) * scale_K, label_N1)
+        logit_M1 = (test - mean_K) * scale_K @ weight_K1 + bias_1
     accuracy = float(((logit_M1[:, 0] > 0) == split.test_label).mean())
     return [accuracy, float(rank_quality(logit_M1, split.test_label[:, None])[0][0])]
-
-
-def newton(x_NK: Any, label_N: NDArray[np.bool_], l2: float = 1.0, steps: int = 50) -> tuple[Any, float]:
-    """`cosae.evaluate.probing.logistic.fit` of one label on a few features: the same minimum by Newton's method."""
-    x_NK = np.hstack([x_NK, np.ones((len(x_NK), 1))])
-    penalty_K = np.append(np.full(x_NK.shape[1] - 1, l2), 0.0)
-    sign_N = np.where(label_N, 1.0, -1.0)
-    w_K = np.zeros(x_NK.shape[1])
-
-    def loss(w_K: Any) -> float:
-        return float(np.logaddexp(0.0, -sign_N * (x_NK @ w_K)).sum() + 0.5 * penalty_K @ w_K**2)
-
-    now = loss(w_K)
-    for _ in range(steps):
-        p_N = special.expit(x_NK @ w_K)
-        slope_K = x_NK.T @ (p_N - label_N) + penalty_K * w_K
-        if np.abs(slope_K).max() < 1e-9 * len(x_NK):
-            break
-        bend_KK = (x_NK * (p_N * (1 - p_N))[:, None]).T @ x_NK + np.diag(penalty_K + 1e-12)
-        move_K, size = np.linalg.solve(bend_KK, slope_K), 1.0
-        while (then := loss(w_K - size * move_K)) > now and size > 1e-6:
-            size /= 2
-        w_K, now = w_K - size * move_K, then
-    return w_K[:-1], float(w_K[-1])
 
 
 def by_set(found: Mapping[str, Mapping[str, Any]], pooling: str, reading: str, metric: str) -> list[float]:

@@ -6,7 +6,7 @@ By L-BFGS from w = 0, each label on its own, deterministic; l2 = 1 is scikit-lea
 §6). On a dense matrix with more rows than columns it runs in coordinates in which the bound ¼XᵀX + l2 of the Hessian
 (Böhning & Lindsay 1988) is the identity, so that correlated features do not slow it down; a rare label, 4p(1 − p) times
 flatter than the bound, takes longer steps. The minimum is the same. Of other matrices nothing of size features ×
-features is made.
+features is made. A few dense features go to `probing.newton`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from cosae.evaluate.encoded import row_slices
-from cosae.evaluate.probing import lbfgs
+from cosae.evaluate.probing import lbfgs, newton
 from cosae.evaluate.probing.ranking import deviations
 from cosae.evaluate.statistics import Array
 
@@ -45,6 +45,9 @@ def fit(
     A dense x must have mean 0 over the rows to gain from the change of coordinates.
     """
     n, f = x.shape
+    if f <= newton.FEW and not sparse.issparse(x):
+        fitted = [newton.fit(x, label_N, l2, check) for label_N in label_NC.T]
+        return np.stack([weight_F for weight_F, _ in fitted], 1), np.array([bias for _, bias in fitted])
     share_C = label_NC.mean(axis=0)
     start_C, scale_C = (
         torch.from_numpy(one) for one in (special.logit(share_C), 1 / np.sqrt(4 * share_C * (1 - share_C)))
