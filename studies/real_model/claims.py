@@ -10,6 +10,8 @@ from studies.real_model.judge import shown
 from studies.real_model.measured import READ_TIME
 from studies.real_model.numbers import PAPER
 
+ORDINARY = 3.0
+"""Times the median norm below which position 0 is called no sink."""
 UNTRIED = "not tried there"
 
 
@@ -25,10 +27,14 @@ def paragraph(found: dict[str, Any]) -> str:
     if 14 not in rows:
         return ""
     at, sets, seeds = rows[14], found["runs"]["real_14"]["sets"], len(found["runs"]["real_14"]["seeds"])
-    calm = " and ".join(f"{shown(rows[b]['paper'])} at block {b}" for b in (10, 11) if b in rows) or "not run"
+    ordinary = [f"{shown(row['paper'])} at block {b}" for b, row in rows.items() if row["strength"] < ORDINARY]
+    calm = " and ".join(ordinary) or "not run"
     weak = (
         f"; with a weak one ({rows[28]['strength']:.0f} ×) {shown(rows[28]['paper'])} at block 28" if 28 in rows else ""
     )
+    if 11 in rows:
+        made = f"one block later, which makes the sink ({rows[11]['strength']:.0f} ×)"
+        weak = f", and {made}, {shown(rows[11]['paper'])}{weak}"
     read = found["runs"]["real_14"]["arms"][READ_TIME]["readings"]["/".join(PAPER)]["gain"]
     most = at["paper"][1] > 0 and at["masked"][0] <= at["paper"][0] / 2
     headline = "the gain is mostly one token a text" if most else "the gain is not one token a text alone"

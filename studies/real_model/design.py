@@ -22,7 +22,8 @@ CONTEXT = 128
 TRAIN_TOKENS, HELD_OUT_TOKENS = 512_000, 65_536
 
 BLOCKS = (10, 11, 12, 14, 18, 24, 28)
-"""Blocks whose output is read. Position 0 is ordinary at 10 and 11, a sink from 12 on."""
+"""Blocks whose output is read. Position 0 is ordinary at 10 alone: block 11 makes the sink. (The predictions count 11
+among the ordinary ones: a model's hidden state 11, which was looked at, is the output of block 10.)"""
 
 LIKE_THE_PAPER = (
     "158_code_C",

@@ -23,7 +23,7 @@ def judge(numbers: Numbers) -> dict[str, list[str]]:
         "P1": lambda: _p1(dose),
         "P2": lambda: _p2(dose),
         "P3": lambda: _p3(dose),
-        "P4": lambda: _p4(runs),
+        "P4": lambda: _p4(runs, dose),
         "P5": lambda: _control(runs, "random", lambda left: left >= 0.8, lambda left: left < 0.8),
         "P6": lambda: _control(runs, "clipped", lambda left: left <= 1 / 3, lambda left: left > 0.5),
         "P7": lambda: _p7(runs),
@@ -77,11 +77,11 @@ def _p3(dose: dict[int, Numbers]) -> Verdict:
     return _by(all(abs(g[0]) <= 1.5 for g in gains.values()), any(g[1] > 1.5 for g in gains.values())), text
 
 
-def _p4(runs: Numbers) -> Verdict:
+def _p4(runs: Numbers, dose: dict[int, Numbers]) -> Verdict:
     ways = [(p, f"{r}/top_1") for p in ("in", "out") for r in ("auroc", "mean_difference", "standardised_difference")]
     gains = {(b, *at): gain_of(runs, f"real_{b}", at) for b in NONE for at in ways}
     worst = max(gains, key=lambda key: abs(gains[key][0]))
-    text = "; ".join(f"block {b} {shown(gains[b, *PAPER])}" for b in NONE)
+    text = "; ".join(f"block {b} (sink {dose[b]['strength']:.0f} ×) {shown(gains[b, *PAPER])}" for b in NONE)
     text += f"; furthest from 0: {shown(gains[worst])} (block {worst[0]}, pooled {worst[1]}, {worst[2]})"
     return _by(all(abs(g[0]) <= 2 for g in gains.values()), any(g[1] > 2 for g in gains.values())), text
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from cosae.io.lines import finite
 from cosae.report.figures.svg import INK, Panel, drawing, label, marker, style_of, tag
 from cosae.run.folder import read_json
+from studies.real_model.claims import ORDINARY
 from studies.real_model.design import FOLDER, LIKE_THE_PAPER, OTHERS, TRAIN_TOKENS, WIKI
 from studies.real_model.judge import judge, shown
 from studies.real_model.numbers import STANDARD, Numbers, collect
@@ -45,6 +46,7 @@ def page(numbers: Numbers) -> str:
         *_answer(numbers),
         "## Predictions, made before the runs\n\nThe file [PREDICTIONS.md](PREDICTIONS.md) says each in full.",
         _table(["", "verdict", "our figures"], ([n, f"**{v}**", f] for n, (v, f) in numbers["predictions"].items())),
+        *_mistaken(numbers),
         "## Dose and response\n\nSink: norm of position 0 over the median. On: latents that fire on it, of 2304 "
         "(k = 32). Gains are cosine − standard, top-1, in points.",
         _table(_DOSE_HEAD, (_dose_row(row) for row in numbers["dose"])),
@@ -82,6 +84,19 @@ def _answer(numbers: Numbers) -> list[str]:
         f"by AUROC as well by **{shown(at['masked_auroc'])}**. The standard SAEs gain {mask:+.1f} points from the mask "
         f"and {both:+.1f} from mask and rule, with the same weights. ({one['sets']} labelled sets, "
         f"{len(one['seeds'])} seeds, 95 % intervals over both.)"
+    ]
+
+
+def _mistaken(numbers: Numbers) -> list[str]:
+    """What the predictions assumed and the model does not do."""
+    at = {row["block"]: row for row in numbers["dose"]}.get(11)
+    if at is None or at["strength"] < ORDINARY:
+        return []
+    return [
+        f"P4 took block 11 for a site without a sink: its output has one of {at['strength']:.0f} times the median norm "
+        "(hidden state 11, which was looked at, is the output of block 10). So P4 is refuted as it was written, and "
+        "block 11 joins the sink sites, where its gain belongs; block 10 is the one site without a sink. P1 and P11 "
+        "expected more of a weak sink and less of the unit frame than there is."
     ]
 
 
