@@ -36,6 +36,8 @@ class Sequences:
     special_ST (S, T) bool   True where the id is one of the tokenizer's special ids (BOS, EOS, PAD ...)
     doc_names names of the documents, for records and reports
     first_doc index of the document that doc_names[0] names; not 0 where sequences are one stretch of a longer text
+    inputs    what a model that reads no tokens is given instead of ids_ST, by the name of its argument, S of each:
+              images, sounds
     """
 
     PLACES: ClassVar = ("ids_ST", "doc_ST", "index_ST", "mask_ST", "special_ST")  # fields with an entry a token
@@ -47,13 +49,15 @@ class Sequences:
     special_ST: Tensor
     doc_names: tuple[str, ...] = ()
     first_doc: int = 0
+    inputs: Mapping[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return int(self.ids_ST.shape[0])
 
     def __getitem__(self, rows: slice | Tensor) -> Sequences:
         """The chosen sequences, in the order asked for; all document names are kept."""
-        return replace(self, **{name: getattr(self, name)[rows] for name in self.PLACES})
+        inputs = None if self.inputs is None else {name: value[rows] for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, **{name: getattr(self, name)[rows] for name in self.PLACES})
 
     def columns(self, n: int) -> Sequences:
         """The first n places of every sequence."""
@@ -67,10 +71,10 @@ class Site:
     name         short name (`resid_post.3`), or the module path where there is no short one
     hook_name    TransformerLens style name, as SAELens writes it to disk, or the module path
     module_path  path as in `model.get_submodule`
-    block        index of the block the module is or lies in
-    reads        whether the module's first input or its output is meant; the input for `resid_pre` only
+    block        index of the block the module is or lies in; -1 outside of blocks
+    reads        whether the module's first input or its output is meant
     call         which run of the module in a forward pass is meant, from 0: blocks may share a module
-    calls        how many runs of it there must be in a pass; any other number is refused
+    calls        how many runs of it there must be in a pass; any other number is refused. 0: any above `call`
     """
 
     name: str
@@ -90,13 +94,24 @@ class Site:
         kind, block = {f"resid_pre.{self.block}": before, f"resid_post.{self.block}": after}.get(self.name, ("", 0))
         if name in {self.name, self.hook_name} or (kind and name in {f"{kind}.{block}", f"blocks.{block}.hook_{kind}"}):
             return True
-        path, other = f".{self.module_path}", f".{name.removesuffix('.output')}"
-        return self.reads == "output" and (path.endswith(other) or other.endswith(path))
+        other, run, reads = split_site(name)
+        path, other = f".{self.module_path}", f".{other.removesuffix('.output')}"
+        same_run = run is None if self.calls else run == self.call
+        return reads == self.reads and same_run and (path.endswith(other) or other.endswith(path))
 
     def to_record(self) -> dict[str, Any]:
         """Plain values that `Site(**record)` takes; which run is meant only where there are several."""
-        several = ("call", "calls") if self.calls > 1 else ()
+        several = ("call", "calls") if self.calls != 1 else ()
         return {name: getattr(self, name) for name in ("name", "hook_name", "module_path", "block", "reads", *several)}
+
+
+def split_site(name: str) -> tuple[str, int | None, Literal["input", "output"]]:
+    """PATH#RUN:input in its parts; RUN None where no run is named."""
+    place, reads, _ = name.partition(":input")
+    path, several, run = place.partition("#")
+    if several and not run.isdecimal():
+        raise CosaeError(f"a run of a module must be a number from 0, as in layers.0#2. Got {name!r} instead.")
+    return path, int(run) if several else None, "input" if reads else "output"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from cosae.errors import CosaeError
 from cosae.interop import cached_codes, delphi
 from cosae.interop.delphi import write_cache
-from cosae.models.intervene.hooks import find_site
+from cosae.models.sites import resolve_site
 from tests.support.small_exports import dense, make_model, make_sae, whole_sequences
 
 SITE, MODULE = "resid_post.2", "model.layers.2"
@@ -29,7 +29,7 @@ def model() -> Any:
 
 def write(model: Any, sae: Any, out: Path, site: str = SITE, **options: Any) -> Any:
     options = {"model_name": "tiny", "dataset": "words", **options}
-    return write_cache(model, find_site(model, site), sae, whole_sequences(), out, **options)
+    return write_cache(model, resolve_site(model, site), sae, whole_sequences(), out, **options)
 
 
 @pytest.mark.parametrize("chunk", [8192, 100])

@@ -19,7 +19,7 @@ from cosae.interop.neuronpedia import upload as neuronpedia_upload
 from cosae.interop.neuronpedia.dashboards import batches, write_dashboards
 from cosae.interop.neuronpedia.settings import Dashboard
 from cosae.interop.neuronpedia.windows import histogram
-from cosae.models.intervene.hooks import find_site
+from cosae.models.sites import resolve_site
 from cosae.models.unembed import OUT_OF_RANGE, head_shares, residual_directions, spellings
 from tests.support.small_exports import Words, dense, make_model, make_sae, make_sequences, whole_sequences
 
@@ -51,7 +51,7 @@ def settings(**changed: Any) -> Dashboard:
 
 def export(model: Any, sae: Any, out: Path, sequences: Any = None, site: str = SITE, **changed: Any) -> list[Any]:
     sequences = whole_sequences() if sequences is None else sequences
-    write_dashboards(model, Words(), find_site(model, site), sae, sequences, out, settings(**changed))
+    write_dashboards(model, Words(), resolve_site(model, site), sae, sequences, out, settings(**changed))
     names = sorted(out.glob("batch-*.json"), key=lambda p: int(p.stem[6:]))
     return [json.loads(path.read_text("utf-8")) for path in names]
 
@@ -166,7 +166,7 @@ def test_high_norm_tokens_can_be_left_out(model: Any, tmp_path: Path) -> None:
 
 def test_directions_come_through_the_layer_that_writes_to_the_stream(model: Any) -> None:
     rows_FD = torch.randn(5, 32)
-    site = find_site(model, "model.layers.1.self_attn.o_proj:input")
+    site = resolve_site(model, "model.layers.1.self_attn.o_proj:input")
     weight = model.model.layers[1].self_attn.o_proj.weight
     assert torch.allclose(residual_directions(model, site, rows_FD), rows_FD @ weight.T)
     shares = head_shares(model, site, rows_FD)
@@ -175,10 +175,10 @@ def test_directions_come_through_the_layer_that_writes_to_the_stream(model: Any)
     assert shares[0, 1] / shares[0, 0] == pytest.approx(
         float(rows_FD[0, 8:16].norm() / rows_FD[0, :8].norm()), rel=1e-5
     )
-    assert residual_directions(model, find_site(model, "model.layers.1.self_attn.q_proj"), rows_FD) is None
-    assert head_shares(model, find_site(model, SITE), rows_FD) is None
+    assert residual_directions(model, resolve_site(model, "model.layers.1.self_attn.q_proj"), rows_FD) is None
+    assert head_shares(model, resolve_site(model, SITE), rows_FD) is None
     gpt2 = make_model("gpt2")
-    site = find_site(gpt2, "transformer.h.1.attn.c_proj:input")
+    site = resolve_site(gpt2, "transformer.h.1.attn.c_proj:input")
     assert torch.allclose(residual_directions(gpt2, site, rows_FD), rows_FD @ gpt2.transformer.h[1].attn.c_proj.weight)
 
 

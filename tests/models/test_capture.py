@@ -397,6 +397,8 @@ def test_the_digest_sees_every_field() -> None:
             changed: Any = ("x", *value[1:])
         elif f.name == "first_doc":
             changed = value + 1
+        elif f.name == "inputs":
+            changed = {"pixel_values": torch.zeros(2, 1)}
         else:
             changed = value.clone()
             changed[1, 2] = not changed[1, 2] if value.dtype == torch.bool else changed[1, 2] + 1

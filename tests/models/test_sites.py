@@ -56,7 +56,7 @@ def test_paths_inside_a_block_keep_their_path_as_name() -> None:
     "name",
     [
         *("resid_mid.1", "resid_post", "resid_post.-1", "blocks.1.hook_resid_mid", "", "x"),
-        *("model.layers.1.nothing", "model.layers", "model.layers.1.", "model.embed_tokens", "lm_head"),
+        *("model.layers.1.nothing", "model.layers", "model.layers.1.", "model.nothing", "head"),
     ],
 )
 def test_unknown_sites_list_what_there_is(name: str) -> None:
@@ -74,7 +74,7 @@ def test_blocks_out_of_range_name_the_range(name: str) -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(CosaeError, match="Linear has no list of decoder blocks"):
+    with pytest.raises(CosaeError, match="Linear has no list of blocks"):
         resolve_site(nn.Linear(2, 2), "resid_post.0")
 
 

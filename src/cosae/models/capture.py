@@ -1,6 +1,6 @@
 """Tokens → activations at one or many sites of a frozen Hugging Face model.
 
-In: a causal language model and `Sequences`. Out: `Activations` per site, one row per real token, padding dropped, in
+In: a model and `Sequences`. Out: `Activations` per site, one row per real token, padding dropped, in
 the order of the sequences. Hooks sit on the asked modules for one forward pass of the model's body (the head is never
 run), and the pass is cut short by a private exception as soon as the last site has been read.
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError, NotFiniteError, check_choice, check_least
-from cosae.models.hooks import body_of, positions, read_sites
+from cosae.models.hooks import positions, read_sites
+from cosae.models.parts import context_of, vocabulary_of
 from cosae.models.sites import resolve_site
 from cosae.types import Activations, Sequences, Site
 
@@ -36,7 +37,7 @@ def capture(
 ) -> dict[str, Activations]:
     """Activations of every real token of `sequences`, by site, all sites from the same forward passes.
 
-    model            causal language model (or its body) in eval mode
+    model            any model of transformers (or a part of one) in eval mode
     sequences        (S, T) token sequences; padding may be left, right or anywhere
     sites            names for `resolve_site`; the result's keys are the names as given, or a `Site`'s own
     batch_sequences  sequences per forward pass; it may change the last bits, as any batching does
@@ -83,7 +84,9 @@ def check_request(model: nn.Module, sequences: Sequences, batch_sequences: int, 
     real = sequences.ids_ST[sequences.mask_ST]
     if real.numel() == 0:
         raise CosaeError("There are no tokens to capture: the corpus is empty.")
-    n_vocabulary = int(body_of(model).get_input_embeddings().weight.shape[0])
+    if sequences.inputs is not None:
+        return
+    n_vocabulary = vocabulary_of(model)
     lowest, highest = int(real.min()), int(real.max())
     if lowest < 0 or highest >= n_vocabulary:
         worst = lowest if lowest < 0 else highest
@@ -92,7 +95,7 @@ def check_request(model: nn.Module, sequences: Sequences, batch_sequences: int, 
             "use the tokenizer that belongs to the model."
         )
     longest = int(sequences.mask_ST.sum(dim=1).max())
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    context = context_of(model)
     if context is not None and longest > context:
         raise CosaeError(
             f"Sequences have up to {longest} tokens, but the model's context is {context}; cut them shorter."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
+from cosae.models.parts import INPUTS, runner_of
+from cosae.shown import counted
 from cosae.types import Sequences, Site
 
 _PASS = threading.Lock()  # hooks sit on the model itself: two passes at once would read one another's batches
@@ -50,11 +52,6 @@ class _Eager:
 eager = _Eager()
 
 
-def body_of(model: nn.Module) -> Any:
-    """The model without its language-modelling head."""
-    return getattr(model, "base_model", model)
-
-
 def read_sites(
     model: nn.Module, batch: Sequences, sites: Sequence[Site], store_dtype: torch.dtype, store_device: str
 ) -> dict[Site, tuple[Tensor, Tensor]]:
@@ -63,7 +60,8 @@ def read_sites(
     The rows are in `store_dtype`; the norms are of the rows as the model made them, before any rounding. The first pass
     that reads a module runs to its end, to see how often the module runs; later ones are cut short.
     """
-    body = body_of(model)
+    names = ("input_ids",) if batch.inputs is None else tuple(batch.inputs)
+    runner, names = runner_of(model, [site.module_path for site in sites], names)
     found: dict[Site, tuple[Tensor, Tensor]] = {}
     counter = CallCounter()
     modules = [model.get_submodule(site.module_path) for site in sites]
@@ -76,7 +74,7 @@ def read_sites(
         def read(value: Any) -> Any:
             if counter.is_meant(site):
                 # Copied at once: later modules may write into the same memory.
-                rows = _real_rows(value, batch.mask_ST, site)
+                rows = _rows(value, batch, site)
                 norm_N = torch.linalg.vector_norm(rows.float(), dim=-1)
                 found[site] = rows.to(device=store_device, dtype=store_dtype), norm_N.to(store_device)
                 if is_known and len(found) == len(sites):
@@ -88,11 +86,11 @@ def read_sites(
     with _PASS, eager, suppress(_Stop), ExitStack() as hooks, torch.no_grad():
         for site in sites:
             hooks.callback(hook_site(model, site, reader(site)).remove)
-        body(**arguments_of(body, batch))
+        runner(**arguments_of(runner, batch, names))
     if not is_known:
         for site, module in zip(sites, modules, strict=True):
             counter.check(site)
-            _RUNS[module] = site.calls
+            _RUNS[module] = counter.runs(site)
     return found
 
 
@@ -110,9 +108,13 @@ class CallCounter:
         """Whether this run, which is counted, is the one that the site names. Raises CosaeError for one too many."""
         run = self._runs.get(site, 0)
         self._runs[site] = run + 1
-        if run == site.calls:
+        if site.calls and run == site.calls:
             check_calls(site, run + 1)
         return run == site.call
+
+    def runs(self, site: Site) -> int:
+        """How often a site's module ran."""
+        return self._runs.get(site, 0)
 
     def check(self, site: Site) -> None:
         """Raises CosaeError, after a pass, where a site was not reached as often as it must be."""
@@ -123,11 +125,16 @@ def check_calls(site: Site, runs: int) -> None:
     """Raises CosaeError where a module does not run as often in one forward pass as the site says."""
     if not runs:
         raise CosaeError(f"Site '{site.name}' was never reached: the model does not call that module itself.")
-    if runs != site.calls:
+    if not site.calls and runs <= site.call:
+        raise CosaeError(
+            f"Site '{site.name}' is out of range: in a forward pass {site.module_path} runs {counted(runs, 'time')}, "
+            "and runs are counted from 0."
+        )
+    if site.calls and runs != site.calls:
         must = "once" if site.calls == 1 else f"{site.calls} times"
         raise CosaeError(
             f"Site '{site.name}' is ambiguous: {site.module_path} must run {must} in a forward pass, but here it runs "
-            f"{runs} times or more; choose a site outside the loop."
+            f"{runs} times or more; name the run, as in {site.module_path}#0."
         )
 
 
@@ -152,45 +159,67 @@ def _with_first(
 
 
 def _with_tensor(output: Any, act: Callable[[Any], Any]) -> Any:
-    """The output with its tensor replaced. Modules return a tensor, or a tuple that begins with one."""
+    """The output with its tensor replaced. Modules return a tensor, a tuple with one, the first counting, or a record,
+    of which last_hidden_state counts, else its first tensor."""
+    if isinstance(output, Mapping):
+        tensors = [key for key, value in output.items() if isinstance(value, Tensor)]
+        key = "last_hidden_state" if "last_hidden_state" in tensors else next(iter(tensors), None)
+        return act(output) if key is None else type(output)(**{**output, key: act(output[key])})
     if isinstance(output, tuple | list) and output:
-        changed = [act(output[0]), *output[1:]]
+        place = next((i for i, value in enumerate(output) if isinstance(value, Tensor)), 0)
+        changed = [act(value) if i == place else value for i, value in enumerate(output)]
         if hasattr(output, "_fields"):
             return type(output)(*changed)
         return type(output)(changed)
     return act(output)
 
 
-def _real_rows(value: Any, mask_ST: Tensor, site: Site) -> Tensor:
-    """(N, D) copy of the rows under the mask."""
+def _rows(value: Any, batch: Sequences, site: Site) -> Tensor:
+    """(N, D) copy of the rows that are wanted of a batch; heads side by side."""
     if not isinstance(value, Tensor):
         raise CosaeError(f"Site '{site.name}' gives no tensor but {type(value).__name__}; choose another module.")
-    n_sequences, n_positions = mask_ST.shape
+    n_sequences, n_positions = batch.mask_ST.shape
     if value.shape[:-1] == (n_sequences * n_positions,):  # mixture-of-experts routers flatten the batch
         value = value.reshape(n_sequences, n_positions, -1)
-    if value.shape[:-1] != mask_ST.shape:
+    if value.shape[:2] != batch.mask_ST.shape or value.ndim < 3:
         raise CosaeError(
             f"Site '{site.name}' gives a tensor of shape {tuple(value.shape)}, "
             f"not ({n_sequences} sequences, {n_positions} positions, width); choose another module."
         )
-    rows: Tensor = value[mask_ST.to(value.device)]
+    rows: Tensor = value.flatten(2)[batch.mask_ST.to(value.device)]
     return rows
 
 
-def arguments_of(body: Any, batch: Sequences) -> dict[str, Any]:
+def arguments_of(runner: nn.Module, batch: Sequences, names: Sequence[str] = ("input_ids",)) -> dict[str, Any]:
     """Arguments of the pass: a mask only where there is padding, positions only where it comes first."""
-    device = body.get_input_embeddings().weight.device
+    weight = next(iter(runner.parameters()))
+    known = inspect.signature(runner.forward).parameters
+    if batch.inputs is not None:
+        dtypes = {name: weight.dtype if value.is_floating_point() else None for name, value in batch.inputs.items()}
+        return {name: value.to(weight.device, dtypes[name]) for name, value in batch.inputs.items()}
     mask_ST = batch.mask_ST
-    ids_ST = batch.ids_ST.masked_fill(~mask_ST, 0)  # padding ids may be out of the vocabulary
-    inputs: dict[str, Any] = {"input_ids": ids_ST.to(device), "use_cache": False}
+    ids_ST = batch.ids_ST.masked_fill(~mask_ST, _padding_id(runner)).to(weight.device)
+    inputs: dict[str, Any] = dict.fromkeys(names, ids_ST)
+    if "use_cache" in known or not known.keys() & INPUTS:
+        inputs["use_cache"] = False
     if bool(mask_ST.all()):
         return inputs
-    inputs["attention_mask"] = mask_ST.long().to(device)
-    position_ST = positions(mask_ST)
+    inputs |= {name.replace("input_ids", "attention_mask"): mask_ST.long().to(weight.device) for name in names}
     after_padding = bool((~mask_ST[:, :-1] & mask_ST[:, 1:]).any())
-    if after_padding and "position_ids" in inspect.signature(body.forward).parameters:
-        inputs["position_ids"] = position_ST.to(device)
+    if after_padding and "position_ids" in known and not _counts_itself(runner):
+        inputs["position_ids"] = positions(mask_ST).to(weight.device)
     return inputs
+
+
+def _counts_itself(runner: nn.Module) -> bool:
+    """Whether a model counts positions by which ids are padding, and from another number than 0 (RoBERTa, ESM)."""
+    return any(hasattr(module, "create_position_ids_from_input_ids") for module in runner.modules())
+
+
+def _padding_id(runner: nn.Module) -> int:
+    """What stands for padding, whose own id may be out of the vocabulary: 0 where the model does not look at it."""
+    given = getattr(getattr(runner, "config", None), "pad_token_id", None)
+    return int(given) if given is not None and _counts_itself(runner) else 0
 
 
 def positions(mask_ST: Tensor) -> Tensor:

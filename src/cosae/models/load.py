@@ -1,4 +1,7 @@
-"""A frozen causal language model and its tokenizer, from a directory, a GGUF file or the Hugging Face hub."""
+"""A frozen model and its tokenizer, from a directory, a GGUF file or the Hugging Face hub.
+
+Whatever transformers' AutoModel loads: a causal language model with its head, a model of text and images with its own,
+any other (encoders, vision, audio, encoder-decoders) without."""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from cosae.io.fetched.packages import MODELS, model_of
 from cosae.io.kind import kind_of, which_is
 from cosae.io.untrusted import check_plain, one_line, one_sentence
 from cosae.models.gguf import dequantised, is_gguf, quantization
+from cosae.models.parts import vocabulary_of
 from cosae.shown import counted
 
 TOKENIZER_FILES = (
@@ -25,6 +29,8 @@ TOKENIZER_FILES = (
 """Any of which holds a tokenizer's vocabulary."""
 ROUNDED = 64
 """Embeddings that a small vocabulary is rounded up by at most."""
+UNUSED = ("masked_spec_embed",)
+"""Parameters that only training uses, and that checkpoints may lack."""
 MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,25 +40,29 @@ def load_model(
     device: str = "cpu",
     revision: str | None = None,
     attn_implementation: str | None = None,
+    with_tokenizer: bool = True,
 ) -> tuple[nn.Module, Any]:
-    """A causal language model in eval mode, without gradients, and its tokenizer.
+    """A model in eval mode, without gradients, and its tokenizer: None for a model that reads no text.
 
-    name_or_path  a directory written by `save_pretrained`, a GGUF file, smollm2 (once fetched), or a repository on the
-                  hub
+    name_or_path  a directory written by `save_pretrained`, a GGUF file, smollm2 or minilm (once fetched), or a
+                  repository on the hub
     dtype         "float32", "bfloat16" or "float16"
     device        "cpu", "cuda", "cuda:1" ...
     revision      branch, tag or commit on the hub
     attn_implementation  as in transformers ("eager", "sdpa" ...); None for its default
+    with_tokenizer  False: no tokenizer is looked for (token ids come ready-made)
 
-    Raises `CosaeError` for a missing path, an unreachable hub or repository, a model that is no causal
-    language model, weights that are damaged or incomplete, a missing tokenizer, and an unsupported dtype or
-    device. Code from a repository is never run.
+    Raises `CosaeError` for a missing path, an unreachable hub or repository, a model that transformers does not know,
+    weights that are damaged or incomplete, a missing tokenizer, and an unsupported dtype or device. Code from a
+    repository is never run.
     """
     target = _device(device)
     transformers, name, where, config = read_configuration(name_or_path, dtype, revision)
     progress: Any = transformers.utils.logging
     progress.disable_progress_bar()  # a bar of its own for each load would break ours
-    tokenizer = load_tokenizer(transformers, name, where)
+    auto, model_class = classes_of(transformers, config, os.fspath(name_or_path))
+    reads_text = getattr(model_class, "main_input_name", "input_ids") == "input_ids"
+    tokenizer = load_tokenizer(transformers, name, where) if with_tokenizer and reads_text else None
     options: dict[str, Any] = dict(where, output_loading_info=True)
     # Renamed in transformers 4.56, with a warning on the old name.
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -65,15 +75,20 @@ def load_model(
         failure = f"'{name}' is quantised ({how}), which transformers does not serve on {device} here"
         if target.type != "cpu":
             options["device_map"] = {"": target}
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model, info = _try(failure, load, name, **options)
-    wrong = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
+    model, info = _try(failure, auto.from_pretrained, name, **options)
+    spare = {key.split("pooler.")[0] + "pooler" for key in info["missing_keys"] if "pooler." in key}
+    for path in spare:  # checkpoints of masked language models have none; it runs after all blocks
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, None)
+    missing = [key for key in map(str, info["missing_keys"]) if not key.startswith(tuple(spare)) and key not in UNUSED]
+    wrong = sorted(missing) + sorted(map(str, info["mismatched_keys"]))
     if wrong:  # transformers would fill these with random numbers and go on
         raise CosaeError(
             f"The weights of '{name}' are incomplete: {counted(len(wrong), 'tensor')} missing or misshapen, "
             f"the first is {wrong[0]}; download the model again."
         )
-    check_tokenizer(tokenizer, int(model.get_input_embeddings().weight.shape[0]), name)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, vocabulary_of(model), name)
     model.requires_grad_(False)
     model.quantization = quantization(Path(name))
     if model.quantization or os.fspath(name_or_path) in MODELS:
@@ -84,17 +99,17 @@ def load_model(
 def read_configuration(
     name_or_path: str | os.PathLike[str], dtype: str, revision: str | None
 ) -> tuple[Any, str, dict[str, str], Any]:
-    """transformers, the name for it, its options, and the configuration of a causal model. Raises CosaeError."""
+    """transformers, the name for it, its options, and the configuration of a model. Raises CosaeError."""
     check_choice("dtype", dtype, MODEL_DTYPES)
     try:
         import transformers
     except ImportError:
-        raise CosaeError("Reading a language model needs transformers: pip install 'cosae[lm]'.") from None
+        raise CosaeError("Reading a model needs transformers: pip install 'cosae[lm]'.") from None
     name = place_of(name_or_path)
     where = {"revision": revision} if revision is not None else {}
     config = _try(f"No model could be read from '{name}'", transformers.AutoConfig.from_pretrained, name, **where)
     with one_sentence(f"No model could be read from '{name}'", "its config.json is damaged"):
-        _check_causal(transformers, config, os.fspath(name_or_path))
+        classes_of(transformers, config, os.fspath(name_or_path))
     return transformers, name, where, config
 
 
@@ -184,14 +199,24 @@ def _try(failure: str, load: Any, name: str, **options: Any) -> Any:
         hub.setLevel(level)
 
 
-def _check_causal(transformers: Any, config: Any, name: str) -> None:
-    """Refuses encoders and sequence-to-sequence models, which transformers may load all the same."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+def classes_of(transformers: Any, config: Any, name: str) -> tuple[Any, Any]:
+    """The Auto class that loads a configuration's model, and the model's own class.
 
-    written = list(getattr(config, "architectures", None) or [])
+    A causal language model where the configuration names one, or names none and can be one; else a model of text and
+    images, else AutoModel. Raises CosaeError for a configuration that none of them knows.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    written = set(getattr(config, "architectures", None) or [])
     known = {name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)}
-    is_causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
-    foreign = bool(written) and not known.intersection(written)
-    if getattr(config, "is_encoder_decoder", False) or foreign or not is_causal:
-        kind = written[0] if written else config.model_type
-        raise CosaeError(f"'{name}' is a {kind}, not a causal language model; use a decoder-only one.")
+    causal = written & known if written else config.model_type in CAUSAL and config.model_type not in MASKED
+    tries = ["AutoModelForImageTextToText", "AutoModel"]
+    if causal and not getattr(config, "is_encoder_decoder", False):
+        tries.insert(0, "AutoModelForCausalLM")
+    for auto in (getattr(transformers, kind, None) for kind in tries):
+        if auto is not None and type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            return auto, found[0] if isinstance(found, tuple) else found
+    kind = next(iter(written), config.model_type)
+    raise CosaeError(f"'{name}' is a {kind}, which transformers' AutoModel does not load; choose another model.")

@@ -1,8 +1,8 @@
 """Site names ↔ modules of a Hugging Face model.
 
-In: a causal language model and a name. Out: a `Site`: which module's input or output is meant.
+In: a model and a name. Out: a `Site`: which module's input or output is meant, and in which of its runs.
 
-A site has up to three names, all accepted:
+A site inside a block has up to three names, all accepted:
 
     short         TransformerLens style          what it is
     resid_pre.3   blocks.3.hook_resid_pre        input of block 3; resid_pre.0 is the embeddings as block 0
@@ -12,111 +12,117 @@ A site has up to three names, all accepted:
     mlp_in.3      blocks.3.mlp.hook_in           what block 3's MLP reads, after its norm
     mlp_out.3     blocks.3.hook_mlp_out          what block 3's MLP adds to the residual stream
 
-and the module path (`model.layers.3`, `transformer.h.3.mlp`, or any other module inside a block), meaning that module's
-output. Gemma 2 and 3, OLMo 2 and GLM-4 normalise a sublayer's output once more before adding it: there `attn_out` and
-`mlp_out` are taken after that post-norm, as TransformerLens and Gemma Scope do, and the module paths `….self_attn` and
-`….mlp` give the vectors before it. Granite's residual multiplier is not included.
+and the module path (`model.layers.3`, `transformer.h.3.mlp`, or any other module of the model), meaning that module's
+output; `PATH:input` is what goes into it, the heads of an attention side by side. A module that runs several times in a
+forward pass needs its run named, from 0: `PATH#2`, `PATH#2:input`. Where a model has several stacks of blocks
+(`cosae.models.parts`) short names begin with the stack's: `vision.resid_post.3`, `encoder.blocks.3.hook_resid_post`.
+
+Gemma 2 and 3, OLMo 2 and GLM-4 normalise a sublayer's output once more before adding it, and DINO scales it: there
+`attn_out` and `mlp_out` are taken after that, as TransformerLens and Gemma Scope do, and the module paths `….self_attn`
+and `….mlp` give the vectors before it. In models that normalise after adding (BERT) `resid_post` is normalised, the
+sublayers' outputs are not. Granite's residual multiplier is not included.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from dataclasses import replace
+from typing import Literal
 
 from torch import nn
 
 from cosae.errors import CosaeError
-from cosae.shown import counted
-from cosae.types import Site
+from cosae.models.parts import Part, find_parts, main_part
+from cosae.types import Site, split_site
 
 KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_in", "mlp_out")
 HOOKS = {"mlp_in": "mlp.hook_in"}
 """TransformerLens' names, but for hook_KIND."""
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-# Norms between a sublayer and the residual stream: the MLP's, the attention's. In Llama
+# What stands between a sublayer and the residual stream: the MLP's, the attention's. In Llama
 # `post_attention_layernorm` is the MLP's input norm, so that name counts only beside one of the MLP's.
-POST_NORMS = {
+AFTER = {
     "post_feedforward_layernorm": "post_attention_layernorm",
     "post_mlp_layernorm": "post_self_attn_layernorm",
+    "layer_scale2": "layer_scale1",
 }
+# Where families keep a sublayer that goes by none of the names above, or that returns the sum: its last, first layer
+LAYERS = {
+    "attn_out": ("attention.output.dense", "layer.0.SelfAttention"),
+    "mlp_in": ("intermediate", "fc1", "layer.2.DenseReluDense", "layer.1.DenseReluDense"),
+    "mlp_out": ("output.dense", "fc2", "layer.2.DenseReluDense", "layer.1.DenseReluDense"),
+}
+ALBERT = {"attn_out": "attention.dense", "mlp_in": "ffn", "mlp_out": "ffn_output"}
+Reads = Literal["input", "output"]
+_SHORT = re.compile(rf"(?:(?P<part>\w+)\.)??(?P<kind>{'|'.join(KINDS)})\.(?P<block>\d+)")
+_HOOK = re.compile(r"(?:(?P<part>\w+)\.)??blocks\.(?P<block>\d+)\.(?P<hook>[\w.]+)")
 
 
 def resolve_site(model: nn.Module, site: str | Site) -> Site:
     """The `Site` of a short name, a TransformerLens style name or a module path.
 
-    Raises `CosaeError` for a model without recognisable blocks, a name that is none of the three, or a block
-    or module the model does not have; the sentence lists what there is.
+    Raises `CosaeError` for a name that is none of the three, a short name in a model without recognisable blocks, and a
+    block or module the model does not have; the sentence lists what there is.
     """
     if isinstance(site, Site):
         return site
-    blocks_path, n_blocks = find_blocks(model)
-    kinds = "|".join(KINDS)
-    short = re.fullmatch(rf"(?P<kind>{kinds})\.(?P<block>\d+)", site)
-    if found := short or re.fullmatch(rf"blocks\.(?P<block>\d+)\.hook_(?P<kind>{kinds})", site):
-        return _named_site(model, found["kind"], int(found["block"]), blocks_path, n_blocks, site)
-    for kind, hook in HOOKS.items():
-        if found := re.fullmatch(rf"blocks\.(\d+)\.{re.escape(hook)}", site):
-            return _named_site(model, kind, int(found[1]), blocks_path, n_blocks, site)
-    return _path_site(model, site, blocks_path, n_blocks)
+    name, run, reads = split_site(site)
+    short, hook = _SHORT.fullmatch(name), _HOOK.fullmatch(name)
+    kind = short["kind"] if short else hook and _kind_of(hook["hook"])
+    if kind and (found := short or hook):
+        place = _in_block(model, _part(model, found["part"], site), kind, int(found["block"]), site)
+        if reads != place.reads and reads == "input":
+            place = replace(place, name=site, hook_name=site, reads=reads)
+    else:
+        place = _at_path(model, name, reads, run)
+    return place if run is None else _in_run(place, run)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, int]:
-    """Path of the list of decoder blocks and how many there are.
-
-    It is the outermost `ModuleList` whose length is the configuration's `num_hidden_layers`; lists inside
-    vision, audio or encoder towers do not count. Raises `CosaeError` where there is none.
-    """
-    n_blocks = getattr(text_config(model), "num_hidden_layers", None)
-    modules = model.named_modules()
-    lists = [path for path, module in modules if isinstance(module, nn.ModuleList) and len(module) == n_blocks]
-    found = [path for path in lists if not any(word in path for word in ("vision", "visual", "audio", "encoder"))]
-    inside = [path for path in lists if "encoder" in path]
-    if not found and len(inside) == 1:
-        raise CosaeError(
-            f"{type(model).__name__} is an encoder with a language-modelling head (its blocks are {inside[0]}), not a "
-            "decoder-only transformer; use one of those."
-        )
-    if not n_blocks or not found:
-        wanted = counted(n_blocks, "block") if n_blocks else "decoder blocks"
-        raise CosaeError(
-            f"{type(model).__name__} has no list of {wanted} to read from; "
-            "use a decoder-only transformer from Hugging Face transformers."
-        )
-    return min(found, key=lambda path: path.count(".")), int(n_blocks)
+    """Path of the list of blocks that short names mean, and how many there are. Raises CosaeError where there are
+    none, or several stacks of them."""
+    part = main_part(model)
+    return part.path, part.n_blocks
 
 
-def holder_of_blocks(model: nn.Module) -> nn.Module:
-    """The module that runs the list of decoder blocks. Raises CosaeError as `find_blocks` does."""
-    path, _ = find_blocks(model)
-    return model.get_submodule(path.rpartition(".")[0])
+def _kind_of(hook: str) -> str | None:
+    return next((kind for kind in KINDS if hook == HOOKS.get(kind, f"hook_{kind}")), None)
 
 
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the model's language part; None where the model has none."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def _part(model: nn.Module, name: str | None, asked: str) -> Part:
+    """The stack of blocks that a short name begins with. Raises CosaeError for one the model does not have."""
+    if name is None:
+        return main_part(model)
+    parts = find_parts(model)
+    for part in parts:
+        if part.name == name:
+            return part
+    listed = ", ".join(part.name for part in parts) or "none"
+    raise CosaeError(f"Site '{asked}' is unknown: {type(model).__name__} has these stacks of blocks: {listed}.")
 
 
-def _named_site(model: nn.Module, kind: str, block: int, blocks_path: str, n_blocks: int, asked: str) -> Site:
-    _check_block(model, block, n_blocks, asked)
-    path = f"{blocks_path}.{block}"
+def _in_block(model: nn.Module, part: Part, kind: str, block: int, asked: str) -> Site:
+    _check_block(model, part, block, asked)
+    own = _own_place(model, part, block)
+    path = f"{part.path}.{own}"
     child = None
-    if kind in ("attn_out", "mlp_in", "mlp_out"):
+    if kind not in ("resid_pre", "resid_post"):
         child = _sublayer(model.get_submodule(path), kind)
         if child is None:
             available = sorted(name for name, _ in model.get_submodule(path).named_children())
             does = "reads what its mlp reads" if kind == "mlp_in" else f"returns what its {kind.split('_')[0]} adds"
             raise CosaeError(
-                f"Site '{asked}' is unknown: no module in block {block} of {type(model).__name__} {does}; use resid_pre.{block}, resid_post.{block} or a module "
-                f"of the block ({path}. + {', '.join(available)})."
+                f"Site '{asked}' is unknown: no module in block {block} of {type(model).__name__} {does}; use "
+                f"{part.start}resid_pre.{block}, {part.start}resid_post.{block} or a module of the block ({path}. + "
+                f"{', '.join(available)})."
             )
         path = f"{path}.{child}"
-    call, calls = _runs(model, blocks_path, block, child)
+    call, calls = _runs(model, part, block, child)
     return Site(
-        name=f"{kind}.{block}",
-        hook_name=f"blocks.{block}.{HOOKS.get(kind, f'hook_{kind}')}",
+        name=f"{part.start}{kind}.{block}",
+        hook_name=f"{part.start}blocks.{block}.{HOOKS.get(kind, f'hook_{kind}')}",
         module_path=path,
         block=block,
         reads="input" if kind in ("resid_pre", "mlp_in") else "output",
@@ -125,32 +131,63 @@ def _named_site(model: nn.Module, kind: str, block: int, blocks_path: str, n_blo
     )
 
 
-def _check_block(model: nn.Module, block: int, n_blocks: int, asked: str) -> None:
-    if block >= n_blocks:
-        known = "one block, number 0" if n_blocks == 1 else f"{n_blocks} blocks, 0 to {n_blocks - 1}"
+def _check_block(model: nn.Module, part: Part, block: int, asked: str) -> None:
+    if block >= (n := part.n_blocks):
+        known = "one block, number 0" if n == 1 else f"{n} blocks, 0 to {n - 1}"
         raise CosaeError(f"Site '{asked}' is out of range: {type(model).__name__} has {known}.")
 
 
-def _path_site(model: nn.Module, path: str, blocks_path: str, n_blocks: int) -> Site:
-    path = _whole_path(path, blocks_path)
-    inside = re.fullmatch(rf"{re.escape(blocks_path)}\.(\d+)(?:\.(.+))?", path)
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    if inside is None or (int(inside[1]) < n_blocks and path not in modules):
-        children = [name for name, _ in model.get_submodule(f"{blocks_path}.0").named_children()]
-        example = ".".join([blocks_path, "0", *children[-1:]])
-        raise CosaeError(
-            f"Site '{path}' is unknown: {type(model).__name__} has {', '.join(f'{kind}.N' for kind in KINDS)} for N = "
-            f"0 to {n_blocks - 1}, and any module under {blocks_path}.N, such as {example}."
-        )
-    block = int(inside[1])
-    if inside[2] is None:
-        return _named_site(model, "resid_post", block, blocks_path, n_blocks, path)
-    _check_block(model, block, n_blocks, path)
-    for kind in ("attn_out", "mlp_out"):
-        if _sublayer(model.get_submodule(f"{blocks_path}.{block}"), kind) == inside[2]:
-            return _named_site(model, kind, block, blocks_path, n_blocks, path)
-    call, calls = _runs(model, blocks_path, block, inside[2])
-    return Site(name=path, hook_name=path, module_path=path, block=block, call=call, calls=calls)
+def _at_path(model: nn.Module, path: str, reads: Reads, run: int | None) -> Site:
+    """The site of a module path: a short one where it has a short name."""
+    parts = find_parts(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for part in parts:
+        whole = _whole_path(path, part.path)
+        inside = re.fullmatch(rf"{re.escape(part.path)}\.(\d+)(?:\.(.+))?", whole)
+        if inside is None or (int(inside[1]) < part.n_blocks and whole not in modules):
+            continue
+        block, child = int(inside[1]), inside[2]
+        _check_block(model, part, block, path)
+        if part.n_blocks != _length(modules[part.path]):  # a place of the list is several blocks
+            return _plain(whole, block, reads)
+        if child is None:
+            return _in_block(model, part, "resid_post" if reads == "output" else "resid_pre", block, path)
+        for kind in ("attn_out", "mlp_out") if reads == "output" else ("mlp_in",):
+            if _sublayer(modules[f"{part.path}.{block}"], kind) == child:
+                return _in_block(model, part, kind, block, path)
+        call, calls = _runs(model, part, block, child)
+        return replace(_plain(whole, block, reads), call=call, calls=calls)
+    there = path if path in modules else path.removeprefix("model.")
+    found = modules.get(there) if there else None
+    if run is not None and isinstance(found, nn.ModuleList) and len({*found}) == 1:
+        return _plain(f"{there}.0", -1, reads)  # one block, several times
+    if found is None or isinstance(found, nn.ModuleList | nn.ModuleDict):
+        raise CosaeError(f"Site '{path}' is unknown: {_what_there_is(model, parts)}.")
+    return _plain(there, -1, reads)
+
+
+def _plain(path: str, block: int, reads: Reads) -> Site:
+    name = path if reads == "output" else f"{path}:input"
+    return Site(name, name, path, block, reads)
+
+
+def _what_there_is(model: nn.Module, parts: list[Part]) -> str:
+    if not parts:
+        some = ", ".join(name for name, _ in [*model.named_children()][:4])
+        return f"{type(model).__name__} has no blocks with short names; name a module by its path ({some} …)"
+    listed = []
+    for part in parts:
+        kinds = ", ".join(f"{part.start}{kind}.N" for kind in KINDS)
+        listed.append(f"{kinds} for N = 0 to {part.n_blocks - 1}")
+    children = [name for name, _ in model.get_submodule(f"{parts[0].path}.0").named_children()]
+    example = ".".join([parts[0].path, "0", *children[-1:]])
+    return f"{type(model).__name__} has {'; '.join(listed)}; and any module by its path, such as {example}"
+
+
+def _in_run(place: Site, run: int) -> Site:
+    """One run of a module, by its number. What else runs of it there are is not asked."""
+    name = f"{place.module_path}#{run}{':input' if place.reads == 'input' else ''}"
+    return replace(place, name=name, hook_name=name, call=run, calls=0)
 
 
 def _whole_path(path: str, blocks_path: str) -> str:
@@ -162,30 +199,40 @@ def _whole_path(path: str, blocks_path: str) -> str:
     return f"{blocks_path}.{found[2]}"
 
 
-def _runs(model: nn.Module, blocks_path: str, block: int, inside: str | None) -> tuple[int, int]:
+def _own_place(model: nn.Module, part: Part, block: int) -> int:
+    """Where in the list a block is: ALBERT's groups are several blocks each."""
+    return block * _length(model.get_submodule(part.path)) // part.n_blocks
+
+
+def _length(module: nn.Module) -> int:
+    return len(module) if isinstance(module, nn.ModuleList) else 0
+
+
+def _runs(model: nn.Module, part: Part, block: int, inside: str | None) -> tuple[int, int]:
     """`call` and `calls` of a Site: blocks may be one module several times, or share some of theirs."""
     modules = dict(model.named_modules(remove_duplicate=False))
     end = f".{inside}" if inside else ""
-    own = modules[f"{blocks_path}.{block}{end}"]
-    n_blocks = sum(1 for name in modules if re.fullmatch(rf"{re.escape(blocks_path)}\.\d+", name))
-    same = [modules.get(f"{blocks_path}.{i}{end}") is own for i in range(n_blocks)]
+    blocks = [modules.get(f"{part.path}.{_own_place(model, part, i)}{end}") for i in range(part.n_blocks)]
+    same = [module is blocks[block] for module in blocks]
     return sum(same[:block]), sum(same)
 
 
 def _sublayer(block: nn.Module, kind: str) -> str | None:
-    """Name of the child whose output is what the attention or MLP adds to the residual stream, or whose input is what
-    the MLP reads, if any."""
-    children = dict(block.named_children())
-    if kind == "mlp_in":
-        return next((name for name in MLP_NAMES if name in children), None)
-    for mlp_norm, attention_norm in POST_NORMS.items():
-        if mlp_norm in children:
-            # AFMoE pairs the MLP norm's name of one family with the attention norm's of the other.
-            norms = (mlp_norm,) if kind == "mlp_out" else (attention_norm, "post_attention_layernorm")
-            return next((name for name in norms if name in children), None)
+    """The module inside a block whose output is what the attention or MLP adds to the residual stream, or whose input
+    is what the MLP reads, if any."""
+    children, modules = dict(block.named_children()), dict(block.named_modules())
+    if kind != "mlp_in":
+        for of_mlp, of_attention in AFTER.items():
+            if of_mlp in children:
+                # AFMoE pairs the MLP norm's name of one family with the attention norm's of the other.
+                norms = (of_mlp,) if kind == "mlp_out" else (of_attention, "post_attention_layernorm")
+                return next((name for name in norms if name in children), None)
+    if "albert_layers" in children:
+        only = _length(children["albert_layers"]) == 1
+        return f"albert_layers.0.{ALBERT[kind]}" if only else None
     names = ATTENTION_NAMES if kind == "attn_out" else MLP_NAMES
-    name = next((name for name in names if name in children), None)
+    name: str | None = next((path for path in (*LAYERS[kind], *names) if path in modules), None)
     # BLOOM's sublayers are handed the residual and return the sum, not what they add.
-    if name is None or "residual" in inspect.signature(children[name].forward).parameters:
+    if name is None or (kind != "mlp_in" and "residual" in inspect.signature(modules[name].forward).parameters):
         return None
     return name

@@ -222,10 +222,13 @@ class StreamedModelSource(_SiteSource):
 
 
 def digest_sequences(sequences: Sequences) -> str:
-    """SHA-256 of shape, ids, documents, indices, masks and document names."""
+    """SHA-256 of shape, ids, documents, indices, masks, document names and what is read instead of ids."""
     first_doc = (sequences.first_doc,) if sequences.first_doc else ()
     digest = hashlib.sha256(repr((tuple(sequences.ids_ST.shape), sequences.doc_names, *first_doc)).encode())
     dtypes = {"ids_ST": torch.int64, "doc_ST": torch.int32, "index_ST": torch.int32}
     for name, dtype in {**dtypes, "mask_ST": torch.bool, "special_ST": torch.bool}.items():
         digest.update(getattr(sequences, name).to("cpu", dtype).contiguous().numpy().tobytes())
+    for name, value in sorted((sequences.inputs or {}).items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

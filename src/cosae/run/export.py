@@ -27,7 +27,7 @@ from cosae.interop.neuronpedia.dashboards import MARK, write_dashboards
 from cosae.interop.neuronpedia.settings import Dashboard, Options
 from cosae.interop.public import NEUTRAL, Public, strings_of_json
 from cosae.io.staged import check_place
-from cosae.models.intervene.hooks import find_site
+from cosae.models.sites import resolve_site
 from cosae.models.sources import digest_sequences
 from cosae.recipe import DataConfig
 from cosae.run import provenance
@@ -70,7 +70,7 @@ def open_reading(path: Path, reading: Reading, log: Callable[[str], None]) -> Op
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and reading.context > limit:
         raise CosaeError(f"context must be at most {limit}, the model's own. Got {reading.context} instead.")
-    site = find_site(model, data.site)
+    site = resolve_site(model, data.site)
     if said := read_elsewhere(sae.metadata, data.model, site, model):
         warnings.warn(CosaeWarning(f"{path}: {said}"), stacklevel=2)
     log("reading the text")

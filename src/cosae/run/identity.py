@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from cosae.errors import CosaeError, CosaeWarning
-from cosae.models.intervene.hooks import find_site
+from cosae.models.sites import resolve_site
 from cosae.run.dataset.base import Dataset
 from cosae.types import Site
 
@@ -57,5 +57,5 @@ def _same(site: Site, name: str, model: Any) -> bool:
     if site.is_named(name):
         return True
     with suppress(CosaeError):
-        return model is not None and site.is_named(find_site(model, name).name)
+        return model is not None and site.is_named(resolve_site(model, name).name)
     return False

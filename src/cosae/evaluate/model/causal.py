@@ -30,10 +30,11 @@ from cosae.evaluate.statistics import RESAMPLES, mean_interval, mean_or_none, ra
 from cosae.io.progress import SILENT, Progress
 from cosae.models.capture import capture
 from cosae.models.intervene.edits import Edit, ablate, check_edits, steer
-from cosae.models.intervene.hooks import Intervention, find_site
+from cosae.models.intervene.hooks import Intervention
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
 from cosae.models.intervene.splice import special_ids_of
 from cosae.models.intervene.window import Policy, Window
+from cosae.models.sites import resolve_site
 from cosae.types import Codes, Sequences, Site
 
 Holds = Tensor | Mapping[str, Tensor] | None
@@ -112,7 +113,7 @@ def measure_edits(
     """
     if not edits:
         raise CosaeError("measure_edits needs at least one named edit, as in {'quotes': ablate(7)}. Got none.")
-    found = find_site(model, site)
+    found = resolve_site(model, site)
     listed = {name: check_edits(one, sae.d_sae, found.name) for name, one in edits.items()}
     capture(model, sequences[:1], found)  # refuses what no pass should begin with
     special = special_ids_of(model)

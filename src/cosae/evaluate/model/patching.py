@@ -30,8 +30,9 @@ from cosae.errors import CosaeError
 from cosae.evaluate.model.predictions import divergence, logits_at, predicting
 from cosae.evaluate.statistics import RESAMPLES, Array, ratio_interval, resample_counts
 from cosae.models.capture import capture
-from cosae.models.intervene.hooks import Intervention, find_site
+from cosae.models.intervene.hooks import Intervention
 from cosae.models.intervene.window import Window
+from cosae.models.sites import resolve_site
 from cosae.types import Sequences, Site
 
 KINDS = ("norm_up", "norm_down", "direction", "random")
@@ -93,7 +94,7 @@ def measure_patching(
     sizes = tuple(float(size) for size in sizes)
     if not sizes or not all(0 < size < 1 for size in sizes) or n_pairs < 1:
         raise CosaeError(f"sizes must lie between 0 and 1 and n_pairs be at least 1. Got {sizes} and {n_pairs}.")
-    found = find_site(model, site)
+    found = resolve_site(model, site)
     activations = capture(model, sequences, found, batch_sequences)[found.name]
     sample = Sample.of(activations, SinkRule(factor, median_norm))
     pairs = _draw(sample, sequences, max(sizes), n_pairs, centre_D, seed)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from cosae.errors import CosaeError
 from cosae.evaluate.encoded import row_slices
 from cosae.io.progress import SILENT, Progress
-from cosae.models.hooks import arguments_of, body_of
+from cosae.models.hooks import arguments_of
+from cosae.models.parts import body_of
 from cosae.types import Sequences
 
 CHUNK_ENTRIES = 8_000_000

@@ -35,9 +35,10 @@ from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_a
 from cosae.evaluate.statistics import RESAMPLES, Array, mean_or_none, ratio_interval, resample_counts
 from cosae.io.progress import SILENT, Progress
 from cosae.models.capture import capture
-from cosae.models.intervene.hooks import Intervention, Rule, find_site
+from cosae.models.intervene.hooks import Intervention, Rule
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
 from cosae.models.intervene.window import Window
+from cosae.models.sites import resolve_site
 from cosae.types import Activations, Sequences, Site
 
 PLACES = ("everywhere", "off_sinks")
@@ -95,7 +96,7 @@ def measure_splice(
     baseline = next(iter(saes)) if baseline is None else baseline
     if baseline not in saes:
         raise CosaeError(f"the baseline must be one of the SAEs {sorted(saes)}. Got {baseline!r} instead.")
-    found = find_site(model, site)
+    found = resolve_site(model, site)
     activations = capture(model, sequences, found, batch_sequences)[found.name]
     sample = Sample.of(activations, SinkRule(factor, median_norm))
     at_N = predicting(sequences)[sequences.mask_ST]

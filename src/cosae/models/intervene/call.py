@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cosae.errors import CosaeError
 from cosae.models.hooks import positions
 from cosae.models.intervene.window import Window
-from cosae.models.sites import text_config
+from cosae.models.parts import text_config
 
 CACHE_NAMES = ("past_key_values", "past_key_value", "cache", "cache_params", "layer_past", "past", "state", "mems")
 """Arguments that hold what earlier calls left. Any other argument that can tell its `get_seq_length` counts too."""

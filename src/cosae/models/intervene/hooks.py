@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.models.hooks import CallCounter, body_of, eager, hook_site
+from cosae.models.hooks import CallCounter, eager, hook_site
 from cosae.models.intervene.call import read_window
 from cosae.models.intervene.window import Window
-from cosae.models.sites import holder_of_blocks, resolve_site
+from cosae.models.parts import body_of, caller_of, find_parts
 from cosae.types import Site
 
 Rule = Callable[[Tensor, Window], Tensor]
@@ -54,8 +54,7 @@ class Intervention:
     def __enter__(self) -> Intervention:
         if self._hooks is not None:
             raise CosaeError("This splice is already open; leave it first, or make another with spliced(...).")
-        # the part that holds the blocks as well: some heads (OPT's) call that, past the body
-        callees = dict.fromkeys((body_of(self.model), holder_of_blocks(self.model)))
+        callees = self._callees()
         with ExitStack() as hooks:
             hooks.enter_context(eager)
             for module in callees:
@@ -72,14 +71,27 @@ class Intervention:
             self._hooks.close()
         self._hooks = self._window = self._callee = None
 
+    def _callees(self) -> list[nn.Module]:
+        """The modules whose calls are passes: what holds the sites, and for a language model its body as well, past
+        which some heads (OPT's) call."""
+        self._reads_images_or_audio = False
+        body = body_of(self.model)
+        for path in [site.module_path for site in self.rules][:1]:
+            runner, reads = caller_of(self.model, path)
+            self._reads_images_or_audio = reads != "text"
+            parts = find_parts(self.model)
+            of_main = not parts or parts[0].is_main
+            return [*dict.fromkeys((body, runner) if of_main and reads == "text" else (runner,))]
+        return [body]
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         body = body_of(self.model)
         if module is not body and self._callee is body:
             return  # the body has begun, and knows more
-        self._window = read_window(module, args, kwargs)
-        self._callee = module
-        self._counter = CallCounter()
-        self._before(self._window)
+        self._callee, self._counter, self._window = module, CallCounter(), None
+        if not self._reads_images_or_audio:
+            self._window = read_window(module, args, kwargs)
+            self._before(self._window)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module is not self._callee:
@@ -93,18 +105,18 @@ class Intervention:
 
     def _acting(self, site: Site, rule: Rule) -> Callable[[Any], Any]:
         def act(x: Any) -> Any:
+            if self._window is None and self._callee is not None and x.ndim > 2:
+                # images and sound: as many places as there turn out to be
+                self._window = Window.of(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+                self._before(self._window)
             if self._window is None:
                 raise CosaeError(
                     f"Site '{site.name}' ran outside a forward pass of the model: call the model, not a part of it."
                 )
-            return rule(x, self._window) if self._counter.is_meant(site) else x
+            if not self._counter.is_meant(site):
+                return x
+            if x.ndim > 3:  # heads, side by side
+                return rule(x.flatten(2), self._window).reshape(x.shape)
+            return rule(x, self._window)
 
         return act
-
-
-def find_site(model: nn.Module, site: str | Site) -> Site:
-    """`resolve_site`, and also a name followed by ":input": what goes into that module. Raises as it does."""
-    if isinstance(site, str) and site.endswith(":input"):
-        found = resolve_site(model, site.removesuffix(":input"))
-        return replace(found, name=site, hook_name=site, reads="input")
-    return resolve_site(model, site)

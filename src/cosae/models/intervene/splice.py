@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from cosae.activations.filter import Filter
 from cosae.errors import CosaeError, CosaeWarning, check_choice
 from cosae.models.intervene.edits import Edit
-from cosae.models.intervene.hooks import Intervention, Rule, find_site
+from cosae.models.intervene.hooks import Intervention, Rule
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
 from cosae.models.intervene.window import Policy, Window
-from cosae.models.sites import text_config
+from cosae.models.parts import text_config
+from cosae.models.sites import resolve_site
 from cosae.shown import Shown
 from cosae.types import Codes, Site
 
@@ -161,7 +162,7 @@ def spliced(
     if not isinstance(saes, Mapping) or not saes:
         raise CosaeError("spliced needs at least one SAE by site, as in {'resid_post.3': sae}.")
     ids = special_ids_of(model) if special_ids is None else tuple(special_ids)
-    sites = {_name(key): find_site(model, key) for key in saes}
+    sites = {_name(key): resolve_site(model, key) for key in saes}
     named = {_name(key): sae for key, sae in saes.items()}
     _check_sites(model, sites, named)
     by_site = _edits_by_site(edits, tuple(sites))

@@ -15,8 +15,8 @@ from cosae.activations.sinks import sink_mask
 from cosae.browse.store.reader import FeatureStore
 from cosae.browse.top import kept
 from cosae.errors import CosaeError, check_choice
-from cosae.models.intervene.hooks import find_site
 from cosae.models.intervene.window import own_filter
+from cosae.models.sites import resolve_site
 from cosae.models.unembed import spelling
 from cosae.run.dataset.model import open_model
 from cosae.run.explore.steer import Steerable, continued
@@ -61,7 +61,7 @@ class LiveModel:
             raise CosaeError("there is no text to read: type some.")
         with self._lock:
             opened = self._opened()
-            site = find_site(opened.model, opened.data.site)
+            site = resolve_site(opened.model, opened.data.site)
             found = read_text(opened.model, opened.tokenizer, site, opened.data, text, MOST_TOKENS)
             norms = self._store.overview().norms
             sink_N = sink_mask(found, norms.median, norms.factor).tolist()

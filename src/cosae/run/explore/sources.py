@@ -16,7 +16,7 @@ from cosae.activations.store.reader import Store
 from cosae.browse.collect.chunks import Chunk
 from cosae.errors import CosaeError
 from cosae.models.capture import capture
-from cosae.models.intervene.hooks import find_site
+from cosae.models.sites import resolve_site
 from cosae.models.unembed import residual_directions, spelling, unembedding
 from cosae.recipe import DataConfig
 from cosae.run.capture.text import CaptureText
@@ -46,7 +46,7 @@ class ModelText:
         self.data = data = replace(data, chunk_sequences=rows, n_workers=0, prefetch_chunks=0)
         self._seed, self._device = seed, device
         self.opened: tuple[Any, Any] = open_model(data, device)
-        self.where = self._site = find_site(self.opened[0], data.site)
+        self.where = self._site = resolve_site(self.opened[0], data.site)
         limit = getattr(self.opened[0].config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and data.context > limit:
             raise CosaeError(f"context must be at most {limit}, the model's own. Got {data.context} instead.")

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from cosae.errors import CosaeError, CosaeWarning
 from cosae.models.intervene import edits
-from cosae.models.intervene.hooks import find_site
 from cosae.models.intervene.splice import spliced
 from cosae.models.intervene.window import own_filter
+from cosae.models.sites import resolve_site
 from cosae.recipe import DataConfig
 from cosae.run.dataset.corpus import adds_bos, pad_id
 from cosae.run.dataset.model import open_model
@@ -68,7 +68,7 @@ def steer(
     edits.check_edits(edit_of(options), sae.d_sae, data.site)
     log("opening the model")
     model, tokenizer = open_model(data, place.device)
-    elsewhere = read_elsewhere(sae.metadata, data.model, find_site(model, data.site), model)
+    elsewhere = read_elsewhere(sae.metadata, data.model, resolve_site(model, data.site), model)
     return continued(Steerable(sae, data, model, tokenizer, elsewhere), prompt, options, place.seed)
 
 
