@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosae.activations.sinks import FACTOR, median_norm, quantiles, sink_mask
-from cosae.browse.collect.chunks import Chunk, Source
-from cosae.browse.collect.state import SAMPLE_TOKENS, Pairs, Probe, SAEState, sinks_of
+from cosae.browse.collect.chunks import SAMPLE_TOKENS, Chunk, Source
+from cosae.browse.collect.state import Pairs, Probe, SAEState, sinks_of
 from cosae.browse.collect.tokens import Tokens
 from cosae.browse.store.format import COUNTED, SINK
 from cosae.errors import CosaeError, check_least
 from cosae.evaluate.norms.counterfactual import lengths
 from cosae.io.atomic import replaced
 from cosae.io.digest import value_digest
+from cosae.kernels.cpu.native import each
 from cosae.models.intervene.window import own_filter
 from cosae.sae.model import SAE
 from cosae.types import Activations
@@ -32,7 +33,8 @@ PROBE_TOKENS = 16_384
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 NORM_EDGES = np.linspace(-4, 6, 201)
 """Of the histogram of log10 |x|."""
-CHECKPOINT_SECONDS = 120.0
+CHECKPOINT, CHECKPOINT_SECONDS = 2, 120.0
+"""Version of a checkpoint's arrays, and how often one is written."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,11 @@ class Building:
             "id": activations.token_N.cpu().numpy(),
             "document": activations.doc_N.cpu().numpy(),
         }
-        for i, one in enumerate(self.states):
-            columns[f"r{i}"] = one.read(chunk, self.probe, pair_N)
-            columns[f"flags{i}"] = (sink_N * SINK | counted[i] * COUNTED).astype(np.uint8)
+        probe = self.probe
+        r = each(lambda i: self.states[i].read(chunk, probe, counted[i], pair_N), range(len(counted)))
+        for i, counted_N in enumerate(counted):
+            columns[f"r{i}"] = r[i]
+            columns[f"flags{i}"] = (sink_N * SINK | counted_N * COUNTED).astype(np.uint8)
         self._sample(chunk, pair_N)
         self.tokens.add(columns, chunk.start_S1[:-1] + chunk.first, chunk.documents)
         self.done_chunks += 1
@@ -197,7 +201,7 @@ class Building:
         counts = {name: getattr(self, name) for name in ("left_out", "sinks", "done_chunks", "pair_tokens")}
         assert self.probe is not None
         record = {
-            "identity": self.identity,
+            "identity": [self.identity, CHECKPOINT],
             "counts": counts,
             "probe": {**asdict(self.probe), "median_r": dict(self.probe.median_r)},
             "there": [self.tokens.count, self.tokens.sequences],
@@ -216,7 +220,7 @@ class Building:
         with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
         record = json.loads(arrays["record"].tobytes())
-        return (record, arrays) if record["identity"] == self.identity else None
+        return (record, arrays) if record["identity"] == [self.identity, CHECKPOINT] else None
 
     def _restore(self, record: dict[str, Any], arrays: dict[str, Array]) -> None:
         for name, value in record["counts"].items():

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from cosae.types import Activations
 
 Array = NDArray[Any]
+SAMPLE_TOKENS = 65_536
+"""First tokens of the pass whose codes are kept; labels of others are not asked for."""
 BEFORE = 0.75
 """Of a window, what comes before its own token, where the sequence has so much."""
 
@@ -23,7 +25,7 @@ class Chunk:
 
     activations  of every real token, in order; x_ND on the CPU
     first        tokens of the pass before it; first_sequence: sequences before it
-    labels_NC    (N, C) bool, labelled_N (N,) bool; None where there are no labels
+    labels_NC    (N, C) bool, labelled_N (N,) bool; None where there are no labels, and beyond the sample
     documents    names by number, of those that begin in it
     """
 

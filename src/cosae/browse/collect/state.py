@@ -15,19 +15,18 @@ from scipy import sparse
 from cosae.activations.filter import Filter
 from cosae.activations.sinks import sink_mask
 from cosae.browse.collect import cofiring
-from cosae.browse.collect.chunks import Chunk
+from cosae.browse.collect.chunks import SAMPLE_TOKENS, Chunk
 from cosae.browse.collect.cofiring import PairSums
 from cosae.browse.collect.examples import Examples
 from cosae.browse.collect.numbers import Numbers
 from cosae.browse.collect.windows import Windows, kappas_around, values_around
 from cosae.evaluate.norms.counterfactual import lengths
+from cosae.kernels.cpu.native import each
 from cosae.sae.frame import normalize
 from cosae.sae.model import SAE
 from cosae.types import Activations, Codes
 
 Array = NDArray[Any]
-SAMPLE_TOKENS = 65_536
-"""First tokens of the pass whose codes are kept."""
 WAITING_ENTRIES = 2**22
 """Codes of later tokens that wait until pairs are counted on them together."""
 
@@ -80,13 +79,12 @@ class SAEState:
         return counted
 
     @torch.no_grad()
-    def read(self, chunk: Chunk, probe: Probe, pair_N: Array) -> Array:
+    def read(self, chunk: Chunk, probe: Probe, counted_N: Array, pair_N: Array) -> Array:
         """Count a chunk, and keep what belongs among the examples. Returns (N,) |x − c|."""
         activations, sae = chunk.activations, self.sae
         x_ND = activations.x_ND.to(sae.device, sae.dtype)
         by_token = _matrix(sae.encode(x_ND))
         r_N = lengths(sae, activations).numpy()
-        counted_N = self.counted(activations)
         by_feature = by_token.tocsc()
         feature_E = np.repeat(np.arange(sae.d_sae), np.diff(by_feature.indptr))
         token_E, value_E = by_feature.indices.astype(np.int64), by_feature.data
@@ -220,25 +218,35 @@ class Pairs:
     def choose(self, pair_N: Array) -> None:
         """Choose candidates on the sample, tokens pair_N of it, and count them there."""
         codes = [joined(one.sample, one.sae.d_sae)[pair_N[:SAMPLE_TOKENS]].tocsc() for one in self._states]
-        for i, a in enumerate(self._states):
-            own = np.arange(a.sae.d_sae)[:, None]
-            self.near[i] = cofiring.best_by_cosine(a.sae.W_dec, a.sae.W_dec, cofiring.NEAREST, True)
-            together = cofiring.best_by_jaccard(codes[i], cofiring.CANDIDATES)
-            parts = [_spread(own, together), _spread(own, self.near[i][0])]
-            self._count(i, i, cofiring.unique_pairs(parts), codes)
-            for j, b in enumerate(self._states[i + 1 :], i + 1):
-                theirs = np.arange(b.sae.d_sae)[:, None]
-                there = cofiring.best_by_correlation(codes[i], codes[j], MATCH_CANDIDATES)
-                back = cofiring.best_by_correlation(codes[j], codes[i], MATCH_CANDIDATES)
-                close = cofiring.best_by_cosine(a.sae.W_dec, b.sae.W_dec, MATCH_NEAREST, False)[0]
-                close_back = cofiring.best_by_cosine(b.sae.W_dec, a.sae.W_dec, MATCH_NEAREST, False)[0]
-                parts = [_spread(own, there), _spread(own, close)]
-                parts += [_spread(theirs, back)[::-1], _spread(theirs, close_back)[::-1]]
-                self._count(i, j, cofiring.unique_pairs([(x, y) for x, y in parts]), codes)
 
-    def _count(self, i: int, j: int, pairs: tuple[Array, Array], codes: list[Any]) -> None:
-        self.sums[i, j] = PairSums(*pairs)
-        self.sums[i, j].add(codes[i], codes[j], i != j)
+        def among(i: int, j: int) -> PairSums:
+            a, b = self._states[i].sae, self._states[j].sae
+            own, theirs = np.arange(a.d_sae)[:, None], np.arange(b.d_sae)[:, None]
+            if i == j:
+                self.near[i] = cofiring.best_by_cosine(a.W_dec, a.W_dec, cofiring.NEAREST, True)
+                together = cofiring.best_by_jaccard(_fires(codes[i]), cofiring.CANDIDATES)
+                return PairSums(*cofiring.unique_pairs([_spread(own, together), _spread(own, self.near[i][0])]))
+            there, back = cofiring.best_by_correlation(codes[i], codes[j], MATCH_CANDIDATES)
+            close = cofiring.best_by_cosine(a.W_dec, b.W_dec, MATCH_NEAREST, False)[0]
+            close_back = cofiring.best_by_cosine(b.W_dec, a.W_dec, MATCH_NEAREST, False)[0]
+            parts = [_spread(own, there), _spread(own, close)]
+            parts += [_spread(theirs, back)[::-1], _spread(theirs, close_back)[::-1]]
+            return PairSums(*cofiring.unique_pairs([(x, y) for x, y in parts]))
+
+        n = len(self._states)
+        places = [(i, j) for i in range(n) for j in range(i, n)]
+        self.sums = dict(zip(places, each(lambda place: among(*place), places), strict=True))
+        self._count(codes)
+
+    def _count(self, codes: list[sparse.csc_array]) -> None:
+        """Tokens more: within an SAE on how many both fire, across SAEs the products of values."""
+        fires = [_fires(one) for one in codes]
+
+        def count(place: tuple[int, int]) -> None:
+            i, j = place
+            self.sums[place].add(*((fires[i], fires[i]) if i == j else (codes[i], codes[j])))
+
+        each(count, list(self.sums))
 
     def count_waiting(self) -> None:
         """Count what waits, if anything."""
@@ -246,8 +254,7 @@ class Pairs:
         for one in self._states:
             one.waiting.clear()
         if codes and codes[0].shape[0]:
-            for (i, j), sums in self.sums.items():
-                sums.add(codes[i], codes[j], i != j)
+            self._count(codes)
 
     @property
     def due(self) -> bool:
@@ -258,7 +265,7 @@ class Pairs:
         """What a checkpoint keeps."""
         found = {f"near_{i}_{part}": value for i, both in self.near.items() for part, value in enumerate(both)}
         for (i, j), sums in self.sums.items():
-            found |= {f"pair_{i}_{j}_{name}": getattr(sums, name) for name in ("i_P", "j_P", "product_P", "both_P")}
+            found |= {f"pair_{i}_{j}_{name}": getattr(sums, name) for name in ("i_P", "j_P", "sum_P")}
         return found
 
     def restore(self, arrays: Mapping[str, Array]) -> None:
@@ -269,7 +276,12 @@ class Pairs:
             for j in range(i, len(self._states)):
                 if f"pair_{i}_{j}_i_P" in arrays:
                     sums = self.sums[i, j] = PairSums(arrays[f"pair_{i}_{j}_i_P"], arrays[f"pair_{i}_{j}_j_P"])
-                    sums.product_P, sums.both_P = (arrays[f"pair_{i}_{j}_{n}"] for n in ("product_P", "both_P"))
+                    sums.sum_P = arrays[f"pair_{i}_{j}_sum_P"]
+
+
+def _fires(code_NF: sparse.csc_array) -> sparse.csc_array:
+    """1 for every code."""
+    return sparse.csc_array((np.ones_like(code_NF.data), code_NF.indices, code_NF.indptr), shape=code_NF.shape)
 
 
 MATCH_CANDIDATES, MATCH_NEAREST = 6, 3

@@ -16,14 +16,16 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
+U = TypeVar("U")
 _log = logging.getLogger(__name__)
 
 AVAILABLE = importlib.util.find_spec("numba") is not None and os.environ.get("COSAE_NATIVE", "1") != "0"
@@ -81,6 +83,11 @@ def run_single(call: Callable[..., Any], n_parts: int, *arguments: Any) -> list[
     return _share_out(call, n_parts, arguments, join=False)
 
 
+def each(call: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    """call(item) of every item, by `run_single`."""
+    return run_single(lambda part, _: call(items[part]), len(items))
+
+
 def _share_out(loop: Callable[..., Any], n_parts: int, arguments: tuple[Any, ...], *, join: bool) -> list[Any]:
     """Parts taken one after the other by as many threads as torch has, the calling one among them if it may `join`."""
     parts, results = deque(range(n_parts)), [None] * n_parts  # a shared iterator is not safe without Python's lock
@@ -109,7 +116,7 @@ def _share_out(loop: Callable[..., Any], n_parts: int, arguments: tuple[Any, ...
 def _import_loops() -> dict[str, Any] | None:
     """Modules of compiled loops by name (compiled or read from numba's cache on first call), or None, said once."""
     try:
-        return {name: import_module(f"cosae.kernels.cpu.loops.{name}") for name in ("search", "sums", "adam")}
+        return {name: import_module(f"cosae.kernels.cpu.loops.{name}") for name in ("search", "sums", "adam", "pairs")}
     except Exception as fault:  # numba refuses some versions of numpy, and breaks in ways of its own
         _log.warning("kernels: plain PyTorch serves, because numba cannot be used (%s)", fault)
         return None
@@ -121,7 +128,8 @@ def serves() -> bool:
 
 
 def loops(name: str) -> Any:
-    """The compiled loops of the search, the sums over entries ("sums") or the optimiser ("adam"); where `serves`."""
+    """The compiled loops of the search, the sums over entries ("sums"), the optimiser ("adam") or
+    pairs of features ("pairs"); where `serves`."""
     modules = _import_loops()
     assert modules is not None
     return modules[name]

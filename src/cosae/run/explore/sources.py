@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cosae.activations.store.reader import Store
-from cosae.browse.collect.chunks import Chunk
+from cosae.browse.collect.chunks import SAMPLE_TOKENS, Chunk
 from cosae.errors import CosaeError
 from cosae.models.capture import capture
 from cosae.models.sites import resolve_site
@@ -72,8 +72,8 @@ class ModelText:
                     continue
                 if number >= skip:
                     found = capture(model, sequences, self._site, **options)[self._site.name]
-                    labels, labelled = part.labels(found)
                     known: dict[str, Any] = {}
+                    labels, labelled = part.labels(found) if first < SAMPLE_TOKENS else (None, None)
                     if labels is not None and labelled is not None:
                         bits = np.unpackbits(labels.numpy(), axis=1, count=len(CONCEPTS), bitorder="little")
                         known = {"labels_NC": bits.astype(bool), "labelled_N": labelled.numpy()}
@@ -149,7 +149,9 @@ class StoredRows:
             found = self._store.take("train", rows)
             if (end := _whole(found)) and first + len(rows) < self.total:
                 rows, found = rows[:end], found[:end]
-            labels, labelled = self._store.labels("train", rows) if self.concepts else (None, None)
+            labels, labelled = (
+                self._store.labels("train", rows) if self.concepts and first < SAMPLE_TOKENS else (None, None)
+            )
             used = [doc for doc in torch.unique(found.doc_N).tolist() if doc >= border]
             documents = {doc: names[doc - border] for doc in used}
             chunk = Chunk(replace(found, x_ND=found.x_ND.float()), first, first_sequence, documents, labels, labelled)
