@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [path for path in DOCS if "```python\n" in path.read_text(encoding="utf-8")]
+LONG_PAGES = ("cli.md",)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 SMALL = {
@@ -89,7 +90,11 @@ def test_the_notebook_runs_and_shows_what_it_promises(tmp_path: Path, monkeypatc
     assert "200/200" in progress
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.long) if page.name in LONG_PAGES else page for page in PAGES],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_the_python_blocks_of_a_page_run_in_order(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One namespace a page; a failure names the page's own line."""
     monkeypatch.chdir(tmp_path)

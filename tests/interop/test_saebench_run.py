@@ -287,6 +287,7 @@ class TestAtTheDoor:
 
 
 class TestElsewhere:
+    @pytest.mark.long
     def test_the_same_sentence_from_another_interpreter(self, tmp_path):
         """An interpreter with cosae but, as in the default environment, without SAEBench."""
         if saebench.importlib.util.find_spec("sae_bench"):

@@ -258,6 +258,7 @@ def gradients(kernel: Kernel, terms: ScoreTerms, decoder_FD: Tensor, entries: En
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", FAMILY)
 def test_gradients_match_dense_float64(kind: str, device: torch.device, triton_path: Kernel) -> None:
     terms = terms_of(kind, device, 17, 19, 15, seed=3)
@@ -277,6 +278,7 @@ def test_no_entries(device: torch.device, triton_path: Kernel) -> None:
     assert all(float(grad.abs().sum()) == 0.0 for grad in found.values())
 
 
+@pytest.mark.long
 def test_the_same_bits_twice(device: torch.device, triton_path: Kernel) -> None:
     """The order in which pairs are appended is not repeatable on a GPU; what is made of them is."""
     terms = terms_of("cosine_per_feature", device, 12, 9, 14, seed=2)

@@ -101,6 +101,7 @@ def bits_per_byte(model, tokenizer, docs):
     return nats / math.log(2) / sum(len(d.text.encode()) for d in docs)
 
 
+@pytest.mark.long
 def test_it_predicts_held_out_files_far_better_than_the_baselines(pair):
     docs = [d for d in pylib.documents("held_out") if 2000 < len(d.text) < 8000]
     found = bits_per_byte(*pair, docs[:4])

@@ -43,6 +43,8 @@ RUN = [
     "measuring reconstruction",
     "encoding held-out tokens: standard",
 ]
+LONG = ("first window", "filling buffer", "calibrating thresholds", "measuring norms", "measuring reconstruction")
+"""Phases like another one that is tried every time."""
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def hit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
     return arrange
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in RUN])
 def test_a_signal_ends_any_phase_of_a_run_and_the_run_goes_on(
     small: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hit: Any, name: str
 ) -> None:

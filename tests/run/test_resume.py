@@ -197,6 +197,7 @@ def test_a_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(
     assert_same_run(whole, out)
 
 
+@pytest.mark.long
 def test_a_run_that_died_while_measuring_measures_again(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +230,7 @@ def test_no_run_is_one_sentence(tmp_path: Path) -> None:
     refused(tmp_path, "holds no run to go on with")
 
 
+@pytest.mark.long
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -220,6 +220,7 @@ def test_train_labels_are_those_of_the_tokens(stored: Path) -> None:
     assert (labels[:, column] & labelled)[spelled & labelled].mean() > 0.5
 
 
+@pytest.mark.long
 def test_a_run_from_a_store_needs_neither_model_nor_text(
     stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +359,7 @@ def test_a_full_disk_keeps_what_is_written_and_the_same_command_goes_on(
     assert fingerprint(out) == fingerprint(plain)
 
 
+@pytest.mark.long
 def test_shards_that_were_damaged_meanwhile_are_written_again(plain: Path, corpus: Path, tmp_path: Path) -> None:
     """Also a journal whose last line was torn, and a shard that was renamed but not yet listed."""
     out = unfinished(corpus, tmp_path / "s", after=6)

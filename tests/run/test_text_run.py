@@ -67,6 +67,7 @@ def whole(model: Path, sources: tuple[str, str], tmp_path_factory: pytest.TempPa
     return out
 
 
+@pytest.mark.long
 def test_a_mixture_is_the_same_run_however_it_is_read_and_wherever_it_is_stopped(
     model: Path, sources: tuple[str, str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
