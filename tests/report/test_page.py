@@ -12,6 +12,7 @@ from cosae.errors import CosaeError
 from cosae.io.escape import printable
 from cosae.report.page import summary_table, write_report
 from tests.support.fake_run import ARMS, write_run
+from tests.support.feature_stores import write_store
 
 HOSTILE = "<script>alert(1)</script> \"'&<b>"
 TWO = {"standard": ("inner", "raw", None), "global": ("cosine", "raw", 0.3)}
@@ -173,6 +174,25 @@ def test_a_few_features_are_shown_with_their_text(tmp_path):
     assert str(tmp_path) not in page, "the page tells no folder of this machine"
     change(run / "evaluation.json", lambda value: value.update(features={}))
     assert "cosae browse" not in write_report([run], tmp_path / "page.html").read_text()
+
+
+def test_explanations_of_a_run_s_features_are_shown_with_their_scores(tmp_path):
+    run = write_run(tmp_path / "run", arms=TWO, concepts=0)
+    store = write_store(run / "features", 24, list(TWO))
+    means = {"detection": {"value": 0.8125, "low": 0.7, "high": 0.9}, "shuffled": {"value": 0.52}, "fuzzing": None}
+    (store / "explain.json").write_text(json.dumps({"saes": {"global": {"features": 4, **means}}}))
+    page = write_report([run], tmp_path / "page.html").read_text()
+    reader = Reader(page)
+    assert "img" not in reader.seen
+    assert "<img src=x onerror=alert(1)>" in reader.text
+    assert "words that begin with 2" in reader.text
+    assert "0.81" in reader.text
+    assert "0.52" in reader.text
+    assert "4 explained features of global" in reader.text
+    (store / "sae0" / "explanations.json").write_text('{"record": {"features": 3}}')
+    write_report([run], tmp_path / "page.html")  # what is of another shape is left out
+    (store / "store.json").unlink()
+    assert "explained feature" not in write_report([run], tmp_path / "page.html").read_text()
 
 
 def test_names_cannot_turn_the_page_around(tmp_path):

@@ -17,6 +17,7 @@ from cosae.interop.neuronpedia.settings import Options
 from cosae.run import export
 from cosae.run.export import export_neuronpedia, read_sequences
 from cosae.run.requests import Reading
+from tests.support.feature_stores import write_store
 
 pytest.importorskip("transformers")
 TEXT = "The quick brown fox jumps over the lazy dog, again and again, until line {} ends here.\n"
@@ -68,6 +69,30 @@ def test_neuronpedia_from_the_command_line(place: Path, tmp_path: Path, capsys: 
     status, said, _ = run(capsys, *common, *options, "--quiet", "--top", 2)
     assert status == 0
     assert "not made again" not in said
+
+
+def test_explanations_of_a_store_lie_beside_the_dashboards(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, digest = tmp_path / "np", export.digest_sae(cosae.load(place / "sae"))
+    store = write_store(tmp_path / "store", 24, ["mine"], sha256=digest)
+    given = ("export", "neuronpedia", place / "sae", "--out", out, "--corpus", place / "text", "--prompts", 6)
+    options = ("--context", 16, "--set-name", "mine", "--model-id", "little", "--quiet")
+    status, said, _ = run(capsys, *given, *options, "--explanations", store)
+    assert (status, "4 explanations in" in said) == (0, True)
+    lines = [json.loads(line) for line in (out / "explanations.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == ["1", "2", "3", "4"]
+    assert {(line["modelId"], line["layer"]) for line in lines} == {("little", "1-mine")}
+    assert lines[0]["description"] == "<img src=x onerror=alert(1)>"
+    assert lines[1]["explanationModelName"] == "stand-in/judge"
+    assert lines[1]["scores"] == [{"name": "detection", "value": pytest.approx(0.6)}]
+    status, said, _ = run(capsys, *given, *options, "--explanations", store, "--dry-run")
+    assert "words that begin with 2" in said
+    other = write_store(tmp_path / "other", 24, ["mine"])
+    status, _, error = run(capsys, *given, *options, "--explanations", other)
+    assert (status, "holds no such SAE" in error) == (2, True)
+    run(capsys, *given, *options)
+    assert not (out / "explanations.jsonl").exists()
 
 
 def test_delphi_from_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ def write_store(
     signed: bool = False,
     explained: int = 4,
     seed: int = 0,
+    sha256: str = "0" * 64,
 ) -> Path:
     """A store of `saes`, of n_features each; feature 0 of each is dead, feature i of one matches feature i of the next
     but for every third. Features 1 … `explained` have explanations, the first of them hostile."""
@@ -47,7 +48,7 @@ def write_store(
                     examples.add(_examples(rng, columns, first, window, top, len(vocabulary), signed))
             told = {i: _explanation(i) for i in range(1, min(explained, n_features - 1) + 1)}
             write_explanations(place / f"sae{number}" / EXPLANATIONS, told)
-            described.append(_describe(name, number, columns, signed))
+            described.append(_describe(name, number, columns, signed) | {"sha256": sha256})
         write_vocabulary(place, vocabulary)
         finish(place, _record(described, n_features, window, labels, seed))
     return folder
@@ -149,7 +150,6 @@ def _describe(name: str, number: int, columns: dict[str, np.ndarray], signed: bo
         "name": name,
         "folder": f"sae{number}",
         "path": None,
-        "sha256": "0" * 64,
         "d_in": 16,
         "d_sae": len(columns["firings"]),
         "score": "cosine" if number else "inner",

@@ -31,6 +31,8 @@ class ExportNeuronpedia:
     """Folder for the dashboards; an earlier export there is replaced."""
     upload: bool = False
     """Send the dashboards to Neuronpedia."""
+    explanations: Path | None = None
+    """Feature store on which cosae explain has run; what it says of this SAE is written to explanations.jsonl."""
     public_name: tuple[str, ...] = ()
     """Names of local models and texts that may be published; all others become neutral words."""
     dry_run: bool = False
@@ -182,7 +184,9 @@ def export(command: Export) -> int:
 
         def write(out: Path) -> str:
             upload = to.upload and not to.dry_run
-            plan, lines = exports.export_neuronpedia(to.sae, out, reading, to.dashboard, upload, names, log)
+            plan, lines = exports.export_neuronpedia(
+                to.sae, out, reading, to.dashboard, upload, names, log, to.explanations
+            )
             lines += [] if to.upload else ["Nothing was sent; --upload sends it."]
             return "\n".join([f"{out}: {plan}.", *lines])
 

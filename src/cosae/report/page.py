@@ -78,7 +78,7 @@ def sections(record: RunRecord) -> dict[str, str]:
         **({} if evaluation.texts and not record.probing else {"probing": "Sparse probing"}),
         **({"texts": "Probing of whole texts"} if evaluation.texts else {}),
         **({"recovery": "Recovery of the known dictionary"} if evaluation.recovery else {}),
-        **({"features": "Features"} if any(evaluation.features.values()) else {}),
+        **({"features": "Features"} if any(evaluation.features.values()) or record.explained else {}),
         "training": "Training",
         **({"events": "Events"} if record.events else {}),
     }

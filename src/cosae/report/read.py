@@ -10,7 +10,7 @@ from cosae.errors import CosaeError, short
 from cosae.io.legacy import upgrade, upgrade_evaluation
 from cosae.io.untrusted import one_line, parse_json, read_text
 from cosae.report.lenient import read_record
-from cosae.report.records import Evaluation, Event, Metrics, Run, RunRecord
+from cosae.report.records import Evaluation, Event, Explanations, Metrics, Run, RunRecord
 
 FORMAT, VERSION = "cosae-run", 2
 MAX_BYTES = 2**28
@@ -44,7 +44,31 @@ def read_run(path: Path | str) -> RunRecord:
         tuple(read_record(Event, line) for line in _lines(path / "events.jsonl")),
         read_record(Evaluation, evaluation),
         bool(evaluation),
+        _explained(path / "features"),
     )
+
+
+def _explained(store: Path) -> dict[str, Explanations]:
+    """What `cosae explain` found of a run's features, by arm, from the feature store in the run; empty without one."""
+    saes = _part(_there(store / "store.json"), "record", "saes")
+    means, found = _there(store / "explain.json"), {}
+    for number, sae in enumerate(saes if isinstance(saes, list) else []):
+        name = str(_part(sae, "name"))
+        features = _part(_there(store / f"sae{number}" / "explanations.json"), "record", "features")
+        one = read_record(Explanations, {"features": features, "means": _part(means, "saes", name)})
+        found |= {name: one} if one.features else {}
+    return found
+
+
+def _there(path: Path) -> Mapping[str, Any]:
+    return _object(path, lambda value: value) if path.is_file() else {}
+
+
+def _part(value: Any, *names: str) -> Any:
+    """A part of a part of an object; None where there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _object(path: Path, upgraded: Callable[[Any], Any]) -> Mapping[str, Any]:

@@ -285,6 +285,33 @@ class ShownFeature:
 
 
 @dataclass(frozen=True)
+class Score:
+    """Balanced accuracy of a judge of explanations, with its 95 % interval."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a language model says that a feature fires on, and how well that tells other texts apart."""
+
+    text: str = ""
+    model: str = ""
+    detection: Score = field(default_factory=Score)
+    fuzzing: Score = field(default_factory=Score)
+
+
+@dataclass(frozen=True)
+class Explanations:
+    """Of one arm: by feature, and the means over those that were last explained, beside their baselines."""
+
+    features: Mapping[str, Explanation] = field(default_factory=dict)
+    means: Mapping[str, Score] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     tokens: float | None = None
     documents: float | None = None
@@ -309,6 +336,7 @@ class RunRecord:
     events: tuple[Event, ...] = ()
     evaluation: Evaluation = field(default_factory=Evaluation)
     evaluated: bool = False
+    explained: Mapping[str, Explanations] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

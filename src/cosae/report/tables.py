@@ -16,9 +16,23 @@ from cosae.io.digest import value_digest
 from cosae.report.figures.probing import by_concept, called
 from cosae.report.figures.svg import Looks, Style, marker
 from cosae.report.format import NONE, count, fixed, percent, shortened
-from cosae.report.records import BASELINES, RULES, SINKS, Probing, Reconstruction, RunRecord
+from cosae.report.records import (
+    BASELINES,
+    RULES,
+    SINKS,
+    Explanation,
+    Explanations,
+    Probing,
+    Reconstruction,
+    RunRecord,
+    Score,
+)
 from cosae.report.texts import Estimate
 from cosae.report.verdict import Claim, claims, fve_claims
+from cosae.shown import spelled_out
+
+JUDGED = ("detection", "fuzzing", "shuffled", "constant", "unigram")
+MOST_EXPLAINED = 200
 
 
 @dataclass(frozen=True)
@@ -334,3 +348,36 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}.{key}" if prefix else str(key)
         flat |= flattened(entry, name) if isinstance(entry, Mapping) and entry else {name: entry}
     return flat
+
+
+def explained_table(record: RunRecord, looks: Looks) -> Table:
+    """Mean scores of each arm's explanations, beside their baselines."""
+    names = [name for name in JUDGED if any(name in one.means for one in record.explained.values())]
+    rows = [
+        [swatch(arm, looks.get(arm)), count(len(one.features)), *(_score(one.means.get(name)) for name in names)]
+        for arm, one in record.explained.items()
+    ]
+    over = [("explanations", 1), ("scores", sum(name in JUDGED[:2] for name in names))]
+    over += [("baselines", sum(name in JUDGED[2:] for name in names))]
+    return Table("Scores of explanations", ["arm", "features", *names], rows, over=[one for one in over if one[1]])
+
+
+def explanations_table(arm: str, found: Explanations) -> Table:
+    """Every explained feature of an arm, the best explanations first."""
+
+    def rank(item: tuple[str, Explanation]) -> float:
+        return -(item[1].detection.value or 0) - (item[1].fuzzing.value or 0)
+
+    rows = [
+        [feature, Markup('<span class="context">{}</span>').format(spelled_out(one.text)),
+         _score(one.detection), _score(one.fuzzing)]
+        for feature, one in sorted(found.features.items(), key=rank)[:MOST_EXPLAINED]
+    ]  # fmt: skip
+    return Table(
+        f"Explanations of {arm}", ["feature", "explanation", "detection", "fuzzing"], rows, ["words"] * len(rows)
+    )
+
+
+def _score(score: Score | None) -> Markup:
+    found = Score() if score is None else score
+    return estimate(Estimate(found.value, found.low, found.high), 2)

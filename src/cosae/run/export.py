@@ -11,6 +11,7 @@ import hashlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from cosae.browse.store.reader import open_store
 from cosae.errors import CosaeError, CosaeWarning, check_least
 from cosae.interop.delphi import Written, write_cache
 from cosae.interop.neuronpedia import upload as uploads
 from cosae.interop.neuronpedia.dashboards import MARK, write_dashboards
+from cosae.interop.neuronpedia.explanations import EXPLANATIONS, Explained, write_explanations
 from cosae.interop.neuronpedia.settings import Dashboard, Options
 from cosae.interop.public import NEUTRAL, Public, strings_of_json
 from cosae.io.staged import check_place
@@ -38,6 +41,7 @@ from cosae.run.requests import Reading
 from cosae.run.saes import read_with_model
 from cosae.sae.file import to_disk
 from cosae.sae.model import SAE
+from cosae.shown import counted
 from cosae.text.mixture import Cursor, mix, parse_corpus
 from cosae.text.packing import iterate_sequences
 from cosae.text.tokenization import tokenize_documents
@@ -157,17 +161,20 @@ def export_neuronpedia(
     upload: bool = False,
     public_names: Sequence[str] = (),
     log: Callable[[str], None] = lambda _: None,
+    explanations: Path | None = None,
 ) -> tuple[uploads.Plan, list[str]]:
     """Write the dashboards to `out` and, with `upload`, send them. Returns the plan and what was done, line by line.
 
     An export of the same SAE, text and settings that lies in `out` already is not made again. Models and texts of this
-    machine get neutral names, but for `public_names`. Raises CosaeError as
-    `write_dashboards` and the upload do; what an upload needs is looked for before anything is computed.
+    machine get neutral names, but for `public_names`. explanations: a feature store, whose explanations of this SAE are
+    written beside the dashboards. Raises CosaeError as `write_dashboards` and the upload do; what an upload needs is
+    looked for before anything is computed.
     """
     if upload:
         uploads.check_ready()
     check_place(out, MARK)
     opened = open_reading(path, reading, log)
+    explained = () if explanations is None else _explained(explanations, opened.sae, Public(tuple(public_names)))
     metadata, kind = published(opened, public_names), opened.site.name.split(".")[0]
     named = {
         "model_id": shown.model_id or metadata["model"].rpartition("/")[2].replace(" ", "-"),
@@ -182,10 +189,30 @@ def export_neuronpedia(
         parts = opened.model, opened.tokenizer, opened.site, opened.sae, opened.sequences
         at_once = batch_size(opened.data, opened.model, opened.site, "float32")
         write_dashboards(*parts, out, settings, metadata=metadata, batch_sequences=at_once, log=log)
+    (out / EXPLANATIONS).unlink(missing_ok=True)
+    if explained:
+        lines.append(f"{counted(write_explanations(out, explained, settings), 'explanation')} in {out / EXPLANATIONS}")
     plan = uploads.plan(out)
     if upload:
         lines.append(uploads.upload(out, plan, log))
     return plan, lines
+
+
+def _explained(folder: Path, sae: SAE, public: Public) -> list[Explained]:
+    """Explanations in a feature store of this very SAE. Raises CosaeError where there are none."""
+    digest = digest_sae(sae)
+    with closing(open_store(folder)) as store:
+        name = next((one.name for one in store.saes if one.sha256 == digest), None)
+        known = {} if name is None else store.explanations(name)
+    if not known:
+        what = "holds no such SAE" if name is None else f"has no explanations of {name}"
+        raise CosaeError(f"{folder} {what}: name a store of this SAE on which cosae explain has run.")
+    found = []
+    for feature, one in sorted(known.items()):
+        scores = {"detection": one.detection, "fuzzing": one.fuzzing}
+        values = {kind: score.value for kind, score in scores.items() if score is not None and score.value is not None}
+        found.append(Explained(feature, one.text, public.place("model", one.model), values))
+    return found
 
 
 def published(opened: Opened, public_names: Sequence[str]) -> dict[str, Any]:
@@ -205,6 +232,8 @@ def preview(write: Callable[[Path], Any]) -> Iterator[str]:
             yield f"{file.relative_to(out).as_posix()} ({file.stat().st_size:,} bytes)"
             if file.suffix == ".json":
                 yield from (f"    {text}" for text in strings_of_json(file))
+            elif file.suffix == ".jsonl":
+                yield from (f"    {line}" for line in file.read_text("utf-8").splitlines())
     yield "Nothing was kept or sent."
 
 
