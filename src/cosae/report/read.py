@@ -51,7 +51,8 @@ def read_run(path: Path | str) -> RunRecord:
 def _explained(store: Path) -> dict[str, Explanations]:
     """What `cosae explain` found of a run's features, by arm, from the feature store in the run; empty without one."""
     saes = _part(_there(store / "store.json"), "record", "saes")
-    means, found = _there(store / "explain.json"), {}
+    means = _there(store / "explain.json")
+    found: dict[str, Explanations] = {}
     for number, sae in enumerate(saes if isinstance(saes, list) else []):
         name = str(_part(sae, "name"))
         features = _part(_there(store / f"sae{number}" / "explanations.json"), "record", "features")
