@@ -47,6 +47,7 @@ NEEDS = {
     **dict.fromkeys(
         (f"browse {name}" for name in BROWSE), "tests/cli/test_browse.py, tests/run/explore/test_browse.py"
     ),
+    "export explanations": "needs a store with explanations: tests/run/test_export.py",
     "export upload": "tests/interop/peers/neuronpedia_checks.py, a stand-in",
     "bench": "needs SAEBench: tests/interop/test_saebench_run.py, a stand-in",
 }

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosae.activations.digest import chain, fingerprint
@@ -197,7 +197,8 @@ def held_bytes() -> int:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and not thing.is_sparse:  # isinstance would ask lazy proxies
+        # only these have memory of their own: tracers leave fake tensors about, and isinstance would ask lazy proxies
+        if type(thing) in (Tensor, nn.Parameter) and thing.device.type != "meta" and not thing.is_sparse:
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
