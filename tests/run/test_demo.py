@@ -97,6 +97,7 @@ def test_it_captures_once_and_a_second_run_reads_the_store(
     assert any("capturing" in line for line in lines[planned : planned + 4])
     assert any("encoding labelled texts" in line for line in lines[planned : planned + 20])
     assert "Sinks: position 0 of a text" in said.out
+    assert said.out.splitlines()[-1] == f"Look at the features, side by side: cosae browse {tmp_path / 'one'}"
     assert (Store(store).n_rows("train"), list(Store(store).faults())) == (2000, [])
 
     monkeypatch.setattr(demo, "capture_stores", None)  # and nothing is captured
@@ -135,6 +136,13 @@ def _check_page(out: Path, screen: str) -> None:
         assert masked[arm, "auroc/top_1", "accuracy"]["difference"] == pytest.approx(outside - inside, abs=1e-12)
     assert "Attention sinks" in page
     assert "Probing of whole texts" in page
+    for arm, shown in found["features"].items():
+        assert 1 <= len(shown) <= 8
+        assert f"{len(shown)} features of {arm}" in page
+        for example in (one for feature in shown for one in feature["examples"]):
+            assert example["token"]
+            assert example["before"] + example["after"]
+    assert set(found["features"]) == set(texts["arms"])
 
 
 def test_what_is_not_fetched_is_named_with_the_command(

@@ -96,6 +96,12 @@ def load_model(
     return (model.eval() if quantised else model.eval().to(target)), tokenizer
 
 
+def open_tokenizer(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Any:
+    """The tokenizer of a model, without its weights. Raises CosaeError as `load_model`."""
+    transformers, name, where, _ = read_configuration(name_or_path, "float32", revision)
+    return load_tokenizer(transformers, name, where)
+
+
 def read_configuration(
     name_or_path: str | os.PathLike[str], dtype: str, revision: str | None
 ) -> tuple[Any, str, dict[str, str], Any]:

@@ -7,6 +7,7 @@ held-out split, which is disjoint from it by construction (by file name, documen
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as TextSequence
@@ -201,3 +202,17 @@ def split_held_out(n_tokens: int, split: Split, use: DataUse) -> Tensor:
     order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(0))
     chosen = order[:first] if split != "calibration" or second == 0 else order[first : first + second]
     return chosen.sort().values
+
+
+def tokens_around(
+    doc_N: Tensor, index_N: Tensor, token_N: Tensor, doc: int, index: int, before: int, after: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids of the tokens before and after one of a document, as far as they are there without a gap."""
+    near_N = (doc_N == doc) & (index_N >= index - before) & (index_N <= index + after)
+    known = dict(zip(index_N[near_N].tolist(), token_N[near_N].tolist(), strict=True))
+
+    def run(step: int, most: int) -> list[int]:
+        places = range(index + step, index + step * (most + 1), step)
+        return [known[place] for place in itertools.takewhile(known.__contains__, places)]
+
+    return tuple(reversed(run(-1, before))), tuple(run(1, after))

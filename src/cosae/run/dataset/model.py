@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as TextSequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from cosae.models.sites import resolve_site
 from cosae.models.size import model_size
 from cosae.models.sources import ModelSource, StreamedModelSource
 from cosae.recipe import DataConfig
-from cosae.run.dataset.base import Dataset, DataUse, Side, Sizes, Split, side_of, split_held_out
+from cosae.run.dataset.base import Dataset, DataUse, Side, Sizes, Split, side_of, split_held_out, tokens_around
 from cosae.run.dataset.corpus import CorpusText, adds_bos, check_corpus, pad_id, streamed
 from cosae.run.plan.resources import Item
 from cosae.text.concepts.labels import has_labels, label_activations, label_document
@@ -127,14 +126,7 @@ class ModelDataset(Dataset):
         if ("held_out", n_tokens) not in self._captured:
             return (), ()
         found, _ = self._captured["held_out", n_tokens]
-        near = found[(found.doc_N == doc) & (found.index_N >= index - before) & (found.index_N <= index + after)]
-        known = dict(zip(near.index_N.tolist(), near.token_N.tolist(), strict=True))
-
-        def run(step: int, most: int) -> list[int]:
-            places = range(index + step, index + step * (most + 1), step)
-            return [known[place] for place in itertools.takewhile(known.__contains__, places)]
-
-        return tuple(reversed(run(-1, before))), tuple(run(1, after))
+        return tokens_around(found.doc_N, found.index_N, found.token_N, doc, index, before, after)
 
     def close(self) -> None:
         if "text" in self.__dict__:

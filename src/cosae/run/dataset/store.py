@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,14 @@ from cosae.activations.store.source import V01, StoreSource
 from cosae.activations.store.statistics import noise_warning
 from cosae.errors import CosaeError, short
 from cosae.interop.public import PACKAGED, of_the_hub
+from cosae.io.fetched.packages import MODELS, folder_of
 from cosae.io.legacy import V01_ORDER
 from cosae.io.values import from_plain, to_plain
+from cosae.models.embedded import model_path
+from cosae.models.load import open_tokenizer
+from cosae.models.unembed import spelling
 from cosae.recipe import DataConfig
-from cosae.run.dataset.base import Dataset, DataUse, Sizes, Split, side_of, split_held_out
+from cosae.run.dataset.base import Dataset, DataUse, Sizes, Split, side_of, split_held_out, tokens_around
 from cosae.run.dataset.model import ModelDataset
 from cosae.run.plan.resources import Item
 from cosae.text.concepts.table import CONCEPTS
@@ -114,6 +119,30 @@ class StoreDataset(Dataset):
     def vocabulary(self) -> int:
         return self._reader.vocabulary
 
+    def spell(self, token: int) -> str | None:
+        return None if self._tokenizer is None else spelling(self._tokenizer, token)
+
+    def around(self, doc: int, index: int, before: int, after: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tokens_around(*self._held_out_tokens, doc, index, before, after)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """Of the model that the store was captured from, where that is on this machine for sure: packaged, or fetched.
+        None for others."""
+        name = self.store.record["request"].get("model")
+        here = name == "embedded" or (name in MODELS and folder_of(name).is_dir())
+        return open_tokenizer(model_path() if name == "embedded" else name) if here else None
+
+    @cached_property
+    def _held_out_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Document, index and id of every held-out token."""
+        parts = []
+        for rows in torch.arange(self.store.n_rows("held_out")).split(8192):
+            found = self.store.take("held_out", rows)
+            parts.append((found.doc_N, found.index_N, found.token_N))
+        doc_N, index_N, token_N = (torch.cat(column) for column in zip(*parts, strict=True))
+        return doc_N, index_N, token_N
+
     @cached_property
     def _reader(self) -> ModelDataset:
         """The model that the store was captured from, loaded when it reads.
@@ -130,7 +159,8 @@ class StoreDataset(Dataset):
         return reader
 
     def close(self) -> None:
-        self.__dict__.pop("_reader", None)
+        for name in ("_reader", "_tokenizer", "_held_out_tokens"):
+            self.__dict__.pop(name, None)
 
     def _spread(self, n_tokens: int) -> Tensor:
         """Ascending numbers of about n_tokens train rows: whole blocks drawn from all over the store."""
