@@ -137,7 +137,7 @@ class StoreDataset(Dataset):
     def _held_out_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
         """Document, index and id of every held-out token."""
         parts = []
-        for rows in torch.arange(self.store.n_rows("held_out")).split(8192):
+        for rows in torch.split(torch.arange(self.store.n_rows("held_out")), 8192):
             found = self.store.take("held_out", rows)
             parts.append((found.doc_N, found.index_N, found.token_N))
         doc_N, index_N, token_N = (torch.cat(column) for column in zip(*parts, strict=True))
