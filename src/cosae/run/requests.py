@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cosae.errors import CosaeError, check_choice, check_least, check_positive
 
 if TYPE_CHECKING:
+    from cosae.activations.perturbation import Perturbation
     from cosae.activations.sample import SinkRule
 
 
@@ -92,9 +93,19 @@ class BrowseRequest(Origin):
     """Tokens per sequence."""
     window: int = 48
     """Tokens of text kept around each example."""
+    inject: str | None = None
+    """Perturbation of the norms, such as log_normal:sigma=0.5, as the SAEs' run had one. Default: none."""
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What is done to the norms. Raises CosaeError."""
+        from cosae.activations.perturbation import Perturbation
+
+        return Perturbation() if self.inject is None else Perturbation.parse(self.inject)
 
     def check(self) -> None:
         """Raises CosaeError for values that are not allowed, and for options that have no say."""
+        _ = self.perturbation
         for name, least in (("tokens", 1), ("context", 3), ("window", 1)):
             check_least(name, getattr(self, name), least)
         if self.store is None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosae.browse.store.reader import open_store
+from cosae.browse.store.reader import FeatureStore, open_store
 from cosae.errors import CosaeError
+from cosae.io.progress import Progress
 from cosae.models.embedded import load
 from cosae.models.unembed import spelling
 from cosae.recipe import DataConfig
@@ -129,3 +130,26 @@ def test_what_cannot_be_shown_is_refused(folder: Path, tmp_path: Path) -> None:
         prepare([folder / "run" / "arms" / "one", tmp_path / "other"], request(folder))
     with pytest.raises(CosaeError, match="already"):
         prepare([prepare([folder / "run"], request(folder))], request(folder), rebuild=True)
+
+
+def test_norms_are_perturbed_as_asked(folder: Path, tmp_path: Path) -> None:
+    sae = load_sae(folder / "run" / "arms" / "one")
+    sae.metadata |= {"perturbation": {"kind": "log_normal", "sigma": 0.5}}
+    save(sae, tmp_path / "one")
+    said: list[str] = []
+    progress = Progress(False)
+    progress.note = said.append  # type: ignore[method-assign]
+    natural = open_store(prepare([tmp_path / "one"], request(folder), tmp_path / "natural", progress=progress))
+    assert any("--inject log_normal:sigma=0.5" in line for line in said)
+    said.clear()
+    asked = request(folder, inject="log_normal:sigma=0.5")
+    perturbed = open_store(prepare([tmp_path / "one"], asked, tmp_path / "perturbed", progress=progress))
+    assert not any("--inject" in line for line in said)
+
+    def spread(store: FeatureStore) -> float:
+        _, _, _, low, _, high, *_ = store.overview().norms.quantiles
+        return high / low
+
+    assert spread(perturbed) > 1.3 * spread(natural)
+    with pytest.raises(CosaeError, match="perturbation"):
+        prepare([tmp_path / "one"], request(folder, inject="loud"))

@@ -97,6 +97,7 @@ def _describe(building: Building, number: int, columns: Columns) -> dict[str, An
         "k": sae.k,
         "signed": state.examples.negative is not None,
         "exponent": float(sae.scale_a.detach().double().mean()),
+        "value_exponent": None if sae.value_exponent is None else float(sae.value_exponent.detach().double().mean()),
         "tokens": numbers.tokens,
         "l0": firings / tokens,
         "dead": int((of["firings"] == 0).sum()),

@@ -81,7 +81,7 @@ class SAEInfo:
     sha256    of its configuration and weights
     score, selector, frame   words of cosae.sae.config; k: features kept a token
     signed    whether values may be negative (abs_topk); only then is there a negative group
-    exponent  mean of the exponents a in force; 1 for the inner product
+    exponent  mean of the exponents a in force; 1 for the inner product. value_exponent: of its δ, None without one
     tokens    tokens that are counted for it; l0: mean number of features that fire on one
     dead      features that fire on none
     median_r  the length |x − c| that every token gets in the test of what is norm-driven
@@ -114,6 +114,7 @@ class SAEInfo:
     logits: bool
     evaluation: Mapping[str, float]
     explained: int
+    value_exponent: float | None = None
 
 
 @dataclass(frozen=True)

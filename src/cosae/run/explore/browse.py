@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cosae.activations.perturbation import Perturbation
 from cosae.activations.store.reader import Store, open_store
 from cosae.browse.collect.build import build_store, planned_bytes
 from cosae.browse.collect.building import BuildOptions, Listed, identity_of
@@ -19,10 +20,11 @@ from cosae.interop.public import of_the_hub
 from cosae.interop.read import read_sae
 from cosae.io.progress import SILENT, Progress
 from cosae.io.records import read_record
+from cosae.io.values import from_plain
 from cosae.recipe import DataConfig
 from cosae.run import provenance
 from cosae.run.dataset.model import open_model
-from cosae.run.explore.sources import ModelText, StoredRows, identity_of_text
+from cosae.run.explore.sources import ModelText, StoredRows, identity_of_text, injected
 from cosae.run.export import digest_sae
 from cosae.run.folder import ARMS, EVALUATION, RECIPE, read_json
 from cosae.run.identity import read_elsewhere
@@ -118,9 +120,10 @@ def _evaluation(path: Path) -> dict[str, float]:
 
 def _identity(request: BrowseRequest, data: DataConfig | None, store: Store | None) -> dict[str, Any]:
     if store is not None:
-        return {"store": store.identity, "tokens": request.tokens, "spelled": _model_of(request, store) is not None}
+        known = {"store": store.identity, "tokens": request.tokens, "spelled": _model_of(request, store) is not None}
+        return {**known, **injected(request.perturbation)}
     assert data is not None
-    return identity_of_text(data, request.tokens, request.seed)
+    return identity_of_text(data, request.tokens, request.seed, request.perturbation)
 
 
 def _model_of(request: BrowseRequest, store: Store) -> str | None:
@@ -143,11 +146,17 @@ def _source(
         name = _model_of(request, store)
         with progress.phase("loading model"):
             opened = None if name is None else open_model(DataConfig(model=name), request.device)
-        return StoredRows(store, request.tokens, opened)
+        return StoredRows(store, request.tokens, opened, request.perturbation)
     assert data is not None
     with progress.phase("loading model"):
-        source = ModelText(data, request.tokens, request.seed, request.device)
+        source = ModelText(data, request.tokens, request.seed, request.device, request.perturbation)
     for (name, one), path in zip(listed.items(), places, strict=True):
+        trained = one.sae.metadata.get("perturbation")
+        if request.inject is None and isinstance(trained, dict) and trained.get("kind", "none") != "none":
+            how = from_plain(Perturbation, trained, f"the perturbation of {name}")
+            progress.note(
+                f"{name} was trained on perturbed norms, and reads natural ones here: --inject {how} adds them"
+            )
         if said := read_elsewhere(one.sae.metadata, data.model, source.where, source.opened[0]):
             progress.note(f"{name} ({path}): {said}")
     return source

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cosae.activations.perturbation import Perturbation, apply
 from cosae.activations.store.reader import Store
 from cosae.browse.collect.chunks import SAMPLE_TOKENS, Chunk
 from cosae.errors import CosaeError
@@ -26,6 +27,7 @@ from cosae.text.concepts.table import CONCEPTS
 from cosae.types import Activations, Sequences
 
 CHUNK_TOKENS = 8192
+NATURAL = Perturbation()
 DESCRIBED = tuple((concept.name, concept.description) for concept in CONCEPTS)
 
 Logits = Callable[[slice], Tensor]
@@ -40,8 +42,11 @@ class ModelText:
     site: str | None
     concepts: tuple[tuple[str, str], ...]
 
-    def __init__(self, data: DataConfig, tokens: int, seed: int, device: str) -> None:
+    def __init__(
+        self, data: DataConfig, tokens: int, seed: int, device: str, perturbation: Perturbation = NATURAL
+    ) -> None:
         check_corpus(data)
+        self._perturbation = perturbation
         rows = max(1, CHUNK_TOKENS // data.context)
         self.data = data = replace(data, chunk_sequences=rows, n_workers=0, prefetch_chunks=0)
         self._seed, self._device = seed, device
@@ -54,7 +59,7 @@ class ModelText:
         self.model, self.site = data.model, self._site.name
         self.corpus = data.corpus if isinstance(data.corpus, str) else ", ".join(data.corpus)
         self.concepts = DESCRIBED if self.corpus == "pylib" else ()
-        self.identity = identity_of_text(data, tokens, seed)
+        self.identity = identity_of_text(data, tokens, seed, perturbation)
 
     def chunks(self, skip: int) -> Iterator[Chunk]:
         """Chunks of whole sequences, until there are `total` tokens or the text ends."""
@@ -72,6 +77,7 @@ class ModelText:
                     continue
                 if number >= skip:
                     found = capture(model, sequences, self._site, **options)[self._site.name]
+                    found = apply(found, self._perturbation, number)
                     known: dict[str, Any] = {}
                     labels, labelled = part.labels(found) if first < SAMPLE_TOKENS else (None, None)
                     if labels is not None and labelled is not None:
@@ -98,11 +104,16 @@ class ModelText:
         return lambda some: direction_FD[some] @ unembedding_VD.T
 
 
-def identity_of_text(data: DataConfig, tokens: int, seed: int) -> dict[str, Any]:
+def identity_of_text(data: DataConfig, tokens: int, seed: int, perturbation: Perturbation) -> dict[str, Any]:
     """What decides the tokens and activations of a pass, as far as it has a name."""
     named = ("model", "revision", "model_dtype", "site", "corpus", "context", "packing", "add_bos", "min_chars")
     known = {name: getattr(data, name) for name in (*named, "max_chars", "text_field", "txt_unit")}
-    return {**known, "tokens": tokens, "seed": seed}
+    return {**known, "tokens": tokens, "seed": seed, **injected(perturbation)}
+
+
+def injected(perturbation: Perturbation) -> dict[str, Any]:
+    """What a perturbation adds to an identity."""
+    return {} if perturbation.kind == "none" else {"inject": str(perturbation)}
 
 
 def _new(sequences: Sequences, seen: set[bytes]) -> Sequences:
@@ -130,15 +141,18 @@ class StoredRows:
     site: str | None
     concepts: tuple[tuple[str, str], ...]
 
-    def __init__(self, store: Store, tokens: int, opened: tuple[Any, Any] | None) -> None:
-        self._store, self._opened = store, opened
+    def __init__(
+        self, store: Store, tokens: int, opened: tuple[Any, Any] | None, perturbation: Perturbation = NATURAL
+    ) -> None:
+        self._store, self._opened, self._perturbation = store, opened, perturbation
         request = store.record["request"]
         self.total = min(tokens, store.n_rows("train"))
         self.model, self.corpus = request.get("model"), _listed(request.get("corpus"))
         self.site = None if store.site is None else store.site.name
         self.context = int(request.get("context") or 0)
         self.concepts = tuple((name, dict(DESCRIBED).get(name, name)) for name in store.concepts or ())
-        self.identity = {"store": store.identity, "tokens": tokens, "spelled": opened is not None}
+        known = {"store": store.identity, "tokens": tokens, "spelled": opened is not None}
+        self.identity = {**known, **injected(perturbation)}
 
     def chunks(self, skip: int) -> Iterator[Chunk]:
         """About CHUNK_TOKENS rows at a time, cut where a sequence begins."""
@@ -154,7 +168,8 @@ class StoredRows:
             )
             used = [doc for doc in torch.unique(found.doc_N).tolist() if doc >= border]
             documents = {doc: names[doc - border] for doc in used}
-            chunk = Chunk(replace(found, x_ND=found.x_ND.float()), first, first_sequence, documents, labels, labelled)
+            found = apply(replace(found, x_ND=found.x_ND.float()), self._perturbation, number)
+            chunk = Chunk(found, first, first_sequence, documents, labels, labelled)
             if number >= skip:
                 yield chunk
             first, number = first + len(chunk), number + 1

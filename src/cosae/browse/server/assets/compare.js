@@ -41,7 +41,9 @@ cosae.page(async (main, about) => {
       line("fires on", (f) => spelled(f.row.tokens)), line("explanation", (f) => (f.row.label ? bdi(f.row.label) : "–")),
       line("density", (f) => number(f.row.density, percent)), line("largest value", (f) => number(f.row.largest)), line("mean value", (f) => number(f.row.mean)),
       line("firings that the norm decides", (f) => number(f.row.norm_driven, percent)), line("norm where it fires, over the mean", (f) => number(f.row.firing_norm)),
-      line("exponent a", (f) => number(f.exponent)), line("AUROC of its best concept", (f) => [number(f.row.auroc), f.row.concept ? el("small", {}, bdi(f.row.concept)) : ""])], { words: [1, 2] });
+      line("exponent a", (f) => number(f.exponent)),
+      ...([one, other].some((f) => cosae.known(f.value_exponent)) ? [line("exponent δ of the value", (f) => number(f.value_exponent))] : []),
+      line("AUROC of its best concept", (f) => [number(f.row.auroc), f.row.concept ? el("small", {}, bdi(f.row.concept)) : ""])], { words: [1, 2] });
     const concepts = joined(one.aurocs, other.aurocs);
     return [
       numbers,

@@ -30,7 +30,9 @@ cosae.page((main, about) => {
   const share = (sae) => (sae.quartile_share ? sae.quartile_share.map((v) => percent(v, 2)).join(" · ") : "–");
   const facts = [
     ["features", (sae) => number(sae.d_sae, count)], ["score", (sae) => sae.score], ["frame", (sae) => sae.frame], ["selector", (sae) => sae.selector],
-    ["exponent a, mean", (sae) => number(sae.exponent)], ["fire on a token, mean (L0)", (sae) => number(sae.l0)],
+    ["exponent a, mean", (sae) => number(sae.exponent)],
+    ...(about.saes.some((sae) => cosae.known(sae.value_exponent)) ? [["exponent δ of the value, mean", (sae) => number(sae.value_exponent)]] : []),
+    ["fire on a token, mean (L0)", (sae) => number(sae.l0)],
     ["never fire here", (sae) => [number(sae.dead, count), sae.dead ? [" ", el("a", { href: href("features", { sae: sae.name, dead: "yes" }) }, "show")] : ""]],
     ["firings that the norm decides", (sae) => number(sae.norm_driven, percent)],
     ["firings by norm quartile, short to long", (sae) => share(sae)],
