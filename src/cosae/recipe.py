@@ -16,6 +16,7 @@ from typing import Any, Literal
 from cosae.activations.filter import FilterPolicy
 from cosae.activations.monitor import check_policy
 from cosae.activations.perturbation import SETTINGS, Perturbation
+from cosae.activations.positions import check_positions
 from cosae.activations.synthetic import World
 from cosae.errors import CosaeError, check_choice, check_least
 from cosae.evaluate.probing.texts import LEAST_TEXTS
@@ -49,8 +50,15 @@ class DataConfig:
     """pylib, a folder, a .txt, .jsonl or .parquet file, a data set saved to disk, wiki:en, or
     hf:DATASET[:CONFIG][:SPLIT] (streamed). A list is a mixture: SPEC:WEIGHT each, weights being shares of the training
     tokens."""
+    inputs: str = "text"
+    """What the corpus holds: text, chat (conversations, through the model's chat template), ids (token ids that are
+    ready), images or audio."""
+    positions: str = "all"
+    """Which places of a sequence become rows: all, cls, tokens, patches, frames, last, mean (one row a sequence), or a
+    slice such as 1: (cosae.activations.positions)."""
     text_field: str = "text"
-    """Key or column that holds a row's text."""
+    """Key or column that holds a row's text; text stands for messages, input_ids, image or audio where the corpus holds
+    those."""
     suffixes: tuple[str, ...] = ()
     """Endings of the files that a folder is searched for (.py, .jsonl …); none: all text and source files."""
     txt_unit: str = "file"
@@ -93,13 +101,18 @@ class DataConfig:
     """Which of the stores in that folder, where it holds one for each of several sites."""
 
     @property
+    def field(self) -> str:
+        """Key or column that holds what the corpus is made of."""
+        return INPUTS[self.inputs] if self.text_field == "text" else self.text_field
+
+    @property
     def origin(self) -> str:
         """Where activations come from: store, world, activations or model."""
         return next((name for name in ORIGINS if getattr(self, name, None) is not None), "model")
 
     def from_origin(self, origin: str) -> DataConfig:
         """The same with everything that names another origin taken back."""
-        kept = {name: getattr(self, name) for name in ("held_out_frac", "non_finite", "order")}
+        kept = {name: getattr(self, name) for name in ("held_out_frac", "non_finite", "order", "positions")}
         return self if origin == self.origin else DataConfig(**{n: v for n, v in kept.items() if n in ORIGINS[origin]})
 
     def check_applies(self, names: Iterable[str], origin: str | None = None) -> None:
@@ -115,7 +128,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_policy(self.non_finite)
         parse_corpus(self.corpus)
-        Reading(self.text_field, self.suffixes, self.txt_unit, self.max_chars)
+        check_choice("inputs", self.inputs, INPUTS)
+        check_positions(self.positions)
+        Reading(self.text_field, self.suffixes, self.txt_unit, self.max_chars, self.inputs == "chat")
         least_of = {"context": 2, "batch_sequences": 1, "chunk_sequences": 1, "n_workers": 0, "prefetch_chunks": 0}
         for name, least in least_of.items():
             if getattr(self, name) != "auto":
@@ -126,10 +141,12 @@ class DataConfig:
             raise CosaeError(f"min_chars must be at most max_chars. Got {self.min_chars} and {self.max_chars} instead.")
 
 
+INPUTS = {"text": "text", "chat": "messages", "ids": "input_ids", "images": "image", "audio": "audio"}
+"""What a corpus can hold → the field of a row that holds it."""
 ORIGINS: dict[str, tuple[str, ...]] = {
     "store": ("store_site", "order"),
     "world": (),
-    "activations": ("activations_key", "held_out_frac", "non_finite"),
+    "activations": ("activations_key", "positions", "held_out_frac", "non_finite"),
     "model": tuple(f.name for f in fields(DataConfig) if not f.name.startswith(("store", "world", "activations"))),
 }
 """Where activations can come from → the fields of DataConfig that have a say in them beside it."""

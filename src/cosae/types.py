@@ -38,6 +38,8 @@ class Sequences:
     first_doc index of the document that doc_names[0] names; not 0 where sequences are one stretch of a longer text
     inputs    what a model that reads no tokens is given instead of ids_ST, by the name of its argument, S of each:
               images, sounds
+    keep_ST   (S, T) bool    the places that become rows; None: all real ones
+    pooled    one row a sequence, the mean of those places
     """
 
     PLACES: ClassVar = ("ids_ST", "doc_ST", "index_ST", "mask_ST", "special_ST")  # fields with an entry a token
@@ -50,6 +52,24 @@ class Sequences:
     doc_names: tuple[str, ...] = ()
     first_doc: int = 0
     inputs: Mapping[str, Tensor] | None = None
+    keep_ST: Tensor | None = None
+    pooled: bool = False
+
+    @property
+    def rows_ST(self) -> Tensor:
+        """(S, T) bool: the real places that become rows, or parts of one."""
+        return self.mask_ST if self.keep_ST is None else self.mask_ST & self.keep_ST
+
+    @property
+    def rows_S(self) -> Tensor:
+        """(S,) int64: rows of activations that each sequence gives."""
+        rows_S = self.rows_ST.sum(1)
+        return rows_S.clamp(max=1) if self.pooled else rows_S
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of activations that they give."""
+        return int(self.rows_S.sum())
 
     def __len__(self) -> int:
         return int(self.ids_ST.shape[0])
@@ -57,11 +77,14 @@ class Sequences:
     def __getitem__(self, rows: slice | Tensor) -> Sequences:
         """The chosen sequences, in the order asked for; all document names are kept."""
         inputs = None if self.inputs is None else {name: value[rows] for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, **{name: getattr(self, name)[rows] for name in self.PLACES})
+        keep_ST = None if self.keep_ST is None else self.keep_ST[rows]
+        places = {name: getattr(self, name)[rows] for name in self.PLACES}
+        return replace(self, inputs=inputs, keep_ST=keep_ST, **places)
 
     def columns(self, n: int) -> Sequences:
         """The first n places of every sequence."""
-        return replace(self, **{name: getattr(self, name)[:, :n] for name in self.PLACES})
+        keep_ST = None if self.keep_ST is None else self.keep_ST[:, :n]
+        return replace(self, keep_ST=keep_ST, **{name: getattr(self, name)[:, :n] for name in self.PLACES})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosae.activations.arrays import ArraySource
+from cosae.activations.arrays import ArraySource, TensorSource
 from cosae.errors import CosaeError
 from cosae.io.generators import epoch_order
 
@@ -224,7 +224,7 @@ def test_other_endings_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("x", "match"),
     [
-        (torch.zeros(4, 3, 2), r"N × d.* \(4, 3, 2\)"),
+        (torch.zeros(4, 3, 2, 1), r"N × d.* \(4, 3, 2, 1\)"),
         (torch.zeros(4), r"N × d.* \(4,\)"),
         (torch.zeros(0, 3), r"not empty. Got shape \(0, 3\)"),
         (torch.zeros(3, 0), r"not empty. Got shape \(3, 0\)"),
@@ -287,3 +287,24 @@ def test_orders_are_permutations_of_their_own_for_each_seed_and_epoch() -> None:
     state = torch.random.get_rng_state()
     assert torch.equal(epoch_order(50, 1, 2), epoch_order(50, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("positions", "kept"), [("all", [0, 1, 2, 3, 4]), ("cls", [0]), ("patches", [1, 2, 3, 4])])
+def test_rows_of_three_dimensions_keep_their_sequence_and_place(
+    tmp_path: Path, positions: str, kept: list[int]
+) -> None:
+    x_NTD = np.random.default_rng(0).normal(size=(60, 5, 3)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x_NTD)
+    for source in (
+        ArraySource(tmp_path / "x.npy", positions=positions, chunk_tokens=7),
+        TensorSource(torch.from_numpy(x_NTD), positions=positions, chunk_tokens=7),
+    ):
+        held_out, chunk = source.held_out(), next(source.chunks(3))
+        for rows in (held_out, chunk):
+            assert {*rows.position_N.tolist()} <= {*kept}
+            assert np.array_equal(rows.x_ND.numpy(), x_NTD[rows.doc_N.numpy(), rows.position_N.numpy()])
+        assert source.n_rows == 60 * len(kept)
+        whole = [held_out.doc_N.tolist().count(doc) for doc in {*held_out.doc_N.tolist()}]
+        assert whole == [len(kept)] * 6  # a tenth of the sequences, each with all its places
+    with pytest.raises(CosaeError, match=r"places of arrays \(N, T, d\)"):
+        TensorSource(torch.from_numpy(x_NTD[:, 0]), positions="cls")

@@ -69,6 +69,8 @@ SEEN: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.attention": ("eager", MODEL),
     "data.site": ("resid_post.0", MODEL),
     "data.corpus": (("texts:0.5", "rows.jsonl:0.5"), MODEL),
+    "data.inputs": ("ids", {**MODEL, "data.corpus": "rows.jsonl"}),
+    "data.positions": ("1:", MODEL),
     "data.text_field": ("other", {**MODEL, "data.corpus": "rows.jsonl"}),
     "data.suffixes": ((".txt",), {**MODEL, "data.corpus": "mixed"}),
     "data.txt_unit": ("line", {**MODEL, "data.corpus": "lines.txt", "data.txt_unit": "paragraph"}),
@@ -229,7 +231,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_texts(place / name)
     (place / "mixed" / "more.py").write_text("x = 1 . y = 2 . " * 200)
     texts = [path.read_text() for path in sorted((place / "texts").iterdir())]
-    rows = [{"text": text[: 80 + 10 * i], "other": text[::-1]} for i, text in enumerate(texts)]
+    rows: list[dict[str, Any]] = [{"text": text[: 80 + 10 * i], "other": text[::-1]} for i, text in enumerate(texts)]
+    for i, row in enumerate(rows):
+        row["input_ids"] = [3 + (7 * i + j * j) % 90 for j in range(32)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     labelled = [{"text": text[at : at + 40], "label": at // 45 % 3} for text in texts for at in range(0, 450, 45)]
     (place / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))

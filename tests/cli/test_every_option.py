@@ -55,6 +55,7 @@ NEEDS = {
 RECIPE = {
     "preset": ["paper"], "recipe": ["recipe.json"], "model": ["model"], "corpus": ["texts"], "dtype": ["bfloat16"],
     "context": ["24"], "seed": ["5"], "device": ["cuda"], "set": ["training.log_every=3"], "site": ["resid_post.0"],
+    "inputs": ["ids"], "positions": ["1:"],
 }  # fmt: skip
 TRAIN = RECIPE | {
     "arms": ["cosine"], "activations": ["rows.npy"], "store": ["stores/resid_post.0"], "world": ["none:d_in=9"],

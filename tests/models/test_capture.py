@@ -399,6 +399,10 @@ def test_the_digest_sees_every_field() -> None:
             changed = value + 1
         elif f.name == "inputs":
             changed = {"pixel_values": torch.zeros(2, 1)}
+        elif f.name == "keep_ST":
+            changed = torch.ones_like(sequences.mask_ST)
+        elif f.name == "pooled":
+            changed = True
         else:
             changed = value.clone()
             changed[1, 2] = not changed[1, 2] if value.dtype == torch.bool else changed[1, 2] + 1

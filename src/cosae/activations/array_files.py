@@ -21,7 +21,7 @@ ALLOWED = "float32, float16, bfloat16 or float64"
 
 
 def open_array(path: Path, key: str | None = None) -> tuple[Array, str | None, str]:
-    """(N, d) array, the key it was found under (None where there is none) and its dtype's name in the file.
+    """(N, d) or (N, T, d) array, its key (None where it has none) and its dtype's name in the file.
 
     `.npy` files are memory-mapped and never unpickled; the others are read whole. Raises `CosaeError`.
     """
@@ -42,9 +42,9 @@ def open_array(path: Path, key: str | None = None) -> tuple[Array, str | None, s
     dtype = {"f2": "float16", "f4": "float32", "f8": "float64"}.get(dtype, dtype)
     if dtype not in ("float32", "float16", "bfloat16", "float64"):
         raise CosaeError(f"'{path}' holds {dtype} values; save them as {ALLOWED}.")
-    if array.ndim != 2 or 0 in array.shape:
+    if array.ndim not in (2, 3) or 0 in array.shape:
         raise CosaeError(
-            f"'{path}' must hold an N × d array that is not empty. Got shape {tuple(array.shape)} instead."
+            f"'{path}' must hold an N × d or N × T × d array that is not empty. Got shape {tuple(array.shape)} instead."
         )
     return array, found, dtype
 

@@ -1,5 +1,7 @@
 """Activations from N × d vectors, in a file or a tensor: vision, embeddings, anything that needs no language model.
 
+Of an array (N, T, d) the T places of each of N sequences (images, texts) are rows; each knows its sequence and place.
+
 Neighbouring rows of such files tend to be alike (patches of one image, tokens of one text), so train and
 held-out are split by whole blocks of consecutive rows, drawn by a seeded permutation of the blocks.
 """
@@ -11,6 +13,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,11 @@ import torch
 from torch import Tensor
 
 from cosae.activations.array_files import open_array
+from cosae.activations.positions import choose_positions
 from cosae.errors import CosaeError, NotFiniteError, check_least, check_range
 from cosae.io.digest import file_digest
 from cosae.io.generators import epoch_order, seeded
-from cosae.types import Activations
+from cosae.types import Activations, Sequences
 
 SCAN_ELEMENTS = 1 << 24  # values looked at together when checking for NaN: 64 MB of fp32
 MAX_BLOCK_ROWS = 256
@@ -31,8 +35,23 @@ MAX_BLOCK_ROWS = 256
 class _RowSource(ABC):
     """Endless chunks of the train rows of an array, each epoch in an order of its own, and its held-out rows."""
 
-    def __init__(self, n_rows: int, d_in: int, block_rows: int, held_out_frac: float, chunk_tokens: int, seed: int):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        block_rows: int,
+        held_out_frac: float,
+        chunk_tokens: int,
+        seed: int,
+        positions: str,
+    ):
         check_least("chunk_tokens", chunk_tokens, 1)
+        self._place_K = _places(shape, positions)
+        self._n_places, d_in = (shape[1] if len(shape) == 3 else 1), shape[-1]
+        n_kept = 1 if self._place_K is None else len(self._place_K)
+        n_rows = shape[0] * n_kept
+        block_rows = max(1, round(block_rows / n_kept)) * n_kept  # whole sequences
+        self._n_all = shape[0] * self._n_places
+        self.positions = positions
         self.n_rows, self.d_in, self.block_rows = n_rows, d_in, block_rows
         self.held_out_frac, self.chunk_tokens, self.seed = held_out_frac, chunk_tokens, seed
         self.sha256 = ""
@@ -57,7 +76,7 @@ class _RowSource(ABC):
         Every row comes once an epoch, whose last chunk may be shorter. Any chunk can be remade to the bit.
         """
         for number in count(start):
-            yield Activations.bare(self._read(self._rows_of(number)))
+            yield self._take(self._rows_of(number))
 
     def own_row(self, number: int, row: int) -> int:
         """Which row of the array is row `row` of chunk `number`."""
@@ -70,7 +89,15 @@ class _RowSource(ABC):
 
     def held_out(self) -> Activations:
         """The rows kept out of training, in their order; none where `held_out_frac` is 0."""
-        return Activations.bare(self._read(self._held_out_rows))
+        return self._take(self._held_out_rows)
+
+    def _take(self, rows: Tensor) -> Activations:
+        """Rows by their numbers, with the sequence and place of each where there are any."""
+        if self._place_K is None:
+            return Activations.bare(self._read(rows))
+        doc_N, place_N = rows // len(self._place_K), self._place_K[rows % len(self._place_K)]
+        bare = Activations.bare(self._read(doc_N * self._n_places + place_N))
+        return replace(bare, doc_N=doc_N.int(), position_N=place_N.int(), index_N=place_N.int())
 
     def describe(self) -> dict[str, Any]:
         """Where the activations come from, in plain values for a record, with the SHA-256 of the file or the rows."""
@@ -82,12 +109,13 @@ class _RowSource(ABC):
             "n_held_out": len(self._held_out_rows),
             "chunk_tokens": self.chunk_tokens,
             "seed": self.seed,
+            **({} if self._place_K is None else {"places": self._n_places, "positions": self.positions}),
         }
 
     def _check_finite(self, what: str) -> None:
         step = max(1, SCAN_ELEMENTS // self.d_in)
-        for start in range(0, self.n_rows, step):
-            block = self._read(torch.arange(start, min(start + step, self.n_rows)))
+        for start in range(0, self._n_all, step):
+            block = self._read(torch.arange(start, min(start + step, self._n_all)))
             if not bool(block.isfinite().all()):
                 row, column = (~block.isfinite()).nonzero()[0].tolist()
                 raise NotFiniteError(
@@ -96,8 +124,25 @@ class _RowSource(ABC):
                 )
 
 
+def _places(shape: tuple[int, ...], positions: str) -> Tensor | None:
+    """(K,) places of every sequence that become rows; None for rows that have none. Raises CosaeError."""
+    if len(shape) == 2:
+        if positions != "all":
+            raise CosaeError(
+                f"positions choose places of arrays (N, T, d). Got an array {shape} and positions {positions!r}: leave "
+                "them out."
+            )
+        return None
+    if positions == "mean":
+        raise CosaeError("positions mean takes a model that is run: average the array (N, T, d) over T beforehand.")
+    index_ST = torch.arange(shape[1])[None]
+    real_ST = torch.ones_like(index_ST, dtype=torch.bool)
+    one = Sequences(index_ST, index_ST, index_ST, real_ST, index_ST == 0)  # the first place may be a class token
+    return choose_positions(one, positions).rows_ST[0].nonzero().flatten()
+
+
 class ArraySource(_RowSource):
-    """Endless chunks of train rows and one held-out set, from a file of N × d values.
+    """Endless chunks of train rows and one held-out set, from a file of N × d or N × T × d values.
 
     path           .safetensors, .npy or .parquet
     key            tensor or list column to read; needed only where the file holds several
@@ -106,6 +151,8 @@ class ArraySource(_RowSource):
     held_out_frac  share of rows kept out of training, 0 ≤ share < 1; whole blocks of `block_rows` =
                    min(256, N // 100) consecutive rows, at least one row
     allow_non_finite  leave rows that are not finite to the reader (cosae.activations.monitor)
+    positions      which of T places become rows (cosae.activations.positions): cls is the first, tokens, patches and
+                   frames are the others
 
     Values stay float32, float16 or bfloat16 as they are; float64 becomes float32. Every value is checked
     once, on construction. Raises `CosaeError` for a missing, damaged, empty or unknown file, an unclear or
@@ -120,15 +167,18 @@ class ArraySource(_RowSource):
         seed: int = 0,
         held_out_frac: float = 0.1,
         allow_non_finite: bool = False,
+        positions: str = "all",
     ) -> None:
         check_range("held_out_frac", held_out_frac, "[0, 1)")
         self.path = Path(path)
         self._array, self.key, self.file_dtype = open_array(self.path, key)
-        n_rows, d_in = (int(size) for size in self._array.shape)
-        if n_rows == 1 and held_out_frac > 0:
+        shape = tuple(int(size) for size in self._array.shape)
+        self._array = self._array.reshape(-1, shape[-1])
+        n_rows = shape[0] * (shape[1] if len(shape) == 3 else 1)
+        if shape[0] == 1 and held_out_frac > 0:
             raise CosaeError(f"'{self.path}' has a single row: give more rows, or held_out_frac 0 for no split.")
         block_rows = max(1, min(MAX_BLOCK_ROWS, n_rows // 100))
-        super().__init__(n_rows, d_in, block_rows, held_out_frac, chunk_tokens, seed)
+        super().__init__(shape, block_rows, held_out_frac, chunk_tokens, seed, positions)
         if not allow_non_finite:
             self._check_finite(f"'{self.path}'" + (" as float32" if self.file_dtype == "float64" else ""))
         self.sha256 = file_digest(self.path)
@@ -160,11 +210,11 @@ class ArraySource(_RowSource):
 
 
 class TensorSource(_RowSource):
-    """Endless chunks of train rows and one held-out set, from a tensor (N, D) in memory.
+    """Endless chunks of train rows and one held-out set, from a tensor (N, D) or (N, T, D) in memory.
 
-    Held-out rows are a seeded draw of single rows: pass rows in blocks of your own to a file and `ArraySource` where
-    neighbours are alike. Raises CosaeError for anything but a finite float (N, D) tensor with N ≥ 2;
-    `allow_non_finite` leaves rows that are not finite to the reader (cosae.activations.monitor).
+    Held-out rows are a seeded draw of single rows, or of whole sequences: pass rows in blocks of your own to a file and
+    `ArraySource` where neighbours are alike. Raises CosaeError for anything but a finite float tensor of such a shape
+    with N ≥ 2; `allow_non_finite` leaves rows that are not finite to the reader (cosae.activations.monitor).
     """
 
     def __init__(
@@ -175,16 +225,18 @@ class TensorSource(_RowSource):
         seed: int = 0,
         held_out_frac: float = 0.1,
         allow_non_finite: bool = False,
+        positions: str = "all",
     ) -> None:
-        rows = isinstance(x_ND, Tensor) and x_ND.ndim == 2 and x_ND.is_floating_point()
-        if not rows or x_ND.shape[0] < 2 or x_ND.shape[1] < 1:
+        rows = isinstance(x_ND, Tensor) and x_ND.ndim in (2, 3) and x_ND.is_floating_point()
+        if not rows or x_ND.shape[0] < 2 or 0 in x_ND.shape:
             got = f"{x_ND.dtype} {tuple(x_ND.shape)}" if isinstance(x_ND, Tensor) else type(x_ND).__name__
             raise CosaeError(
                 f"activations must be a float tensor of shape (N, d) with N of at least 2. Got {got} instead."
             )
         check_range("held_out_frac", held_out_frac, "(0, 1)")
-        self._x_ND = x_ND.detach().cpu().float()
-        super().__init__(len(x_ND), int(x_ND.shape[1]), 1, held_out_frac, chunk_tokens, seed)
+        shape = tuple(x_ND.shape)
+        self._x_ND = x_ND.detach().cpu().float().reshape(-1, shape[-1])
+        super().__init__(shape, 1, held_out_frac, chunk_tokens, seed, positions)
         if not allow_non_finite:
             self._check_finite("activations in float32")
         self.sha256 = hashlib.sha256(self._x_ND.contiguous().numpy().tobytes()).hexdigest()

@@ -22,7 +22,10 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 FIELDS = {
     **{name: name for name in ("inject_into", "d_sae", "k", "arms", "device", "kernel")},
-    **{name: f"data.{name}" for name in ("model", "corpus", "site", "activations", "store", "world", "context")},
+    **{
+        name: f"data.{name}"
+        for name in ("model", "corpus", "inputs", "positions", "site", "activations", "store", "world", "context")
+    },
     **{name: f"training.{name}" for name in ("steps", "seed")},
     "dtype": "data.model_dtype",
     "inject": "perturbation",
@@ -36,6 +39,8 @@ DEFAULTS = {
     "model": "embedded",
     "site": "resid_post.5",
     "corpus": "pylib",
+    "inputs": "text",
+    "positions": "all",
     "context": "256",
     "dtype": "float32",
     "arms": "standard standard_unit_frame",
@@ -57,8 +62,8 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": (
         "Activations come from one of {sources}.",
         (
-            *("model", "site", "corpus", "store", "store_site", "world", "activations", "tokens", "held_out_tokens"),
-            *("prompts", "context", "dtype", "inject", "inject_into", "sink_factor"),
+            *("model", "site", "corpus", "inputs", "positions", "store", "store_site", "world", "activations"),
+            *("tokens", "held_out_tokens", "prompts", "context", "dtype", "inject", "inject_into", "sink_factor"),
         ),
     ),
     "SAE": ("", ("arms", "d_sae", "k")),

@@ -27,11 +27,15 @@ class RecipeOptions:
     recipe: Path | None = None
     """Recipe file (.json, .yaml) to start from, instead of a preset."""
     model: str | None = None
-    """Model: embedded, a folder with a Hugging Face causal language model, a GGUF file, smollm2 (see `cosae fetch`),
-    or a repository of the hub."""
+    """Model: embedded, a folder with a Hugging Face model, a GGUF file, smollm2 or minilm (see `cosae fetch`), or
+    a repository of the hub."""
     corpus: tuple[str, ...] = ()
     """Text: pylib, a folder, a .txt, .jsonl or .parquet file, wiki:en, wiki:fr or wiki:es (see `cosae fetch`), or
     hf:DATASET[:CONFIG][:SPLIT]. Several are mixed by weight: code/:0.7 notes.jsonl:0.3."""
+    inputs: str | None = None
+    """What the corpus holds: text, chat, ids (token ids), images or audio."""
+    positions: str | None = None
+    """Which places of a sequence become rows: all, cls, tokens, patches, frames, last, mean, or a slice such as 1:."""
     dtype: str | None = None
     """Precision in which the model runs: float32, bfloat16 or float16. SAEs are always float32."""
     context: int | None = None

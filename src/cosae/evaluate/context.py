@@ -12,6 +12,7 @@ from cosae.evaluate.norms.counterfactual import MedianPass, at_median
 from cosae.evaluate.statistics import RESAMPLES
 from cosae.io.progress import SILENT, Progress
 from cosae.sae.model import SAE
+from cosae.text.concepts.table import Concept
 from cosae.text.labelled import LabelledTexts
 from cosae.types import Activations, Sequences, Site
 
@@ -26,6 +27,8 @@ class Data(Protocol):
 
     @property
     def has_concepts(self) -> bool: ...
+    @property
+    def concepts(self) -> Sequence[Concept]: ...
     @property
     def model(self) -> Any: ...
     @property

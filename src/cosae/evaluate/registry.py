@@ -28,7 +28,6 @@ from cosae.evaluate.probing.encode_texts import encode_texts
 from cosae.evaluate.probing.ranking import EVERY_RULE
 from cosae.evaluate.probing.texts import TOPS, probe_texts
 from cosae.evaluate.recovery import recovery
-from cosae.text.concepts.table import CONCEPTS
 
 Numbers = dict[str, Any]
 
@@ -146,7 +145,9 @@ def measure_probing(context: Context) -> Numbers:
 def measure_token_probing(context: Context) -> Numbers:
     """Latents chosen on training files, scored on held-out ones: {"sinks_out", "sinks_in"}, on the same codes."""
     if not context.data.has_concepts:
-        raise CosaeError("token-level concepts are known for the corpus pylib alone: give labelled texts with --texts.")
+        raise CosaeError(
+            "token-level concepts are known for the corpora pylib and digits alone: give labelled texts with --texts."
+        )
     train, held_out = context.sample("train"), context.sample()
     on_train, on_held_out = (
         {name: context.encoded(sae, side).codes for name, sae in context.firsts.items()} for side in SIDES
@@ -162,7 +163,7 @@ def measure_token_probing(context: Context) -> Numbers:
             held_out.activations,
             train.labels_NC,
             held_out.labels_NC,
-            CONCEPTS,
+            context.data.concepts,
             rules=EVERY_RULE,
             keep_train=train.labelled_N & train.keep(sinks).numpy(),
             keep_held_out=held_out.labelled_N & held_out.keep(sinks).numpy(),

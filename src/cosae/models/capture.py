@@ -1,6 +1,6 @@
 """Tokens → activations at one or many sites of a frozen Hugging Face model.
 
-In: a model and `Sequences`. Out: `Activations` per site, one row per real token, padding dropped, in
+In: a model and `Sequences`. Out: `Activations` per site, one row per real token (or chosen place), padding dropped, in
 the order of the sequences. Hooks sit on the asked modules for one forward pass of the model's body (the head is never
 run), and the pass is cut short by a private exception as soon as the last site has been read.
 
@@ -12,6 +12,7 @@ one sequence attend to one another, as they do wherever sequences are packed wit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def capture(
         parts: dict[Site, list[Activations]] = {site: [] for site in by_name.values()}
         for start in range(0, len(sequences), batch_sequences):
             batch = sequences[start : start + batch_sequences]
-            if not bool(batch.mask_ST.any()):
+            if not batch.n_rows:
                 continue
             found = read_sites(model, batch, list(parts), store_dtype, store_device)
             for site, (x_ND, norm_N) in found.items():
@@ -71,7 +72,7 @@ def capture(
                 if not allow_non_finite:
                     _check_finite(part, batch, site, store_dtype)
                 parts[site].append(part)
-            on_rows(int(batch.mask_ST.sum()))
+            on_rows(batch.n_rows)
         return {name: Activations.cat(parts[site]) for name, site in by_name.items()}
 
 
@@ -82,7 +83,7 @@ def check_request(model: nn.Module, sequences: Sequences, batch_sequences: int, 
     check_least("batch_sequences", batch_sequences, 1)
     check_choice("store_dtype", store_dtype, STORE_DTYPES)
     real = sequences.ids_ST[sequences.mask_ST]
-    if real.numel() == 0:
+    if real.numel() == 0 or not sequences.n_rows:
         raise CosaeError("There are no tokens to capture: the corpus is empty.")
     if sequences.inputs is not None:
         return
@@ -104,15 +105,20 @@ def check_request(model: nn.Module, sequences: Sequences, batch_sequences: int, 
 
 def _annotate(x_ND: Tensor, norm_N: Tensor, batch: Sequences) -> Activations:
     """The rows with where each came from."""
-    mask_ST, device = batch.mask_ST, x_ND.device
+    rows_ST, device = batch.rows_ST, x_ND.device
+    if batch.pooled:  # a row is of no token: only its document is known
+        bare = Activations.bare(x_ND, norm_N)
+        first_S1 = rows_ST.int().argmax(1, keepdim=True)
+        doc_N = batch.doc_ST.gather(1, first_S1)[:, 0][rows_ST.any(1)]
+        return replace(bare, doc_N=doc_N.to(device, torch.int32))
     return Activations(
         x_ND=x_ND,
         norm_N=norm_N,
-        token_N=batch.ids_ST[mask_ST].to(device, torch.int32),
-        doc_N=batch.doc_ST[mask_ST].to(device, torch.int32),
-        position_N=positions(mask_ST)[mask_ST].to(device, torch.int32),
-        index_N=batch.index_ST[mask_ST].to(device, torch.int32),
-        special_N=batch.special_ST[mask_ST].to(device),
+        token_N=batch.ids_ST[rows_ST].to(device, torch.int32),
+        doc_N=batch.doc_ST[rows_ST].to(device, torch.int32),
+        position_N=positions(batch.mask_ST)[rows_ST].to(device, torch.int32),
+        index_N=batch.index_ST[rows_ST].to(device, torch.int32),
+        special_N=batch.special_ST[rows_ST].to(device),
     )
 
 

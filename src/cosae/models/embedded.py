@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 _FOLDER = Path(__file__).parents[1] / "embedded"
+VISION = "embedded-vision"
+"""The name of the small vision transformer in the package (studies/embedded_vision)."""
+_VISION_FOLDER = Path(__file__).parents[1] / "embedded_vision"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "provenance.json")
 
 
@@ -34,6 +37,21 @@ def model_path() -> Path:
             "install cosae again, or make the model with studies/embedded_model/train.py."
         )
     return _FOLDER
+
+
+def embedded_path(name: str) -> Path | None:
+    """The folder of a model that is part of the package; None for other names."""
+    return model_path() if name == "embedded" else vision_path() if name == VISION else None
+
+
+def vision_path() -> Path:
+    """The folder of the embedded vision model, as `save_pretrained` writes one. Raises CosaeError without it."""
+    if not (_VISION_FOLDER / "model.safetensors").is_file():
+        raise CosaeError(
+            f"The embedded vision model must come with the package. Got {_VISION_FOLDER} without it: install cosae "
+            "again, or make the model with studies/embedded_vision/train.py."
+        )
+    return _VISION_FOLDER
 
 
 def load(dtype: str = "float32", device: str = "cpu") -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:

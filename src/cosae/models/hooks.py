@@ -186,8 +186,14 @@ def _rows(value: Any, batch: Sequences, site: Site) -> Tensor:
             f"Site '{site.name}' gives a tensor of shape {tuple(value.shape)}, "
             f"not ({n_sequences} sequences, {n_positions} positions, width); choose another module."
         )
-    rows: Tensor = value.flatten(2)[batch.mask_ST.to(value.device)]
-    return rows
+    rows_ST = batch.rows_ST.to(value.device)
+    if not batch.pooled:
+        rows: Tensor = value.flatten(2)[rows_ST]
+        return rows
+    total_SD = torch.where(rows_ST[..., None], value.flatten(2).float(), 0.0).sum(1)
+    count_S = rows_ST.sum(1)
+    mean_SD: Tensor = total_SD / count_S.clamp(min=1)[:, None]
+    return mean_SD[count_S > 0].to(value.dtype)
 
 
 def arguments_of(runner: nn.Module, batch: Sequences, names: Sequence[str] = ("input_ids",)) -> dict[str, Any]:

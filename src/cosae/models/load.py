@@ -193,16 +193,19 @@ def place_of(name_or_path: str | os.PathLike[str]) -> str:
 
 def _try(failure: str, load: Any, name: str, **options: Any) -> Any:
     """What `load` returns. Whatever it raises, and loaders raise nearly anything, becomes one sentence."""
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.ERROR)  # it would announce each of its own attempts
+    # they would announce each of their attempts, and every tensor of a head that is left out
+    loggers = [logging.getLogger(package) for package in ("huggingface_hub", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         return load(name, **options)
     except Exception as error:
         advice = "" if Path(name).is_dir() else " (no such directory here; the hub may be unreachable)"
         raise CosaeError(f"{failure}{advice}: {one_line(error)}.") from error
     finally:
-        hub.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def classes_of(transformers: Any, config: Any, name: str) -> tuple[Any, Any]:

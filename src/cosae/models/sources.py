@@ -39,7 +39,7 @@ class _SiteSource:
         self.model, self.site = model, resolve_site(model, site)
         self._options = {**options, "batch_sequences": batch_sequences, "store_dtype": store_dtype}
         check_request(model, first, batch_sequences, store_dtype)
-        one = first[first.mask_ST.any(dim=1)][:1]
+        one = first[first.rows_ST.any(dim=1)][:1]
         self.d_in = int(capture(model, one, self.site)[self.site.name].x_ND.shape[1])
 
     def _capture(self, sequences: Sequences) -> Activations:
@@ -93,7 +93,7 @@ class ModelSource(_SiteSource):
         check_least("chunk_sequences", chunk_sequences, 1)
         super().__init__(model, site, sequences, **options)
         # A row of nothing but padding would make an empty chunk.
-        self.sequences = sequences[sequences.mask_ST.any(dim=1)]
+        self.sequences = sequences[sequences.rows_ST.any(dim=1)]
         self.sequences_sha256 = digest_sequences(self.sequences)
         self.chunk_sequences = chunk_sequences
         self.seed = seed
@@ -121,7 +121,7 @@ class ModelSource(_SiteSource):
             "source": "sequences",
             "context": int(self.sequences.mask_ST.shape[1]),
             "n_sequences": len(self.sequences),
-            "n_tokens": int(self.sequences.mask_ST.sum()),
+            "n_tokens": self.sequences.n_rows,
             "sequences_sha256": self.sequences_sha256,
             "chunk_sequences": self.chunk_sequences,
             "seed": self.seed,
@@ -228,6 +228,8 @@ def digest_sequences(sequences: Sequences) -> str:
     dtypes = {"ids_ST": torch.int64, "doc_ST": torch.int32, "index_ST": torch.int32}
     for name, dtype in {**dtypes, "mask_ST": torch.bool, "special_ST": torch.bool}.items():
         digest.update(getattr(sequences, name).to("cpu", dtype).contiguous().numpy().tobytes())
+    if sequences.keep_ST is not None or sequences.pooled:
+        digest.update(f"{sequences.pooled} ".encode() + sequences.rows_ST.contiguous().numpy().tobytes())
     for name, value in sorted((sequences.inputs or {}).items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.to("cpu").contiguous().view(torch.uint8).numpy().tobytes())

@@ -34,8 +34,8 @@ def fit(
 ) -> Finished:
     """Train SAEs in lockstep on one stream of activations; returns them calibrated, with what was measured.
 
-    data     a Recipe; activations: a float tensor or NumPy array (N, d), a list of such, or a path to a .safetensors,
-             .npy or .parquet file of them; the name of a preset; None for the embedded model's recipe
+    data     a Recipe; activations: a float tensor or NumPy array (N, d) or (N, T, d), a list of such, or a path to a
+             .safetensors, .npy or .parquet file of them; the name of a preset; None for the embedded model's recipe
     arms     names or Arm objects ("cosine", "standard,k=64"); default: the recipe's
     out      folder for the run; None keeps everything in memory
     progress whether to show a progress bar, or lines where standard error is no terminal; default: yes on a terminal
@@ -98,9 +98,10 @@ def _recipe(data: Any) -> Recipe:
 
 def _fitted_to(recipe: Recipe, tensor: Tensor, given: Collection[str]) -> Recipe:
     """Window, buffer and batch no larger than a small tensor allows, unless they were asked for."""
-    if tensor.ndim != 2:
+    if tensor.ndim < 2:
         return recipe
-    n = max(2, int(len(tensor) * (1 - recipe.data.held_out_frac)))
+    n_rows = tensor.numel() // max(1, tensor.shape[-1])
+    n = max(2, int(n_rows * (1 - recipe.data.held_out_frac)))
     batch, buffer = recipe.training.batch_tokens, recipe.training.buffer_tokens
     if "training.batch_tokens" not in given:
         batch = min(batch, max(1, n // 2))

@@ -82,9 +82,7 @@ def read_documents(
     if spec.startswith("hf:") or is_saved_dataset(Path(spec)):
         name = spec.removeprefix("hf:").split(":")[0]
         rows = open_dataset(spec, order_key)
-        read: Iterator[Document] = (
-            document_of(row, f"{spec}, row {n}", f"{name}:{n}", reading.text_field) for n, row in rows
-        )
+        read: Iterator[Document] = (document_of(row, f"{spec}, row {n}", f"{name}:{n}", reading) for n, row in rows)
     else:
         read = read_path(Path(place), reading, tally, order_key)
     cut = _cut(read, reading.max_chars)
@@ -106,7 +104,7 @@ def read_documents(
 
 
 def _cut(documents: Iterator[Document], max_chars: int | None) -> Iterator[Document]:
-    return (Document(d.name, d.text[:max_chars]) for d in documents)
+    return (d._replace(text=d.text[:max_chars]) for d in documents)
 
 
 def _key(document: Document) -> bytes:

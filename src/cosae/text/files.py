@@ -14,6 +14,7 @@ from cosae.errors import CosaeError, check_choice, check_least, short
 from cosae.io.kind import which_is
 from cosae.io.untrusted import check_plain
 from cosae.shown import counted
+from cosae.text.chat import messages_of
 from cosae.text.pylib import Document
 from cosae.text.rows import read_jsonl, read_parquet, valid_text
 
@@ -37,12 +38,14 @@ class Reading:
     txt_unit    what counts as a document in a .txt file named by itself: the file, each paragraph (blank lines
                 between) or each line. In a folder every file is one document
     max_chars   a document is cut here, before anything else is done with it
+    is_chat     rows hold conversations (cosae.text.chat) instead of texts
     """
 
     text_field: str = "text"
     suffixes: tuple[str, ...] = ()
     txt_unit: str = "file"
     max_chars: int | None = None
+    is_chat: bool = False
 
     def __post_init__(self) -> None:
         if not self.text_field:
@@ -51,6 +54,8 @@ class Reading:
             raise CosaeError(f"suffixes must be file endings such as .py. Got {wrong[0]!r} instead.")
         check_choice("txt_unit", self.txt_unit, TXT_UNITS)
         check_least("max_chars", self.max_chars, 1)
+        if self.is_chat and self.max_chars is not None:
+            raise CosaeError("conversations are not cut by characters: drop max_chars.")
 
 
 @dataclass
@@ -166,11 +171,14 @@ def _read_rows(path: Path, name: str, reading: Reading) -> Iterator[Document]:
         advice, unit = "name the column with data.text_field", "row"
         rows = enumerate(read_parquet(path, name, [field], ["name", "id"], advice))
     for number, row in rows:
-        yield document_of(row, f"{name}, {unit} {number}", f"{name}:{number}", field)
+        yield document_of(row, f"{name}, {unit} {number}", f"{name}:{number}", reading)
 
 
-def document_of(row: Any, where: str, name: str, text_field: str) -> Document:
-    """A row's text under `text_field`; its name under "name" or "id", else the place it was read from."""
+def document_of(row: Any, where: str, name: str, reading: Reading) -> Document:
+    """A row's text, or conversation, under `text_field`; its name under "name" or "id", else where it was read from."""
+    text_field = reading.text_field
+    if reading.is_chat and isinstance(row, dict):
+        return Document(_name(row, text_field, name), messages_of(row.get(text_field), where))
     if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
         got = f"the keys {short(sorted(map(str, row)))}" if isinstance(row, dict) else type(row).__name__
         if isinstance(row, dict) and text_field in row:
@@ -179,5 +187,9 @@ def document_of(row: Any, where: str, name: str, text_field: str) -> Document:
             f'Each row must hold its text as a string under "{text_field}" (data.text_field). Got {got} at {where} '
             "instead."
         )
-    given = next((row[k] for k in ("name", "id") if isinstance(row.get(k), str | int) and k != text_field), name)
-    return Document(str(given), valid_text(row[text_field]))
+    return Document(_name(row, text_field, name), valid_text(row[text_field]))
+
+
+def _name(row: dict[str, Any], text_field: str, otherwise: str) -> str:
+    found = (row[k] for k in ("name", "id") if isinstance(row.get(k), str | int) and k != text_field)
+    return str(next(found, otherwise))

@@ -171,12 +171,13 @@ class Text:
         """Documents from the cursor on; `starts` gets where the sources stood before each."""
         number, skip, in_parts = cursor["document"], cursor["skip"], False
         cursors = [Cursor(*numbers) for numbers in cursor["sources"]]
-        for before, (name, ids_T, offset_T2, more) in mix(self.sources, self.weights, cursors, self.seed):
+        for before, one in mix(self.sources, self.weights, cursors, self.seed):
+            ids_T, more = one.ids_T, one.more
             if not in_parts:
                 starts.append((number, before))
                 number += 1
             if skip < len(ids_T):
-                yield TokenizedDocument(name, ids_T[skip:], offset_T2[skip:], more)
+                yield one.cut(skip)
             skip, in_parts = max(0, skip - len(ids_T)), more
 
     def describe(self) -> dict[str, Any]:

@@ -80,13 +80,13 @@ def iterate_sequences(
 
 
 class _Packer:
-    """Rows under way: pieces of (id, document, index) places that do not make a chunk yet."""
+    """Rows under way: pieces of (id, document, index, special) places that do not make a chunk yet."""
 
     def __init__(self, context: int, packed: bool, pad_id: int, special: NDArray[np.int64], first_doc: int) -> None:
         self._context, self._packed, self._pad_id, self._special = context, packed, pad_id, special
         self._first_doc = first_doc  # of the names held
         self._names: list[str] = []
-        self._places: list[NDArray[np.int64]] = []  # (3, t) pieces
+        self._places: list[NDArray[np.int64]] = []  # (4, t) pieces
         self._n_waiting = 0
 
     def chunks(
@@ -95,11 +95,12 @@ class _Packer:
         chunk_tokens = rows_per_chunk * self._context
         empty = True
         new = True  # not a part of the document before
-        for name, ids_T, _, more in tokenized if self._packed else whole(tokenized):
+        for one in tokenized if self._packed else whole(tokenized):
+            ids_T, more = one.ids_T, one.more
             empty = False
             if new:
-                self._names.append(name)
-            self._add(ids_T, first_index)
+                self._names.append(one.name)
+            self._add(ids_T, one.special_T, first_index)
             new, first_index = not more, first_index + len(ids_T) if more else 0
             if self._n_waiting >= chunk_tokens:
                 flat = np.concatenate(self._places, axis=1)
@@ -113,31 +114,32 @@ class _Packer:
                 "or all on the other side of the split."
             )
         if self._n_waiting:
-            padding = np.tile([[self._pad_id], [-1], [-1]], (1, -self._n_waiting % self._context))
+            padding = np.tile([[self._pad_id], [-1], [-1], [0]], (1, -self._n_waiting % self._context))
             yield self._rows(np.concatenate([*self._places, padding], axis=1))
 
-    def _add(self, ids_T: NDArray[np.int32], first_index: int) -> None:
+    def _add(self, ids_T: NDArray[np.int32], special_T: NDArray[np.bool_] | None, first_index: int) -> None:
         ids = ids_T if self._packed else ids_T[: self._context]
-        place = np.empty((3, len(ids) if self._packed else self._context), dtype=np.int64)
+        place = np.empty((4, len(ids) if self._packed else self._context), dtype=np.int64)
         place[0, : len(ids)] = ids
         place[1, : len(ids)] = self._first_doc + len(self._names) - 1
         place[2, : len(ids)] = np.arange(first_index, first_index + len(ids))
-        place[:, len(ids) :] = [[self._pad_id], [-1], [-1]]
+        place[3, : len(ids)] = 0 if special_T is None else special_T[: len(ids)]
+        place[:, len(ids) :] = [[self._pad_id], [-1], [-1], [0]]
         self._places.append(place)
         self._n_waiting += place.shape[1]
 
     def _rows(self, place: NDArray[np.int64]) -> Sequences:
-        """(3, S * context) places → Sequences; names of documents before them are let go."""
+        """(4, S * context) places → Sequences; names of documents before them are let go."""
         over = int(place[1, 0]) - self._first_doc
         del self._names[:over]
         self._first_doc += over
-        ids, doc, index = (torch.from_numpy(np.ascontiguousarray(p)).reshape(-1, self._context) for p in place)
+        ids, doc, index, special = (torch.from_numpy(np.ascontiguousarray(p)).reshape(-1, self._context) for p in place)
         return Sequences(
             ids_ST=ids,
             doc_ST=doc.int(),
             index_ST=index.int(),
             mask_ST=doc >= 0,
-            special_ST=torch.isin(ids, torch.from_numpy(self._special)),
+            special_ST=torch.isin(ids, torch.from_numpy(self._special)) | special.bool(),
             doc_names=tuple(self._names[: int(place[1].max()) - self._first_doc + 1]),
             first_doc=self._first_doc,
         )

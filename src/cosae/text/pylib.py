@@ -53,6 +53,14 @@ class Document(NamedTuple):
     text: str
 
 
+class Conversation(NamedTuple):
+    """One rendered conversation, and the stretches of its text in which somebody speaks."""
+
+    name: str
+    text: str
+    spoken: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """One file of the standard library.
@@ -91,8 +99,8 @@ def digest(split: Split | Literal["all"] = "all", include_tests: bool = False) -
 def digest_of(docs: Iterable[Document]) -> str:
     """sha256 (hex) over names and texts, in the order given; lengths keep neighbours apart."""
     total = hashlib.sha256()
-    for name, text in docs:
-        for piece in (name.encode(), text.encode()):
+    for document in docs:
+        for piece in (document.name.encode(), document.text.encode()):
             total.update(len(piece).to_bytes(8, "little"))
             total.update(piece)
     return total.hexdigest()

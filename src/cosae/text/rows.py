@@ -62,8 +62,11 @@ def is_saved_dataset(path: Path) -> bool:
     )
 
 
-def open_dataset(spec: str, order_key: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
+def open_dataset(
+    spec: str, order_key: Sequence[int] | None = None, encoded: str | None = None
+) -> Iterator[tuple[int, Any]]:
     """Each row's number, from 0, and the row. order_key: seeds of another order than its own, for a data set on disk.
+    encoded: a column whose images or sounds are given as the bytes of their files.
 
     Raises CosaeError at the call for one that cannot be opened, and while reading for whatever the data set itself
     raises, naming the row.
@@ -78,14 +81,21 @@ def open_dataset(spec: str, order_key: Sequence[int] | None = None) -> Iterator[
             f"Reading {spec!r} must go through the datasets package, which is not installed: pip install 'cosae[lm]'."
         ) from None
     if is_saved_dataset(Path(name)):
-        rows = _open_saved(datasets, name, rest[-1] if rest else None, spec)
+        rows = _encoded(_open_saved(datasets, name, rest[-1] if rest else None, spec), encoded)
         order = np.arange(len(rows))
         if order_key is not None:
             order = np.random.default_rng(list(order_key)).permutation(order)
         return _rows(_sound(rows, order), spec, order)
     config = rest[0] if len(rest) == 2 else None
     rows = _try(spec, datasets.load_dataset, name, config, split=rest[-1] if rest else "train", streaming=True)
-    return _rows(rows, spec)
+    return _rows(_encoded(rows, encoded), spec)
+
+
+def _encoded(rows: Any, column: str | None) -> Any:
+    if column is None:
+        return rows
+    feature: Any = (rows.features or {}).get(column)
+    return rows.cast_column(column, type(feature)(decode=False)) if hasattr(feature, "decode") else rows
 
 
 def _open_saved(datasets: Any, path: str, split: str | None, spec: str) -> Any:

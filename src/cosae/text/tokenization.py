@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosae.errors import CosaeError, CosaeWarning
-from cosae.text.pylib import Document
+from cosae.text.pylib import Conversation, Document
 from cosae.text.worker import Encoded, Failed, encode
 from cosae.text.workers import Workers
 
@@ -41,19 +41,26 @@ class TokenizedDocument(NamedTuple):
     ids_T      (T,) int32   token ids, BOS first when it was asked for
     offset_T2  (T, 2) int32   start and end of each token in the text, in characters; (0, 0) for the BOS
     more       the next one is not another document but goes on with this one
+    special_T  (T,) bool   tokens that are special whatever their ids are; None: none
     """
 
     name: str
     ids_T: NDArray[np.int32]
     offset_T2: NDArray[np.int32]
     more: bool = False
+    special_T: NDArray[np.bool_] | None = None
+
+    def cut(self, first: int, end: int | None = None) -> TokenizedDocument:
+        """Some of its tokens."""
+        special_T = None if self.special_T is None else self.special_T[first:end]
+        return self._replace(ids_T=self.ids_T[first:end], offset_T2=self.offset_T2[first:end], special_T=special_T)
 
 
 class _Piece(NamedTuple):
     """Characters start … end of a document; tokens that begin there are its own. head: so many are wanted, no others of
     the document."""
 
-    document: Document
+    document: Document | Conversation
     start: int
     end: int
     head: int | None = None
@@ -77,7 +84,7 @@ class _Piece(NamedTuple):
 
 
 def tokenize_documents(
-    documents: Iterable[Document],
+    documents: Iterable[Document | Conversation],
     tokenizer: PreTrainedTokenizerBase,
     *,
     add_bos: bool,
@@ -116,7 +123,7 @@ def tokenize_documents(
             "add_bos must be False for a tokenizer without a BOS token. "
             f"Got {type(tokenizer).__name__}, whose bos_token is None, instead."
         )
-    cut = (Document(d.name, d.text[:max_chars]) for d in documents if len(d.text) >= min_chars)
+    cut = (d._replace(text=d.text[:max_chars]) for d in documents if len(d.text) >= min_chars)
     tokenized = _parts(_tokenize(_pieces(cut, head), tokenizer, workers), tokenizer, bos_id if add_bos else None)
     found = tokenized if in_parts else whole(tokenized)
     return _limited((d for d in found if keep_empty or len(d.ids_T)), max_tokens)
@@ -130,7 +137,10 @@ def whole(tokenized: Iterable[TokenizedDocument]) -> Iterator[TokenizedDocument]
         if not part.more:
             if len(parts) > 1:
                 ids_T, offset_T2 = (np.concatenate(arrays) for arrays in zip(*(p[1:3] for p in parts), strict=True))
-                part = TokenizedDocument(part.name, ids_T, offset_T2)
+                marks = [p.special_T for p in parts if p.special_T is not None]
+                part = TokenizedDocument(
+                    part.name, ids_T, offset_T2, special_T=np.concatenate(marks) if marks else None
+                )
             parts.clear()
             yield part
 
@@ -140,9 +150,9 @@ def _limited(tokenized: Iterator[TokenizedDocument], max_tokens: int | None) -> 
         yield from tokenized
         return
     left = max_tokens
-    for name, ids_T, offset_T2, more in tokenized:
-        yield TokenizedDocument(name, ids_T[:left], offset_T2[:left], more and len(ids_T) < left)
-        left -= min(left, len(ids_T))
+    for one in tokenized:
+        yield one.cut(0, left)._replace(more=one.more and len(one.ids_T) < left)
+        left -= min(left, len(one.ids_T))
         if left == 0:
             return
 
@@ -162,10 +172,18 @@ def _parts(
         if held is None or len(ids):
             if held is not None and len(held.ids_T):
                 yield held._replace(more=True)
-            held = TokenizedDocument(piece.document.name, ids, offsets)
+            held = TokenizedDocument(piece.document.name, ids, offsets, special_T=_unspoken(piece.document, offsets))
         if piece.reaches_end or piece.head is not None:
             yield held
             held = None
+
+
+def _unspoken(document: Document | Conversation, offset_T2: NDArray[np.int32]) -> NDArray[np.bool_] | None:
+    """(T,) tokens of a conversation that begin in nobody's content."""
+    if isinstance(document, Document):
+        return None
+    inside = [(offset_T2[:, 0] >= start) & (offset_T2[:, 0] < end) for start, end in document.spoken]
+    return ~np.any(inside, axis=0) if inside else np.ones(len(offset_T2), dtype=bool)
 
 
 def _tokenize(
@@ -235,7 +253,7 @@ def _answers(
             future.cancel()
 
 
-def _pieces(documents: Iterable[Document], head: int | None) -> Iterator[_Piece]:
+def _pieces(documents: Iterable[Document | Conversation], head: int | None) -> Iterator[_Piece]:
     """Documents in pieces: cut after a line's end in the last half of a piece, else where it is full."""
     for document in documents:
         text, start = document.text, 0

@@ -15,8 +15,9 @@ from cosae.browse.collect.matches import matched, neighbours, pairings
 from cosae.browse.collect.state import SAEState, joined
 from cosae.browse.collect.written import write_examples
 from cosae.browse.store.format import CODE_ROWS, CODES, TEXTS, write_rows
-from cosae.browse.store.writer import finish, write_features, write_vocabulary
+from cosae.browse.store.writer import finish, write_features, write_pictures, write_vocabulary
 from cosae.io.progress import Progress
+from cosae.io.values import to_plain
 from cosae.kernels.cpu.native import each
 
 Array = NDArray[Any]
@@ -49,6 +50,8 @@ def write_store(folder: Path, building: Building, progress: Progress) -> None:
     with progress.phase("writing examples", features, "features"):
         used = set().union(*each(written, places))
     used |= _texts(folder, building)
+    if pictures := getattr(building.source, "pictures", None):
+        write_pictures(folder, pictures)
     write_vocabulary(folder, {token: building.source.spell(token) or "" for token in sorted(used) if token >= 0})
     described = [_describe(building, number, columns) for number, columns in enumerate(every)]
     finish(folder, _record(building, described, matches))
@@ -130,6 +133,8 @@ def _record(building: Building, saes: list[dict[str, Any]], matches: list[Column
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": building.options.commit,
     }
+    if (layout := getattr(source, "layout", None)) is not None:
+        read["layout"] = to_plain(layout)
     norms = {
         "tokens": probe.tokens,
         "median": probe.median,

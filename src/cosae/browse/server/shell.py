@@ -22,7 +22,9 @@ PAGES = {
 }
 """File name → what its link says."""
 HEADINGS = PAGES | {"compare": "Two features, two SAEs", "score": "The score on real tokens"}
-FROM_DISK = "default-src 'none'; script-src 'self' file:; style-src 'self' file:; img-src 'self' file:; base-uri 'none'"
+FROM_DISK = (
+    "default-src 'none'; script-src 'self' file:; style-src 'self' file:; img-src 'self' file: data:; base-uri 'none'"
+)
 """The same for plain files, whose own origin is none; they connect to nothing."""
 COMMON = ("core.js", "data.js", "plot.js", "tokens.js")
 ASSETS = ("base.css", "browse.css", "icon.svg", *COMMON, *(f"{page}.js" for page in PAGES))

@@ -5,6 +5,7 @@ The server sends them as JSON, the static form writes them into files; both are 
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -85,8 +86,10 @@ def _top_tokens(store: FeatureStore, sae: str, id: int) -> list[str]:
 
 
 def _example(store: FeatureStore, one: Example) -> dict[str, Any]:
+    picture = store.picture(one.sequence)
     return {
         "group": one.group,
+        "picture": None if picture is None else f"data:image/png;base64,{base64.b64encode(picture).decode()}",
         "at": one.at,
         "text": texts(store, one.ids_W),
         "value": plain(one.value_W),

@@ -7,6 +7,7 @@
                                GROUP_FEATURES of them, so that one feature is one short read
     sae0/codes.parquet         token, value: codes of the sample by feature; features.parquet says where each begins
     texts.parquet              id, sequence, pair (counts for all SAEs, no sink) of the sample: the first tokens
+    pictures.parquet           sequence, png of images; only where the pass was over images
     sae0/explanations.json     what `cosae explain` found, a record of its own
 
 Missing numbers are NaN, missing ids −1. Pages carry checksums that are verified as they are read.
@@ -29,6 +30,7 @@ Columns = Mapping[str, Array]
 
 FORMAT, VERSION = "cosae-features", 1
 RECORD, VOCABULARY, FEATURES, EXPLANATIONS = "store.json", "vocabulary.parquet", "features.parquet", "explanations.json"
+PICTURES, PICTURE_ROWS = "pictures.parquet", 256
 TEXTS, CODES, CODE_ROWS = "texts.parquet", "codes.parquet", 65_536
 FILE_FEATURES, GROUP_FEATURES, TABLE_ROWS = 4096, 16, 256
 SINK, COUNTED, REAL = 1, 2, 4

@@ -73,6 +73,7 @@ class FeatureStore:
         self._folders = {one["name"]: one["folder"] for one in record["saes"]}
         self._place = {name: place for place, name in enumerate(self._folders)}
         self._texts: Texts | None = None
+        self._pictures: dict[int, bytes] | None = None
         self._spelled: dict[int, str] | None = None
         self._lower: tuple[NDArray[np.int64], list[str]] | None = None
         self.read = from_plain(Pass, record["read"], "the store's record")
@@ -114,6 +115,18 @@ class FeatureStore:
         """The text of a token id with its spaces, as it is: not escaped, may hold line breaks, NUL or marks. "" for −1,
         and for any id where the store knows no tokenizer."""
         return self._vocabulary.get(int(token), "")
+
+    def picture(self, sequence: int) -> bytes | None:
+        """PNG of the image that a sequence is; None where the store is of no images."""
+        with self._lock:
+            if self._pictures is None:
+                self._pictures = {}
+                if (self.folder / files.PICTURES).is_file():
+                    reader = RowReader(self.folder / files.PICTURES)
+                    found = reader.all()
+                    reader.close()
+                    self._pictures = dict(zip(found["sequence"].tolist(), found["png"].tolist(), strict=True))
+            return self._pictures.get(sequence)
 
     def columns(self, sae: str) -> Columns:
         """(F,) float64 of every column of NUMBERS, by name; NaN where there is none. The arrays are the store's own."""

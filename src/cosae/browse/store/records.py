@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cosae.models.layout import Layout
+
 Group = Literal["top", "interval", "random", "negative"]
 GROUPS: tuple[Group, ...] = ("top", "interval", "random", "negative")
 """top: the largest values, each of another sequence; interval: drawn from each fifth of 0 … the largest |value|;
@@ -32,6 +34,7 @@ class Pass:
     context    tokens of a sequence; window: tokens of an example, at most
     seed       of all that was drawn
     written_at ISO time; commit: of cosae, None where it is not known
+    layout     where the places of an image or a sound lie; None for text
     """
 
     model: str | None
@@ -46,6 +49,7 @@ class Pass:
     seed: int
     written_at: str
     commit: str | None
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)

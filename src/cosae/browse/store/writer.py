@@ -22,6 +22,8 @@ from cosae.browse.store.format import (
     FILE_FEATURES,
     FORMAT,
     GROUP_FEATURES,
+    PICTURE_ROWS,
+    PICTURES,
     RECORD,
     TABLE_ROWS,
     VERSION,
@@ -49,6 +51,13 @@ def write_vocabulary(folder: Path, spelled: Mapping[int, str]) -> None:
         columns["text"] = np.array([""], dtype=object)
         columns["id"] = np.array([-1])
     write_rows(folder / VOCABULARY, columns, max(len(texts), 1))
+
+
+def write_pictures(folder: Path, pictures: Mapping[int, bytes]) -> None:
+    """PNG of images by the number of their sequence."""
+    numbers = np.fromiter(pictures, np.int64, len(pictures))
+    data = np.array([*pictures.values(), b""], dtype=object)[:-1]
+    write_rows(folder / PICTURES, {"sequence": numbers, "png": data}, PICTURE_ROWS)
 
 
 class ExampleWriter:

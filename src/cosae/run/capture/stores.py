@@ -29,7 +29,9 @@ from cosae.io.lock import LOCK, hold
 from cosae.io.progress import SILENT, Progress
 from cosae.io.signals import stop_on_signals
 from cosae.io.values import to_plain
+from cosae.recipe import DataConfig
 from cosae.run import provenance
+from cosae.run.capture.media import CaptureMedia, open_corpus
 from cosae.run.capture.request import Capture
 from cosae.run.capture.text import CaptureText, Part
 from cosae.run.dataset.corpus import check_corpus
@@ -68,17 +70,18 @@ def _capture(request: Capture, out: Path, progress: Progress, log: Callable[[str
     from cosae.models.sites import resolve_site
 
     with progress.phase("loading model"):
-        model, tokenizer = open_model(request.data, request.device)
+        opened = open_model(request.data, request.device)
+    model = opened[0]
     sites = [resolve_site(model, name) for name in request.sites]
     if len(set(sites)) < len(sites):
         raise CosaeError(f"each site may be named once. Got {', '.join(request.sites)} instead.")
     if request.data.batch_sequences == "auto":
         at_once = started_with(out, "batch_sequences") or batch_size(request.data, model, sites, "float32")
         request = replace(request, data=replace(request.data, batch_sequences=at_once))
-    text = CaptureText(request.data, tokenizer, request.seed, request.n_held_out)
+    text = open_corpus(request.data, opened, request.sites[0], request.seed, request.n_held_out)
     train, held_out = counted(request.tokens, "train token"), counted(request.n_held_out, "held-out token")
     log(f"capturing {train}, and {held_out} on top")
-    with closing(text.corpus):
+    with closing(text):
         first = next(text.parts("train", 1)).sequences[:1]
         widths = {site: int(capture(model, first, site)[site.name].x_ND.shape[1]) for site in sites}
         with hold(out):  # two captures into one folder would take each other's shards for their own
@@ -94,7 +97,7 @@ def _write(
     request: Capture,
     out: Path,
     model: Any,
-    text: CaptureText,
+    text: CaptureText | CaptureMedia,
     widths: Mapping[Site, int],
     progress: Progress,
     log: Callable[[str], None],
@@ -107,8 +110,8 @@ def _write(
     if all(writer.finished for writer in writers.values()):
         log(f"{out} is complete")
         return folders
-    told = set(text.corpus.warnings)
-    for warning in text.corpus.warnings:
+    told = set(text.warnings)
+    for warning in text.warnings:
         log(warning)
     # in float32 whatever the store's dtype: rows are centred, and scales taken, before any rounding
     options: dict[str, Any] = {"batch_sequences": request.data.batch_sequences, "on_rows": progress.rows}
@@ -135,7 +138,7 @@ def _write(
     for side, asked in (("train", request.tokens), ("held_out", request.n_held_out)):
         if text.n_rows[side] < asked:
             log(f"the {side} side of the corpus ended after {text.n_rows[side]:,} of {counted(asked, 'token')}")
-    for warning in (w for w in text.corpus.warnings if w not in told):
+    for warning in (w for w in text.warnings if w not in told):
         log(warning)
     for writer in writers.values():
         if not writer.finished:
@@ -158,7 +161,7 @@ def _writers(
     request: Capture,
     out: Path,
     model: Any,
-    text: CaptureText,
+    text: CaptureText | CaptureMedia,
     widths: Mapping[Site, int],
     log: Callable[[str], None],
 ) -> dict[Site, StoreWriter]:
@@ -169,13 +172,16 @@ def _writers(
         "model_sha256": _digest_of(request.data.model),
         "model_type": getattr(model.config, "model_type", type(model).__name__),
         "attention": getattr(model.config, "_attn_implementation", None),
-        "add_bos": text.corpus.add_bos,
+        **text.record,
         "seed": request.seed,
         "tokens": request.tokens,
         "held_out_tokens": request.n_held_out,
     }
     if (quantized := getattr(model, "quantization", None)) is not None:
         record["quantization"] = quantized
+    for name in ("inputs", "positions"):  # which were not written before there was a choice
+        if record[name] == getattr(DataConfig, name):
+            del record[name]
     if request.data.order == V01_ORDER:
         del record["order"]  # which 0.1 did not write
     written_by = {"commit": provenance.commit(), "packages": provenance.packages(), "threads": torch.get_num_threads()}
@@ -197,10 +203,10 @@ def _writers(
 
 def _digest_of(model: str) -> str | None:
     """SHA-256 over a local model's weights; None for one of the hub, which its revision names."""
-    from cosae.models.embedded import model_path
+    from cosae.models.embedded import embedded_path
     from cosae.models.load import place_of
 
-    folder = model_path() if model == "embedded" else Path(place_of(model))
+    folder = embedded_path(model) or Path(place_of(model))
     if not folder.is_dir():
         return None
     running = hashlib.sha256()

@@ -14,7 +14,7 @@ import torch
 from cosae.activations.store.format import SIDES
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Side
-from cosae.run.dataset.corpus import CorpusText
+from cosae.run.dataset.model import corpus_of
 from cosae.text.tokenization import TokenizedDocument
 from cosae.types import Activations, Sequences
 
@@ -44,16 +44,29 @@ class CaptureText:
     n_rows    rows by side, as far as its parts were taken
     """
 
-    def __init__(self, data: DataConfig, tokenizer: Any, seed: int, held_out_tokens: int) -> None:
+    def __init__(self, data: DataConfig, opened: tuple[Any, Any], seed: int, held_out_tokens: int) -> None:
         self._data, self._held_out_tokens = data, held_out_tokens
-        self.corpus = CorpusText(data, tokenizer, seed, held_out=held_out_tokens > 0)
+        self.corpus = corpus_of(data, opened, seed, held_out=held_out_tokens > 0)
         self.n_rows: dict[str, int] = {"held_out": 0, "train": 0}
         self._train_names: list[str] = []
         self.concepts: tuple[str, ...] | None = None
-        if self.corpus.specs == ("pylib",):
+        if self.corpus.specs == ("pylib",) and data.positions != "mean":
             from cosae.text.concepts.labels import CONCEPTS
 
             self.concepts = tuple(concept.name for concept in CONCEPTS)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should be told of what was read so far."""
+        return self.corpus.warnings
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a store's record says of it beside the recipe."""
+        return {"add_bos": self.corpus.add_bos}
+
+    def close(self) -> None:
+        self.corpus.close()
 
     def names(self, side: Side) -> tuple[str, ...]:
         """Names of the side's documents, as far as its parts were taken."""
@@ -84,7 +97,7 @@ class CaptureText:
             used = torch.unique(chunk.doc_ST[chunk.mask_ST]).tolist()
             for number in [number for number in read if number < used[0]]:
                 del read[number]
-            n = min(int(chunk.mask_ST.sum()), n_rows - self.n_rows["train"])
+            n = min(chunk.n_rows, n_rows - self.n_rows["train"])
             yield Part(chunk, n, first_document, partial(self._label, "train", dict(read)))
             self.n_rows["train"] += n
             self._train_names = names[: used[-1] + 1]
@@ -96,7 +109,7 @@ class CaptureText:
         step = self._data.chunk_sequences
         for first in range(0, len(packed), step):
             chunk = packed[first : first + step]
-            n = int(chunk.mask_ST.sum())
+            n = chunk.n_rows
             yield Part(chunk, n, 0, partial(self._label, "held_out", read))
             self.n_rows["held_out"] += n
 
@@ -110,14 +123,15 @@ class CaptureText:
         listed = self.corpus.tokenized("held_out", wanted if self.corpus.streamed else None, drawn=wanted)
         packed = self.corpus.pack(listed)
         order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))
-        filled = packed.mask_ST.sum(1)[order].cumsum(0)
+        filled = packed.rows_S[order].cumsum(0)
         chosen = packed[order[: int((filled < self._held_out_tokens).sum()) + 1].sort().values]
         return chosen, packed.doc_names, dict(enumerate(listed))
 
     @cached_property
     def _texts(self) -> dict[str, str]:
         """Text by document name, of a corpus with concepts."""
-        return dict(itertools.chain(*(self.corpus.documents("pylib", side, "train") for side in SIDES)))
+        both = itertools.chain(*(self.corpus.documents("pylib", side, "train") for side in SIDES))
+        return {document.name: document.text for document in both}
 
     def _label(self, side: Side, read: dict[int, TokenizedDocument], rows: Activations) -> Labels:
         if self.concepts is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -26,25 +27,25 @@ CHUNK = 65_536
 
 
 def as_matrix(data: Any) -> Tensor:
-    """A tensor, a NumPy array, whatever NumPy takes for one, or a list of such: as one tensor (N, d), not copied.
+    """A tensor, a NumPy array, whatever NumPy takes for one, or a list of such: as one tensor (N, d) or (N, T, d), not
+    copied.
 
-    Raises CosaeError, with what to do, for more than two dimensions, and for parts of different widths.
+    Raises CosaeError, with what to do, for more than three dimensions, and for parts of different shapes.
     """
     if isinstance(data, list | tuple):
         parts = [as_matrix(part) for part in data]
-        if not parts or any(part.ndim != 2 or part.shape[1] != parts[0].shape[1] for part in parts):
+        if not parts or any(part.ndim < 2 or part.shape[1:] != parts[0].shape[1:] for part in parts):
             shapes = ", ".join(str(tuple(part.shape)) for part in parts) or "an empty list"
             raise CosaeError(f"a list of activations must hold arrays (N, d) of one width d. Got {shapes} instead.")
         return torch.cat(parts)
     if not isinstance(data, Tensor):
         data = _from_numpy(np.asarray(data))
     found: Tensor = data
-    if found.ndim > 2:
-        width = int(found.shape[-1])
-        rows = f"x.reshape(-1, {width}), of shape ({found.numel() // max(width, 1)}, {width})"
+    if found.ndim > 3:
+        shape = tuple(found.shape)
         raise CosaeError(
-            f"activations must have the shape (N, d). Got {tuple(found.shape)}: pass {rows}; a token's place in its "
-            "sequence is lost then: the filter position_0 finds no first token."
+            f"activations must have the shape (N, d) or (N, T, d). Got {shape}: pass x.flatten(1, -2), of which the "
+            "places are those in between, row by row."
         )
     return found
 
@@ -78,6 +79,7 @@ class ArrayDataset(Dataset):
             "seed": self.use.seed,
             "held_out_frac": self.config.held_out_frac,
             "allow_non_finite": self.config.non_finite == "drop",
+            "positions": self.config.positions,
         }
         if self._tensor is not None:
             return TensorSource(self._tensor, **options)
@@ -89,7 +91,8 @@ class ArrayDataset(Dataset):
         if path is None:
             return Sizes(self.source.d_in, (), CHUNK)
         array, _, _ = open_array(Path(path), self.config.activations_key)
-        n_rows, d_in = (int(size) for size in array.shape)
+        d_in = int(array.shape[-1])
+        n_rows = math.prod(array.shape[:-1])
         held = 0 if path.endswith(".npy") else n_rows * d_in * int(array[:1].itemsize)
         return Sizes(d_in, (Item("the file of activations", held),), min(CHUNK, n_rows))
 

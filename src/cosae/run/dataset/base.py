@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Sequence as TextSequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
@@ -25,6 +25,7 @@ from cosae.errors import CosaeError
 from cosae.io.progress import SILENT, Progress
 from cosae.recipe import DataConfig, Recipe
 from cosae.run.plan.resources import Item
+from cosae.text.concepts.table import CONCEPTS, Concept
 from cosae.types import Activations, Sequences, Site
 
 Split = Literal["train", "held_out", "calibration"]
@@ -88,7 +89,7 @@ class Dataset(ABC):
 
     config, use     what it is, and what for
     source          the endless training source
-    has_concepts    whether tokens carry the labels of the concepts in cosae.text.concepts
+    has_concepts    whether rows carry the labels of `concepts`
     site            where a model is read, None elsewhere; model_name likewise
     progress        told what is loaded and read
     """
@@ -101,6 +102,11 @@ class Dataset(ABC):
 
     def __init__(self, config: DataConfig, use: DataUse) -> None:
         self.config, self.use = config, use
+
+    @property
+    def concepts(self) -> Sequence[Concept]:
+        """What the labels of rows are of."""
+        return CONCEPTS
 
     @property
     def d_in(self) -> int:

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from cosae.activations.positions import choose_positions
 from cosae.errors import CosaeError
 from cosae.io.fetched.packages import text_of
 from cosae.io.legacy import V01_ORDER
+from cosae.media.files import read_media
+from cosae.models.sources import EndlessText
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Side
+from cosae.text.chat import render
 from cosae.text.documents import pylib_sides, read_documents
+from cosae.text.encoders import Around, around_of, surrounded
 from cosae.text.files import ROW_SUFFIXES, Reading, Tally
+from cosae.text.ids import read_ids
 from cosae.text.mixture import Cursor, Text, mix, parse_corpus
 from cosae.text.packing import iterate_sequences, sequences
 from cosae.text.pylib import Document
@@ -31,6 +38,20 @@ from cosae.types import Sequences
 
 STREAM_ABOVE_BYTES = 256 * 2**20
 """Files and folders larger than this are streamed instead of held."""
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """An endless text of which some places become rows."""
+
+    text: Text
+    positions: str
+
+    def chunks(self, cursor: dict[str, Any] | None = None) -> Iterator[tuple[Sequences, dict[str, Any]]]:
+        return ((choose_positions(chunk, self.positions), at) for chunk, at in self.text.chunks(cursor))
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.text.describe(), "positions": self.positions}
 
 
 class CorpusText:
@@ -52,6 +73,7 @@ class CorpusText:
         self.streamed = len(self.sources) > 1 or streamed(self.sources[0].spec)
         self._sides = pylib_sides(data.max_chars) if "pylib" in self.specs and len(self.sources) > 1 else None
         self._workers = Workers(tokenizer, data.n_workers) if data.n_workers else None
+        self._around = around_texts(data, tokenizer)
         self.add_bos = adds_bos(data, tokenizer)
         self._tallies = {spec: Tally() for spec in self.specs}
         self._undivided: set[str] = set()
@@ -85,8 +107,8 @@ class CorpusText:
         """
         found: list[TokenizedDocument] = []
         left = max_tokens
-        for name, ids_T, offset_T2, more in self.each(split, salt, drawn):
-            found.append(TokenizedDocument(name, ids_T[:left], offset_T2[:left], more))
+        for one in self.each(split, salt, drawn):
+            found.append(one.cut(0, left))
             if left is not None:
                 left -= len(found[-1].ids_T)
                 if left == 0:
@@ -103,17 +125,19 @@ class CorpusText:
         """As `pack`, lazily: `chunk_sequences` rows at a time."""
         data = self._data
         options: dict[str, Any] = {"rows_per_chunk": data.chunk_sequences, **self._special}
-        return iterate_sequences(tokenized, data.context, data.packing, **options)  # type: ignore[arg-type]
+        packed = iterate_sequences(tokenized, data.context, data.packing, **options)  # type: ignore[arg-type]
+        return (choose_positions(chunk, data.positions) for chunk in packed)
 
     def pack(self, tokenized: Sequence[TokenizedDocument]) -> Sequences:
         """Rows of `context` tokens."""
         data = self._data
-        return sequences(tokenized, data.context, data.packing, **self._special)  # type: ignore[arg-type]
+        packed = sequences(tokenized, data.context, data.packing, **self._special)  # type: ignore[arg-type]
+        return choose_positions(packed, data.positions)
 
-    def text(self) -> Text:
+    def text(self) -> EndlessText:
         """The training side without end, as large corpora and mixtures are read."""
         data = self._data
-        return Text(
+        text = Text(
             sources=tuple(partial(self._open, i, "train", "train") for i in range(len(self.sources))),
             weights=tuple(source.weight for source in self.sources),
             context=data.context,
@@ -123,6 +147,7 @@ class CorpusText:
             about={"corpus": [list(source) for source in self.sources]},
             **self._special,
         )
+        return text if data.positions == "all" else _Chosen(text, data.positions)
 
     def documents(self, spec: str, split: Side, salt: str, turn: int = 0) -> Iterator[Document]:
         """Documents of one source that are long enough, in the order they are read in."""
@@ -135,17 +160,20 @@ class CorpusText:
         self, number: int, split: Side, salt: str, turn: int, skip: int, drawn: int | None = None
     ) -> Iterator[TokenizedDocument]:
         spec = self.specs[number]
-        documents: Iterator[Document] = itertools.islice(self.documents(spec, split, salt, turn), skip, None)
+        documents: Iterator[Any] = itertools.islice(self.documents(spec, split, salt, turn), skip, None)
         if len(self.sources) > 1:
-            documents = (Document(f"{spec}:{name}", text) for name, text in documents)
+            documents = (one._replace(name=f"{spec}:{one.name}") for one in documents)
         data = self._data
+        if data.inputs == "chat":
+            documents = (render(one, self._tokenizer) for one in documents)
         options: dict[str, Any] = {"workers": self._workers, "keep_empty": True}
         in_parts = self.specs != ("pylib",)  # whose labels are of whole files
         if data.packing == "document" and data.order != V01_ORDER:
             options["head"] = data.context
         elif in_parts and drawn is not None and data.order != V01_ORDER:
             options["max_chars"] = max(WHOLE_CHARS, HEAD_CHARS * drawn)
-        return tokenize_documents(documents, self._tokenizer, add_bos=self.add_bos, in_parts=in_parts, **options)
+        read = tokenize_documents(documents, self._tokenizer, add_bos=self.add_bos, in_parts=in_parts, **options)
+        return read if self._around is None else surrounded(read, self._around, data.context)
 
     @property
     def _special(self) -> dict[str, Any]:
@@ -187,13 +215,19 @@ def long_enough(
 def check_corpus(data: DataConfig) -> None:
     """Raises CosaeError for a local source that is not there, before a model is loaded for it."""
     for spec, _ in parse_corpus(data.corpus):
-        if not spec.startswith("hf:"):
+        if spec.startswith("hf:"):
+            continue
+        if data.inputs == "ids":
+            read_ids(spec, data.field, data.context)
+        elif data.inputs in ("images", "audio"):
+            read_media(spec, data.inputs, data.field)
+        else:
             read_documents(spec, "all", reading=reading_of(data))
 
 
 def reading_of(data: DataConfig) -> Reading:
     """How a recipe reads text."""
-    return Reading(data.text_field, data.suffixes, data.txt_unit, data.max_chars)
+    return Reading(data.field, data.suffixes, data.txt_unit, data.max_chars, data.inputs == "chat")
 
 
 def streamed(spec: str) -> bool:
@@ -219,6 +253,8 @@ def in_file_order(spec: str) -> bool:
 
 def adds_bos(data: DataConfig, tokenizer: Any) -> bool:
     """Whether documents start with BOS: as asked, else as the tokenizer does by itself (the embedded model's: yes)."""
+    if data.inputs == "chat" or around_texts(data, tokenizer) is not None:
+        return False  # the template, or what stands around a text, has one
     if data.add_bos is not None:
         return data.add_bos
     if data.model == "embedded":
@@ -227,6 +263,20 @@ def adds_bos(data: DataConfig, tokenizer: Any) -> bool:
         return False
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def around_texts(data: DataConfig, tokenizer: Any) -> Around | None:
+    """What stands around each text of an encoder; None for other models, and where data.add_bos is False.
+
+    Raises CosaeError where an encoder's rows would be packed.
+    """
+    around = around_of(tokenizer) if data.add_bos is not False and data.inputs == "text" else None
+    if around is not None and data.packing != "document":
+        raise CosaeError(
+            f"the encoder {data.model} reads one text at a time, with special tokens around it. Got data.packing "
+            f"{data.packing!r} instead: give --set data.packing=document."
+        )
+    return around
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -13,28 +13,35 @@ import torch
 
 from cosae.activations.cached import CachedSource
 from cosae.activations.monitor import finite_rows
+from cosae.activations.positions import choose_positions
 from cosae.activations.sample import Sample, SinkRule
 from cosae.activations.store.format import STORE_DTYPES
 from cosae.activations.stream import Source
+from cosae.errors import CosaeError
 from cosae.io.fetched.packages import text_of
 from cosae.models.batching import choose_batch
 from cosae.models.capture import capture
-from cosae.models.embedded import model_path
+from cosae.models.embedded import embedded_path
 from cosae.models.load import load_model
+from cosae.models.parts import vocabulary_of
 from cosae.models.sites import resolve_site
 from cosae.models.size import model_size
 from cosae.models.sources import ModelSource, StreamedModelSource
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Dataset, DataUse, Side, Sizes, Split, side_of, split_held_out, tokens_around
-from cosae.run.dataset.corpus import CorpusText, adds_bos, check_corpus, pad_id, streamed
+from cosae.run.dataset.corpus import CorpusText, adds_bos, around_texts, check_corpus, pad_id, streamed
+from cosae.run.dataset.ids import IdCorpus
 from cosae.run.plan.resources import Item
 from cosae.text.concepts.labels import has_labels, label_activations, label_document
+from cosae.text.encoders import surrounded
 from cosae.text.mixture import parse_corpus
 from cosae.text.packing import iterate_sequences
 from cosae.text.pylib import Document
 from cosae.text.tokenization import AT_ONCE_CHARS, TokenizedDocument, tokenize_documents
 from cosae.types import Activations, Sequences, Site
 
+MEDIA_AT_ONCE = 16
+"""Images or sounds in a forward pass, where "auto" is asked for: how much memory one takes is not measured."""
 TEXTS_AT_ONCE = 64
 """Labelled texts captured at once."""
 POOL = 4
@@ -54,7 +61,7 @@ class ModelDataset(Dataset):
         super().__init__(config, use)
         self._captured: dict[tuple[Side, int], tuple[Activations, dict[str, Any]]] = {}
         self.model_name = config.model
-        self.has_concepts = [source.spec for source in parse_corpus(config.corpus)] == ["pylib"]
+        self.has_concepts = [s.spec for s in parse_corpus(config.corpus)] == ["pylib"] and config.positions != "mean"
         check_corpus(config)
 
     @cached_property
@@ -69,6 +76,9 @@ class ModelDataset(Dataset):
 
     @property
     def tokenizer(self) -> Any:
+        """Raises CosaeError where the data came as token ids, for which none is loaded."""
+        if self._loaded[1] is None:
+            raise CosaeError(f"this needs the model's tokenizer, and the data are {self.config.inputs}.")
         return self._loaded[1]
 
     @cached_property
@@ -78,7 +88,7 @@ class ModelDataset(Dataset):
     @cached_property
     def text(self) -> CorpusText:
         """The corpus through the tokenizer."""
-        return CorpusText(self.config, self.tokenizer, self.use.seed)
+        return corpus_of(self.config, self._loaded, self.use.seed)
 
     @cached_property
     def batch_sequences(self) -> int:
@@ -119,7 +129,7 @@ class ModelDataset(Dataset):
         return super().again(use)
 
     def spell(self, token: int) -> str | None:
-        return str(self.tokenizer.decode([token]))
+        return None if self._loaded[1] is None else str(self.tokenizer.decode([token]))
 
     def around(self, doc: int, index: int, before: int, after: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         n_tokens = self.use.held_out_tokens + self.use.calibration_tokens
@@ -134,8 +144,7 @@ class ModelDataset(Dataset):
 
     def sizes(self) -> Sizes:
         config = self.config
-        name = str(model_path()) if config.model == "embedded" else config.model
-        size = model_size(name, config.site, config.model_dtype, config.revision, config.attention)
+        size = model_size(str(model_place(config)), config.site, config.model_dtype, config.revision, config.attention)
         # measured where asked, against an eighth of the memory and at most so many tokens
         auto = config.batch_sequences == "auto"
         per_pass = AUTO_PASS_TOKENS if auto else int(config.batch_sequences) * config.context
@@ -175,12 +184,20 @@ class ModelDataset(Dataset):
         return Sample.of(perturbed, rule, **known)
 
     def sequences(self, side: Side, n_tokens: int) -> Sequences:
-        """About n_tokens of one side as token sequences, drawn from many documents: those that `sample` captures."""
+        """About n_tokens of one side as token sequences, drawn from many documents: those that `sample` captures.
+
+        Raises CosaeError where only some places become rows.
+        """
+        if self.config.positions != "all":
+            raise CosaeError(
+                "this measurement puts every token's reconstruction into the model. Got data.positions "
+                f"{self.config.positions!r}: measure with --set data.positions=all."
+            )
         return self._draw(side, n_tokens)[1]
 
     @property
     def vocabulary(self) -> int:
-        return len(self.tokenizer)
+        return vocabulary_of(self.model) if self._loaded[1] is None else len(self.tokenizer)
 
     def check_reads_texts(self) -> None:
         pass
@@ -189,11 +206,13 @@ class ModelDataset(Dataset):
         documents = (Document(str(row), text) for row, text in enumerate(texts))
         bos = adds_bos(self.config, self.tokenizer)
         tokenized = tokenize_documents(documents, self.tokenizer, add_bos=bos, head=context)
+        if (around := around_texts(self.config, self.tokenizer)) is not None:
+            tokenized = surrounded(tokenized, around, context)
         special: dict[str, Any] = {"pad_id": pad_id(self.tokenizer), "special_ids": self.tokenizer.all_special_ids}
         packed = iterate_sequences(tokenized, context, "document", rows_per_chunk=TEXTS_AT_ONCE, **special)
         for number, chunk in enumerate(packed):
             names = [chunk.doc_names[i - chunk.first_doc] for i in chunk.doc_ST[:, 0].tolist()]
-            cut = chunk.columns(int(chunk.mask_ST.sum(1).max()))
+            cut = choose_positions(chunk.columns(int(chunk.mask_ST.sum(1).max())), self.config.positions)
             found = capture(self.model, cut, self.site, batch_sequences=self.batch_sequences)[self.site.name]
             yield [int(name) for name in names], self._perturbed(found, "held_out", number)
 
@@ -205,7 +224,7 @@ class ModelDataset(Dataset):
             tokenized = self.text.tokenized("held_out", n_tokens if self.text.streamed else None, drawn=n_tokens)
         everything = self.text.pack(tokenized)
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
-        filled = everything.mask_ST.sum(1)[order].cumsum(0)
+        filled = everything.rows_S[order].cumsum(0)
         return tokenized, everything[order[: int((filled < n_tokens).sum()) + 1].sort().values]
 
     def _capture(self, side: Side, n_tokens: int) -> tuple[Activations, dict[str, Any]]:
@@ -213,7 +232,7 @@ class ModelDataset(Dataset):
         tokenized, packed = self._draw(side, n_tokens)
         options = {**self._options, "store_dtype": torch.float32} if self.use.device == "cpu" else self._options
         what = "held-out" if side == "held_out" else "training"
-        with self.progress.phase(f"reading {what} activations", int(packed.mask_ST.sum())):
+        with self.progress.phase(f"reading {what} activations", packed.n_rows):
             found = capture(self.model, packed, self.site, **options)[self.site.name]
         activations = finite_rows(found)
         used = {int(doc) for doc in torch.unique(activations.doc_N)}
@@ -222,7 +241,7 @@ class ModelDataset(Dataset):
             "n_dropped": len(found) - len(activations),
         }
         if self.has_concepts:
-            texts = dict(self.text.documents("pylib", side, "sample"))
+            texts = {one.name: one.text for one in self.text.documents("pylib", side, "sample")}
             labels = [
                 label_document(texts[one.name], one.offset_T2, one.name) if i in used else None
                 for i, one in enumerate(tokenized)
@@ -243,10 +262,29 @@ def batch_size(data: DataConfig, model: Any, sites: Any, store_dtype: str) -> in
     """Sequences per forward pass: as given, or as many as fit."""
     if data.batch_sequences != "auto":
         return data.batch_sequences
+    if data.inputs in ("images", "audio"):
+        return MEDIA_AT_ONCE
     return choose_batch(model, sites, data.context, getattr(torch, store_dtype))
 
 
 def open_model(data: DataConfig, device: str) -> tuple[Any, Any]:
-    """The model and tokenizer a recipe names, frozen, on `device`."""
-    name: str | Path = model_path() if data.model == "embedded" else data.model
-    return load_model(name, data.model_dtype, device, data.revision, data.attention)
+    """The model and tokenizer a recipe names, frozen, on `device`; no tokenizer where its corpus needs none."""
+    reads = data.inputs in ("text", "chat")
+    return load_model(model_place(data), data.model_dtype, device, data.revision, data.attention, with_tokenizer=reads)
+
+
+def model_place(data: DataConfig) -> str | Path:
+    """What `load_model` takes of the model that a recipe names."""
+    return embedded_path(data.model) or data.model
+
+
+def corpus_of(data: DataConfig, opened: tuple[Any, Any], seed: int, held_out: bool = True) -> CorpusText:
+    """A recipe's text, or its ready token ids. Raises CosaeError for a model that reads no text."""
+    model, tokenizer = opened
+    if data.inputs == "ids":
+        return IdCorpus(data, model, seed, held_out)
+    if tokenizer is None:
+        raise CosaeError(
+            f"{type(model).__name__} reads no text: give --inputs images, audio or ids, and such a corpus."
+        )
+    return CorpusText(data, tokenizer, seed, held_out)

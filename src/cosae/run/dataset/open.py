@@ -8,6 +8,7 @@ from cosae.errors import CosaeError
 from cosae.recipe import DataConfig, Recipe
 from cosae.run.dataset.arrays import ArrayDataset
 from cosae.run.dataset.base import Dataset, DataUse
+from cosae.run.dataset.media_model import MediaDataset
 from cosae.run.dataset.model import ModelDataset
 from cosae.run.dataset.store import StoreDataset
 from cosae.run.dataset.world import WorldDataset
@@ -28,7 +29,7 @@ def open_dataset(data: DataConfig, use: DataUse | None = None, tensor: Tensor | 
         return WorldDataset(data, use)
     if data.activations is not None:
         return ArrayDataset(data, use)
-    return ModelDataset(data, use)
+    return MediaDataset(data, use) if data.inputs in ("images", "audio") else ModelDataset(data, use)
 
 
 def dataset_of(recipe: Recipe, tensor: Tensor | None = None, keep_tokens: int = 0) -> Dataset:

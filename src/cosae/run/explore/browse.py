@@ -24,6 +24,7 @@ from cosae.io.values import from_plain
 from cosae.recipe import DataConfig
 from cosae.run import provenance
 from cosae.run.dataset.model import open_model
+from cosae.run.explore.media import ModelMedia
 from cosae.run.explore.sources import ModelText, StoredRows, identity_of_text, injected
 from cosae.run.export import digest_sae
 from cosae.run.folder import ARMS, EVALUATION, RECIPE, read_json
@@ -63,17 +64,23 @@ def prepare(
     out = _place(paths, places) if out is None else out
     with progress.phase("reading SAEs"):
         listed, data, store = _read(paths, places, request)
-    options = BuildOptions(request.window, request.seed, provenance.commit())
+    media = None
+    if data is not None and data.inputs in ("images", "audio"):
+        with progress.phase("loading model"):
+            media = ModelMedia(data, request.tokens, request.seed, request.device, request.perturbation)
+    window = request.window if media is None or media.layout.grid is None else media.layout.n_places  # the whole image
+    options = BuildOptions(window, request.seed, provenance.commit())
     known = _identity(request, data, store)
     if not rebuild and (out / RECORD).is_file() and is_store(out):
         if read_record(out / RECORD).get("identity") == identity_of(known, listed, options):
             progress.note(f"{out} holds these features already")
             return out
         progress.note(f"{out} holds features of other SAEs, text or options: they are made again")
-    memory, disk = planned_bytes({name: one.sae for name, one in listed.items()}, request.window)
+    memory, disk = planned_bytes({name: one.sae for name, one in listed.items()}, window)
     features = counted(sum(one.sae.d_sae for one in listed.values()), "feature")
     progress.note(f"{features}: {memory / 2**20:,.0f} MB of memory, up to {disk / 2**20:,.0f} MB of disk meanwhile")
-    return build_store(out, _source(request, data, store, progress, listed, places), listed, options, progress)
+    source = media or _source(request, data, store, progress, listed, places)
+    return build_store(out, source, listed, options, progress)
 
 
 def _place(paths: Sequence[Path], places: Sequence[Path]) -> Path:

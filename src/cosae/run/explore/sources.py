@@ -63,16 +63,16 @@ class ModelText:
 
     def chunks(self, skip: int) -> Iterator[Chunk]:
         """Chunks of whole sequences, until there are `total` tokens or the text ends."""
-        model, tokenizer = self.opened
+        model = self.opened[0]
         options: dict[str, Any] = {"batch_sequences": batch_size(self.data, model, self._site, "float32")}
-        text = CaptureText(self.data, tokenizer, self._seed, 0)
+        text = CaptureText(self.data, self.opened, self._seed, 0)
         seen: set[bytes] = set()
         first = first_sequence = number = 0
-        with closing(text.corpus):
+        with closing(text):
             # the rows that occur twice are not known before: more is asked for than will be read
             for part in text.parts("train", 2**62):
                 sequences = self._cut(_new(part.sequences, seen), self.total - first)
-                n = int(sequences.mask_ST.sum())
+                n = sequences.n_rows
                 if not n:
                     continue
                 if number >= skip:
@@ -90,11 +90,11 @@ class ModelText:
 
     def _cut(self, sequences: Sequences, tokens: int) -> Sequences:
         """The first sequences, as many as have so many tokens."""
-        before_S = sequences.mask_ST.sum(1).cumsum(0) - sequences.mask_ST.sum(1)
+        before_S = sequences.rows_S.cumsum(0) - sequences.rows_S
         return sequences[: int((before_S < tokens).sum())]
 
     def spell(self, token: int) -> str | None:
-        return spelling(self.opened[1], token)
+        return None if self.opened[1] is None else spelling(self.opened[1], token)
 
     def logits(self, rows_FD: Tensor) -> Logits | None:
         direction_FD = residual_directions(self.opened[0], self._site, rows_FD)

@@ -7,7 +7,8 @@ from typing import Any
 from cosae.errors import CosaeError
 from cosae.models.capture import capture
 from cosae.recipe import DataConfig
-from cosae.run.dataset.corpus import adds_bos, pad_id
+from cosae.run.dataset.corpus import adds_bos, around_texts, pad_id
+from cosae.text.encoders import surrounded
 from cosae.text.packing import sequences
 from cosae.text.pylib import Document
 from cosae.text.tokenization import tokenize_documents
@@ -23,6 +24,8 @@ def read_text(
     """
     bos = adds_bos(data, tokenizer)
     read = list(tokenize_documents([Document("text", text)], tokenizer, add_bos=bos))
+    if (around := around_texts(data, tokenizer)) is not None:
+        read = list(surrounded(read, around, data.context))
     n = sum(len(one.ids_T) for one in read)
     if most is not None and n > most:
         raise CosaeError(f"the text has {n:,} tokens, and at most {most:,} are read at once: shorten it.")

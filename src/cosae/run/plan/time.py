@@ -197,13 +197,14 @@ def capture_time(request: Capture, progress: Progress = SILENT) -> TimePlan:
     """Time of a capture: one chunk of sequences through the model, scaled to all tokens. Writes nothing."""
     from cosae.models.capture import capture
     from cosae.models.sites import resolve_site
-    from cosae.run.capture.text import CaptureText
+    from cosae.run.capture.media import open_corpus
 
     with progress.phase("loading model"):
-        model, tokenizer = open_model(request.data, request.device)
+        opened = open_model(request.data, request.device)
+    model = opened[0]
     sites = [resolve_site(model, name) for name in request.sites]
-    text = CaptureText(request.data, tokenizer, request.seed, 0)
-    with closing(text.corpus):
+    text = open_corpus(request.data, opened, request.sites[0], request.seed, 0)
+    with closing(text):
         part = next(text.parts("train", request.tokens))
         at_once = batch_size(request.data, model, sites, "float32")
         capture(model, part.sequences[:at_once], sites, at_once)

@@ -56,16 +56,17 @@ cosae.page(async (main, about) => {
     const several = [...new Set(chosen.map((one) => one.interval))];
     cosae.replace(list, several.map((interval) => [
       interval === null ? null : el("h3", {}, `${20 * interval} to ${20 * (interval + 1)} % of the largest value`),
-      el("ol", { class: "examples" }, chosen.filter((one) => one.interval === interval).map((one) => tokens.example(one, { most, ...shown })))]));
+      el("ol", { class: pictured ? "examples pictures" : "examples" }, chosen.filter((one) => one.interval === interval).map((one) => tokens.example(one, { most, layout: about.read.layout, ...shown })))]));
     cosae.say(`${GROUPS[shown.group] ?? ""}: ${chosen.length} examples`);
   }
-  const controls = el("div", { class: "fields-row" },
+  const pictured = Boolean(about.read.layout?.grid) && found.examples.some((one) => one.picture);
+  const controls = pictured ? "" : el("div", { class: "fields-row" },
     cosae.choice("context", "around", [[0, "all that is kept"], [4, "4 tokens each side"], [8, "8 tokens each side"], [16, "16 tokens each side"]], shown.around,
       (value) => { shown.around = Number(value); tokens.keep("around", shown.around); draw(); }),
     el("label", { class: "field across" }, el("input", { type: "checkbox", name: "breaks", checked: shown.breaks,
       onchange: (event) => { shown.breaks = event.target.checked; tokens.keep("breaks", shown.breaks); draw(); } }), el("span", {}, "break lines where the text does")));
   const examples = none ? [el("p", {}, "It fires on none of these tokens, so there are no examples.")]
-    : [tabs, controls, tokens.legend(), list, el("p", { class: "muted" }, "Point at a token, or move with Tab and the arrow keys: its value, its length |x − c|, and the cosine κ with the feature's encoder row.")];
+    : [tabs, controls, tokens.legend(), list, el("p", { class: "muted" }, pictured ? "Point at a patch, or move with Tab and the arrow keys: its value, its length |x − c|, and the cosine κ with the feature's encoder row." : "Point at a token, or move with Tab and the arrow keys: its value, its length |x − c|, and the cosine κ with the feature's encoder row.")];
 
   /* Other features. */
   const spelled = (texts) => texts.map((text) => quoted(text, 20));
