@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +157,8 @@ def browse(command: Browse) -> int:
         else:
             live = live_model(store, command.request, log)
             serve(store, command.host, command.port, command.open, live, lambda text: print(text, flush=True))
+            if live is not None and not live.stop():
+                os._exit(0)  # a model that is loaded or reads cannot be ended otherwise, and takes its time
     return 0
 
 

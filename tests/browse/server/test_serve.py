@@ -44,7 +44,7 @@ def test_it_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
             server.send_signal(signal.SIGINT)
             said, wrong = server.communicate(timeout=20)
     assert time.monotonic() - start < 5
-    assert (server.returncode, said, wrong) == (0, "ended\n", "")
+    assert (server.returncode, said, wrong) == (0, "Stopped.\nended\n", "")
 
 
 def test_a_taken_port_is_one_sentence(tmp_path: Path) -> None:

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +28,7 @@ from cosae.run.requests import Place, SteerOptions
 from cosae.sae.calibrate import calibrate
 from cosae.sae.file import save
 from cosae.sae.model import SAE
+from tests.support.feature_stores import write_store
 
 TEXT = "def f(x):\n    return x + 1\n"
 NAMES = ("one", "a/b <i>")
@@ -124,7 +134,7 @@ def test_texts_that_cannot_be_read(parts: Any) -> None:
 
 def test_who_stops_it_waits_for_one_token(parts: Any) -> None:
     live = LiveModel(parts[0]._store, Place())
-    live.stop(wait=True)
+    assert live.stop(1.0)
     with pytest.raises(CosaeError, match="stopping"):
         live.steer(ASKED)
     with pytest.raises(CosaeError, match="stopping"):
@@ -136,3 +146,43 @@ def test_who_stops_it_waits_for_one_token(parts: Any) -> None:
     options = SteerOptions((5,), ablate=True, new_tokens=50)
     found = continued(Steerable(sae, data, model, tokenizer), "def f(", options, 0, lambda: next(stopped))
     assert len(found.changed_T) == len(found.without_T) - 1 < 20
+
+
+BUSY = """
+import sys, time
+from cosae.cli import main
+from cosae.run.explore import live
+
+def opened(self):
+    print("loading", flush=True)
+    time.sleep(60)
+
+live.LiveModel._opened = opened
+live.live_model = live.LiveModel
+main(["browse", sys.argv[1], "--port", "0", "--quiet"])
+"""
+
+
+def test_ctrl_c_does_not_wait_for_a_model_that_is_being_loaded(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", 8)
+    command = [sys.executable, "-c", BUSY, str(store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())
+        assert address is not None
+        body, kind = json.dumps({"text": "a"}).encode(), {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{address[0]}data/activations", body, kind)
+
+        def ask() -> None:
+            with suppress(OSError):
+                urllib.request.urlopen(asked)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert server.stdout.readline() == "loading\n"
+        start = time.monotonic()
+        server.send_signal(signal.SIGINT)
+        said, wrong = server.communicate(timeout=20)
+        asking.join()
+    assert time.monotonic() - start < 5
+    assert (server.returncode, said, wrong) == (0, "Stopped.\n", "")

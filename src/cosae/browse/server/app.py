@@ -117,13 +117,22 @@ class Data:
 
 
 EXPORT = "notes.json"
+STOP_SECONDS = 0.1
+"""How often who waits for the model looks whether the server is stopping."""
 READERS = 1
 """Threads that read the store: each keeps memory of its own."""
 READ, WRITE = ("about", "table", "scatter", "feature", "compare"), ("note", "activations", "steer")
 
 
-def application(store: FeatureStore, notes: Notes, live: Live | None = None, host: str = "127.0.0.1") -> ASGIApp:
-    """The whole site, guarded."""
+def application(
+    store: FeatureStore,
+    notes: Notes,
+    live: Live | None = None,
+    host: str = "127.0.0.1",
+    stopping: threading.Event | None = None,
+) -> ASGIApp:
+    """The whole site, guarded. stopping: set when the server ends; who waits for the model then waits no longer."""
+    stopping = threading.Event() if stopping is None else stopping
     data = Data(store, notes, live)
     title = ", ".join(info.name for info in store.saes)
     html = {page: render(page, title, live=True) for page in PAGES}
@@ -164,7 +173,7 @@ def application(store: FeatureStore, notes: Notes, live: Live | None = None, hos
             return _error(400, "What is sent must be JSON.")
         if not isinstance(given, dict):
             return _error(400, "What is sent must be a JSON object.")
-        return await _aside(getattr(data, name), given)
+        return await _aside(getattr(data, name), given, stopping)
 
     routes = [
         Route("/", page),
@@ -185,7 +194,7 @@ def _answered(call: Callable[[Any], Any], given: Mapping[str, Any]) -> Response:
         return _error(400, str(error))
 
 
-async def _aside(call: Callable[[Any], Any], given: Mapping[str, Any]) -> Response:
+async def _aside(call: Callable[[Any], Any], given: Mapping[str, Any], stopping: threading.Event) -> Response:
     """The answer, made in a thread that does not keep the server from stopping: a model may take long."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Response] = loop.create_future()
@@ -203,10 +212,10 @@ async def _aside(call: Callable[[Any], Any], given: Mapping[str, Any]) -> Respon
             loop.call_soon_threadsafe(lambda: None if answer.done() else what(value))
 
     threading.Thread(target=work, name="cosae browse", daemon=True).start()
-    try:
-        return await answer
-    except asyncio.CancelledError:
-        return _error(503, "The server is stopping.")
+    while not (await asyncio.wait({answer}, timeout=STOP_SECONDS))[0]:
+        if stopping.is_set():
+            return _error(503, "The server is stopping.")
+    return answer.result()
 
 
 def _error(status: int, sentence: str) -> Response:

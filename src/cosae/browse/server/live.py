@@ -18,5 +18,6 @@ class Live(Protocol):
         Returns what: the change in words; without, changed: both texts; notes: warnings.
         """
 
-    def stop(self, wait: bool = False) -> None:
-        """End the call in progress soon, and refuse later ones. wait: return when none is in progress."""
+    def stop(self, wait: float = 0.0) -> bool:
+        """End the call in progress soon, and refuse later ones. Returns whether none is in progress, after as many
+        seconds at most."""

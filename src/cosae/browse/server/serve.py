@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from cosae.browse.store.reader import FeatureStore
 from cosae.errors import CosaeError
 
 PORT = 8321
+SECONDS_TO_END = 1.0
 
 
 def serve(
@@ -25,7 +27,8 @@ def serve(
     live: Live | None = None,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Serve the pages of a store; returns after Ctrl-C or SIGTERM. port 0: any free one. live: a model to try texts on.
+    """Serve the pages of a store; returns after Ctrl-C or SIGTERM. port 0: any free one. live: a model to try texts on,
+    which may still work in a thread of its own when this returns, SECONDS_TO_END after it was told to stop.
 
     Raises CosaeError where the address cannot be had, and without the extra `browse`.
     """
@@ -37,14 +40,16 @@ def serve(
         raise CosaeError('serving needs starlette and uvicorn: pip install "cosae[browse]".') from None
 
     with listening(host, port) as listener:
-        app = application(store, Notes(notes_file(store.folder)), live, host)
+        stopping = threading.Event()
+        app = application(store, Notes(notes_file(store.folder)), live, host, stopping)
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listener.getsockname()[1]}/"
         options: dict[str, Any] = {"log_level": "warning", "lifespan": "off", "server_header": False}
-        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=2, **options))
+        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, **options))
         exit_of = server.handle_exit
 
         def handle_exit(*signalled: Any) -> None:
+            stopping.set()
             if live is not None:
                 live.stop()  # a model that goes on would keep the server
             exit_of(*signalled)
@@ -55,8 +60,9 @@ def serve(
             webbrowser.open(address)
         with suppress(KeyboardInterrupt):  # uvicorn has stopped by then, and raises the signal again
             server.run(sockets=[listener])
+        log("Stopped.")
         if live is not None:
-            live.stop(wait=True)
+            live.stop(SECONDS_TO_END)
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -103,12 +103,14 @@ class LiveModel:
             self._check_wanted()
         return {"what": found.what, "without": found.without, "changed": found.changed, "notes": list(found.notes)}
 
-    def stop(self, wait: bool = False) -> None:
-        """End the call in progress after its current token, and refuse later ones."""
+    def stop(self, wait: float = 0.0) -> bool:
+        """End the call in progress after its current token, and refuse later ones. A model that is being loaded, or
+        reads a text, cannot be stopped. Returns whether none is in progress, after as many seconds at most."""
         self._stopped.set()
-        if wait:
-            with self._lock:
-                pass
+        ended = self._lock.acquire(timeout=wait)
+        if ended:
+            self._lock.release()
+        return ended
 
     def _check_wanted(self) -> None:
         if self._stopped.is_set():
