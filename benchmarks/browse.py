@@ -86,9 +86,7 @@ def build(out: Path, features: int, tokens: int, saes: int) -> None:
     n = features * saes
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{n:,} features, {tokens:,} tokens: {time.process_time() - start:.0f} s of processor time")
-    print(
-        f"memory: peak {peak / 2**10:,.0f} MB, {before / 2**10:,.0f} MB before the pass; {memory / n:,.0f} bytes a feature"
-    )
+    print(f"memory: peak {peak / 2**10:,.0f} MB, {before / 2**10:,.0f} MB before; {memory / n:,.0f} bytes a feature")
     print(f"disk: up to {disk / n:,.0f} bytes a feature meanwhile; the store has {size / 2**20:,.0f} MB")
 
 

@@ -41,6 +41,13 @@ class Data:
     def __init__(self, store: FeatureStore, notes: Notes, live: Live | None) -> None:
         self.store, self.notes, self.live = store, notes, live
 
+    def prepare(self) -> None:
+        """Read what every first request needs, so that none of them waits for it."""
+        self.about({})
+        for info in reversed(self.store.saes):
+            self.table({"sae": info.name})
+            self.feature({"sae": info.name, "id": "0"})
+
     def about(self, given: Mapping[str, str]) -> Any:
         """The overview, with all notes: explanations may have come in the meantime."""
         return views.about(self.store) | {"live": self.live is not None, "notes": self.notes.exported()["notes"]}
@@ -134,6 +141,7 @@ def application(
     """The whole site, guarded. stopping: set when the server ends; who waits for the model then waits no longer."""
     stopping = threading.Event() if stopping is None else stopping
     data = Data(store, notes, live)
+    data.prepare()
     title = ", ".join(info.name for info in store.saes)
     html = {page: render(page, title, live=True) for page in PAGES}
 
