@@ -28,6 +28,7 @@ from cosae.text.files import Reading
 from cosae.text.mixture import parse_corpus
 from cosae.train.arm import ARMS, Arm, check_arms
 from cosae.train.loop import TrainingConfig
+from cosae.train.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,8 @@ class Recipe(Shown):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: str = "cpu"
     kernel: str = "auto"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How many processes train together; torchrun starts them."""
 
     def __post_init__(self) -> None:
         check_arms(self.arms)
@@ -241,6 +244,10 @@ class Recipe(Shown):
 
     def check(self) -> None:
         """Raises CosaeError for arms that no SAE can be, as far as that is known before the data are read."""
+        if self.parallel.arm > len(self.arms):
+            raise CosaeError(f"arm={self.parallel.arm} needs as many arms. Got {len(self.arms)}: lower it.")
+        if self.parallel.data > self.training.batch_tokens:
+            raise CosaeError(f"data={self.parallel.data} needs a row of each batch a process: raise batch_tokens.")
         self._filled(self.d_sae)
 
     def check_applies(self, paths: Iterable[str]) -> None:

@@ -31,6 +31,10 @@ from tests.support.tiny_models import make_model
 
 NOT_SEEN = {
     "device": "needs an accelerator",
+    **dict.fromkeys(
+        ("parallel.data", "parallel.feature", "parallel.arm", "parallel.timeout"),
+        "needs torchrun, and results are the same: tests/train/parallel",
+    ),
     "kernel": "which code computes; results are the same",
     "arms.kernel": "which code computes; results are the same",
     "data.n_workers": "how fast text is read; results are the same",

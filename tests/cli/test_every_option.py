@@ -31,6 +31,7 @@ BROWSE = (
 )  # fmt: skip
 NEEDS = {
     "device": "needs an accelerator",
+    "parallel": "needs torchrun: tests/train/parallel",
     "quiet": "what is printed on the side",
     **dict.fromkeys(("train wandb", "train tensorboard"), "tests/run/test_resume.py, with stand-ins"),
     **dict.fromkeys(("plan wandb", "plan tensorboard", "plan show", "plan dry_run"), "plan takes the options of train"),

@@ -63,6 +63,8 @@ class Train(RecipeOptions):
     """Learning rate, where an arm does not set it."""
     kernel: str | None = None
     """Which implementation computes: auto, reference (the dense definition), cpu or triton."""
+    parallel: str | None = None
+    """Under torchrun: how its processes share the work, as data=2,feature=2,arm=1."""
     tensorboard: bool = False
     """Also write TensorBoard events to the run's folder."""
     wandb: str | None = None
@@ -111,6 +113,8 @@ class Resume:
     """Leave out TensorBoard and W&B, where the run was started with them."""
     quiet: bool = False
     """Do not print progress."""
+    parallel: str | None = None
+    """Under torchrun: how its processes share the work from here on, as data=2,feature=2,arm=1."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,14 @@ def build_recipe(command: Train) -> Recipe:
     from cosae.activations.perturbation import Perturbation
     from cosae.activations.synthetic import World
     from cosae.train.arm import parse_arm
+    from cosae.train.parallel.config import ParallelConfig
 
     more = {
         "arms": tuple(parse_arm(text) for text in command.arms) or None,
         "data.site": command.site,
         "data.world": None if command.world is None else World.parse(command.world),
         "perturbation": None if command.inject is None else Perturbation.parse(command.inject),
+        "parallel": None if command.parallel is None else ParallelConfig.parse(command.parallel),
     }
     recipe = command.changed_recipe(more)
     if recipe.name == "embedded":  # the preset's name, which says nothing true of other data
@@ -186,14 +192,20 @@ def demo_folder(command: Demo) -> Path:
 def resume(command: Resume) -> int:
     from cosae.run.execute import Logs
     from cosae.run.execute import resume as go_on
+    from cosae.train.parallel.config import ParallelConfig
 
     if finished(command.run) and not (command.run / "report.html").exists():
         return report(Report((command.run,)))  # ended while its page was written
-    return _conclude([go_on(command.run, Logs(not command.quiet, metrics_only=command.metrics_only))], command.run)
+    logs = Logs(not command.quiet, metrics_only=command.metrics_only)
+    mesh = None if command.parallel is None else ParallelConfig.parse(command.parallel)
+    return _conclude([go_on(command.run, logs, parallel=mesh)], command.run)
 
 
 def _conclude(finished: Sequence[Any], out: Path) -> int:
-    """The report, then the arms that had to stop; status 1 where there are any."""
+    """The report, then the arms that had to stop; status 1 where there are any. Of several processes' run, the first
+    process reports."""
+    if not all(run.run for run in finished):
+        return 0
     report(Report(tuple(run.out for run in finished), out / "report.html"))
     runs = [run.run for run in finished]
     arms = [arm for run in runs for arm in run["arms"].items()]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cosae.kernels import autograd
 from cosae.kernels.autograd import apply
+from cosae.kernels.peers import ALONE, Peers
 from cosae.kernels.select import search, topk
 from cosae.kernels.terms import Entries, ScoreTerms
 
@@ -19,8 +20,10 @@ class SparsePath:
     finder: search.Finder
     sums: autograd.Sums
 
-    def select_batch_topk(self, terms: ScoreTerms, n_keep: int, hint: float | None = None) -> tuple[Entries, float]:
-        return search.select_batch_topk(terms, n_keep, hint, finder=self.finder)
+    def select_batch_topk(
+        self, terms: ScoreTerms, n_keep: int, hint: float | None = None, peers: Peers = ALONE
+    ) -> tuple[Entries, float]:
+        return search.select_batch_topk(terms, n_keep, hint, finder=self.finder, peers=peers)
 
     def select_topk(self, terms: ScoreTerms, k: int, absolute: bool = False) -> Entries:
         return topk.select_topk(terms, k, absolute, finder=self.finder)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cosae.kernels.peers import ALONE, Peers
+from cosae.kernels.select import shared
 from cosae.kernels.terms import Entries, ScoreTerms
 
 NAME = "reference"
@@ -47,13 +49,22 @@ def _largest(flat: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def select_batch_topk(terms: ScoreTerms, n_keep: int, hint: float | None = None) -> tuple[Entries, float]:
+def select_batch_topk(
+    terms: ScoreTerms, n_keep: int, hint: float | None = None, peers: Peers = ALONE
+) -> tuple[Entries, float]:
     """The n_keep largest scores of the whole batch among those > 0 (paper §2), and the smallest kept score.
 
-    The second value is a hint for the next batch's search and nothing else; 0.0 where nothing was kept.
+    The second value is a hint for the next batch's search and nothing else; 0.0 where nothing was kept. With peers:
+    this process' part of what all of them keep.
     """
     score_BF = scores(terms).relu()
     flat = score_BF.reshape(-1)
+    if not peers.alone:
+        at = flat.nonzero()[:, 0]
+        lowest, last = shared.cut(flat[at], at, n_keep, terms.n_features, peers)
+        place = torch.arange(flat.numel(), device=flat.device)
+        kept = (flat > lowest) | ((flat == lowest) & (place <= last) & (flat > 0))
+        return _entries(kept.reshape(score_BF.shape)), lowest
     keep = _largest(flat, min(n_keep, flat.numel()))
     keep = keep[flat[keep] > 0]
     mask = torch.zeros_like(flat, dtype=torch.bool)

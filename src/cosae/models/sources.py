@@ -188,11 +188,15 @@ class StreamedModelSource(_SiteSource):
 
     def chunks(self, start: int = 0) -> Iterator[Activations]:
         """Chunk `start`, `start + 1`, ... without end."""
+        return self.every(start, 1)
+
+    def every(self, start: int, step: int) -> Iterator[Activations]:
+        """Chunk `start`, `start + step`, ...: those between are read and not captured."""
         nearest = max(number for number in self._cursors if number <= start)
         for number, (sequences, cursor) in enumerate(self.text.chunks(self._cursors[nearest]), nearest):
             self.seek(number, cursor)
             self._names.append((sequences.first_doc, sequences.doc_names))
-            if number >= start:
+            if number >= start and (number - start) % step == 0:
                 yield self._capture(sequences)
 
     def document_name(self, doc: int) -> str | None:

@@ -11,7 +11,7 @@ import sys
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,20 @@ from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate, measure_fve
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
-from cosae.train.checkpoint import checkpoints, has_checkpoints, quarantine, read_latest, write_checkpoint
+from cosae.sae.parts import cut_
+from cosae.train.checkpoint import (
+    checkpoints,
+    has_checkpoints,
+    part_stem,
+    quarantine,
+    read_latest,
+    write_checkpoint,
+)
 from cosae.train.log import JsonLines, Logger, TensorBoard, TrainingDisplay, WandB
 from cosae.train.loop import Interrupted, train
+from cosae.train.parallel import mesh
+from cosae.train.parallel.config import ParallelConfig
+from cosae.train.ranks import ONE, Ranks
 from cosae.train.step import ArmState
 
 
@@ -87,27 +98,36 @@ def execute(
     data: opened already, by who closes it; otherwise opened and closed here.
     progress: shows the phases; None makes one, shown as `logs` says.
 
+    Under torchrun every process calls it, and what is Finished holds SAEs on the first of them alone.
+
     Raises CosaeError for what cannot be read or is not allowed, before `out` is made; Interrupted after a checkpoint
     was written.
     """
     recipe.check()
     check_device(recipe.device)
-    if out is not None:
-        check_free(out)
+    mesh.check_world(recipe.parallel)
+    if out is None and recipe.parallel.n > 1:
+        raise CosaeError("several processes train together only where a run is written to a folder: give one.")
+    if out is not None and mesh.restarted() and (out / RUN).is_file():
+        return resume(out, logs)
     logs = logs or Logs()
     with ExitStack() as opened:
-        stop = opened.enter_context(stop_on_signals(logs.progress, KeyboardInterrupt()))
-        progress = progress or Progress(logs.progress)
-        progress.stop = stop
+        ranks = opened.enter_context(mesh.joined(recipe.parallel, recipe.device))
+        ranks.agree(_facts(recipe))
+        if out is not None:
+            ranks.first(lambda: check_free(out))
+        stop = opened.enter_context(stop_on_signals(logs.progress and ranks.leads, KeyboardInterrupt()))
+        progress = progress or Progress(logs.progress and ranks.leads)
+        if ranks.n == 1:
+            progress.stop = stop
         if data is None:
             data = opened.enter_context(dataset_of(recipe, tensor))
             check_run(recipe, data, out)
-        run = opened.enter_context(closing(_Run(recipe, data, out, logs, measured, progress)))
-        if out is not None:
+        run = opened.enter_context(closing(_Run(recipe, data, out, logs, measured, progress, ranks)))
+        if out is not None and ranks.leads:
             opened.enter_context(hold(out))
-            check_free(out)  # nobody else came first
-            run.write_record("running")
-            write_recipe(out, run.recipe)
+        if out is not None:
+            ranks.first(lambda: run.begin(out))
         return run.go(stop)
 
 
@@ -117,6 +137,7 @@ def resume(
     logs: Logs | None = None,
     tensor: Tensor | ArrayLike | None = None,
     evaluate: bool | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> Finished:
     """Go on with the run in `out` from its last whole checkpoint, to the same end as without the interruption.
 
@@ -124,6 +145,7 @@ def resume(
     log, and measures at its end if it was started so (`evaluate` says otherwise).
 
     tensor: the activations (N, D) of a run that was started on a tensor or array in memory; None for all others.
+    parallel: another mesh than the run was started on.
     Raises CosaeError where there is no run, none of its checkpoints is whole, the run is finished, another process
     writes it, what is left to do cannot fit in memory or on disk, or its recipe or data are no longer those it was
     started with.
@@ -133,8 +155,14 @@ def resume(
         raise CosaeError(f"{out} holds no run to go on with (it has no {RECIPE}); give the folder of a run.")
     logs = logs or Logs()
     with ExitStack() as opened:
-        opened.enter_context(hold(out))
-        stop = opened.enter_context(stop_on_signals(logs.progress, KeyboardInterrupt()))
+        known = (out / RECIPE).is_file()  # not where the run ended between the writing of the two
+        record = folder.read_json(out / RUN) if (out / RUN).exists() else {}
+        recipe = Recipe.read(out / RECIPE) if known else from_plain(Recipe, record.get("recipe"), str(out / RUN))
+        recipe = recipe if parallel is None else replace(recipe, parallel=parallel)
+        ranks = opened.enter_context(mesh.joined(recipe.parallel, recipe.device))
+        if ranks.leads:
+            opened.enter_context(hold(out))
+        stop = opened.enter_context(stop_on_signals(logs.progress and ranks.leads, KeyboardInterrupt()))
         record = folder.read_json(out / RUN) if (out / RUN).exists() else {}
         if record.get("status") == "finished":
             raise CosaeError(f"the run in {out} is finished; see `cosae report {out}`, or start another run elsewhere.")
@@ -142,17 +170,17 @@ def resume(
             raise CosaeError(
                 f"the run in {out} was started on a tensor in memory: go on with cosae.resume(out, tensor=…)."
             )
-        known = (out / RECIPE).is_file()  # not where the run ended between the writing of the two
-        recipe = Recipe.read(out / RECIPE) if known else from_plain(Recipe, record.get("recipe"), str(out / RUN))
+        ranks.agree(_facts(recipe))
         check_device(recipe.device)
         data = opened.enter_context(dataset_of(recipe, None if tensor is None else as_matrix(tensor)))
         check_run(recipe, data, out, begun=True)
         measured = bool(record.get("evaluate", True)) if evaluate is None else evaluate
-        progress = Progress(logs.progress)
-        progress.stop = stop
-        run = opened.enter_context(closing(_Run(recipe, data, out, logs.since(record), measured, progress)))
+        progress = Progress(logs.progress and ranks.leads)
+        if ranks.n == 1:
+            progress.stop = stop
+        run = opened.enter_context(closing(_Run(recipe, data, out, logs.since(record), measured, progress, ranks)))
         run.restore(record)
-        if not known:
+        if (not known or parallel is not None) and ranks.leads:
             write_recipe(out, run.recipe)
         return run.go(stop)
 
@@ -174,30 +202,38 @@ class _Run:
     """What one execution holds while it goes: data, stream, arms, and where it writes."""
 
     def __init__(
-        self, recipe: Recipe, data: Dataset, out: Path | None, logs: Logs, measured: bool, progress: Progress
+        self,
+        recipe: Recipe,
+        data: Dataset,
+        out: Path | None,
+        logs: Logs,
+        measured: bool,
+        progress: Progress,
+        ranks: Ranks,
     ) -> None:
         torch.manual_seed(recipe.training.seed)
+        self.ranks, self.device = ranks, mesh.local_device(recipe.device)
         self.data, self.out, self.logs, self.measured, self.progress = data, out, logs, measured, progress
         data.progress = progress
         self.recipe = recipe = replace(recipe.resolved(data.d_in), data=data.resolved())
         recipe.check()  # widths are known now
         training = recipe.training
         self.stream = ActivationStream(
-            data.source,
+            ranks.source(data.source, recipe.data.prefetch_chunks),
             batch_tokens=training.batch_tokens,
             buffer_tokens=training.buffer_tokens,
             seed=training.seed,
             filter=recipe.filter,
             perturbation=recipe.training_perturbation,
-            device=recipe.device,
+            device=self.device,
             store_dtype=getattr(torch, training.store_dtype),
-            prefetch_chunks=recipe.data.prefetch_chunks,
+            prefetch_chunks=recipe.data.prefetch_chunks if ranks.n == 1 else 0,
             non_finite=recipe.data.non_finite,
             progress=progress,
         )
         try:
-            self.texts = text_probes(recipe, data) if measured else None
-            self._initialise()
+            self.texts = text_probes(recipe, data) if measured and ranks.leads else None
+            self.states = self._initialised()
         except BaseException:
             self.close()
             raise
@@ -209,20 +245,30 @@ class _Run:
         self._lines: dict[str, Lines] = {}
         self.resumed: list[dict[str, Any]] = []
 
-    def _initialise(self) -> None:
-        """Every arm's fresh state, from a sample of the first window."""
+    def begin(self, out: Path) -> None:
+        """Write what a run's folder begins with."""
+        check_free(out)  # nobody else came first
+        self.write_record("running")
+        write_recipe(out, self.recipe)
+
+    def _initialised(self) -> list[ArmState]:
+        """The fresh state of every arm of this rank, from a sample of the first window."""
         sample_ND = self.stream.sample_ND
         if not self.stream.norm_summary.total_variance > 0:
             raise CosaeError("activations must differ from one another: their variance in the first window is 0.")
-        self.states: list[ArmState] = []
+        states: list[ArmState] = []
         recipe, centred = self.recipe, any(arm.init.centre == "geometric_median" for arm in self.recipe.arms)
         name = "initialising with the geometric median" if centred else "initialising"
-        for arm in self.progress.each(recipe.arms, name, "SAEs"):
-            sae = arm.build(self.data.d_in, sample_ND, recipe.device)
+        peers = self.ranks.peers
+        for arm in self.progress.each(self.ranks.mine(recipe.arms), name, "SAEs"):
+            sae = arm.build(self.data.d_in, sample_ND, self.device)
             variance = _variance(sae, sample_ND) if arm.loss.normalise == "variance" else 1.0
             if arm.loss.normalise == "variance" and arm.loss.space == "raw":
                 variance = self.stream.norm_summary.total_variance
-            self.states.append(ArmState.start(arm, sae, variance, recipe.training.optimizer))
+            if peers.feature_ranks > 1:
+                sae = cut_(sae, peers.feature_rank, peers.feature_ranks)
+            states.append(ArmState.start(arm, sae, variance, recipe.training.optimizer, peers))
+        return states
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Put back the last whole checkpoint, if there is any; `record` is run.json as it was left."""
@@ -233,22 +279,32 @@ class _Run:
                 raise CosaeError(f"the data are not those the run in {self.out} was started with: put them back.")
             warnings = ["there is no checkpoint yet: the run begins again, and ends as it would have."]
         else:
-            parts, numbers, warnings = read_latest(self.out)
+            others = tuple(f"arm.{arm.name}" for arm in self.recipe.arms)
+            own = {f"arm.{state.arm.name}" for state in self.states}
+            parts, numbers, warnings = read_latest(
+                self.out, lambda stem: not stem.startswith(others) or stem.partition("@")[0] in own
+            )
             self._check_unchanged(from_plain(Recipe, numbers["recipe"], "checkpoint"))
             self.stream.restore({**parts["stream"], **numbers["stream"]})
-            for state in self.states:
-                state.restore(parts[f"arm.{state.arm.name}"], numbers["arms"][state.arm.name])
+            self._restore_arms(parts, numbers)
             self.start, self.seconds = int(numbers["step"]), float(numbers["seconds"])
             if "random" in parts:
                 restore_generators(parts["random"])
-            quarantine(self.out, self.start)
+            if self.ranks.leads:
+                quarantine(self.out, self.start)
             known = numbers.get("lines", {})
             self._known_lines = {name: [(step, crc) for step, crc in index] for name, index in known.items()}
-        for warning in warnings:
+        for warning in warnings if self.ranks.leads else ():
             print(warning, file=sys.stderr, flush=True)  # with or without a progress display
         self.started_at = record.get("started_at") or self.started_at
         self.wandb_run = (record.get("logs") or {}).get("wandb_run") or self.wandb_run
         self.resumed = [*record.get("resumed", []), {"at": provenance.now(), "step": self.start, "warnings": warnings}]
+
+    def _restore_arms(self, parts: Mapping[str, dict[str, Tensor]], numbers: Mapping[str, Any]) -> None:
+        n = int(numbers.get("feature_parts", 1))
+        for state in self.states:
+            name = state.arm.name
+            state.restore(state.own_part([parts[part_stem(name, i, n)] for i in range(n)]), numbers["arms"][name])
 
     def _check_unchanged(self, begun_with: Recipe | None) -> None:
         """Raises CosaeError where the recipe differs, in what decides weights, from that of the run's beginning."""
@@ -262,6 +318,8 @@ class _Run:
         """Train, calibrate, save, measure; Ctrl-C and SIGTERM save first what is not saved yet."""
         try:
             self._train(stop)
+            if self.ranks.n > 1 and not self._lead_on():
+                return Finished({}, None, {}, self.out)
             # nothing is left to save: the next signal stops at once
             stop.at_once = KeyboardInterrupt() if self.out is None else Interrupted(self.recipe.training.steps)
             if self.out is not None:
@@ -276,6 +334,19 @@ class _Run:
                 how = f"Saved up to {saved[-1].name}: go on with `cosae resume {self.out}`."
                 raise CosaeError(sentences(end, how)) from None
             raise
+
+    def _lead_on(self) -> bool:
+        """Leave the other ranks: what is left the leader does alone, with whole SAEs from the last checkpoint."""
+        assert self.out is not None
+        leads = self.ranks.leads
+        self.ranks.leave()
+        self.ranks, self.states = ONE, []
+        if leads:
+            self.progress.shown, self.states = False, self._initialised()
+            parts, numbers, _ = read_latest(self.out)
+            self._restore_arms(parts, numbers)
+            self.progress.shown = self.logs.progress
+        return leads
 
     def _train(self, stop: Stop) -> None:
         """All steps that are left, and a checkpoint after the last."""
@@ -310,6 +381,7 @@ class _Run:
                 log=self.progress.note,
                 on_event=on_event,
                 stop=stop,
+                ranks=self.ranks,
             )
             if self.out is not None and self.start < training.steps:
                 self._checkpoint(training.steps, self.seconds)
@@ -355,7 +427,7 @@ class _Run:
         logs = {"tensorboard": self.logs.tensorboard, "wandb": self.logs.wandb, "wandb_run": self.wandb_run}
         asked = {"logs": logs, "evaluate": self.measured}
         record = {**found, **asked, "started_at": self.started_at, "resumed": self.resumed, "seconds": self.seconds}
-        if self.out is not None:
+        if self.out is not None and self.ranks.leads:
             write_json(self.out / RUN, record)
         return record
 
@@ -367,15 +439,21 @@ class _Run:
         for lines in self._lines.values():
             lines.sync()
         index = {name: one.index for name, one in self._lines.items()}
-        parts = {"stream": tensors, "random": generator_state()}
-        parts |= {f"arm.{s.arm.name}": s.tensors() for s in self.states}
-        arms = {s.arm.name: s.numbers() for s in self.states}
+        ranks, peers = self.ranks, self.ranks.peers
+        parts = {"stream": tensors, "random": generator_state()} if ranks.leads else {}
+        if peers.token_rank == 0:
+            place = (peers.feature_rank, peers.feature_ranks)
+            parts |= {part_stem(s.arm.name, *place): s.tensors() for s in self.states}
+        every = ranks.gather({state.arm.name: state.numbers() for state in self.states})
+        arms = {arm.name: one[arm.name] for arm in self.recipe.arms for one in every if arm.name in one}
         numbers = {"seconds": seconds, "recipe": to_plain(self.recipe), "stream": plain, "arms": arms, "lines": index}
-        write_checkpoint(self.out, step, parts, numbers)
+        if peers.feature_ranks > 1:
+            numbers["feature_parts"] = peers.feature_ranks
+        write_checkpoint(self.out, step, parts, numbers, ranks)
 
     def _loggers(self, opened: ExitStack) -> list[Logger]:
         """Where numbers go, closed with `opened`. Damage of the files to go on with is said and recorded."""
-        if self.out is None:
+        if self.out is None or not self.ranks.leads:
             return [self._records]
         metrics = JsonLines(self.out / folder.METRICS, self.start, self._known_lines)
         opened.callback(metrics.close)
@@ -398,6 +476,12 @@ class _Run:
         return loggers
 
 
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    """What all ranks of a run must share: code, packages, and what the recipe changes of the defaults."""
+    changed = {path: here for path, (here, _) in recipe.diff(Recipe()).items()}
+    return {"the code's commit": provenance.commit(), "packages": provenance.packages(), **changed}
+
+
 def _variance(sae: SAE, sample_ND: Tensor) -> float:
     """Mean |z − mean z|² of a sample in the frame's units."""
     framed = frames.normalize(sae.cfg.frame, sample_ND.to(sae.centre_D), sae.centre_D.detach())
@@ -407,4 +491,5 @@ def _variance(sae: SAE, sample_ND: Tensor) -> float:
 
 _FREE = ["name", *(f"data.{name}" for name in ("n_workers", "prefetch_chunks", "store", "non_finite"))]
 _FREE += ["training.log_every", "training.checkpoint_every"]
+_FREE += [f"parallel.{f.name}" for f in fields(ParallelConfig)]
 """Fields of a recipe that have no say in what the weights become, beside those of its evaluation."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cosae.kernels import Entries, Kernel
+from cosae.kernels import ALONE, Entries, Kernel, Peers
 from cosae.types import NormStats, at_least_fp32
 
 LENGTH_MIN = 1e-8
@@ -27,7 +27,13 @@ class Decoder(nn.Module):
         self.norm_restoring = norm_restoring
 
     def reconstruct(
-        self, kernel: Kernel, value_E: Tensor, entries: Entries, n_tokens: int, norm_stats: NormStats | None
+        self,
+        kernel: Kernel,
+        value_E: Tensor,
+        entries: Entries,
+        n_tokens: int,
+        norm_stats: NormStats | None,
+        peers: Peers = ALONE,
     ) -> tuple[Tensor, ...]:
         """One (B, D) reconstruction of z for each prefix; differentiable in values and rows."""
         rows_FD = at_least_fp32(self.rows_FD)
@@ -45,6 +51,8 @@ class Decoder(nn.Module):
                 part_BD = kernel.decode(value_E[inside], chosen, rows_FD, n_tokens)
             sums.append(sums[-1] + part_BD if sums else part_BD)
             low = high
+        if peers.feature_ranks > 1:
+            sums = list(peers.features(torch.stack(sums)))
         if not self.norm_restoring:
             return tuple(sums)
         assert norm_stats is not None

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from cosae.errors import CosaeError, check_choice, check_positive
-from cosae.kernels import reference
+from cosae.kernels import Peers, reference
 from cosae.kernels.deterministic import matmul, total
+from cosae.kernels.select import shared
 from cosae.sae.model import SAE, TrainOutput
 from cosae.types import at_least_fp32
 
@@ -58,7 +59,8 @@ def token_weights(output: TrainOutput, power: float) -> Tensor:
     norm_stats = output.framed.norm_stats
     r_B = (norm_stats.r_B * norm_stats.scale_B).detach().clamp_min(DENOMINATOR_MIN)
     weight_B = torch.where(live_B, r_B.pow(-power), 0.0)
-    return weight_B * (live_B.sum() / total(weight_B).clamp_min(torch.finfo(weight_B.dtype).tiny))
+    weight = output.peers.tokens(total(weight_B)).clamp_min(torch.finfo(weight_B.dtype).tiny)
+    return weight_B * (output.n_live / weight)
 
 
 def squared_error(output: TrainOutput, error_B: Tensor, space: str) -> Tensor:
@@ -70,8 +72,7 @@ def reconstruction(output: TrainOutput, config: LossConfig, variance: float) -> 
     """() mean over live tokens and prefixes of the weighted squared error over `variance`."""
     weight_B = token_weights(output, config.reweight)
     per_prefix = [total(weight_B * squared_error(output, error_B, config.space)) for error_B in output.error]
-    n_live = output.framed.live_B.sum().clamp_min(1)
-    return torch.stack(per_prefix).mean() / n_live / variance
+    return output.peers.tokens(torch.stack(per_prefix)).mean() / output.n_live.clamp_min(1) / variance
 
 
 def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig, sparse_gradients: bool = False) -> Tensor:
@@ -92,20 +93,24 @@ def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig, spa
     score_BF = reference.content(dead_terms, matmul(dead_terms.z_BD, dead_terms.rows_FD.T))
     if dead_terms.bias_F is not None:
         score_BF = score_BF + dead_terms.bias_F
-    score_BF = _relu_straight_through(score_BF, config.aux_k if config.aux_k is not None else max(1, sae.d_in // 2))
-    score_BF = reference.values(dead_terms, score_BF)
-    recon_BD = matmul(score_BF, embedding(dead, at_least_fp32(sae.decoder.rows_FD), sparse=sparse_gradients))
+    peers = output.peers
+    k = config.aux_k if config.aux_k is not None else max(1, sae.d_in // 2)
+    score_BF = reference.values(dead_terms, _relu_straight_through(score_BF, k, peers))
+    dead_rows_FD = embedding(dead, at_least_fp32(sae.decoder.rows_FD), sparse=sparse_gradients)
+    recon_BD = peers.features(matmul(score_BF, dead_rows_FD))
     live_B1 = terms.live_B[:, None]
     residual_BD = (output.framed.z_BD - output.recon[-1]).detach() * live_B1
-    mean_D = residual_BD.sum(0) / terms.live_B.sum().clamp_min(1)
-    spread = total(((residual_BD - mean_D) * live_B1).square()).clamp_min(DENOMINATOR_MIN)
-    missed = total(((residual_BD - recon_BD) * live_B1).square())
+    mean_D = peers.tokens(residual_BD.sum(0)) / output.n_live.clamp_min(1)
+    spread = peers.tokens(total(((residual_BD - mean_D) * live_B1).square())).clamp_min(DENOMINATOR_MIN)
+    missed = peers.tokens(total(((residual_BD - recon_BD) * live_B1).square()))
     return missed / spread
 
 
-def _relu_straight_through(score_BF: Tensor, k: int) -> Tensor:
+def _relu_straight_through(score_BF: Tensor, k: int, peers: Peers) -> Tensor:
     """ReLU of each row's k largest, 0 elsewhere; the gradient of all k is 1, below 0 as well."""
-    if k < score_BF.shape[1]:
+    if peers.feature_ranks > 1:
+        score_BF = score_BF * shared.among_largest(score_BF.detach(), k, peers)
+    elif k < score_BF.shape[1]:
         kept = score_BF.topk(k, dim=-1).indices
         score_BF = score_BF * torch.zeros_like(score_BF).scatter_(1, kept, 1.0)
     return score_BF + (score_BF.relu() - score_BF).detach()
@@ -113,12 +118,12 @@ def _relu_straight_through(score_BF: Tensor, k: int) -> Tensor:
 
 def sparsity(sae: SAE, output: TrainOutput) -> Tensor:
     """() what λ multiplies: mean L0 over k (jumprelu), mean Σ_i ReLU(π_i) over k · mean ReLU(π) (gated)."""
-    n_live = output.framed.live_B.sum().clamp_min(1)
+    n_live, peers = output.n_live.clamp_min(1), output.peers
     if output.selection.count_B is not None:
-        return total(output.selection.count_B) / n_live / sae.k
+        return peers.both(total(output.selection.count_B)) / n_live / sae.k
     open_E = output.selection.score_E
-    sum_ = total(open_E)
-    typical = (sum_.detach() / len(open_E)).clamp_min(DENOMINATOR_MIN) if len(open_E) else open_E.new_ones(())
+    sum_, (n_open,) = peers.both(total(open_E)), peers.counts(len(open_E))
+    typical = (sum_.detach() / n_open).clamp_min(DENOMINATOR_MIN) if n_open else open_E.new_ones(())
     return sum_ / n_live / sae.k / typical
 
 
@@ -140,7 +145,7 @@ def terms_of(
     terms = {"reconstruction": reconstruction(output, config, variance)}
     if output.gate_error is not None:
         error_B = squared_error(output, output.gate_error, config.space) * output.framed.live_B
-        terms["gate"] = total(error_B) / output.framed.live_B.sum().clamp_min(1) / variance
+        terms["gate"] = output.peers.tokens(total(error_B)) / output.n_live.clamp_min(1) / variance
     if sae.cfg.selector in ("jumprelu", "gated"):
         terms["sparsity"] = sparsity_weight * sparsity(sae, output)
     if dead_F is not None and config.aux_coefficient > 0:

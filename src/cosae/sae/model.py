@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError
-from cosae.kernels import Entries, Kernel, ScoreTerms, StepCache, choose, reference
+from cosae.kernels import ALONE, Entries, Kernel, Peers, ScoreTerms, StepCache, choose, reference
 from cosae.kernels.cpu.sums import token_offsets
 from cosae.sae import frame as frames
 from cosae.sae.config import InitConfig, SAEConfig, check_activations
@@ -35,6 +35,7 @@ class TrainOutput:
     reconstructed  one (B, D) reconstruction of z for each prefix
     error    (B,) |z − ẑ|² of each of them, in the frame's units
     gate_error  gated only: (B,) |z − ẑ|² of ReLU(π) through the detached decoder
+    n_live   () tokens that are not masked, those of the peers too
     """
 
     framed: Framed
@@ -42,7 +43,9 @@ class TrainOutput:
     selection: Selection
     recon: tuple[Tensor, ...]
     error: tuple[Tensor, ...]
+    n_live: Tensor
     gate_error: Tensor | None = None
+    peers: Peers = ALONE
 
 
 class SAE(Shown, nn.Module):
@@ -237,28 +240,36 @@ class SAE(Shown, nn.Module):
         return frames.normalize(self.cfg.frame, flat_BD.to(self.device), self.centre_D, live_B)
 
     def train_forward(
-        self, x_BD: Tensor, hint: float | None = None, live_B: Tensor | None = None, cache: StepCache | None = None
+        self,
+        x_BD: Tensor,
+        hint: float | None = None,
+        live_B: Tensor | None = None,
+        cache: StepCache | None = None,
+        peers: Peers = ALONE,
     ) -> TrainOutput:
         """x (B, d_in) → everything a loss needs, by the training rule; differentiable in all parameters.
 
         `hint` is `selection.hint` of the batch before: it makes the search faster and changes no result. `live_B` is
         `frame.live_rows(x)`, where arms that share a batch have it already. `cache` is that of the training step.
+        `peers` have the rest of the batch, and of the dictionary that this SAE is a part of.
         """
         kernel = self._kernel()
         framed = self._framed(x_BD, live_B)
         terms = self.score.terms(framed, self.cfg.frame != "unit" and not x_BD.requires_grad, cache)
-        selection = self.selector.train_select(terms, kernel, hint)
+        selection = self.selector.train_select(terms, kernel, hint, peers)
         entries = selection.entries
         n_tokens = terms.n_tokens
-        recon = self.decoder.reconstruct(kernel, selection.value_E, entries, n_tokens, framed.norm_stats)
+        framed = peers.once(framed)
+        recon = self.decoder.reconstruct(kernel, selection.value_E, entries, n_tokens, framed.norm_stats, peers)
         error = tuple(kernel.squared_errors(framed.z_BD, part, terms.centre_only) for part in recon)
         gate_error = None
         if self.cfg.selector == "gated":
             rows_FD = at_least_fp32(self.decoder.rows_FD).detach()
             gate_E = kernel.entry_values(terms, entries, selection.score_E)
-            gate = kernel.decode(gate_E, entries, rows_FD, n_tokens)
+            gate = peers.features(kernel.decode(gate_E, entries, rows_FD, n_tokens))
             gate_error = kernel.squared_errors(framed.z_BD, gate, terms.centre_only)
-        return TrainOutput(framed, terms, selection, recon, error, gate_error)
+        n_live = peers.tokens(framed.live_B.sum())
+        return TrainOutput(framed, terms, selection, recon, error, n_live, gate_error, peers)
 
     def scores(self, x: Tensor) -> Tensor:
         """Dense (..., d_sae) scores s of the definition, −inf for all-zero rows: for looking, not for speed."""

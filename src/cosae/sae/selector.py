@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cosae.kernels import Entries, Kernel, ScoreTerms
+from cosae.kernels import ALONE, Entries, Kernel, Peers, ScoreTerms
 from cosae.kernels.autograd import apply
 from cosae.kernels.deterministic import total
+from cosae.kernels.select import shared
 
 SELECTORS = ("batch_topk", "topk", "abs_topk", "jumprelu", "gated")
 CALIBRATED_SELECTORS = ("batch_topk", "jumprelu", "gated")
@@ -139,8 +140,11 @@ class Selector(nn.Module):
         """True where inference needs no batch: top-k per token, own thresholds, or a calibrated one."""
         return self.name != "batch_topk" or not bool(self.threshold.isnan().any())
 
-    def train_select(self, terms: ScoreTerms, kernel: Kernel, hint: float | None = None) -> Selection:
-        """The training rule; differentiable. `hint` is what the last batch's Selection carried."""
+    def train_select(
+        self, terms: ScoreTerms, kernel: Kernel, hint: float | None = None, peers: Peers = ALONE
+    ) -> Selection:
+        """The training rule; differentiable. `hint` is what the last batch's Selection carried; `peers` have the rest
+        of the batch and of the dictionary."""
         if self.name == "jumprelu":
             theta_F = self.log_threshold_F.detach().to(terms.z_BD.dtype).exp()
             entries = kernel.select_above(terms.detached(), theta_F * (1 - 0.5 * self.bandwidth))
@@ -154,16 +158,22 @@ class Selector(nn.Module):
             zero = terms.z_BD.new_zeros(())
             return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), zero))
         if self.name == "batch_topk":
-            n_keep, ranked = self.k * int(terms.live_B.sum()), divided(terms, self.rank_gain_F)
-            entries, found = kernel.select_batch_topk(ranked, n_keep, hint)
+            n_keep, ranked = self.k * int(peers.tokens(terms.live_B.sum())), divided(terms, self.rank_gain_F)
+            entries, found = kernel.select_batch_topk(ranked, n_keep, hint, peers)
             if self.a_window and found > 0:
-                return self._with_window(terms, ranked, kernel, entries, found)
+                return self._with_window(terms, ranked, kernel, entries, found, peers)
             return self._evaluate(terms, kernel, entries, found)
         ranked, absolute = divided(terms, self.rank_gain_F), self.name == "abs_topk"
-        return self._evaluate(terms, kernel, kernel.select_topk(ranked, self.k, absolute))
+        entries = kernel.select_topk(ranked, self.k, absolute)
+        if peers.feature_ranks > 1:
+            with torch.no_grad():
+                score_E = self._scores(ranked, kernel, entries)[0]
+            keep_E = shared.merged_topk(entries.token_E, score_E.abs(), self.k, terms.n_tokens, peers)
+            entries = Entries(entries.token_E[keep_E], entries.feature_E[keep_E], cache=terms.cache)
+        return self._evaluate(terms, kernel, entries)
 
     def _with_window(
-        self, terms: ScoreTerms, ranked: ScoreTerms, kernel: Kernel, kept: Entries, least: float
+        self, terms: ScoreTerms, ranked: ScoreTerms, kernel: Kernel, kept: Entries, least: float, peers: Peers
     ) -> Selection:
         """The kept entries and, with value 0, those in the window below the least of them; what the window tells a."""
         low = terms.z_BD.new_tensor(least * (1 - 0.5 * self.a_window))
@@ -177,7 +187,7 @@ class Selector(nn.Module):
         a_E = kernel.at_feature(a, entries) if a.dim() else a
         slope_E = content_E.detach() * terms.log_r_B.detach()[entries.token_E] / gain_E
         moved_E = (a_E - a_E.detach()) * slope_E * inside_E  # 0, with the gradient of s / gain
-        mean = total(moved_E) / inside_E.sum().clamp_min(1)
+        mean = peers.both_and_back(total(moved_E)) / peers.both(inside_E.sum()).clamp_min(1)
         value_E = score_E * on_E + (moved_E - mean * inside_E) * gain_E / self.a_window
         return Selection(entries, score_E, kernel.entry_values(terms, entries, value_E), hint=least)
 

@@ -5,7 +5,8 @@
                                its own
         stream.safetensors     shuffle buffer and generator
         random.safetensors     the process' global generators
-        arm.NAME.safetensors   parameters, optimiser moments, feature ages
+        arm.NAME.safetensors   parameters, optimiser moments, feature ages; arm.NAME@IofN.safetensors those of one of N
+                               parts of its features, where several processes trained it
 
 The one before stays until the new one is complete (cosae.io.staged).
 """
@@ -16,6 +17,8 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from cosae.io.digest import file_digest
 from cosae.io.legacy import upgrade
 from cosae.io.staged import staged
 from cosae.io.untrusted import check_plain, one_line, parse_json, read_text
+from cosae.train.ranks import ONE, Ranks
 
 FOLDER = "checkpoints"
 RECORD = "checkpoint.json"
@@ -37,25 +41,39 @@ MAX_BYTES = 2**28
 NAME = re.compile(r"step_\d{9}")
 
 
-def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], record: dict[str, Any]) -> Path:
+def write_checkpoint(
+    run: Path, step: int, parts: dict[str, dict[str, Tensor]], record: dict[str, Any], ranks: Ranks = ONE
+) -> Path:
     """Write `parts` (file stem → tensors) and `record` (JSON) as the checkpoint after `step` steps; prune old ones.
+
+    Every rank writes its own parts, into one folder that all of them see; the leader writes the record and puts the
+    folder in its place.
 
     Raises CosaeError where the disk refuses; the checkpoints before it are untouched then.
     """
     root = run / FOLDER
     place = root / f"step_{step:09d}"
-    for partial in root.glob(".step_*"):
-        shutil.rmtree(partial, ignore_errors=True)
+    whole = ExitStack()
     try:
-        with staged(place) as folder:
-            digests = {}
-            for stem, tensors in parts.items():
-                file = folder / f"{stem}.safetensors"
-                save_file(_apart(tensors), file)
-                digests[file.name] = file_digest(file)
-            record = {"version": VERSION, "step": step, "files": digests, **record}
-            text = json.dumps({"sha256": _record_digest(record), "record": record})
-            (folder / RECORD).write_text(text, encoding="utf-8")
+        with whole:
+            opened = ranks.first(lambda: _opened(whole, place))
+            folder = ranks.gather(opened)[0]
+            assert folder is not None
+            written, fault = {}, None
+            try:
+                for stem, tensors in parts.items():
+                    file = folder / f"{stem}.safetensors"
+                    save_file(_apart(tensors), file)
+                    written[file.name] = file_digest(file)
+            except (OSError, SafetensorError) as error:
+                fault = f"{place} could not be written ({getattr(error, 'strerror', None) or error})"
+            every = ranks.gather((written, fault))
+            faults = [f"rank {rank}: {told}" if ranks.n > 1 else told for rank, (_, told) in enumerate(every) if told]
+            if faults:
+                raise CosaeError(f"{faults[0]}; what was there before is kept.")
+            digests = {name: digest for some, _ in every for name, digest in some.items()}
+            numbers = {"version": VERSION, "step": step, "files": digests, **record}
+            ranks.first(lambda: _finish(whole, folder, numbers))
     except CosaeError as error:
         earlier = checkpoints(run)
         before = f"the one before it ({earlier[-1].name}) is kept" if earlier else "there is none before it"
@@ -65,9 +83,27 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, dict[str, Tensor]], 
                 f"Make room, then go on with `cosae resume {run}`; {before}",
             )
         ) from None
-    for old in checkpoints(run)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    if ranks.leads:
+        for old in checkpoints(run)[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
     return place
+
+
+def _opened(whole: ExitStack, place: Path) -> Path:
+    """A folder to write into, which becomes `place` when `whole` is closed."""
+    for partial in place.parent.glob(".step_*"):
+        shutil.rmtree(partial, ignore_errors=True)
+    return whole.enter_context(staged(place))
+
+
+def _finish(whole: ExitStack, folder: Path, record: dict[str, Any]) -> None:
+    """Write the record, and put the folder in its place."""
+    text = json.dumps({"sha256": _record_digest(record), "record": record})
+    try:
+        (folder / RECORD).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CosaeError(f"{folder} could not be written ({error.strerror or error}).") from None
+    whole.close()
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,15 +139,23 @@ def quarantine(run: Path, step: int) -> None:
             place.rename(aside)
 
 
-def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list[str]]:
+def part_stem(arm: str, place: int, n: int) -> str:
+    """The file stem of one of n parts of an arm."""
+    return f"arm.{arm}" if n == 1 else f"arm.{arm}@{place}of{n}"
+
+
+def read_latest(
+    run: Path, wanted: Callable[[str], bool] = lambda stem: True
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list[str]]:
     """(parts, record, warnings) of the newest complete checkpoint; warnings name the damaged ones passed over.
 
-    Raises CosaeError where the run has no complete checkpoint.
+    wanted: of which files, by their stems, the tensors are needed. Raises CosaeError where the run has no complete
+    checkpoint.
     """
     warnings: list[str] = []
     for place in sorted((run / FOLDER).glob("step_*"), reverse=True):
         try:
-            return (*_read(place), warnings)
+            return (*_read(place, wanted), warnings)
         except CosaeError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -121,7 +165,7 @@ def read_latest(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     raise CosaeError(f"{run} has no checkpoint to go on from (none under {FOLDER}/). Start the run again.")
 
 
-def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def _read(place: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     check_plain(place)
     saved = parse_json(read_text(place / RECORD, MAX_BYTES), finite=False)
     record: dict[str, Any] = saved["record"]
@@ -135,7 +179,8 @@ def _read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     for name, digest in record["files"].items():
         if file_digest(place / name) != digest:
             raise ValueError(f"{name} differs from what was written")
-        parts[name.removesuffix(".safetensors")] = load_file(place / name)
+        if wanted(stem := name.removesuffix(".safetensors")):
+            parts[stem] = load_file(place / name)
     return parts, upgrade(record)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -22,12 +22,14 @@ from cosae.errors import CosaeError, check_choice, check_least, check_most
 from cosae.io.signals import Interrupted, Stop, StopAsked, stop_on_signals
 from cosae.train.arm import check_seed
 from cosae.train.log import Logger
+from cosae.train.ranks import ONE, Ranks
 from cosae.train.side_by_side import SideBySide
 from cosae.train.step import ArmState, Batch, NonFiniteError, OptimizerConfig, lr_scale, train_step
 from cosae.types import Activations
 
 __all__ = ["MOVING", "Interrupted", "Stream", "TrainingConfig", "exponent_moving", "train"]
 
+T = TypeVar("T")
 MOST_STEPS, MOST_TOKENS = 10**10, 2**40
 """More is a slip of the pen: years of a fast machine, terabytes of activations."""
 MOVING = 0.01
@@ -84,20 +86,23 @@ def train(
     log: Callable[[str], None] | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     stop: Stop | None = None,
+    ranks: Ranks = ONE,
 ) -> float:
     """Run steps start … config.steps − 1 for every arm; returns the seconds spent, earlier ones included.
 
     save(step, seconds) is called every `checkpoint_every` steps and on interruption; on_event(event) with whatever the
     stream's or an arm's monitor noticed: {"step", "kind", "arm" (None: the stream), numbers, "text"}. stop: who
     listens for Ctrl-C and SIGTERM; None listens here. An arm whose loss turns non-finite stops with a reason in
-    `ArmState.stopped`; the others go on. Raises Interrupted after saving, CosaeError when no arm is left, and what the
-    stream raises, after saving.
+    `ArmState.stopped`; the others go on. ranks: who trains the rest of each batch, of the SAEs and of the arms; a
+    batch of the stream is the whole one, and all stop and save after the same step. Raises Interrupted after saving,
+    CosaeError when no arm is left, and what the stream raises, after saving.
     """
     with stop_on_signals() if stop is None else nullcontext(stop) as stop, SideBySide(states) as side_by_side:
         notify = on_event or (lambda event: None)
         monitor, sink_norm = getattr(stream, "monitor", None), getattr(stream, "sink_norm", None)
         begun = time.perf_counter() - seconds
         saved = start
+        pending: list[dict[str, Any]] = []
         for step in range(start, config.steps):
             try:
                 batch = stream.next_batch()
@@ -120,24 +125,30 @@ def train(
             advance = partial(_advance, batch=batch, rows=rows, step=step, scale=scale, config=config)
             numbers = {}
             for state, measured in zip(running, side_by_side.run(advance, running), strict=True):
-                for event in _events(state, measured, log):
-                    notify({"step": done, "arm": state.arm.name, **event})
+                pending += [{"step": done, "arm": state.arm.name, **event} for event in _events(state, measured, log)]
                 if logged and measured is not None:
                     numbers[state.arm.name] = _record(state, measured, scale, step, config)
-            if all(state.stopped for state in states):
-                raise CosaeError("every arm stopped: " + "; ".join(f"{s.arm.name}: {s.stopped}" for s in states))
+            due = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
+            if ranks.n == 1 or logged or due:
+                for event in _once(ranks.gather(pending)):
+                    notify(event)
+                pending = []
+            if not ranks.any(not all(state.stopped for state in states)):
+                reasons = _once(ranks.gather([f"{s.arm.name}: {s.stopped}" for s in states]))
+                raise CosaeError("every arm stopped: " + "; ".join(reasons))
             if on_step is not None:
                 on_step()
             if logged:
                 elapsed = time.perf_counter() - begun
-                record = {"step": done, "tokens": done * config.batch_tokens, "seconds": elapsed, "arms": numbers}
+                arms = {name: arm for some in ranks.gather(numbers) for name, arm in some.items()}
+                record = {"step": done, "tokens": done * config.batch_tokens, "seconds": elapsed, "arms": arms}
                 for logger in loggers:
                     logger.log(record)
-            due = config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps
-            if save is not None and (due or (stop.asked and saved != done)):
+            asked = ranks.any(stop.asked)
+            if save is not None and (due or (asked and saved != done)):
                 save(done, time.perf_counter() - begun)
                 saved = done
-            if stop.asked:
+            if asked:
                 raise Interrupted(done)
     return time.perf_counter() - begun
 
@@ -158,6 +169,15 @@ def _advance(
         state.seconds += time.perf_counter() - begun
 
 
+def _once(lists: Sequence[list[T]]) -> list[T]:
+    """What the lists hold, in their order, each once: ranks of the same arms say the same."""
+    found: list[T] = []
+    for one in itertools.chain.from_iterable(lists):
+        if one not in found:
+            found.append(one)
+    return found
+
+
 def _events(
     state: ArmState, measured: dict[str, Any] | None, log: Callable[[str], None] | None
 ) -> list[dict[str, Any]]:
@@ -176,13 +196,14 @@ def _record(
     """Plain numbers of one arm for the log. Reads, changes no training state."""
     numbers: dict[str, Any] = {key: float(value) for key, value in measured.items()}
     numbers |= {"lr": state.optimizer.lr * scale, "a": state.exponent, "a_quantiles": None}
-    a = state.sae.scale_a.detach().float().flatten()
+    whole = state.peers.whole
+    a = whole(state.sae.scale_a.detach().float()).flatten()
     if numbers["a"] is not None and a.numel() > 1:
         marks = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=a.device)
         numbers["a_quantiles"] = torch.quantile(a[:1_000_000], marks).tolist()
     if state.sae.value_exponent is not None:
-        numbers["value_exponent"] = float(state.sae.value_exponent.detach().mean())
-    numbers["b"] = float(state.sae.scale_b.detach().mean())
+        numbers["value_exponent"] = float(whole(state.sae.value_exponent.detach()).mean())
+    numbers["b"] = float(whole(state.sae.scale_b.detach()).mean())
     if state.sae.cfg.selector in ("jumprelu", "gated"):
         numbers["sparsity_weight"] = state.weight
     return numbers

@@ -8,13 +8,13 @@ rows. `cosae.train.adam` holds the arithmetic of one parameter.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError, check_choice, check_positive
-from cosae.kernels import StepCache
+from cosae.kernels import ALONE, Peers, StepCache
 from cosae.kernels.moments import STATE_DTYPES, Moment, Task, key_of
 from cosae.train import adam
 
@@ -34,6 +34,7 @@ class UnitRowAdam:
     state_dtype     what the moments of matrices are kept in: float32, bfloat16 or int8 (cosae.kernels.moments)
     seed            of the stochastic rounding of compressed moments
     kernel          which path steps (cosae.kernels.choose)
+    split           names of parameters with a row or a number for each feature, of which peers have other ones
     screened        the parameter that the next step screens by: a step with a cache leaves its rows' norms there
                     (on a GPU its unit rows)
 
@@ -54,12 +55,14 @@ class UnitRowAdam:
         seed: int = 0,
         kernel: str = "auto",
         screened: str | None = None,
+        split: Collection[str] = (),
     ) -> None:
         self.parameters = dict(parameters)
         self.unit_rows = frozenset(unit_rows)
         self.lr, self.lr_multipliers = lr, dict(lr_multipliers or {})
         self.betas, self.eps, self.clip = betas, eps, clip
         self.state_dtype, self.seed, self.kernel, self.screened = state_dtype, seed, kernel, screened
+        self.split = frozenset(split)
         self._check()
         self._count = dict.fromkeys(self.parameters, 0)
         self._mean = {name: Moment.zero(p, state_dtype, signed=True) for name, p in self.parameters.items()}
@@ -81,14 +84,15 @@ class UnitRowAdam:
         check_choice("state_dtype", self.state_dtype, STATE_DTYPES)
 
     @torch.no_grad()
-    def step(self, lr_scale: float = 1.0, cache: StepCache | None = None) -> float:
+    def step(self, lr_scale: float = 1.0, cache: StepCache | None = None, peers: Peers = ALONE) -> float:
         """One step at lr · lr_scale; returns the global gradient norm after projection and before the clip.
 
-        cache: that of the training step, which may hold what the gradients' loops measured. A parameter without
+        cache: that of the training step, which may hold what the gradients' loops measured. peers: who has the other
+        features of the parameters in `split`; their gradients count in the norm. A parameter without
         gradient is left alone, its moments too. Raises FloatingPointError, before anything has changed, where a
         gradient is not finite; the message names the parameter.
         """
-        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        grads = self.gradients
         paths = {name: adam.path_of(self.kernel, grad, self.parameters[name]) for name, grad in grads.items()}
         along: dict[str, Tensor | None] = {}
         squares: list[Tensor] = []
@@ -96,7 +100,8 @@ class UnitRowAdam:
             weight, unit = self.parameters[name].detach(), name in self.unit_rows
             along[name], square = paths[name].measure(grad, weight, unit, cache)
             squares.append(square)
-        numbers = torch.stack(squares).tolist() if squares else []
+        split = [name in self.split for name in grads]
+        numbers = peers.squares(torch.stack(squares), split).tolist() if squares else []
         for name, value in zip(grads, numbers, strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(f"the gradient of {name} is not finite")
@@ -126,6 +131,11 @@ class UnitRowAdam:
             keys=(key_of(self.seed, f"mean.{name}", count), key_of(self.seed, f"square.{name}", count)),
             cache=cache if name == self.screened else None,
         )
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """By name, of the parameters that have one."""
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

@@ -39,6 +39,8 @@ class SideBySide(AbstractContextManager["SideBySide"]):
     def __init__(self, states: Sequence[ArmState]) -> None:
         device = states[0].sae.device.type if states else "cpu"
         self.n = n_at_once(len(states), device, [state.sae.kernel for state in states])
+        if not all(state.peers.alone for state in states):  # what processes say to each other needs one order
+            self.n = 1
         self._workspaces = [Workspace() for _ in range(self.n)]
         self._pool: ThreadPoolExecutor | None = None
         if self.n > 1:

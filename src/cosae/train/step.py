@@ -7,20 +7,22 @@ clip, Adam, unit decoder rows (cosae.train.optimizer) → sparsity controller.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError, check_choice, check_least, check_most, check_positive
-from cosae.kernels import StepCache
+from cosae.kernels import ALONE, Peers, StepCache
 from cosae.kernels.deterministic import total
 from cosae.kernels.moments import STATE_DTYPES
 from cosae.kernels.select.search import carried
 from cosae.sae import loss as losses
 from cosae.sae.frame import live_rows
 from cosae.sae.model import SAE, TrainOutput
+from cosae.sae.parts import joined, part_of, per_feature
 from cosae.sae.selector import PENALISED_SELECTORS
 from cosae.train.arm import Arm, input_noise
 from cosae.train.monitor import LossMonitor
@@ -89,6 +91,7 @@ class ArmState:
     digest  chained over the batches this arm was handed: equal digests mean the same batches in the same order
     cache   what the parts of a step tell each other and the next step; no result depends on it, no checkpoint holds it
     monitor what tells spikes and jumps from what was usual (cosae.train.monitor)
+    peers   who has the rest of batch and dictionary; the SAE and all (F,) are of this process' features then
     """
 
     arm: Arm
@@ -105,9 +108,10 @@ class ArmState:
     digest: bytes = bytes(32)
     cache: StepCache = field(default_factory=StepCache)
     monitor: LossMonitor = field(default_factory=LossMonitor)
+    peers: Peers = ALONE
 
     @classmethod
-    def start(cls, arm: Arm, sae: SAE, variance: float, config: OptimizerConfig) -> ArmState:
+    def start(cls, arm: Arm, sae: SAE, variance: float, config: OptimizerConfig, peers: Peers = ALONE) -> ArmState:
         """A fresh state. `variance` is what squared errors are divided by (cosae.sae.loss)."""
         parameters = dict(sae.named_parameters())
         optimizer = UnitRowAdam(
@@ -122,18 +126,19 @@ class ArmState:
             seed=arm.seed or 0,
             kernel=sae.kernel,
             screened="score.rows_FD",
+            split=per_feature(sae),
         )
         age_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
-        return cls(arm, sae, optimizer, variance, age_F, arm.sparsity_weight)
+        return cls(arm, sae, optimizer, variance, age_F, arm.sparsity_weight, peers=peers)
 
     @property
     def exponent(self) -> float | None:
         """Mean exponent a where it is learned and has an effect (in the unit frame r = 1: none), else None."""
         idle = self.sae.score.family.exponent_owner == "fixed" or self.sae.cfg.frame == "unit"
-        return None if idle else float(self.sae.scale_a.detach().mean())
+        return None if idle else float(self.peers.whole(self.sae.scale_a.detach()).mean())
 
     def tensors(self) -> dict[str, Tensor]:
-        """State for a checkpoint, tensors by name (no copies)."""
+        """State for a checkpoint, tensors by name (no copies): of this process' features."""
         state = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         state |= {f"optimizer.{name}": value for name, value in self.optimizer.state_dict().items()}
         return {**state, "age_F": self.age_F}
@@ -143,6 +148,13 @@ class ArmState:
         shift_mean = None if math.isnan(self.shift_mean) else self.shift_mean
         special = {"shift_mean": shift_mean, "digest": self.digest.hex(), "monitor": asdict(self.monitor)}
         return {name: getattr(self, name) for name in PLAIN_NUMBERS} | special
+
+    def own_part(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `restore` takes, from `tensors` of all features in their order, however many parts these were cut in."""
+        if len(parts) == self.peers.feature_ranks:
+            return parts[self.peers.feature_rank]
+        names = [*per_feature(self.sae), "age_F"]
+        return part_of(joined(parts, names), names, self.peers.feature_rank, self.peers.feature_ranks)
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Put back what `tensors` and `numbers` gave, to the bit."""
@@ -171,6 +183,13 @@ class Batch:
     calm_B: Tensor | None = None
     calm_spread: Tensor | None = None
 
+    def part(self, rows: slice) -> Batch:
+        """Some of its rows; the spreads stay those of the whole batch."""
+        if len(range(*rows.indices(len(self.x_BD)))) == len(self.x_BD):
+            return self
+        calm_B = None if self.calm_B is None else self.calm_B[rows]
+        return replace(self, x_BD=self.x_BD[rows], live_B=self.live_B[rows], calm_B=calm_B)
+
     @classmethod
     def of(cls, x_BD: Tensor, sink_B: Tensor | None = None) -> Batch:
         """These rows with what every arm asks of them."""
@@ -194,18 +213,21 @@ def train_step(
     Returns loss, its terms and what `measure` reads, as 0-d tensors or numbers. Raises NonFiniteError, with nothing
     changed, where the loss or a gradient is not finite. No gradient outlives the step; its matrices are kept in the
     cache's workspace as memory for the next one's: arms in lockstep share one and need one arm's.
+
+    With peers, x is the whole batch, of which this process takes its rows, and the numbers are those of all of them.
     """
-    sae, arm = state.sae, state.arm
+    sae, arm, peers = state.sae, state.arm, state.peers
     batch = x_BD if isinstance(x_BD, Batch) else Batch.of(x_BD)
     if arm.input_noise != 1.0:
         sink_B = None if batch.calm_B is None else batch.live_B & ~batch.calm_B
         batch = Batch.of(input_noise(batch.x_BD, arm.input_noise, arm.seed or 0, step), sink_B)
-    output = sae.train_forward(batch.x_BD, state.hint, batch.live_B, state.cache)
+    batch = batch.part(peers.rows(len(batch.x_BD)))
+    output = sae.train_forward(batch.x_BD, state.hint, batch.live_B, state.cache, peers)
     fired_F, n_fired = _fired(sae, output)
-    n_live = output.framed.live_B.sum()
+    n_live = output.n_live
     age_F = torch.where(fired_F, 0, state.age_F + n_live)
     dead_F = age_F >= dead_after_tokens
-    has_dead = bool(dead_F.any())
+    n_fired, has_dead = peers.counts(n_fired, int(dead_F.any()))
     terms = losses.terms_of(
         sae,
         output,
@@ -220,8 +242,11 @@ def train_step(
         raise NonFiniteError(f"the loss became {float(loss.detach())} at step {step}")
     state.optimizer.zero_grad()
     torch.autograd.backward(loss)
+    if not peers.alone:
+        state.cache.measured = []  # of this process' share of the gradients
+        peers.reduce_gradients(state.optimizer.parameters, state.optimizer.split)
     try:
-        grad_norm = state.optimizer.step(scale, state.cache)
+        grad_norm = state.optimizer.step(scale, state.cache, peers)
     except FloatingPointError:
         raise NonFiniteError(f"a gradient became non-finite at step {step}") from None
     finally:
@@ -230,16 +255,17 @@ def train_step(
     state.age_F = age_F
     state.hint = carried(state.hint, output.selection.hint)
     l0 = n_fired / max(int(n_live), 1)
-    if sae.cfg.selector == "gated" and len(output.selection.score_E):
+    if sae.cfg.selector == "gated":
         open_E = output.selection.score_E.detach()
-        state.typical_gate = float(total(open_E) / len(open_E))
+        if n_open := peers.counts(len(open_E))[0]:
+            state.typical_gate = float(peers.both(total(open_E)) / n_open)
     _control(state, l0, step)
     return {
         "loss": loss.detach(),
         **{f"loss_{name}": value.detach() for name, value in terms.items()},
         "grad_norm": grad_norm,
         "l0": l0,
-        "dead_frac": dead_F.float().mean() if has_dead else 0.0,
+        "dead_frac": peers.features(dead_F.float().mean()) / peers.feature_ranks if has_dead else 0.0,
         **_batch_fve(output, batch),
     }
 
@@ -249,7 +275,8 @@ def _fired(sae: SAE, output: TrainOutput) -> tuple[Tensor, int]:
     feature_E, on_E = output.selection.entries.feature_E, output.selection.value_E.detach() != 0
     n_fired = int(on_E.sum())
     fired_E = feature_E if n_fired == len(feature_E) else feature_E[on_E]
-    return torch.zeros(sae.d_sae, dtype=torch.bool, device=fired_E.device).index_fill_(0, fired_E, True), n_fired
+    fired_F = torch.zeros(sae.d_sae, dtype=torch.bool, device=fired_E.device).index_fill_(0, fired_E, True)
+    return fired_F if output.peers.alone else output.peers.tokens(fired_F.int()) > 0, n_fired
 
 
 @torch.no_grad()
@@ -258,11 +285,12 @@ def _batch_fve(output: TrainOutput, batch: Batch) -> dict[str, Tensor]:
 
     Where it is known which rows are sinks, without them too.
     """
-    error_B = losses.squared_error(output, output.error[-1], "raw")
-    found = {"fve": 1 - total(error_B[batch.live_B]) / batch.spread.clamp_min(losses.DENOMINATOR_MIN)}
+    error_B, tokens = losses.squared_error(output, output.error[-1], "raw"), output.peers.tokens
+    missed = tokens(total(error_B[batch.live_B]))
+    found = {"fve": 1 - missed / batch.spread.clamp_min(losses.DENOMINATOR_MIN)}
     if batch.calm_B is not None and batch.calm_spread is not None:
-        calm = total(error_B[batch.calm_B]) / batch.calm_spread.clamp_min(losses.DENOMINATOR_MIN)
-        found["fve_sinks_out"] = 1 - calm if bool(batch.calm_B.any()) else calm.new_tensor(math.nan)
+        calm = tokens(total(error_B[batch.calm_B])) / batch.calm_spread.clamp_min(losses.DENOMINATOR_MIN)
+        found["fve_sinks_out"] = 1 - calm if int(tokens(batch.calm_B.sum())) else calm.new_tensor(math.nan)
     return found
 
 

@@ -24,7 +24,8 @@ from cosae.kernels import reference
 from cosae.kernels.cache import Seen
 from cosae.kernels.cpu import native
 from cosae.kernels.cpu.sums import grouped, token_offsets
-from cosae.kernels.select import screen
+from cosae.kernels.peers import ALONE, Peers
+from cosae.kernels.select import screen, shared
 from cosae.kernels.select.survivors import Survivors, survivors
 from cosae.kernels.terms import Entries, Groups, Products, ScoreTerms
 
@@ -132,29 +133,40 @@ def _sampled_threshold(terms: ScoreTerms, n_keep: int) -> float:
     return max(0.0, 0.95 * float(flat.topk(rank).values[-1]))
 
 
-def _search(terms: ScoreTerms, n_keep: int, hint: float | None, finder: Finder) -> Survivors:
-    """Survivors of a threshold that at least n_keep pass (all positive scores where fewer are positive)."""
+def _guess(terms: ScoreTerms, n_keep: int, peers: Peers) -> float:
+    """The threshold to begin with where no hint came, the same on all processes: the mean of what each would guess."""
+    if peers.alone:
+        return _sampled_threshold(terms, n_keep)
+    n = peers.token_ranks * peers.feature_ranks
+    own = terms.z_BD.new_tensor(_sampled_threshold(terms, max(1, n_keep // n)))
+    return float(peers.both(own)) / n
+
+
+def _search(terms: ScoreTerms, n_keep: int, hint: float | None, finder: Finder, peers: Peers) -> tuple[Survivors, int]:
+    """Survivors of a threshold that at least n_keep pass (all positive scores where fewer are positive), and how many
+    there are in all processes."""
     everything = terms.n_tokens * terms.n_features
     room = min(everything, 3 * n_keep + 4096)
     sampled = hint is None or not (0.0 < hint < math.inf)
-    guess = _sampled_threshold(terms, n_keep) if sampled else HINT_SHARE * cast(float, hint)
+    guess = _guess(terms, n_keep, peers) if sampled else HINT_SHARE * cast(float, hint)
     too_low: float | None = None
     too_high: float | None = None
     for attempt in range(12):
         threshold_F = terms.z_BD.new_full((terms.n_features,), guess)
         answer = finder.survivors(terms, threshold_F, room, None)
-        if answer is not None and (len(answer) >= n_keep or guess == 0.0):
-            return answer
-        if answer is None:
+        n_found, n_full = peers.counts(0 if answer is None else len(answer), int(answer is None))
+        if answer is not None and n_full == 0 and (n_found >= n_keep or guess == 0.0):
+            return answer, n_found
+        if n_full:
             too_low = guess
         else:
             too_high = guess
-        missing = 0.0 if answer is None else 1.0 - len(answer) / n_keep
+        missing = 0.0 if n_full else 1.0 - n_found / n_keep
         if attempt == 0 and 0.0 < missing < 0.5:
             # a near miss, as where batches differ in norm: scores near the cut thin out about e-fold per 20 %
             guess *= 1.0 - 0.3 * missing - 0.03
         elif not sampled:
-            sampled, guess = True, _sampled_threshold(terms, n_keep)
+            sampled, guess = True, _guess(terms, n_keep, peers)
             guess = guess if too_high is None else min(guess, 0.9 * too_high)
         elif too_high is None:
             room, guess = min(everything, 4 * room), 1.1 * guess
@@ -178,22 +190,28 @@ def _cut(score_S: Tensor, rank: int) -> tuple[float, int, int]:
 
 @torch.no_grad()
 def select_batch_topk(
-    terms: ScoreTerms, n_keep: int, hint: float | None = None, *, finder: Finder = CPU
+    terms: ScoreTerms, n_keep: int, hint: float | None = None, *, finder: Finder = CPU, peers: Peers = ALONE
 ) -> tuple[Entries, float]:
     """The n_keep largest scores of the whole batch among those > 0 (paper §2), and the smallest kept score.
 
-    hint: the last batch's smallest kept score, where there is one; any value gives the same result.
+    hint: the last batch's smallest kept score, where there is one; any value gives the same result. peers: who has the
+    rest of batch and dictionary; the entries are this process' part of the n_keep of all.
     """
     terms = terms.detached()
-    if not finder.serves(terms, n_keep):
-        entries, smallest = reference.select_batch_topk(terms, n_keep, hint)
+    n = peers.token_ranks * peers.feature_ranks
+    if peers.counts(int(finder.serves(terms, n_keep // n)))[0] < n:
+        entries, smallest = reference.select_batch_topk(terms, n_keep, hint, peers)
         return grouped(entries, terms), smallest
-    found = _search(terms, n_keep, hint, finder) if n_keep > 0 else None
-    if found is None or len(found) == 0:
-        empty = torch.empty(0, dtype=torch.int64, device=terms.z_BD.device)
+    found, n_found = _search(terms, n_keep, hint, finder, peers) if n_keep > 0 else (None, 0)
+    empty = torch.empty(0, dtype=torch.int64, device=terms.z_BD.device)
+    if found is None or n_found == 0:
         return Entries(empty, empty.clone(), cache=terms.cache), 0.0
     last_flat = terms.n_tokens * terms.n_features
-    if len(found) <= n_keep:
+    if not peers.alone:
+        lowest, last_flat = shared.cut(found.score_S, flat(found, terms.n_features), n_keep, terms.n_features, peers)
+        if len(found) == 0:
+            return Entries(empty, empty.clone(), cache=terms.cache), lowest
+    elif n_found <= n_keep:
         lowest = float(found.score_S.min())
     else:
         lowest, n_above, n_tied = _cut(found.score_S, len(found) - n_keep)
