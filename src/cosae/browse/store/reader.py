@@ -24,7 +24,6 @@ from cosae.browse.store.explained import read_explanations
 from cosae.browse.store.format import Array, RowReader
 from cosae.browse.store.pairs import compare_features, compare_saes
 from cosae.browse.store.records import (
-    GROUPS,
     NUMBERS,
     Columns,
     Comparison,
@@ -32,7 +31,6 @@ from cosae.browse.store.records import (
     Explanation,
     Feature,
     Match,
-    Neighbour,
     Norms,
     Overview,
     Pairing,
@@ -43,18 +41,14 @@ from cosae.browse.store.records import (
     TablePage,
     Texts,
 )
+from cosae.browse.store.rows import example, histogram, ids_with_values, known, neighbours, score_of
+from cosae.browse.store.table import SEARCHES, Filters, filtered, searched
 from cosae.errors import CosaeError, check_choice, check_least
 from cosae.io.digest import file_digest
 from cosae.io.records import read_record
 from cosae.io.values import from_plain
 from cosae.shown import counted
 
-Range = tuple[float | None, float | None]
-Filters = Mapping[str, Range | bool]
-"""By column of NUMBERS the least and largest value (None: no bound), both ends in; features whose number is missing are
-left out. And by word: dead, matched_any, explained: True or False."""
-WORDS = ("dead", "matched_any", "explained")
-SEARCHES = ("any", "token", "label", "concept", "id")
 SCALARS = ("firings", "largest", "mean", "norm_driven", "firing_norm", "pair_firings")
 MOST_ROWS = 1000
 MOST_OPEN = 8
@@ -135,7 +129,7 @@ class FeatureStore:
         found["score"] = np.full(len(table["id"]), np.nan)
         for id, one in self.explanations(sae).items():
             if id < len(found["score"]):
-                found["score"][id] = _score(one) if _score(one) is not None else np.nan
+                found["score"][id] = score_of(one) if score_of(one) is not None else np.nan
         return found
 
     def table(
@@ -160,7 +154,7 @@ class FeatureStore:
         check_least("offset", offset, 0)
         check_least("limit", limit, 1)
         columns = self.columns(sae)
-        keep_F = self._filtered(sae, columns, filters or {})
+        keep_F = filtered(columns, list(self.explanations(sae)), filters or {})
         if search is not None and search.strip():
             keep_F &= self._found(sae, search.strip().lower(), search_in)
         value_F = columns[sort]
@@ -187,7 +181,7 @@ class FeatureStore:
         auroc_C = one.get("aurocs", np.zeros(0))
         names = [name for name, _ in self.concepts]
         best = [int(c) for c in np.argsort(-auroc_C, kind="stable") if not math.isnan(auroc_C[c])]
-        edges, counts = _histogram(one)
+        edges, counts = histogram(one)
         fires = one["firings"] > 0
         return Feature(
             row=self._row(sae, id),
@@ -196,22 +190,22 @@ class FeatureStore:
             edges=edges,
             counts=counts,
             negative=float(one["negatives"] / one["firings"]) if plain["signed"] and fires else None,
-            promoted=_ids_with_values(one, "promoted"),
-            suppressed=_ids_with_values(one, "suppressed"),
+            promoted=ids_with_values(one, "promoted"),
+            suppressed=ids_with_values(one, "suppressed"),
             quartile_share=tuple((one["quartiles"] / one["firings"]).tolist()) if fires else None,
             vanished=int(one["vanished"]),
             appeared=int(one["appeared"]),
             aurocs=tuple((names[c], float(auroc_C[c])) for c in best),
             exponent=float(one["exponent"]),
-            value_exponent=_known(one["value_exponent"]) if "value_exponent" in one else None,
+            value_exponent=known(one["value_exponent"]) if "value_exponent" in one else None,
             log_gain=float(one["log_gain"]),
-            bias=_known(one["bias"]),
-            threshold=_known(one["threshold"]),
+            bias=known(one["bias"]),
+            threshold=known(one["threshold"]),
             decoder_norm=float(one["decoder_norm"]),
             encoder_norm=float(one["encoder_norm"]),
             examples=self._examples(sae, id),
-            by_cosine=_neighbours(one, "by_cosine"),
-            by_cofiring=_neighbours(one, "by_cofiring"),
+            by_cosine=neighbours(one, "by_cosine"),
+            by_cofiring=neighbours(one, "by_cofiring"),
             matches=tuple(self._matches(sae, one)),
             explanation=self.explanations(sae).get(id),
         )
@@ -339,58 +333,25 @@ class FeatureStore:
             id=id,
             density=float(table["density"][id]),
             firings=int(table["firings"][id]),
-            largest=_known(table["largest"][id]),
-            mean=_known(table["mean"][id]),
-            norm_driven=_known(table["norm_driven"][id]),
-            firing_norm=_known(table["firing_norm"][id]),
-            auroc=_known(table["auroc"][id]),
+            largest=known(table["largest"][id]),
+            mean=known(table["mean"][id]),
+            norm_driven=known(table["norm_driven"][id]),
+            firing_norm=known(table["firing_norm"][id]),
+            auroc=known(table["auroc"][id]),
             concept=self.concepts[concept][0] if concept >= 0 else None,
             matched=int(table["matched"][id]),
             tokens=tuple(token for token in table["top_tokens"][id].tolist() if token >= 0),
             label=None if told is None else told.text,
-            score=None if told is None else _score(told),
+            score=None if told is None else score_of(told),
         )
 
-    def _filtered(self, sae: str, columns: Columns, filters: Filters) -> NDArray[np.bool_]:
-        keep_F = np.ones(len(columns["id"]), dtype=bool)
-        for name, wanted in filters.items():
-            if name in WORDS:
-                if not isinstance(wanted, bool):
-                    raise CosaeError(f"the filter {name} is True or False. Got {wanted!r} instead.")
-                if name == "explained":
-                    has_F = np.isin(columns["id"], list(self.explanations(sae)))
-                else:
-                    has_F = columns["firings"] == 0 if name == "dead" else columns["matched"] > 0
-                keep_F &= has_F == wanted
-                continue
-            check_choice("a filter", name, (*NUMBERS, *WORDS))
-            if isinstance(wanted, bool) or len(wanted) != 2:
-                raise CosaeError(f"the filter {name} is a least and a largest value. Got {wanted!r} instead.")
-            low, high = (end if end is not None else side * math.inf for end, side in zip(wanted, (-1, 1), strict=True))
-            with np.errstate(invalid="ignore"):
-                keep_F &= (columns[name] >= low) & (columns[name] <= high)
-        return keep_F
-
     def _found(self, sae: str, text: str, where: str) -> NDArray[np.bool_]:
-        table = self._table(sae)
-        found_F = np.zeros(len(table["id"]), dtype=bool)
-        if where in ("any", "token"):
-            with self._lock:
-                if self._lower is None:
-                    spelled = self._vocabulary
-                    self._lower = np.fromiter(spelled, np.int64, len(spelled)), [t.lower() for t in spelled.values()]
-            ids, lowered = self._lower
-            hits = ids[np.fromiter((text in one for one in lowered), bool, len(lowered))]
-            found_F |= np.isin(table["top_tokens"], hits).any(1)
-        if where in ("any", "label"):
-            hit = [id for id, one in self.explanations(sae).items() if text in one.text.lower()]
-            found_F[[id for id in hit if id < len(found_F)]] = True
-        if where in ("any", "concept"):
-            hit = [place for place, (name, _) in enumerate(self.concepts) if text in name.lower()]
-            found_F |= np.isin(table["concept"], hit)
-        if where in ("any", "id") and text.isdecimal() and int(text) < len(found_F):
-            found_F[int(text)] = True
-        return found_F
+        with self._lock:
+            if self._lower is None:
+                spelled = self._vocabulary
+                self._lower = np.fromiter(spelled, np.int64, len(spelled)), [one.lower() for one in spelled.values()]
+        names = [name for name, _ in self.concepts]
+        return searched(self._table(sae), self._lower, self.explanations(sae), names, text, where)
 
     def _numbers_of(self, sae: str, id: int) -> dict[str, Any]:
         with self._lock:
@@ -403,7 +364,7 @@ class FeatureStore:
             if f"{self._folder(sae)}/{name}" not in self._record["files"]:
                 return ()
             rows = self._reader(sae, name).group(id % files.FILE_FEATURES // files.GROUP_FEATURES)
-        return tuple(_example(rows, int(row)) for row in np.flatnonzero(rows["feature"] == id))
+        return tuple(example(rows, int(row)) for row in np.flatnonzero(rows["feature"] == id))
 
     def _matches(self, sae: str, one: Mapping[str, Any]) -> list[Match]:
         found = []
@@ -430,56 +391,3 @@ def open_store(folder: Path | str) -> FeatureStore:
         if not place.is_file() or place.stat().st_size != size:
             raise CosaeError(f"{place} is damaged or gone: build the store again.")
     return FeatureStore(folder, record)
-
-
-def _known(value: Any) -> float | None:
-    return float(value) if value == value else None
-
-
-def _score(one: Explanation) -> float | None:
-    parts = [part.value for part in (one.detection, one.fuzzing) if part is not None and part.value is not None]
-    return sum(parts) / len(parts) if parts else None
-
-
-def _ids_with_values(one: Mapping[str, Any], name: str) -> tuple[tuple[int, float], ...]:
-    if f"{name}_id" not in one:
-        return ()
-    pairs = zip(one[f"{name}_id"].tolist(), one[f"{name}_value"].tolist(), strict=True)
-    return tuple((id, value) for id, value in pairs if id >= 0)
-
-
-def _neighbours(one: Mapping[str, Any], name: str) -> tuple[Neighbour, ...]:
-    parts = (one[f"{name}_{column}"].tolist() for column in ("id", "cosine", "jaccard"))
-    return tuple(Neighbour(id, _known(c), _known(j)) for id, c, j in zip(*parts, strict=True) if id >= 0)
-
-
-def _histogram(one: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Edges and counts without the empty bins below the least value."""
-    count_n = one["histogram"]
-    some = np.flatnonzero(count_n)
-    if not len(some):
-        return (), ()
-    first, step = int(some[0]), files.FINE_BINS // files.BINS_OCTAVE
-    above = one["histogram_top"] + 1  # in fine bins, the upper edge of the last bin
-    edges = 2.0 ** ((above - step * np.arange(len(count_n) - first, -1, -1)) / files.FINE_BINS)
-    return tuple(edges.tolist()), tuple(count_n[first:].tolist())
-
-
-def _example(rows: Mapping[str, Array], row: int) -> Example:
-    real_W = (rows["flags"][row] & files.REAL) > 0
-    flag_W = rows["flags"][row][real_W]
-    interval, document = int(rows["interval"][row]), rows["document"][row]
-    return Example(
-        group=GROUPS[int(rows["group"][row])],
-        at=int(rows["at"][row]),
-        ids_W=rows["ids"][row][real_W],
-        value_W=rows["value"][row][real_W],
-        r_W=rows["r"][row][real_W],
-        kappa_W=rows["kappa"][row][real_W].astype(np.float32) / files.KAPPA_ONE,
-        sink_W=(flag_W & files.SINK) > 0,
-        counted_W=(flag_W & files.COUNTED) > 0,
-        interval=interval if interval >= 0 else None,
-        document=document or None,
-        sequence=int(rows["sequence"][row]),
-        position=int(rows["position"][row]),
-    )
