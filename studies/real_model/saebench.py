@@ -4,9 +4,10 @@ SAEBench leaves BOS, padding and EOS out of the pooling by their ids. With SmolL
 position 0, takes the sink and is left out. Without one, as Qwen3's tokenizer has none, the first word takes the sink
 and is pooled: the paper's case. Nothing else differs; the copy of the model links to the same weights.
 
-Its data sets lie on the hub. Those here are written in the place and format of its AG News, four classes each: AG News
-itself and code (C, Python, HTML, other languages), both from sae-probes, and the four largest topics of Wikipedia's
-introductions. 100 texts a class for training, 50 for test (SAEBench: 2000 and 500); no probe on all latents.
+Its data sets lie on the hub. Those here are written in the place and format of its AG News, four classes each, texts of a
+set from one source: news, help-desk tickets and code of sae-probes, three classes that it labels and the rest as the
+fourth, and the four largest topics of Wikipedia's introductions. 100 texts a class for training, 50 for test (SAEBench:
+2000 and 500), 64 tokens a text (128), no probe on all latents.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from cosae.io.atomic import write_text
 from cosae.models.load import place_of
 from cosae.run.folder import read_json, write_json
 from cosae.text.labelled import read_labelled
-from studies.real_model.design import CONTEXT, MODEL
+from studies.real_model.design import MODEL
 from studies.runsets import CACHE, SEEDS, finished, folder_of
 
 PLACE = CACHE / "real_model" / "saebench"
@@ -33,11 +34,16 @@ TRAIN, TEST = 100, 50
 ARMS = ("standard", "cosine")
 RUNS = ("real_14", "real_10")
 BOS = {"with a BOS": True, "without": False}
-SETS = ("ag_news", "code", "topic")
+LABELLED = {
+    "news": ("139_news_class_Politics", "140_news_class_Technology", "141_news_class_Entertainment"),
+    "code": ("158_code_C", "159_code_Python", "160_code_HTML"),
+    "tickets": ("151_it_tick_HR Support", "152_it_tick_Hardware", "153_it_tick_Administrative rights"),
+}
+SETS = ("topic", *LABELLED)
 METRICS = ("sae_top_1", "sae_top_2", "sae_top_5")
 SIZES = {
     **{"probe_train_set_size": 2 * TRAIN, "probe_test_set_size": 2 * TEST},
-    **{"context_length": CONTEXT, "lower_vram_usage": True},
+    **{"context_length": 64, "lower_vram_usage": True},
 }
 """Of a question, which has as many texts of other classes; the last leaves the probe on all latents out."""
 
@@ -49,15 +55,12 @@ def python() -> Path:
 
 
 def ensure() -> None:
-    """Every set, with and without a BOS; at block 10, where there is no sink, without alone."""
-    for set_name, classes in _sets().items():
-        folder = PLACE / "data" / set_name
-        _write(folder / NAME, classes)
-        for run in RUNS:
-            for words, bos in BOS.items():
-                if bos and run != RUNS[0]:
-                    continue
-                _evaluate(run, set_name, words, folder)
+    """Every set, with and without a BOS; then at block 10, where there is no sink, without alone."""
+    for set_name in SETS:
+        _write(PLACE / "data" / set_name / NAME, _classes(set_name))
+    for run, words in ((RUNS[0], "without"), (RUNS[0], "with a BOS"), (RUNS[1], "without")):
+        for set_name in SETS:
+            _evaluate(run, set_name, words, PLACE / "data" / set_name)
 
 
 def _evaluate(run: str, set_name: str, words: str, data: Path) -> None:
@@ -84,22 +87,17 @@ def _file(run: str, set_name: str, words: str) -> Path:
     return PLACE / f"{run}-{set_name}-{words.replace(' ', '_')}.json"
 
 
-def _sets() -> dict[str, list[list[str]]]:
-    """Set → the texts of its four classes."""
-    found = {}
-    for name, wanted in {
-        "ag_news": ("161_agnews_0", "162_agnews_1", "163_agnews_2"),
-        "code": ("158_code_C", "159_code_Python", "160_code_HTML"),
-    }.items():
-        sets = datasets(only=wanted)
-        of = [[text for text, label in zip(one.texts, one.labels, strict=True) if label] for one in sets]
-        known = {text for texts in of for text in texts}
-        others = [text for text in dict.fromkeys(sets[0].texts) if text not in known]
-        found[name] = [*of, others]
-    topic = read_labelled("wiki:topic")
-    largest = np.argsort(-np.bincount(topic.class_N), kind="stable")[:4]
-    found["topic"] = [[topic.texts[row] for row in np.flatnonzero(topic.class_N == one)] for one in largest]
-    return found
+def _classes(set_name: str) -> list[list[str]]:
+    """The texts of a set's four classes."""
+    if set_name not in LABELLED:
+        topic = read_labelled("wiki:topic")
+        largest = np.argsort(-np.bincount(topic.class_N), kind="stable")[:4]
+        return [[topic.texts[row] for row in np.flatnonzero(topic.class_N == one)] for one in largest]
+    sets = datasets(only=LABELLED[set_name])
+    known = [[text for text, label in zip(one.texts, one.labels, strict=True) if label] for one in sets]
+    named = {text for texts in known for text in texts}
+    rest = dict.fromkeys(text for one in sets for text in one.texts if text not in named)
+    return [*known, list(rest)]
 
 
 def _write(folder: Path, classes: list[list[str]]) -> None:
