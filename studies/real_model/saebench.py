@@ -4,8 +4,8 @@ SAEBench leaves BOS, padding and EOS out of the pooling by their ids. With SmolL
 position 0, takes the sink and is left out. Without one, as Qwen3's tokenizer has none, the first word takes the sink
 and is pooled: the paper's case. Nothing else differs; the copy of the model links to the same weights.
 
-Its data sets lie on the hub. Those here are written in the place and format of its AG News, four classes each, texts of a
-set from one source: news, help-desk tickets and code of sae-probes, three classes that it labels and the rest as the
+Its data sets lie on the hub. Those here are written in the place and format of its AG News, four classes each, texts of
+a set from one source: news, help-desk tickets and code of sae-probes, three classes that it labels and the rest as the
 fourth, and the four largest topics of Wikipedia's introductions. 100 texts a class for training, 50 for test (SAEBench:
 2000 and 500), 64 tokens a text (128), no probe on all latents.
 """
