@@ -170,8 +170,8 @@ def _saebench(found: Numbers) -> list[str]:
         "## SAEBench's own code\n\nsparse_probing of SAEBench 0.6 through `cosae bench`, sets of four classes in the "
         "place of its AG News (Wikipedia's topics, news, code, help-desk tickets), 64 tokens a text. SAEBench leaves a "
         "BOS out of the pooling. With SmolLM2's tokenizer as it is, a BOS takes the sink; without one, as in Qwen3, "
-        "the first word does and is pooled. Accuracy by standard → cosine, and the difference in points over questions and "
-        "seeds."
+        "the first word does and is pooled. Accuracy by standard → cosine, and the difference in points over questions "
+        "and seeds."
     )
     rows = [
         [f"{run.removeprefix('real_')}, {bos}", *(_accuracies(one[f"sae_top_{top}"]) for top in (1, 2, 5))]
