@@ -201,6 +201,8 @@ WEIGHT_FILES = {
     "saelens": "sae_weights.safetensors",
     "gemma_scope": "params.npz",
     "sparsify": "sae.safetensors",
+    "llama_scope": "checkpoints/final.safetensors",
+    "goodfire": "Llama-SAE-l19.pth",
     "cosine_paper": "sae_final.pt",
 }
 ONE_OF_EACH = [
@@ -208,6 +210,8 @@ ONE_OF_EACH = [
     ("saelens", "topk"),
     ("gemma_scope", "npz"),
     ("sparsify", "topk"),
+    ("llama_scope", "jumprelu"),
+    ("goodfire", "relu"),
     ("cosine_paper", "global-a"),
 ]
 
@@ -226,7 +230,7 @@ def test_malformed_weights_get_one_sentence(format_: str, kind: str, damage: str
         file.write_bytes(bytes(range(256)) * 8)
     else:
         state = _load(file)
-        name = next(n for n in state if n.lower() in ("w_dec", "decoder.weight"))
+        name = next(n for n in state if n.lower() in ("w_dec", "decoder.weight", "decoder_linear.weight"))
         if damage == "missing key":
             del state[name]
         elif damage == "wrong shape":
@@ -242,7 +246,7 @@ def test_malformed_weights_get_one_sentence(format_: str, kind: str, damage: str
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
-    if file.suffix == ".pt":
+    if file.suffix in (".pt", ".pth"):
         state = torch.load(file, weights_only=True)
         return dict(state.get("state_dict", state))
     if file.suffix == ".npz":
@@ -252,7 +256,7 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _store(file: Path, state: dict[str, torch.Tensor]) -> None:
-    if file.suffix == ".pt":
+    if file.suffix in (".pt", ".pth"):
         torch.save(state, file)
     elif file.suffix == ".npz":
         np.savez(file, **{n: t.numpy() for n, t in state.items()})

@@ -189,6 +189,43 @@ def sparsify(folder: Path, kind: str) -> Written:
     return Written(folder, linear(w, lambda s: topk(s, K)))
 
 
+def llama_scope(folder: Path, kind: str) -> Written:
+    """Trained on activations of average norm 5, which are brought to √D."""
+    w = weights()
+    (folder / "checkpoints").mkdir(parents=True)
+    state = {"encoder.weight": w.rows_FD, "encoder.bias": w.bias_F, "decoder.weight": w.decoder_FD.T.contiguous()}
+    save_file({**state, "decoder.bias": w.centre_D}, folder / "checkpoints" / "final.safetensors")
+    config = {
+        **{"act_fn": "jumprelu", "jump_relu_threshold": 0.7, "top_k": 8, "sparsity_include_decoder_norm": True},
+        **{"norm_activation": "dataset-wise", "dataset_average_activation_norm": {"in": 5.0, "out": 5.0}},
+        **{"hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post"},
+        **{"d_model": D, "d_sae": F},
+    }
+    (folder / "hyperparams.json").write_text(json.dumps(config))
+    factor = D**0.5 / 5.0
+
+    def answer(x: Tensor) -> tuple[Tensor, Tensor]:
+        score = factor * x.double() @ w.rows_FD.double().T + w.bias_F.double()
+        features = score * (score * w.decoder_FD.double().norm(dim=1) > 0.7 * factor)
+        return features, (features @ w.decoder_FD.double() + w.centre_D.double()) / factor
+
+    return Written(folder, answer)
+
+
+def goodfire(folder: Path, kind: str) -> Written:
+    w = weights()
+    folder.mkdir(parents=True)
+    encoder = {"encoder_linear.weight": w.rows_FD, "encoder_linear.bias": w.bias_F}
+    decoder = {"decoder_linear.weight": w.decoder_FD.T.contiguous(), "decoder_linear.bias": w.centre_D}
+    torch.save({**encoder, **decoder}, folder / "Llama-SAE-l19.pth")
+
+    def answer(x: Tensor) -> tuple[Tensor, Tensor]:
+        features = (x.double() @ w.rows_FD.double().T + w.bias_F.double()).relu()
+        return features, features @ w.decoder_FD.double() + w.centre_D.double()
+
+    return Written(folder, answer)
+
+
 def cosine_paper(folder: Path, kind: str) -> Written:
     w = weights()
     folder.mkdir(parents=True)
@@ -226,6 +263,8 @@ WRITERS: dict[str, tuple[Callable[[Path, str], Written], tuple[str, ...]]] = {
     ),
     "gemma_scope": (gemma_scope, ("npz", "safetensors")),
     "sparsify": (sparsify, ("topk",)),
+    "llama_scope": (llama_scope, ("jumprelu",)),
+    "goodfire": (goodfire, ("relu",)),
     "cosine_paper": (cosine_paper, ("standard", "global-a", "perfeature")),
 }  # fmt: skip
 CASES = [(format_, kind) for format_, (_, kinds) in WRITERS.items() for kind in kinds]

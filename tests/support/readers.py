@@ -275,6 +275,8 @@ READERS = {
             ("saelens", "jumprelu"),
             ("saelens", "matryoshka_batchtopk_rescaled"),
             ("sparsify", "topk"),
+            ("llama_scope", "jumprelu"),
+            ("goodfire", "relu"),
             ("gemma_scope", "npz"),
             ("gemma_scope", "safetensors"),
             ("cosine_paper", "standard"),

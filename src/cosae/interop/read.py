@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cosae.errors import CosaeError, check_choice
-from cosae.interop import cosine_paper, gemma_scope, sparsify
+from cosae.interop import cosine_paper, gemma_scope, goodfire, llama_scope, sparsify
 from cosae.interop.dictionary_learning import read as dictionary_learning
 from cosae.interop.saelens import files as saelens_files
 from cosae.io.kind import which_is
@@ -22,6 +22,8 @@ READERS: dict[str, Callable[[Path], SAE]] = {
     "dictionary_learning": dictionary_learning.read,
     "gemma_scope": gemma_scope.read,
     "sparsify": sparsify.read,
+    "llama_scope": llama_scope.read,
+    "goodfire": goodfire.read,
     "cosine_paper": cosine_paper.read,
 }
 FORMATS = tuple(READERS)
@@ -51,6 +53,8 @@ def detect(path: Path) -> str:
             return "gemma_scope"
         if path.suffix == ".pt":
             return "cosine_paper"
+        if path.suffix == goodfire.SUFFIX:
+            return "goodfire"
         files = f"an SAE's folder, a params.npz or a {cosine_paper.NAME}"
         raise CosaeError(f"{path}{which_is(path)} is of no known format: give {files}.")
     try:
@@ -69,8 +73,13 @@ def detect(path: Path) -> str:
     )
     if found := next((name for name, needed in signs if needed <= there), None):
         return found
+    if llama_scope.CONFIG in there and (path / llama_scope.WEIGHTS).is_file():
+        return "llama_scope"
+    if any(name.endswith(goodfire.SUFFIX) for name in there):
+        return "goodfire"
     raise CosaeError(
         f"{path}{which_is(path)} holds no SAE of a known format: cfg.json with sae_weights.safetensors or "
         "sae.safetensors, config.json "
-        f"with ae.pt, params.npz, params.safetensors or {cosine_paper.NAME}."
+        f"with ae.pt, params.npz, params.safetensors, {llama_scope.CONFIG} with {llama_scope.WEIGHTS}, a .pth file or "
+        f"{cosine_paper.NAME}."
     )
