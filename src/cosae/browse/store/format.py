@@ -120,8 +120,11 @@ class RowReader:
 
     def all(self, columns: list[str] | None = None) -> dict[str, Array]:
         """The whole file, by column."""
+        pa, _ = parquet()
         with _readable(self._path):
-            return _numpy(self._file.read(columns=columns, use_threads=False))
+            found = {name: value.copy() for name, value in _numpy(self._file.read(columns, use_threads=False)).items()}
+        pa.default_memory_pool().release_unused()  # it would keep as much again
+        return found
 
     def close(self) -> None:
         self._file.close()

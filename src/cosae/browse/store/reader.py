@@ -51,7 +51,7 @@ from cosae.shown import counted
 
 SCALARS = ("firings", "largest", "mean", "norm_driven", "firing_norm", "pair_firings")
 MOST_ROWS = 1000
-MOST_OPEN = 8
+MOST_OPEN = 6
 """Files of a store that are open at once."""
 
 
