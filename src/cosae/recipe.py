@@ -46,7 +46,10 @@ class DataConfig:
     attention: str | None = None
     """attn_implementation of transformers (the paper: eager); None for its default."""
     site: str = "resid_post.5"
-    """Short name, TransformerLens name or module path (cosae.models.sites)."""
+    """Short name, TransformerLens name or module path (cosae.models.sites); several, A+B+C, for crosscoders."""
+    target: str | None = None
+    """What transcoders make of the site's activations: another site of the model; of a store, the site of another store
+    in the folder; of a file of activations, a file with a row for each of its rows."""
     corpus: str | tuple[str, ...] = "pylib"
     """pylib, a folder, a .txt, .jsonl or .parquet file, a data set saved to disk, wiki:en, or
     hf:DATASET[:CONFIG][:SPLIT] (streamed). A list is a mixture: SPEC:WEIGHT each, weights being shares of the training
@@ -145,9 +148,9 @@ class DataConfig:
 INPUTS = {"text": "text", "chat": "messages", "ids": "input_ids", "images": "image", "audio": "audio"}
 """What a corpus can hold → the field of a row that holds it."""
 ORIGINS: dict[str, tuple[str, ...]] = {
-    "store": ("store_site", "order"),
+    "store": ("store_site", "target", "order"),
     "world": (),
-    "activations": ("activations_key", "positions", "held_out_frac", "non_finite"),
+    "activations": ("activations_key", "positions", "target", "held_out_frac", "non_finite"),
     "model": tuple(f.name for f in fields(DataConfig) if not f.name.startswith(("store", "world", "activations"))),
 }
 """Where activations can come from → the fields of DataConfig that have a say in them beside it."""
@@ -284,12 +287,17 @@ class Recipe(Shown):
             "or lower training.optimizer.warmup_steps."
         ]
 
-    def resolved(self, d_in: int) -> Recipe:
-        """The recipe with every open field of its arms filled in, given the width of the activations."""
+    def resolved(self, d_in: int, d_out: int | None = None, sites: tuple[int, ...] = ()) -> Recipe:
+        """The recipe with every open field of its arms filled in, given the widths of activations, targets and
+        joined sites."""
         d_sae = self.d_sae or 16 * d_in
         for arm in self.arms:
             if arm.sae.d_in not in (None, d_in):
                 raise CosaeError(f"the arm {arm.name} asks for d_in {arm.sae.d_in}; the activations have width {d_in}.")
+            if arm.sae.d_out not in (None, d_out):
+                what = "there is no target" if d_out is None else f"the targets have width {d_out}"
+                raise CosaeError(f"the arm {arm.name} asks for d_out {arm.sae.d_out}; {what}.")
+            arm.sae.with_widths(d_in, d_out, sites)
         return replace(self, arms=self._filled(d_sae), d_sae=d_sae)
 
     def _filled(self, d_sae: int | None) -> tuple[Arm, ...]:

@@ -98,6 +98,7 @@ class Site:
     reads        whether the module's first input or its output is meant
     call         which run of the module in a forward pass is meant, from 0: blocks may share a module
     calls        how many runs of it there must be in a pass; any other number is refused. 0: any above `call`
+    joined       sites whose vectors are put behind this one's, for a crosscoder; the name then names all: A+B+C
     """
 
     name: str
@@ -107,6 +108,19 @@ class Site:
     reads: Literal["input", "output"] = "output"
     call: int = 0
     calls: int = 1
+    joined: tuple[Site, ...] = ()
+
+    def __post_init__(self) -> None:
+        made = tuple(Site(**one) if isinstance(one, Mapping) else one for one in self.joined)
+        object.__setattr__(self, "joined", made)
+
+    @property
+    def places(self) -> tuple[Site, ...]:
+        """The single places that it joins; itself, where it is one."""
+        if not self.joined:
+            return (self,)
+        name, hook_name = (names.partition("+")[0] for names in (self.name, self.hook_name))
+        return (replace(self, name=name, hook_name=hook_name, joined=()), *self.joined)
 
     def is_named(self, name: str) -> bool:
         """Whether a name means this site: short, TransformerLens style, or a module path, with or without its start.
@@ -125,7 +139,8 @@ class Site:
     def to_record(self) -> dict[str, Any]:
         """Plain values that `Site(**record)` takes; which run is meant only where there are several."""
         several = ("call", "calls") if self.calls != 1 else ()
-        return {name: getattr(self, name) for name in ("name", "hook_name", "module_path", "block", "reads", *several)}
+        own = {name: getattr(self, name) for name in ("name", "hook_name", "module_path", "block", "reads", *several)}
+        return own | ({"joined": [one.to_record() for one in self.joined]} if self.joined else {})
 
 
 def split_site(name: str) -> tuple[str, int | None, Literal["input", "output"]]:
@@ -148,6 +163,7 @@ class Activations:
     position_N (N,) int32     position in the sequence the model saw (0 = first), -1 where there is none
     index_N    (N,) int32     index of the token in its document's own token list, -1 where there is none
     special_N  (N,) bool      True where the token id is a special one (BOS, EOS ...)
+    y_ND       (N, D_out) as x_ND, or None   the same tokens at the target, where a transcoder is to learn it
     """
 
     x_ND: Tensor
@@ -157,6 +173,7 @@ class Activations:
     position_N: Tensor
     index_N: Tensor
     special_N: Tensor
+    y_ND: Tensor | None = None
 
     @classmethod
     def bare(cls, x_ND: Tensor, norm_N: Tensor | None = None) -> Activations:
@@ -169,14 +186,19 @@ class Activations:
     @classmethod
     def cat(cls, parts: Sequence[Activations]) -> Activations:
         """Parts one after the other."""
-        return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+        return cls(**{name: torch.cat([getattr(p, name) for p in parts]) for name in parts[0].columns})
 
     def __len__(self) -> int:
         return int(self.x_ND.shape[0])
 
     def __getitem__(self, rows: slice | Tensor) -> Activations:
         """The chosen rows, by slice, index tensor or boolean mask."""
-        return Activations(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return Activations(**{name: column[rows] for name, column in self.columns.items()})
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """Field → tensor, of those that are there."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -187,14 +209,18 @@ class NormStats:
                         in `layer_norm`
     shift_B (B,) fp32   added to every coordinate: 0 but in `layer_norm`, where it is the mean of x
     r_B     (B,) fp32   |z|, the length of what is scored; a norm-restoring decoder reads it
+    Of a crosscoder scale_B and shift_B are (B, P), a number a site.
+    added_BD  (B, D_out) fp32   what a linear skip adds to the decoder's sum; None where there is no skip
     """
 
     scale_B: Tensor
     shift_B: Tensor
     r_B: Tensor
+    added_BD: Tensor | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> NormStats:
-        return NormStats(self.scale_B[rows], self.shift_B[rows], self.r_B[rows])
+        added_BD = None if self.added_BD is None else self.added_BD[rows]
+        return NormStats(self.scale_B[rows], self.shift_B[rows], self.r_B[rows], added_BD)
 
 
 @dataclass(frozen=True)

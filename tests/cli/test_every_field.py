@@ -72,6 +72,11 @@ SEEN: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.model_dtype": ("bfloat16", MODEL),
     "data.attention": ("eager", MODEL),
     "data.site": ("resid_post.0", MODEL),
+    "data.target": ("mlp_out.2", MODEL),
+    "arms.sae.skip": (True, {**MODEL, "data.target": "mlp_out.2"}),
+    "arms.sae.target_frame": ("input", {**MODEL, "data.target": "mlp_out.2", "arms.sae.frame": "unit"}),
+    "arms.sae.sites": ((3, 5), {"arms.sae.frame": "unit"}),
+    "arms.sae.balanced": (True, {"arms.sae.sites": (3, 5)}),
     "data.corpus": (("texts:0.5", "rows.jsonl:0.5"), MODEL),
     "data.inputs": ("ids", {**MODEL, "data.corpus": "rows.jsonl"}),
     "data.positions": ("1:", MODEL),
@@ -276,7 +281,7 @@ def test_a_field_is_recorded_and_acts(path: str, tmp_path: Path, place: Path, mo
 
 
 def test_every_field_is_named_here() -> None:
-    assert sorted([*SEEN, *NOT_SEEN, "arms.sae.d_in"]) == sorted(leaves(Recipe))
+    assert sorted([*SEEN, *NOT_SEEN, "arms.sae.d_in", "arms.sae.d_out"]) == sorted(leaves(Recipe))
 
 
 def test_a_width_that_is_not_the_datas_is_refused(tmp_path: Path) -> None:

@@ -59,14 +59,15 @@ RECIPE = {
     "inputs": ["ids"], "positions": ["1:"],
 }  # fmt: skip
 TRAIN = RECIPE | {
-    "arms": ["cosine"], "activations": ["rows.npy"], "store": ["stores/resid_post.0"], "world": ["none:d_in=9"],
+    "arms": ["cosine"], "target": ["mlp_out.0"],
+    "activations": ["rows.npy"], "store": ["stores/resid_post.0"], "world": ["none:d_in=9"],
     "inject": ["log_normal"], "inject_into": ["training", "--inject", "log_normal"], "filter": ["none"], "d_sae": ["9"],
     "k": ["3"], "steps": ["9"], "batch": ["9"], "lr": ["0.5"], "kernel": ["reference"],
 }  # fmt: skip
 REQUEST = {
     "model": ["other"], "site": ["resid_post.0"], "seed": ["3"], "corpus": ["mixed"], "tokens": ["192"],
     "context": ["24"], "inject": ["log_normal:sigma=2"], "sink_factor": ["1.2"], "format": ["sparsify"],
-    "activations": ["wide.npy"], "store": ["wide"], "store_site": ["x"],
+    "activations": ["wide.npy"], "store": ["wide"], "store_site": ["x"], "target": ["mlp_out.1"],
 }  # fmt: skip
 FILE = {"seed": ["3"], "tokens": ["64"], "context": ["8"], "inject": ["log_normal:sigma=2"], "sink_factor": ["1.2"]}
 OTHERS = {  # of another measurement

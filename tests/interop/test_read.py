@@ -316,7 +316,6 @@ def test_a_bomb_is_not_unpacked(format_: str, name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("format_", "kind", "change", "says"),
     [
-        ("sparsify", "topk", {"transcode": True}, "holds a transcoder"),
         ("sparsify", "topk", {"skip_connection": True}, "skip connection"),
         ("sparsify", "topk", {"activation": "groupmax"}, "'groupmax'"),
         ("sparsify", "topk", {"k": 0}, "k must be a whole number"),

@@ -48,7 +48,7 @@ def count_hooks(model: nn.Module) -> int:
 
 
 def equal(a: Activations, b: Activations) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Activations))
+    return all(torch.equal(column, b.columns[name]) for name, column in a.columns.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -193,7 +193,7 @@ def test_each_row_knows_its_token_document_place_and_norm(models: Callable[[str]
     assert found.index_N.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     assert found.position_N.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
     assert found.special_N.nonzero().flatten().tolist() == [0, 3, 4, 8]
-    assert {str(getattr(found, f.name).dtype) for f in fields(Activations)} == {
+    assert {str(column.dtype) for column in found.columns.values()} == {
         "torch.float32",
         "torch.int32",
         "torch.bool",

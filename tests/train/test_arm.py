@@ -169,20 +169,22 @@ def test_input_noise_scales_rows_within_its_range_and_repeats() -> None:
 
 
 def test_the_text_form_reaches_every_field() -> None:
-    """Without the section's name, but for the loss, and but for d_in, which is the data's."""
+    """Without the section's name, but for the loss, and but for d_in and d_out, which are the data's."""
     texts = {
         **{"score": "inner_unit", "selector": "topk", "frame": "unit", "b_init": "norm", "centre": "mean"},
         **{"bias": "false", "norm_restoring": "true", "prefixes": "4", "space": "frame", "normalise": "none"},
-        **{"a_owner": "feature", "value_exponent_owner": "fixed"},
+        **{"a_owner": "feature", "value_exponent_owner": "fixed", "skip": "true", "target_frame": "input"},
+        **{"sites": "3+4", "balanced": "true"},
     }
     for section, owner in {"": Arm, **SECTIONS}.items():
         for f in fields(owner):
-            if f.name not in ("name", "d_in", *SECTIONS):
+            if f.name not in ("name", "d_in", "d_out", *SECTIONS):
                 key = f"loss.{f.name}" if section == "loss" else f.name
                 text = texts.get(f.name, "3" if str(f.type).startswith("int") else "1.5")
                 base = "cosine_two_exponents" if "value" in key or "owner" in key else "cosine"
                 base = {"n_groups": "cosine_grouped"}.get(key, base)
                 make = ",selector=jumprelu" if key in ("bandwidth", "threshold_lr", "sparsity_weight") else ""
+                make = ",frame=unit" if key == "target_frame" else make
                 plain = parse_arm(f"{base}{make},name=x")
                 assert parse_arm(f"{base}{make},{key}={text},name=x") != plain, key
     with pytest.raises(CosaeError, match="no field 'd_in'"):

@@ -33,7 +33,12 @@ MAX_BLOCK_ROWS = 256
 
 
 class _RowSource(ABC):
-    """Endless chunks of the train rows of an array, each epoch in an order of its own, and its held-out rows."""
+    """Endless chunks of the train rows of an array, each epoch in an order of its own, and its held-out rows.
+
+    d_out: width of the targets beside them; None where there are none.
+    """
+
+    d_out: int | None = None
 
     def __init__(
         self,
@@ -66,6 +71,14 @@ class _RowSource(ABC):
     def _read(self, rows: Tensor) -> Tensor:
         """(n, D) rows in the order asked for."""
 
+    def _read_targets(self, rows: Tensor) -> Tensor:
+        """(n, d_out) targets of these rows, where there are any."""
+        raise NotImplementedError
+
+    def _take(self, rows: Tensor) -> Activations:
+        found = self._vectors(rows)
+        return found if self.d_out is None else replace(found, y_ND=self._read_targets(rows))
+
     @property
     def chunks_per_epoch(self) -> int:
         return math.ceil(len(self._train_rows) / self.chunk_tokens)
@@ -91,7 +104,7 @@ class _RowSource(ABC):
         """The rows kept out of training, in their order; none where `held_out_frac` is 0."""
         return self._take(self._held_out_rows)
 
-    def _take(self, rows: Tensor) -> Activations:
+    def _vectors(self, rows: Tensor) -> Activations:
         """Rows by their numbers, with the sequence and place of each where there are any."""
         if self._place_K is None:
             return Activations.bare(self._read(rows))
@@ -141,6 +154,11 @@ def _places(shape: tuple[int, ...], positions: str) -> Tensor | None:
     return choose_positions(one, positions).rows_ST[0].nonzero().flatten()
 
 
+def _check_pairs(n_rows: int, n_targets: int, what: str) -> None:
+    if n_rows != n_targets:
+        raise CosaeError(f"{what} must have a row for each of {n_rows} activations. Got {n_targets} rows instead.")
+
+
 class ArraySource(_RowSource):
     """Endless chunks of train rows and one held-out set, from a file of N × d or N × T × d values.
 
@@ -153,6 +171,7 @@ class ArraySource(_RowSource):
     allow_non_finite  leave rows that are not finite to the reader (cosae.activations.monitor)
     positions      which of T places become rows (cosae.activations.positions): cls is the first, tokens, patches and
                    frames are the others
+    target         another such file: row i holds what a transcoder makes of row i of `path`
 
     Values stay float32, float16 or bfloat16 as they are; float64 becomes float32. Every value is checked
     once, on construction. Raises `CosaeError` for a missing, damaged, empty or unknown file, an unclear or
@@ -168,6 +187,7 @@ class ArraySource(_RowSource):
         held_out_frac: float = 0.1,
         allow_non_finite: bool = False,
         positions: str = "all",
+        target: str | os.PathLike[str] | None = None,
     ) -> None:
         check_range("held_out_frac", held_out_frac, "[0, 1)")
         self.path = Path(path)
@@ -182,6 +202,15 @@ class ArraySource(_RowSource):
         if not allow_non_finite:
             self._check_finite(f"'{self.path}'" + (" as float32" if self.file_dtype == "float64" else ""))
         self.sha256 = file_digest(self.path)
+        self._targets: ArraySource | None = None
+        if target is not None:
+            self._targets = ArraySource(target, None, held_out_frac=0.0, allow_non_finite=allow_non_finite)
+            _check_pairs(n_rows, self._targets.n_rows, f"'{target}'")
+            self.d_out = self._targets.d_in
+
+    def _read_targets(self, rows: Tensor) -> Tensor:
+        assert self._targets is not None
+        return self._targets._read(rows)
 
     def describe(self) -> dict[str, Any]:
         """Where the activations come from, in plain values for a record, with the SHA-256 of the file."""
@@ -197,6 +226,7 @@ class ArraySource(_RowSource):
             "held_out_frac": self.held_out_frac,
             "split": f"seeded permutation of blocks of {self.block_rows} consecutive rows",
             "block_rows": self.block_rows,
+            **({} if self._targets is None else {"target": {"d_out": self.d_out, "sha256": self._targets.sha256}}),
         }
 
     def _read(self, rows: Tensor) -> Tensor:
@@ -215,6 +245,7 @@ class TensorSource(_RowSource):
     Held-out rows are a seeded draw of single rows, or of whole sequences: pass rows in blocks of your own to a file and
     `ArraySource` where neighbours are alike. Raises CosaeError for anything but a finite float tensor of such a shape
     with N ≥ 2; `allow_non_finite` leaves rows that are not finite to the reader (cosae.activations.monitor).
+    `target` (N, d_out) holds what a transcoder makes of each row.
     """
 
     def __init__(
@@ -226,6 +257,7 @@ class TensorSource(_RowSource):
         held_out_frac: float = 0.1,
         allow_non_finite: bool = False,
         positions: str = "all",
+        target: Tensor | None = None,
     ) -> None:
         rows = isinstance(x_ND, Tensor) and x_ND.ndim in (2, 3) and x_ND.is_floating_point()
         if not rows or x_ND.shape[0] < 2 or 0 in x_ND.shape:
@@ -240,10 +272,21 @@ class TensorSource(_RowSource):
         if not allow_non_finite:
             self._check_finite("activations in float32")
         self.sha256 = hashlib.sha256(self._x_ND.contiguous().numpy().tobytes()).hexdigest()
+        self._targets: TensorSource | None = None
+        if target is not None:
+            self._targets = TensorSource(target, allow_non_finite=allow_non_finite)
+            _check_pairs(self.n_rows, self._targets.n_rows, "the target")
+            self.d_out = self._targets.d_in
 
     def describe(self) -> dict[str, Any]:
         """Where the activations come from, in plain values for a record, with the SHA-256 of the rows."""
-        return {"source": "tensor", **super().describe()}
+        targets = self._targets
+        paired = {} if targets is None else {"target": {"d_out": targets.d_in, "sha256": targets.sha256}}
+        return {"source": "tensor", **super().describe(), **paired}
+
+    def _read_targets(self, rows: Tensor) -> Tensor:
+        assert self._targets is not None
+        return self._targets._read(rows)
 
     def _read(self, rows: Tensor) -> Tensor:
         return self._x_ND[rows]

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cosae.activations.stream import Source
+from cosae.activations.stream import Source, width_out
 from cosae.types import Activations
 
 
@@ -18,7 +18,7 @@ class CachedSource:
         self._limit = limit_tokens
         self._kept: list[Activations] = []
         self._n_kept = 0
-        self.d_in = source.d_in
+        self.d_in, self.d_out = source.d_in, width_out(source)
 
     def document_name(self, doc: int) -> str | None:
         """The wrapped source's name of document `doc`, None where it knows none."""

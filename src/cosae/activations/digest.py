@@ -28,10 +28,15 @@ def fingerprint(batch: Activations) -> bytes:
     A row's hash is Σ_j w_j · bits_j mod 2⁶⁴ over its fp32 bits, w fixed odd numbers (multilinear hashing): the same on
     every device, a tenth of the cost of hashing every byte, and only 8 bytes a row leave the device.
     """
-    bits_BJ = torch.nn.functional.pad(batch.x_ND, (0, batch.x_ND.shape[1] % 2)).contiguous().view(torch.int64)
-    row_B = (bits_BJ * _weights(bits_BJ.shape[1], str(batch.x_ND.device))).sum(-1)
-    parts = (row_B, batch.token_N, batch.doc_N, batch.position_N, batch.index_N)
+    ids = (batch.token_N, batch.doc_N, batch.position_N, batch.index_N)
+    targets = () if batch.y_ND is None else (_hash_rows(batch.y_ND),)
+    parts = (_hash_rows(batch.x_ND), *ids, *targets)
     return b"".join(part.cpu().numpy().tobytes() for part in parts)
+
+
+def _hash_rows(x_BD: Tensor) -> Tensor:
+    bits_BJ = torch.nn.functional.pad(x_BD, (0, x_BD.shape[1] % 2)).contiguous().view(torch.int64)
+    return (bits_BJ * _weights(bits_BJ.shape[1], str(x_BD.device))).sum(-1)
 
 
 @cache

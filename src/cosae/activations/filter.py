@@ -125,7 +125,7 @@ def norm_summary(window: Activations, filter: Filter) -> NormSummary:
         mean_norm=float(norm_N.mean()),
         max_over_median=float(norm_N.max()) / median if median > 0 else float("inf"),
         quantiles=marks,
-        total_variance=_total_variance(window.x_ND, keep_N),
+        total_variance=total_variance(window.x_ND, keep_N),
         filtered_frac=1.0 - float(keep_N.double().mean()),
     )
 
@@ -156,8 +156,11 @@ def describe_sinks(window: Activations, filter: Filter) -> dict[str, Any]:
     return {"kind": "sinks", **numbers, "text": f"{text}; {what} ({100 * numbers['energy']:.2g} % of the squared norm)"}
 
 
-def _total_variance(x_ND: Tensor, keep_N: Tensor, rows: int = 8192) -> float:
-    """In blocks of rows: a float64 copy of the whole window would double or quadruple its memory."""
+def total_variance(x_ND: Tensor, keep_N: Tensor, rows: int = 8192) -> float:
+    """Mean of |x - mean x|² over the rows where keep_N (N,) is True, in float64, two passes.
+
+    In blocks of rows: a float64 copy of the whole window would double or quadruple its memory.
+    """
     row_slices = [slice(first, first + rows) for first in range(0, len(x_ND), rows)]
     blocks = [x_ND[row][keep_N[row]] for row in row_slices]
     n_kept = int(keep_N.sum())

@@ -211,13 +211,18 @@ def finite_rows(activations: Activations) -> Activations:
 def _not_finite(chunk: Activations) -> Tensor | None:
     """(N,) bool, None where every row is finite. One pass: NaN and infinity survive a sum."""
     fine_N = torch.isfinite(chunk.x_ND.sum(-1, dtype=torch.float32)) & torch.isfinite(chunk.norm_N)
+    if chunk.y_ND is not None:
+        fine_N &= torch.isfinite(chunk.y_ND.sum(-1, dtype=torch.float32)).to(fine_N.device)
     if bool(fine_N.all()):
         return None
     bad_N = ~torch.isfinite(chunk.x_ND).all(-1) | ~torch.isfinite(chunk.norm_N)  # a finite row's sum may overflow
+    if chunk.y_ND is not None:
+        bad_N |= ~torch.isfinite(chunk.y_ND).all(-1).to(bad_N.device)
     return bad_N if bool(bad_N.any()) else None
 
 
 def _what(chunk: Activations, row: int) -> str:
-    if bool(chunk.x_ND[row].isnan().any()) or bool(chunk.norm_N[row].isnan()):
+    vectors = [part[row] for part in (chunk.x_ND, chunk.y_ND) if part is not None]
+    if any(bool(part.isnan().any()) for part in vectors) or bool(chunk.norm_N[row].isnan()):
         return "NaN"
-    return "an infinity" if not bool(chunk.x_ND[row].isfinite().all()) else "a norm beyond float32"
+    return "an infinity" if not all(bool(part.isfinite().all()) for part in vectors) else "a norm beyond float32"

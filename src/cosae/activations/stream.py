@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cosae.activations import perturbation as perturbations
 from cosae.activations.digest import chain
-from cosae.activations.filter import Filter, FilterPolicy, describe_sinks, fit, norm_summary
+from cosae.activations.filter import Filter, FilterPolicy, describe_sinks, fit, norm_summary, total_variance
 from cosae.activations.monitor import StreamMonitor
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.prefetch import Prefetcher
@@ -97,6 +97,8 @@ class ActivationStream:
     sinks       dict           an event: which share of it are attention sinks, and what the filter does with them
     monitor     StreamMonitor  what was dropped, and events: rows that are not finite, norms that shifted
     sample_ND   (≤ 16384, D) fp32, evenly spaced kept rows of the first window, for initialisation
+    target_sample_ND, target_variance   of a source with targets (it knows its width, `d_out`): those of the sample, and
+                mean |y − mean y|² of the kept tokens of the window; None both elsewhere
     Looking at the window takes nothing from training: its tokens are handed out like all others.
     """
 
@@ -130,7 +132,7 @@ class ActivationStream:
         check_least("prefetch_chunks", prefetch_chunks, 0)
         self.source, self.progress = source, progress
         self.prefetch_chunks = prefetch_chunks
-        self.d_in = source.d_in
+        self.d_in, self.d_out = source.d_in, width_out(source)
         self.batch_tokens = batch_tokens
         self.buffer_tokens = buffer_tokens
         self.seed = seed
@@ -153,9 +155,9 @@ class ActivationStream:
             self.close()
             raise
         # bfloat16 rounds relative to the value: rows far from zero are kept relative to a centre (store.format)
-        centre_D, _ = choose_offset(self.sample_ND, str(store_dtype).removeprefix("torch."))
-        self._centre_D = None if centre_D is None else centre_D.to(self.device)
-        self._buffer = _allocate(buffer_tokens, self.d_in, store_dtype, self.device)
+        samples = {"x_ND": self.sample_ND, "y_ND": self.target_sample_ND}
+        self._centres = {name: self._centre_of(sample) for name, sample in samples.items() if sample is not None}
+        self._buffer = _allocate(buffer_tokens, self.d_in, store_dtype, self.device, self.d_out)
         # slots in the order they will be handed out; those before the cursor are free, or filled for the next round
         self._order = torch.arange(buffer_tokens, device=self.device)
         self._cursor = buffer_tokens
@@ -211,8 +213,8 @@ class ActivationStream:
             self._fill(min(self._cursor, self._filled + 2 * self.batch_tokens))
         slots_B = self._order[self._cursor : self._cursor + self.batch_tokens]
         rows = _gather(self._buffer, slots_B)
-        x_BD = restore_rows(rows.x_ND, None, self._centre_D).float()
-        batch = Activations(x_BD, *(getattr(rows, f.name) for f in fields(rows)[1:]))
+        vectors = {name: restore_rows(rows.columns[name], None, c).float() for name, c in self._centres.items()}
+        batch = replace(rows, **vectors)
         self._cursor += self.batch_tokens
         self.n_batches += 1
         self._digest = chain(self._digest, batch)
@@ -235,11 +237,11 @@ class ActivationStream:
             "chunk": chunk,
             "offset": offset,
             **({} if cursor is None else {"cursor": json.dumps(cursor)}),
-            **({} if self._centre_D is None else {"centre": self._centre_D}),
+            **{_CENTRES[name]: centre_D for name, centre_D in self._centres.items() if centre_D is not None},
             "n_batches": self.n_batches,
             "digest": self.digest,
             "generator": self._generator.get_state(),
-            **{f"buffer.{f.name}": getattr(live, f.name) for f in fields(live)},
+            **{f"buffer.{name}": column for name, column in live.columns.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -261,11 +263,12 @@ class ActivationStream:
         self.filter = from_plain(Filter, json.loads(state["filter"]), "the saved filter")
         self._monitor_state = state["monitor"]
         self.monitor.restore(self._monitor_state)
-        centre_D = state.get("centre")  # a state of cosae 0.1 has none, whatever its rows are
-        self._centre_D = None if centre_D is None else centre_D.to(self.device)
+        for name in self._centres:
+            centre_D = state.get(_CENTRES[name])  # a state of cosae 0.1 has none, whatever its rows are
+            self._centres[name] = None if centre_D is None else centre_D.to(self.device)
         live = len(state["buffer.x_ND"])
-        for f in fields(self._buffer):
-            getattr(self._buffer, f.name)[:live].copy_(state[f"buffer.{f.name}"])
+        for name, column in self._buffer.columns.items():
+            column[:live].copy_(state[f"buffer.{name}"])
         # what counts is the order of hand-out, not which slot holds a row: live rows fill the first slots
         self._order = torch.arange(self.buffer_tokens, device=self.device).roll(self.buffer_tokens - live)
         self._cursor = self.buffer_tokens - live
@@ -316,7 +319,14 @@ class ActivationStream:
         self.sinks = describe_sinks(window, self.filter)
         kept = self.filter.keep(window).nonzero().flatten()
         spaced = torch.linspace(0, len(kept) - 1, min(len(kept), SAMPLE_ROWS), dtype=torch.float64).long()
-        self.sample_ND: Tensor = window.x_ND[kept[spaced.to(kept.device)]].float().to(self.device)
+        rows = kept[spaced.to(kept.device)]
+        self.sample_ND: Tensor = window.x_ND[rows].float().to(self.device)
+        self.target_sample_ND = None if window.y_ND is None else window.y_ND[rows].float().to(self.device)
+        self.target_variance = None if window.y_ND is None else total_variance(window.y_ND, self.filter.keep(window))
+
+    def _centre_of(self, sample_ND: Tensor) -> Tensor | None:
+        centre_D, _ = choose_offset(sample_ND, str(self.store_dtype).removeprefix("torch."))
+        return None if centre_D is None else centre_D.to(self.device)
 
     def _read(self) -> Activations:
         """The next chunk of the source, checked, with the perturbation on it."""
@@ -329,6 +339,8 @@ class ActivationStream:
             raise CosaeError(
                 f"the source promised width {self.d_in}. Got {chunk.x_ND.shape[-1]} in chunk {index} instead."
             )
+        if (came := None if chunk.y_ND is None else chunk.y_ND.shape[-1]) != self.d_out:
+            raise CosaeError(f"the source promised targets of width {self.d_out}. Got {came} in chunk {index} instead.")
         chunk = perturbations.apply(self.monitor.check(chunk, index), self.perturbation, index)
         self._next_index += 1
         self.monitor.see(chunk.norm_N, index)
@@ -349,11 +361,11 @@ class ActivationStream:
         while self._filled < end:
             rows = self._take(end - self._filled)
             slots = self._order[self._filled : self._filled + len(rows)]
-            if self._centre_D is not None:
-                rows = replace(rows, x_ND=rows.x_ND.to(self.device, torch.float32) - self._centre_D)
-            for f in fields(rows):
-                target = getattr(self._buffer, f.name)
-                target.index_copy_(0, slots, getattr(rows, f.name).to(self.device, target.dtype))
+            columns = rows.columns
+            for name, column in self._buffer.columns.items():
+                centre_D = self._centres.get(name)
+                new = columns[name] if centre_D is None else columns[name].to(self.device, torch.float32) - centre_D
+                column.index_copy_(0, slots, new.to(self.device, column.dtype))
             self._filled += len(rows)
             self.progress.reached(self._filled)
 
@@ -378,15 +390,27 @@ class ActivationStream:
                 )
 
 
-def _allocate(n: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Activations:
+def width_out(source: Any) -> int | None:
+    """Width of a source's targets; None where it has none."""
+    width: int | None = getattr(source, "d_out", None)
+    return width
+
+
+_CENTRES = {"x_ND": "centre", "y_ND": "target_centre"}
+"""Vectors of a batch → what a saved stream calls their centre."""
+
+
+def _allocate(n: int, d_in: int, dtype: torch.dtype, device: torch.device, d_out: int | None) -> Activations:
     empty = Activations.bare(torch.zeros(n, d_in, dtype=dtype, device=device), torch.zeros(n, device=device))
+    if d_out is not None:
+        empty = replace(empty, y_ND=torch.zeros(n, d_out, dtype=dtype, device=device))
     # `bare` shares one tensor among the four id fields; a buffer needs each its own memory
-    return Activations(**{f.name: getattr(empty, f.name).clone() for f in fields(empty)})
+    return Activations(**{name: column.clone() for name, column in empty.columns.items()})
 
 
 def _gather(activations: Activations, rows: Tensor) -> Activations:
     """index_select costs a third of plain indexing."""
-    return Activations(**{f.name: getattr(activations, f.name).index_select(0, rows) for f in fields(activations)})
+    return Activations(**{name: column.index_select(0, rows) for name, column in activations.columns.items()})
 
 
 def _differences(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:

@@ -22,10 +22,8 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 FIELDS = {
     **{name: name for name in ("inject_into", "d_sae", "k", "arms", "device", "kernel")},
-    **{
-        name: f"data.{name}"
-        for name in ("model", "corpus", "inputs", "positions", "site", "activations", "store", "world", "context")
-    },
+    **{name: f"data.{name}" for name in ("model", "corpus", "inputs", "positions", "site", "target", "context")},
+    **{name: f"data.{name}" for name in ("activations", "store", "world")},
     **{name: f"training.{name}" for name in ("steps", "seed")},
     "dtype": "data.model_dtype",
     "inject": "perturbation",

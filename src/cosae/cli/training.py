@@ -39,6 +39,9 @@ class Train(RecipeOptions):
     unit_rows, cosine_fixed, cosine, cosine_per_feature, cosine_base_delta, cosine_grouped."""
     site: str | None = None
     """Site at which activations are read: resid_post.5, mlp_out.3, blocks.3.hook_resid_post, model.layers.3, …"""
+    target: str | None = None
+    """Train transcoders: what they make of the site, such as mlp_out.5 of mlp_in.5. With a store, the site of another
+    store in its folder; with --activations, a second file."""
     activations: str | None = None
     """File of N × d vectors (.safetensors, .npy, .parquet), instead of a model."""
     store: str | None = None

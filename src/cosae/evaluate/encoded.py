@@ -51,7 +51,7 @@ class EncodedPass(Generic[S_co]):
 
     sae, sample
     codes        of all N tokens, on the CPU
-    error_N      (N,) float64   |x - x̂|²
+    error_N      (N,) float64   |x - x̂|²; of a transcoder this and what follows are of its targets, in the place of x
     cosine_N     (N,) float64   cos(x, x̂), 0 where either is 0
     recon_norm_N (N,) float64   |x̂|
     l0_N         (N,) int64     codes ≠ 0, negative ones included
@@ -75,10 +75,21 @@ class EncodedPass(Generic[S_co]):
     within: Mapping[str, list[Within]]
     batch_tokens: int
 
+    @property
+    def target_ND(self) -> Tensor:
+        """(N, D) what is reconstructed: the activations, or a transcoder's targets."""
+        return target_of(self.sae, self.sample.activations)
+
     @cached_property
     def norm_N(self) -> Tensor:
         """(N,) float64 |x|, on the CPU."""
         return self.sample.activations.norm_N.cpu().double()
+
+    @cached_property
+    def target_norm_N(self) -> Tensor:
+        """(N,) float64 norm of what is reconstructed."""
+        own = self.target_ND is self.sample.activations.x_ND
+        return self.norm_N if own else torch.linalg.vector_norm(self.target_ND.cpu(), dim=-1, dtype=torch.float64)
 
     @cached_property
     def firings(self) -> tuple[Tensor, Tensor]:
@@ -107,7 +118,8 @@ class EncodedPass(Generic[S_co]):
 def encode_sample(
     sae: S, sample: Sample, batch_tokens: int = BATCH_TOKENS, on_rows: Callable[[int], None] = lambda n: None
 ) -> EncodedPass[S]:
-    """Encode and decode every token once. Changes no state. Raises CosaeError without tokens.
+    """Encode and decode every token once. Changes no state. Raises CosaeError without tokens, and for a transcoder
+    without targets.
 
     on_rows: gets the number of tokens after each batch.
     """
@@ -122,11 +134,12 @@ def encode_sample(
     error_N, cosine_N, recon_norm_N = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
     within: dict[str, list[Within]] = {sinks: [(0.0, 0.0)] * 5 for sinks in SINKS}
     parts: list[Codes] = []
+    wanted_ND = target_of(sae, activations)
     for rows in row_slices(n, batch_tokens):
         codes = sae.encode(activations.x_ND[rows].float())
         recon_BD = sae.decode(codes).double()
         parts.append(Codes.cat([codes]))
-        x_BD = activations.x_ND[rows].to(recon_BD.device).double()
+        x_BD = wanted_ND[rows].to(recon_BD.device).double()
         residual_BD = x_BD - recon_BD
         error_N[rows] = residual_BD.square().sum(-1).cpu()
         recon_norm_N[rows] = recon_BD.norm(dim=-1).cpu()
@@ -142,6 +155,18 @@ def encode_sample(
     return EncodedPass(
         sae, sample, codes, error_N, cosine_N, recon_norm_N, l0_N, keep, quartile, cuts, within, batch_tokens
     )
+
+
+def target_of(sae: object, activations: Activations) -> Tensor:
+    """(N, D) what an SAE is to reconstruct of these tokens. Raises CosaeError for a transcoder without targets, or of
+    another width."""
+    if getattr(sae, "target", None) is None:
+        return activations.x_ND
+    y_ND, d_out = activations.y_ND, getattr(sae, "d_out", None)
+    if y_ND is None or y_ND.shape[1] != d_out:
+        came = "have none" if y_ND is None else f"have width {y_ND.shape[1]}"
+        raise CosaeError(f"a transcoder is measured against its targets of width {d_out}, and these tokens {came}.")
+    return y_ND
 
 
 @torch.no_grad()
@@ -171,16 +196,15 @@ def norm_quartiles(norm_N: Tensor, kept_N: Tensor) -> tuple[Tensor, list[float]]
     return torch.where(kept_N, quartile_N, -1), cuts
 
 
-def spread(activations: Activations, kept_N: Tensor) -> Tensor:
+def spread(x_ND: Tensor, kept_N: Tensor) -> Tensor:
     """(N,) float64: |x - mean|² of every token, about the mean of the tokens where kept_N (N,) is True."""
-    x_ND = activations.x_ND
     on_device_N = kept_N.to(x_ND.device)
     mean_D = torch.zeros(x_ND.shape[1], dtype=torch.float64, device=x_ND.device)
-    for rows in row_slices(len(activations), BATCH_TOKENS):
+    for rows in row_slices(len(x_ND), BATCH_TOKENS):
         mean_D += x_ND[rows][on_device_N[rows]].double().sum(0)
     mean_D /= max(int(kept_N.sum()), 1)
-    total_N = torch.zeros(len(activations), dtype=torch.float64)
-    for rows in row_slices(len(activations), BATCH_TOKENS):
+    total_N = torch.zeros(len(x_ND), dtype=torch.float64)
+    for rows in row_slices(len(x_ND), BATCH_TOKENS):
         total_N[rows] = (x_ND[rows].double() - mean_D).square().sum(-1).cpu()
     return total_N
 

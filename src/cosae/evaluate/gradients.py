@@ -121,7 +121,8 @@ class _Sums:
             return
         with torch.enable_grad():
             output = sae.train_forward(x_BD)
-            loss_B = torch.stack([squared_error(output, error_B, "raw") for error_B in output.error]).mean(0)
+            pairs = zip(output.error, output.recon, strict=True)
+            loss_B = torch.stack([squared_error(output, *pair, "raw") for pair in pairs]).mean(0)
             for q in sorted(set(quartile_B.tolist())):
                 part = loss_B[(quartile_B == q).to(loss_B.device)].sum() / self.batch_tokens
                 (gradient_FD,) = torch.autograd.grad(part, sae.score.rows_FD, retain_graph=True)

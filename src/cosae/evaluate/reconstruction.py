@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cosae.errors import CosaeError
-from cosae.evaluate.encoded import EncodedPass, Within, resampling_units, spread
+from cosae.evaluate.encoded import BATCH_TOKENS, EncodedPass, Within, resampling_units, spread
 from cosae.evaluate.statistics import RESAMPLES, Array, percentile_interval, resample_counts, weighted_medians
 
 RARE_RATE = 1e-4
@@ -77,6 +78,21 @@ def measure(encoded: EncodedPass[Any]) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def by_site(encoded: EncodedPass[Any], sinks: str) -> list[float | None]:
+    """FVE of each site that a crosscoder joins, on the tokens that count: the sum over all of them is a loud site's."""
+    sae, x_ND = encoded.sae, encoded.sample.activations.x_ND
+    kept = encoded.keep[sinks].nonzero()[:, 0].to(x_ND.device)
+    mean_D = torch.stack([x_ND[rows].double().sum(0) for rows in torch.split(kept, BATCH_TOKENS)]).sum(0) / len(kept)
+    residual_P, total_P = torch.zeros(2, len(sae.cfg.sites), dtype=torch.float64)
+    for rows in torch.split(kept, BATCH_TOKENS):
+        x_BD = x_ND[rows].double()
+        apart_BD = x_BD - sae(x_ND[rows].float()).double().to(x_BD.device)
+        residual_P += sae.sites.lengths(apart_BD).square().sum(0).cpu()
+        total_P += sae.sites.lengths(x_BD - mean_D).square().sum(0).cpu()
+    return [_one_minus(*pair) for pair in zip(residual_P.tolist(), total_P.tolist(), strict=True)]
+
+
 def summarise(encoded: EncodedPass[Any], sinks: str) -> dict[str, Any]:
     """The numbers of the tokens that count with "sinks_in" or "sinks_out".
 
@@ -91,7 +107,7 @@ def summarise(encoded: EncodedPass[Any], sinks: str) -> dict[str, Any]:
     n = int(kept_N.sum())
     if n == 0:
         raise CosaeError("reconstruction needs at least one token to measure; got none instead: check the filter")
-    total_N = spread(encoded.sample.activations, kept_N)
+    total_N = spread(encoded.target_ND, kept_N)
     fired_4F = encoded.fired(sinks)
     return {
         "fve": _one_minus(float(encoded.error_N[kept_N].sum()), float(total_N[kept_N].sum())),
@@ -103,13 +119,14 @@ def summarise(encoded: EncodedPass[Any], sinks: str) -> dict[str, Any]:
         "dead_by_tokens": _dead_by_tokens(encoded.first(sinks), n),
         "median_norm": encoded.sample.median_norm,
         "by_norm_quartile": [_quartile(encoded, sinks, q, total_N, fired_4F[q]) for q in range(4)],
+        **({"by_site": by_site(encoded, sinks)} if getattr(encoded.sae, "sites", None) is not None else {}),
     }
 
 
 def per_document(encoded: EncodedPass[Any], sinks: str) -> DocumentSums:
     """Sums by document of the tokens that count; by blocks of consecutive rows when there are not two documents."""
     activations, kept_N = encoded.sample.activations, encoded.keep[sinks]
-    total_N = spread(activations, kept_N)[kept_N].numpy()
+    total_N = spread(encoded.target_ND, kept_N)[kept_N].numpy()
     error_N = encoded.error_N[kept_N].numpy()
     unit_N, unit = resampling_units(activations.doc_N[kept_N.to(activations.doc_N.device)])
     varies_N = total_N > 0
@@ -174,7 +191,7 @@ def _quartile(encoded: EncodedPass[Any], sinks: str, q: int, total_N: Tensor, fi
         "norm_low": low,
         "norm_high": high,
         "norm_high_over_median": high / median if median else None,
-        "fve": _one_minus(error, float(spread(encoded.sample.activations, in_N)[in_N].sum())),
+        "fve": _one_minus(error, float(spread(encoded.target_ND, in_N)[in_N].sum())),
         "fve_global": _one_minus(error, float(total_N[in_N].sum())),
         "median_token_fve": _median_token_fve(encoded.error_N[in_N], total_N[in_N]),
         **_numbers(encoded, in_N, encoded.within[sinks][1 + q], fired_F),
@@ -200,7 +217,7 @@ def _numbers(encoded: EncodedPass[Any], in_N: Tensor, within: Within, fired_F: T
 def _averages(encoded: EncodedPass[Any], in_N: Tensor) -> dict[str, Any]:
     if not bool(in_N.any()):
         return {"cosine": None, "norm_ratio": None, "l0": None}
-    mean_norm = float(encoded.norm_N[in_N].mean())
+    mean_norm = float(encoded.target_norm_N[in_N].mean())
     return {
         "cosine": float(encoded.cosine_N[in_N].mean()),
         "norm_ratio": float(encoded.recon_norm_N[in_N].mean()) / mean_norm if mean_norm > 0 else None,

@@ -186,6 +186,7 @@ def measure_splice(context: Context) -> Numbers:
         context.site,
         context.firsts,
         batch,
+        target=context.data.target,
         median_norm=context.sample().median_norm,
         factor=context.rule.factor,
         seed=context.seed,

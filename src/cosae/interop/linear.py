@@ -41,6 +41,9 @@ class Linear:
     threshold  () or (F,): θ of jumprelu, the inference threshold of batch_topk; None where there is none
     centred    whether the encoder subtracts the centre
     gate_mag   gated: (ρ (F,), β_mag (F,))
+    out_O      of a transcoder: (D_out,) what its decoder adds, its rows then being (F, D_out); centre_D is what its
+               encoder subtracts. None for an autoencoder
+    skip_OD    of a transcoder: (D_out, D) the linear map of x that is added; None where there is none
     """
 
     rows_FD: Tensor
@@ -53,6 +56,8 @@ class Linear:
     centred: bool = True
     gate_mag: tuple[Tensor, Tensor] | None = None
     prefixes: tuple[int, ...] = ()
+    out_O: Tensor | None = None
+    skip_OD: Tensor | None = None
 
 
 @torch.no_grad()
@@ -65,7 +70,9 @@ def linear_sae(weights: Linear, source: str, metadata: dict[str, Any]) -> SAE:
     k = weights.k if weights.k is not None else min(GUESSED_K, d_sae)
     if not 1 <= k <= d_sae:
         raise CosaeError(f"{source}: k must lie between 1 and the {d_sae} features. Got {k} instead.")
-    sae = SAE(SAEConfig(d_in, d_sae, "inner", weights.selector, k, prefixes=weights.prefixes))
+    out_O, skip_OD = weights.out_O, weights.skip_OD
+    widths: dict[str, Any] = {"d_out": None if out_O is None else len(out_O), "skip": skip_OD is not None}
+    sae = SAE(SAEConfig(d_in, d_sae, "inner", weights.selector, k, prefixes=weights.prefixes, **widths))
     rows_FD, bias_F = weights.rows_FD.double(), weights.bias_F.double()
     magnitude = weights.gate_mag
     if not weights.centred:
@@ -78,6 +85,10 @@ def linear_sae(weights: Linear, source: str, metadata: dict[str, Any]) -> SAE:
     sae.score.bias_F.copy_(bias_F)
     sae.decoder.rows_FD.copy_(weights.decoder_FD)
     sae.centre_D.copy_(weights.centre_D)
+    if sae.target is not None and out_O is not None:
+        sae.target.centre_O.copy_(out_O)
+    if sae.target is not None and sae.target.skip_OD is not None and skip_OD is not None:
+        sae.target.skip_OD.copy_(skip_OD)
     if weights.selector == "jumprelu":
         theta = torch.zeros(()) if weights.threshold is None else weights.threshold.double()
         sae.selector.log_threshold_F.copy_(theta.clamp_min(NO_THRESHOLD).log().expand(d_sae))
@@ -94,6 +105,13 @@ def linear_sae(weights: Linear, source: str, metadata: dict[str, Any]) -> SAE:
     return sae
 
 
+def check_autoencoder(sae: SAE, where: str) -> None:
+    """Raises CosaeError for a transcoder or crosscoder, which `where` (in words) has no place for."""
+    if sae.target is not None or sae.cfg.sites:
+        what = "crosscoder" if sae.cfg.sites else "transcoder"
+        raise CosaeError(f"{where} are of SAEs that reconstruct one site, which they read, and this is a {what}.")
+
+
 def is_plain(value: Any) -> bool:
     """Whether it is text or a number, which is taken over of other libraries' metadata."""
     return isinstance(value, str | int | float)
@@ -104,14 +122,17 @@ def _check(weights: Linear, source: str) -> tuple[int, int]:
         raise CosaeError(f"{source}: the encoder must be a matrix. Got shape {tuple(weights.rows_FD.shape)} instead.")
     d_sae, d_in = weights.rows_FD.shape
     per_feature, gate = ((d_sae,),), weights.gate_mag or (None, None)
+    d_out = d_in if weights.out_O is None else len(weights.out_O)
     shapes = {
         "encoder": (weights.rows_FD, ((d_sae, d_in),)),
         "encoder bias": (weights.bias_F, per_feature),
-        "decoder": (weights.decoder_FD, ((d_sae, d_in),)),
+        "decoder": (weights.decoder_FD, ((d_sae, d_out),)),
         "decoder bias": (weights.centre_D, ((d_in,),)),
         "threshold": (weights.threshold, ((), (d_sae,))),
         "gate's ρ": (gate[0], per_feature),
         "magnitude bias": (gate[1], per_feature),
+        "output bias": (weights.out_O, ((d_out,),)),
+        "skip": (weights.skip_OD, ((d_out, d_in),)),
     }
     for name, (value, allowed) in shapes.items():
         if value is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cosae.errors import CosaeError, check_choice
-from cosae.interop import cosine_paper, gemma_scope, goodfire, llama_scope, sparsify
+from cosae.interop import cosine_paper, gemma_scope, goodfire, llama_scope, sparsify, transcoders
 from cosae.interop.dictionary_learning import read as dictionary_learning
 from cosae.interop.saelens import files as saelens_files
 from cosae.io.kind import which_is
@@ -25,6 +25,7 @@ READERS: dict[str, Callable[[Path], SAE]] = {
     "llama_scope": llama_scope.read,
     "goodfire": goodfire.read,
     "cosine_paper": cosine_paper.read,
+    "circuit_tracer": transcoders.read_layer,
 }
 FORMATS = tuple(READERS)
 RENAMED = {"authors": "cosine_paper"}  # names of 0.1, which still work
@@ -55,7 +56,9 @@ def detect(path: Path) -> str:
             return "cosine_paper"
         if path.suffix == goodfire.SUFFIX:
             return "goodfire"
-        files = f"an SAE's folder, a params.npz or a {cosine_paper.NAME}"
+        if transcoders.LAYER.fullmatch(path.name):
+            return "circuit_tracer"
+        files = f"an SAE's folder, a params.npz, a layer_N.safetensors or a {cosine_paper.NAME}"
         raise CosaeError(f"{path}{which_is(path)} is of no known format: give {files}.")
     try:
         there = {child.name for child in path.iterdir()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def capture(
     check_request(model, sequences, batch_sequences, store_dtype)
     # Whatever the caller's mode: inference tensors cannot be trained on afterwards.
     with torch.inference_mode(False):
-        parts: dict[Site, list[Activations]] = {site: [] for site in by_name.values()}
+        parts: dict[Site, list[Activations]] = {place: [] for site in by_name.values() for place in site.places}
         for start in range(0, len(sequences), batch_sequences):
             batch = sequences[start : start + batch_sequences]
             if not batch.n_rows:
@@ -73,7 +74,30 @@ def capture(
                     _check_finite(part, batch, site, store_dtype)
                 parts[site].append(part)
             on_rows(batch.n_rows)
-        return {name: Activations.cat(parts[site]) for name, site in by_name.items()}
+        return {name: _join([Activations.cat(parts[p]) for p in site.places]) for name, site in by_name.items()}
+
+
+def _join(places: list[Activations]) -> Activations:
+    """The same tokens at several sites: vectors one behind the other, and the lengths of those."""
+    if len(places) == 1:
+        return places[0]
+    norm_N = torch.stack([one.norm_N for one in places]).square().sum(0).sqrt()
+    return replace(places[0], x_ND=torch.cat([one.x_ND for one in places], dim=-1), norm_N=norm_N)
+
+
+def capture_pair(
+    model: nn.Module, sequences: Sequences, site: Site, target: Site | None = None, **options: Any
+) -> Activations:
+    """Activations of one site, and beside them, row by row of the same passes, those of a target. Options of `capture`.
+
+    Raises CosaeError as `capture` does, and for a target that is the site.
+    """
+    if target is None:
+        return capture(model, sequences, site, **options)[site.name]
+    if target == site:
+        raise CosaeError(f"the target must be another site than {site.name}, which an SAE reconstructs without one.")
+    found = capture(model, sequences, (site, target), **options)
+    return replace(found[site.name], y_ND=found[target.name].x_ND)
 
 
 def check_request(model: nn.Module, sequences: Sequences, batch_sequences: int, store_dtype: torch.dtype) -> None:

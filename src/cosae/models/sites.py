@@ -17,6 +17,8 @@ output; `PATH:input` is what goes into it, the heads of an attention side by sid
 forward pass needs its run named, from 0: `PATH#2`, `PATH#2:input`. Where a model has several stacks of blocks
 (`cosae.models.parts`) short names begin with the stack's: `vision.resid_post.3`, `encoder.blocks.3.hook_resid_post`.
 
+`A+B+C` joins the vectors of several sites, one behind the other, for a crosscoder.
+
 Gemma 2 and 3, OLMo 2 and GLM-4 normalise a sublayer's output once more before adding it, and DINO scales it: there
 `attn_out` and `mlp_out` are taken after that, as TransformerLens and Gemma Scope do, and the module paths `….self_attn`
 and `….mlp` give the vectors before it. In models that normalise after adding (BERT) `resid_post` is normalised, the
@@ -68,6 +70,12 @@ def resolve_site(model: nn.Module, site: str | Site) -> Site:
     """
     if isinstance(site, Site):
         return site
+    if "+" in site:
+        places = [resolve_site(model, one) for one in site.split("+")]
+        if len(set(places)) < len(places):
+            raise CosaeError(f"each of the joined sites may be named once. Got '{site}' instead.")
+        names, hooks = ("+".join(getattr(one, key) for one in places) for key in ("name", "hook_name"))
+        return replace(places[0], name=names, hook_name=hooks, joined=tuple(places[1:]))
     name, run, reads = split_site(site)
     short, hook = _SHORT.fullmatch(name), _HOOK.fullmatch(name)
     kind = short["kind"] if short else hook and _kind_of(hook["hook"])

@@ -45,7 +45,7 @@ def model_size(
     model.eval()
     itemsize = MODEL_DTYPES[dtype].itemsize
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    found = resolve_site(model, site)
+    found, *others = resolve_site(model, site).places
     own = _config_around(model, found.module_path)
     width = int(getattr(own, "hidden_size", 0) or model.get_input_embeddings().weight.shape[1])
     inner = int(getattr(own, "intermediate_size", 0) or getattr(own, "n_inner", 0) or 4 * width)
@@ -54,7 +54,7 @@ def model_size(
         weight_bytes=n_parameters * itemsize,
         pass_bytes=itemsize * (6 * width + 3 * inner),
         attention_bytes=heads * (itemsize + 4) if attention == "eager" else 0,
-        d_in=_width(model, found, width),
+        d_in=_width(model, found, width) + sum(_width(model, one, width) for one in others),
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from cosae.errors import CosaeError, check_least
 from cosae.io.generators import epoch_order
-from cosae.models.capture import capture, check_request, name_in
+from cosae.models.capture import capture, capture_pair, check_request, name_in
 from cosae.models.sites import resolve_site
 from cosae.types import Activations, Sequences, Site
 
@@ -25,7 +25,8 @@ NAMED_CHUNKS = 64
 
 
 class _SiteSource:
-    """One site of a model, captured as `capture` does. Raises CosaeError for what it would refuse of `first`."""
+    """One site of a model, captured as `capture` does, and another beside it where there is a target, in the same
+    passes. Raises CosaeError for what it would refuse of `first`."""
 
     def __init__(
         self,
@@ -34,16 +35,23 @@ class _SiteSource:
         first: Sequences,
         batch_sequences: int = 8,
         store_dtype: torch.dtype = torch.float32,
+        target: str | Site | None = None,
         **options: Any,
     ) -> None:
         self.model, self.site = model, resolve_site(model, site)
+        self.target = None if target is None else resolve_site(model, target)
         self._options = {**options, "batch_sequences": batch_sequences, "store_dtype": store_dtype}
         check_request(model, first, batch_sequences, store_dtype)
         one = first[first.rows_ST.any(dim=1)][:1]
-        self.d_in = int(capture(model, one, self.site)[self.site.name].x_ND.shape[1])
+        read = capture_pair(model, one, self.site, self.target)
+        if self.site.joined:
+            parts = capture(model, one, self.site.places).values()
+            self.site_widths: tuple[int, ...] = tuple(int(part.x_ND.shape[1]) for part in parts)
+        self.d_in = int(read.x_ND.shape[1])
+        self.d_out = None if read.y_ND is None else int(read.y_ND.shape[1])
 
     def _capture(self, sequences: Sequences) -> Activations:
-        return capture(self.model, sequences, self.site, **self._options)[self.site.name]
+        return capture_pair(self.model, sequences, self.site, self.target, **self._options)
 
     def describe(self) -> dict[str, Any]:
         """Model and site in plain values for a record."""
@@ -63,6 +71,8 @@ class _SiteSource:
             "block": self.site.block,
             "store_dtype": str(self._options["store_dtype"]).removeprefix("torch."),
             "batch_sequences": self._options["batch_sequences"],
+            **({} if not self.site.joined else {"joined": self.site.to_record()["joined"]}),
+            **({} if self.target is None else {"target": self.target.to_record()}),
         }
 
 
@@ -74,6 +84,7 @@ class ModelSource(_SiteSource):
     can be made again to the bit, by this object or by another made with the same arguments on the same machine.
 
     model, sequences, site, batch_sequences, store_dtype, store_device, allow_non_finite   as in `capture`
+    target           a second site, for a transcoder
     chunk_sequences  sequences per chunk
     seed             seed of the orders
 

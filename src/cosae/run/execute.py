@@ -40,7 +40,6 @@ from cosae.run.measure import evaluate, text_probes
 from cosae.run.plan.check import check_run
 from cosae.run.plan.resources import check_device
 from cosae.run.record import exponent_changes, names_of_here, run_record, sae_provenance
-from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate, measure_fve
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
@@ -90,12 +89,14 @@ def execute(
     logs: Logs | None = None,
     data: Dataset | None = None,
     tensor: Tensor | None = None,
+    target: Tensor | None = None,
     measured: bool = True,
     progress: Progress | None = None,
 ) -> Finished:
     """Run `recipe` into the new folder `out` (None keeps everything in memory).
 
     data: opened already, by who closes it; otherwise opened and closed here.
+    tensor, target: activations in memory instead of what the recipe names, and what transcoders make of them.
     progress: shows the phases; None makes one, shown as `logs` says.
 
     Under torchrun every process calls it, and what is Finished holds SAEs on the first of them alone.
@@ -121,7 +122,7 @@ def execute(
         if ranks.n == 1:
             progress.stop = stop
         if data is None:
-            data = opened.enter_context(dataset_of(recipe, tensor))
+            data = opened.enter_context(dataset_of(recipe, tensor, target=target))
             check_run(recipe, data, out)
         run = opened.enter_context(closing(_Run(recipe, data, out, logs, measured, progress, ranks)))
         if out is not None and ranks.leads:
@@ -138,13 +139,15 @@ def resume(
     tensor: Tensor | ArrayLike | None = None,
     evaluate: bool | None = None,
     parallel: ParallelConfig | None = None,
+    target: Tensor | ArrayLike | None = None,
 ) -> Finished:
     """Go on with the run in `out` from its last whole checkpoint, to the same end as without the interruption.
 
     A run that ended before its first checkpoint begins again, and so ends the same too. It logs where it was started to
     log, and measures at its end if it was started so (`evaluate` says otherwise).
 
-    tensor: the activations (N, D) of a run that was started on a tensor or array in memory; None for all others.
+    tensor, target: the activations (N, D) of a run that was started on a tensor or array in memory, and their targets
+    where it had any; None for all others.
     parallel: another mesh than the run was started on.
     Raises CosaeError where there is no run, none of its checkpoints is whole, the run is finished, another process
     writes it, what is left to do cannot fit in memory or on disk, or its recipe or data are no longer those it was
@@ -172,7 +175,8 @@ def resume(
             )
         ranks.agree(_facts(recipe))
         check_device(recipe.device)
-        data = opened.enter_context(dataset_of(recipe, None if tensor is None else as_matrix(tensor)))
+        given = [None if one is None else as_matrix(one) for one in (tensor, target)]
+        data = opened.enter_context(dataset_of(recipe, given[0], target=given[1]))
         check_run(recipe, data, out, begun=True)
         measured = bool(record.get("evaluate", True)) if evaluate is None else evaluate
         progress = Progress(logs.progress and ranks.leads)
@@ -215,7 +219,7 @@ class _Run:
         self.ranks, self.device = ranks, mesh.local_device(recipe.device)
         self.data, self.out, self.logs, self.measured, self.progress = data, out, logs, measured, progress
         data.progress = progress
-        self.recipe = recipe = replace(recipe.resolved(data.d_in), data=data.resolved())
+        self.recipe = recipe = replace(recipe.resolved(data.d_in, data.d_out, data.site_widths), data=data.resolved())
         recipe.check()  # widths are known now
         training = recipe.training
         self.stream = ActivationStream(
@@ -253,18 +257,24 @@ class _Run:
 
     def _initialised(self) -> list[ArmState]:
         """The fresh state of every arm of this rank, from a sample of the first window."""
-        sample_ND = self.stream.sample_ND
-        if not self.stream.norm_summary.total_variance > 0:
+        sample_ND, target_ND = self.stream.sample_ND, self.stream.target_sample_ND
+        total_variance = self.stream.norm_summary.total_variance
+        if self.stream.target_variance is not None:
+            total_variance = min(total_variance, self.stream.target_variance)
+        if not total_variance > 0:
             raise CosaeError("activations must differ from one another: their variance in the first window is 0.")
         states: list[ArmState] = []
         recipe, centred = self.recipe, any(arm.init.centre == "geometric_median" for arm in self.recipe.arms)
         name = "initialising with the geometric median" if centred else "initialising"
-        peers = self.ranks.peers
+        peers, widths = self.ranks.peers, (self.data.d_out, target_ND, self.data.site_widths)
         for arm in self.progress.each(self.ranks.mine(recipe.arms), name, "SAEs"):
-            sae = arm.build(self.data.d_in, sample_ND, self.device)
-            variance = _variance(sae, sample_ND) if arm.loss.normalise == "variance" else 1.0
+            sae = arm.build(self.data.d_in, sample_ND, self.device, *widths)
+            variance = _variance(sae, sample_ND, target_ND) if arm.loss.normalise == "variance" else 1.0
             if arm.loss.normalise == "variance" and arm.loss.space == "raw":
-                variance = self.stream.norm_summary.total_variance
+                of_target = self.stream.target_variance
+                variance = self.stream.norm_summary.total_variance if of_target is None else of_target
+            if (sae.target is not None or sae.cfg.sites) and not peers.alone:
+                raise CosaeError("one process trains a transcoder or crosscoder: give arms to processes, not parts.")
             if peers.feature_ranks > 1:
                 sae = cut_(sae, peers.feature_rank, peers.feature_ranks)
             states.append(ArmState.start(arm, sae, variance, recipe.training.optimizer, peers))
@@ -410,12 +420,14 @@ class _Run:
         Held-out ones, other than those that are measured: on tokens it was trained on an SAE fires differently.
         """
         sample = self.data.sample("calibration", self.recipe.evaluation.calibration_tokens).activations
-        x_ND = sample.x_ND[self.stream.filter.keep(sample)].float().to(self.recipe.device)
+        kept = sample[self.stream.filter.keep(sample)]
+        x_ND = kept.x_ND.float().to(self.recipe.device)
+        y_ND = None if kept.y_ND is None else kept.y_ND.float().to(self.recipe.device)
         found = {}
         with self.progress.phase("calibrating thresholds", 2 * len(x_ND) * len(saes)):
             for i, (name, sae) in enumerate(saes.items(), 1):
                 calibration = calibrate(sae, x_ND, on_rows=self.progress.rows)
-                found[name] = replace(calibration, fve=measure_fve(sae, x_ND))
+                found[name] = replace(calibration, fve=measure_fve(sae, x_ND, y_ND=y_ND))
                 self.progress.reached(2 * len(x_ND) * i)
         return found
 
@@ -482,10 +494,14 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
     return {"the code's commit": provenance.commit(), "packages": provenance.packages(), **changed}
 
 
-def _variance(sae: SAE, sample_ND: Tensor) -> float:
-    """Mean |z − mean z|² of a sample in the frame's units."""
-    framed = frames.normalize(sae.cfg.frame, sample_ND.to(sae.centre_D), sae.centre_D.detach())
-    z_ND = framed.z_BD[framed.live_B].double()
+@torch.no_grad()
+def _variance(sae: SAE, sample_ND: Tensor, target_ND: Tensor | None) -> float:
+    """Mean |z − mean z|² of a sample in the frame's units, or of a transcoder's targets in theirs."""
+    framed = sae._framed(sample_ND)
+    z_ND = framed.z_BD
+    if sae.target is not None and target_ND is not None:
+        z_ND = sae.target.of(target_ND, sae.target.stats(framed))
+    z_ND = z_ND[framed.live_B].double()
     return float((z_ND - z_ND.mean(0)).square().sum(-1).mean())
 
 

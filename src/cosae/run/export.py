@@ -60,6 +60,12 @@ class Opened:
     tokenizer: Any
     site: Site
     sequences: Sequences
+
+    @property
+    def written(self) -> Site:
+        """Where reconstructions lie: the site, or a transcoder's target."""
+        return self.site if self.data.target is None else resolve_site(self.model, self.data.target)
+
     metadata: dict[str, Any]
 
 

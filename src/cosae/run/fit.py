@@ -25,6 +25,7 @@ def fit(
     data: Recipe | Tensor | ArrayLike | Sequence[Tensor] | Path | None = None,
     arms: Iterable[str | Arm] | None = None,
     *,
+    target: Tensor | ArrayLike | Sequence[Tensor] | None = None,
     out: str | Path | None = None,
     progress: bool | None = None,
     evaluate: bool | None = None,
@@ -36,6 +37,8 @@ def fit(
 
     data     a Recipe; activations: a float tensor or NumPy array (N, d) or (N, T, d), a list of such, or a path to a
              .safetensors, .npy or .parquet file of them; the name of a preset; None for the embedded model's recipe
+    target   of transcoders: what they make of each row of a tensor or array, (N, d_out); the site or file of a recipe's
+             target is data__target
     arms     names or Arm objects ("cosine", "standard,k=64"); default: the recipe's
     out      folder for the run; None keeps everything in memory
     progress whether to show a progress bar, or lines where standard error is no terminal; default: yes on a terminal
@@ -50,6 +53,7 @@ def fit(
     Raises CosaeError for anything that is not allowed, before anything is written.
     """
     tensor = None if data is None or isinstance(data, Recipe | str | Path) else _activations(data)
+    target_ND = None if target is None else _activations(target)
     recipe = _recipe(data if tensor is None else tensor)
     if arms is not None:
         chosen: list[Any] = list(arms) if isinstance(arms, Iterable) and not isinstance(arms, str) else [arms]
@@ -67,7 +71,7 @@ def fit(
     place = None if out is None else Path(out)
     measured = place is not None if evaluate is None else evaluate
     logs = Logs(is_watched() if progress is None else progress, tensorboard, wandb)
-    return execute(recipe, place, logs=logs, tensor=tensor, measured=measured)
+    return execute(recipe, place, logs=logs, tensor=tensor, target=target_ND, measured=measured)
 
 
 _SHORT = {name: f"training.{name}" for name in ("steps", "batch_tokens", "seed", "checkpoint_every")}

@@ -141,7 +141,10 @@ def shown_features(context: Context, data: Dataset) -> dict[str, Any]:
 def untrained_baseline(sae: SAE, recipe: Recipe, train: Sample, fitted: Filter) -> SAE:
     """An untrained SAE of the same make, initialised on data and calibrated: what random weights alone can do."""
     arm = next((arm for arm in recipe.arms if arm.name == "standard"), recipe.arms[0])
-    sample_ND = train.activations.x_ND[fitted.keep(train.activations)].float()
-    baseline = arm.build(sae.d_in, sample_ND)
+    kept = train.activations[fitted.keep(train.activations)]
+    sample_ND = kept.x_ND.float()
+    baseline = arm.build(
+        sae.d_in, sample_ND, "cpu", sae.cfg.d_out, None if kept.y_ND is None else kept.y_ND.float(), sae.cfg.sites
+    )
     calibrate(baseline, sample_ND[: recipe.evaluation.calibration_tokens])
     return baseline

@@ -92,6 +92,7 @@ def sae_provenance(
         "site": None if site is None else site.name,
         "hook_name": None if site is None else site.hook_name,
         "hf_hook_name": None if site is None else site.module_path,
+        **({} if data.target is None else {"target": data.target.name, "target_hook_name": data.target.hook_name}),
         "source": data.describe(),
         LOCAL: names_of_here(recipe),
         "tokens": recipe.training.steps * recipe.training.batch_tokens,

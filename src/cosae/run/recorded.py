@@ -49,6 +49,10 @@ def data_of(sae: SAE, path: Path, request: Place) -> DataConfig:
         raise CosaeError(f"{path} does not say which site it reads: give --site, for instance resid_post.3.")
     if not isinstance(model, str) or not isinstance(site, str):
         raise CosaeError(f"{path} does not name its model and site in text: give --model and --site.")
+    target = None if sae.target is None else getattr(request, "target", None) or known.get("target")
+    if sae.target is not None and not isinstance(target, str):
+        raise CosaeError(f"{path} is a transcoder and does not say of which site: give --target, such as mlp_out.3.")
+    data = replace(data, target=target)
     changes: dict[str, Any] = {"model": model, "site": site}
     changes |= {name: getattr(request, name, None) for name in ("corpus", "context")}
     found = replace(data, **{k: v for k, v in changes.items() if v is not None})

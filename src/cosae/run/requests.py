@@ -157,6 +157,8 @@ class EvalRequest(Origin):
     """Folder written by `cosae capture`, instead of a model."""
     store_site: str | None = None
     """Which store of that folder, where it has several."""
+    target: str | None = None
+    """What transcoders reconstruct: a site, with --activations a file of vectors. Default: from the SAE's file."""
     tokens: int | None = None
     """Number of held-out tokens. Default: 32 768; 4096 for splice, causal and patching."""
     context: int | None = None

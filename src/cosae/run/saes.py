@@ -50,10 +50,13 @@ class Datasets:
     def of(self, sae: SAE, path: Path) -> tuple[Dataset, Sample]:
         """The dataset of an SAE, and its held-out sample. Raises CosaeError where the widths differ."""
         request = self.request
+        if request.target is not None and sae.target is None:
+            raise CosaeError(f"target has no say in {path}, which reconstructs what it reads: drop --target.")
         if request.activations is not None:
-            config = DataConfig(activations=request.activations, held_out_frac=0.0)
+            config = DataConfig(activations=request.activations, target=request.target, held_out_frac=0.0)
         elif request.store is not None:
-            config = DataConfig(store=request.store, store_site=request.store_site)
+            target = request.target or (sae.metadata.get("target") if sae.target is not None else None)
+            config = DataConfig(store=request.store, store_site=request.store_site, target=target)
         else:
             config = data_of(sae, path, request)
         key = repr(config)

@@ -64,14 +64,18 @@ def measure_l0(sae: SAE, x_ND: Tensor, on_rows: Callable[[int], None] = lambda n
 
 
 @torch.no_grad()
-def measure_fve(sae: SAE, x_ND: Tensor, n_tokens: int = FVE_TOKENS) -> float | None:
-    """1 − Σ|x − x̂|² / Σ|x − mean x|² of the first tokens of x (N, d_in); None where that is no number."""
+def measure_fve(sae: SAE, x_ND: Tensor, n_tokens: int = FVE_TOKENS, y_ND: Tensor | None = None) -> float | None:
+    """1 − Σ|x − x̂|² / Σ|x − mean x|² of the first tokens of x (N, d_in); None where that is no number.
+
+    y (N, d_out): of a transcoder, its targets, in the place of x but as input.
+    """
     x_ND = x_ND[:n_tokens]
-    mean_D = x_ND.double().mean(0)
+    wanted_ND = x_ND if y_ND is None else y_ND[:n_tokens]
+    mean_D = wanted_ND.double().mean(0)
     residual = total = 0.0
-    for rows in torch.split(x_ND, 1024):
-        residual += float((rows - sae(rows)).double().square().sum())
-        total += float((rows.double() - mean_D).square().sum())
+    for rows, wanted in zip(torch.split(x_ND, 1024), torch.split(wanted_ND, 1024), strict=True):
+        residual += float((wanted - sae(rows)).double().square().sum())
+        total += float((wanted.double() - mean_D).square().sum())
     return 1 - residual / total if total > 0 and math.isfinite(residual) else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from cosae.errors import CosaeError, check_choice, short
 from cosae.sae.frame import FRAMES
 from cosae.sae.score import SCORES, Family
 from cosae.sae.selector import SELECTORS
+from cosae.sae.target import TARGET_FRAMES
 from cosae.types import at_least_fp32
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -60,9 +61,20 @@ class SAEConfig:
     """Who owns a and b, for cosine_two_exponents: shared, group, feature, or fixed (then b is shared); None: shared."""
     value_exponent_owner: str | None = None
     """Who owns the value exponent, for cosine_two_exponents: shared, group, feature or fixed; None: shared."""
+    d_out: int | None = None
+    """Width of another site that is reconstructed from this one (a transcoder); None: the SAE reconstructs its input,
+    or that of the data's target."""
+    target_frame: str = "raw"
+    """Of a transcoder: raw, or input, which puts back what the frame took out of the input (cosae.sae.target)."""
+    skip: bool = False
+    """Of a transcoder: whether a linear map of the input is added to the reconstruction."""
+    sites: tuple[int, ...] = ()
+    """Widths of the sites that x joins, each with a frame of its own (a crosscoder); empty: one site, or the data's."""
+    balanced: bool = False
+    """Of a crosscoder in the raw frame: whether each site is divided by its root mean square, a constant."""
 
     def __post_init__(self) -> None:
-        for name in ("d_in", "d_sae", "k", "n_groups"):
+        for name in ("d_in", "d_sae", "k", "n_groups", "d_out"):
             value = getattr(self, name)
             if (value is None and name != "n_groups") or (type(value) is int and value >= 1):
                 continue
@@ -70,6 +82,7 @@ class SAEConfig:
         check_choice("score", self.score, SCORES)
         check_choice("selector", self.selector, SELECTORS)
         check_choice("frame", self.frame, FRAMES)
+        check_choice("target_frame", self.target_frame, TARGET_FRAMES)
         width = math.inf if self.d_sae is None else self.d_sae
         if (self.k or 1) > width:
             raise CosaeError(f"k must be at most d_sae = {self.d_sae}. To keep {self.k} features, raise d_sae.")
@@ -85,6 +98,11 @@ class SAEConfig:
                 raise CosaeError(f"prefixes must be ascending feature counts {limits}. Got {list(prefixes)} instead.")
             prefixes = prefixes if self.d_sae in (None, prefixes[-1]) else (*prefixes, int(width))
         object.__setattr__(self, "prefixes", prefixes)
+        sites = tuple(int(width) for width in self.sites)
+        object.__setattr__(self, "sites", sites)
+        if sites and (min(sites) < 1 or len(sites) < 2 or self.d_in not in (None, sum(sites)) or self.d_out):
+            what = f"two or more widths that sum to d_in = {self.d_in}, and no target"
+            raise CosaeError(f"the sites of a crosscoder must be {what}. Got {list(sites)} instead.")
         if not 0.0 < self.bandwidth < 2.0:
             raise CosaeError(f"bandwidth must lie between 0 and 2. Got {short(self.bandwidth)} instead.")
 
@@ -114,12 +132,23 @@ class SAEConfig:
         return self.d_in, self.d_sae, self.k
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields; owners and the window of a only where they were chosen."""
-        values = {**asdict(self), "prefixes": list(self.prefixes)}
-        for name in ("a_owner", "value_exponent_owner", "a_window"):
-            if not values[name]:
+        """JSON-able fields; those that few SAEs have only where they were chosen."""
+        values = {**asdict(self), "prefixes": list(self.prefixes), "sites": list(self.sites)}
+        rare = ("a_owner", "value_exponent_owner", "a_window", "d_out", "target_frame", "skip", "sites", "balanced")
+        for name in rare:
+            if getattr(self, name) == SAEConfig.__dataclass_fields__[name].default:
                 del values[name]
         return values
+
+    def with_widths(self, d_in: int, d_out: int | None, sites: tuple[int, ...] = ()) -> SAEConfig:
+        """The same for data of these widths. Raises CosaeError for what only a transcoder has, without a target."""
+        if d_out is None and (self.skip or self.target_frame != "raw"):
+            what = "a linear skip" if self.skip else "a frame of the target"
+            raise CosaeError(f"{what} is for a transcoder: name what it reconstructs with --target, or drop it.")
+        sites = self.sites or sites
+        if self.balanced and (not sites or self.frame != "raw"):
+            raise CosaeError("balanced is for a crosscoder in the raw frame: name several sites, A+B, or drop it.")
+        return replace(self, d_in=d_in, d_out=d_out, sites=sites)
 
 
 @dataclass(frozen=True)
@@ -148,7 +177,7 @@ class InitConfig:
         check_choice("centre", self.centre, CENTRES)
 
 
-def check_activations(x: Tensor, d_in: int) -> Tensor:
+def check_activations(x: Tensor, d_in: int, name: str = "x") -> Tensor:
     """x (..., d_in), any float dtype, as (N, d_in).
 
     Raises CosaeError for a wrong width, a non-float tensor, NaN or Inf (with the first one's position), and a row whose
@@ -156,7 +185,9 @@ def check_activations(x: Tensor, d_in: int) -> Tensor:
     """
     if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.ndim < 1 or x.shape[-1] != d_in:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise CosaeError(f"x must be a float16, bfloat16, float32 or float64 tensor of shape (..., {d_in}). Got {got}.")
+        raise CosaeError(
+            f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape (..., {d_in}). Got {got}."
+        )
     flat = x.reshape(-1, d_in)
     if not float(torch.linalg.vector_norm(flat.detach(), dtype=at_least_fp32(flat[:0]).dtype)) <= MAX_LENGTH:
         bad = (~torch.isfinite(flat)).nonzero()
@@ -164,14 +195,14 @@ def check_activations(x: Tensor, d_in: int) -> Tensor:
             row, column = (int(i) for i in bad[0])
             at = [int(i) for i in torch.unravel_index(torch.tensor(row), x.shape[:-1])] if x.ndim > 1 else []
             raise CosaeError(
-                f"x must be finite. Got {float(flat[row, column])} at position {[*at, column]} "
+                f"{name} must be finite. Got {float(flat[row, column])} at position {[*at, column]} "
                 f"({len(bad)} non-finite values in all): drop or fix those rows."
             )
         length_N = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
         if len(long := (length_N > MAX_LENGTH).nonzero()):
             row = int(long[0])
             raise CosaeError(
-                f"the length of a row of x must be at most {MAX_LENGTH:.2g}, or its square overflows. Got "
+                f"the length of a row of {name} must be at most {MAX_LENGTH:.2g}, or its square overflows. Got "
                 f"{float(length_N[row]):.3g} at row {row} ({len(long)} such rows in all): drop or scale those rows."
             )
     return flat

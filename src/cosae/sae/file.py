@@ -1,7 +1,8 @@
 """Our one format: a directory with cfg.json, sae_weights.safetensors and self_check.safetensors.
 
 SAELens' names and layouts on disk: W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc, b_dec, threshold (d_sae,), and the
-paper's scale_a, scale_b; b_gate, r_mag, b_mag for gated; value_exponent for scores that have one. Weights are only
+paper's scale_a, scale_b; b_gate, r_mag, b_mag for gated; value_exponent for scores that have one; of transcoders
+b_dec_out (d_out,), target_size and W_skip (d_out, d_in), and a W_dec (d_sae, d_out). Weights are only
 ever read through safetensors. Writing is atomic: a directory is complete or absent. Reading checks format, version,
 digest, names, shapes, finiteness, and that stored probe activations still give their stored codes.
 """
@@ -64,6 +65,11 @@ def _own_tensors(sae: SAE) -> dict[str, Tensor]:
         own["log_threshold"] = selector.log_threshold_F
     if sae.cfg.selector == "gated":
         own |= {"r_mag": selector.r_mag_F, "b_mag": selector.b_mag_F}
+    if sae.cfg.sites:
+        own["site_scale"] = sae.site_scale_P
+    if sae.target is not None:
+        own |= {"b_dec_out": sae.target.centre_O, "target_size": sae.target.size}
+        own |= {} if sae.target.skip_OD is None else {"W_skip": sae.target.skip_OD}
     return own
 
 
@@ -190,8 +196,16 @@ def _jsonable(value: object) -> object:
 
 def saelens_architecture(sae: SAE) -> str:
     """SAELens' name where its own class computes the same function, else a name of ours."""
-    plain = sae.score.is_plain and sae.cfg.frame == "raw" and not sae.cfg.norm_restoring and sae.cfg.bias
-    if plain and sae.cfg.selector == "batch_topk" and sae.calibrated:
+    plain = (
+        sae.score.is_plain
+        and sae.cfg.frame == "raw"
+        and not sae.cfg.sites
+        and not sae.cfg.norm_restoring
+        and sae.cfg.bias
+    )
+    if sae.target is not None:
+        return f"cosae_transcoder_{sae.cfg.score}_{sae.cfg.selector}"
+    if plain and not sae.cfg.sites and sae.cfg.selector == "batch_topk" and sae.calibrated:
         return "jumprelu"
     return f"cosae_{sae.cfg.score}_{sae.cfg.selector}"
 
@@ -296,7 +310,7 @@ def _check_probe(sae: SAE, probe: dict[str, Tensor], path: Path) -> None:
         stored = torch.zeros_like(dense).index_put((entries.token_E, entries.feature_E), want)
         x_hat, kept = sae.decode(stored, codes.norm_stats), probe["x_hat"]
         apart = float((x_hat - kept).abs().max()) if len(kept) else 0.0
-        span = float((kept - sae.centre_D).abs().max()) if len(kept) else 1.0
+        span = float((kept - sae.out_centre).abs().max()) if len(kept) else 1.0
     except (KeyError, IndexError, RuntimeError, TypeError, CosaeError) as error:
         reason = one_line(error)
         raise CosaeError(f"{path / SELF_CHECK} does not fit the SAE ({reason}): the folder mixes two SAEs.") from None

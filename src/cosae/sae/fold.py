@@ -49,18 +49,29 @@ def fold_input_scale(sae: SAE, s: float) -> SAE:
     """An SAE for x out of one that was trained on s · x: same codes, reconstructions divided by s.
 
     raw: `b += a ln s` (inner product: rows · s), decoder and centre divided by s; a value exponent δ multiplies scores,
-    and all they are compared with, by s^δ besides. unit: only the centre is divided. layer_norm: nothing changes.
+    and all they are compared with, by s^δ besides. unit: only the centre is divided. layer_norm: nothing changes. A
+    transcoder's targets are not scaled: its reconstructions stay.
     Raises CosaeError unless s is finite and positive.
     """
     check_positive("the input scale", s)
     folded = copy.deepcopy(sae)
     if sae.cfg.frame == "layer_norm":
+        if folded.target is not None and sae.cfg.target_frame == "input":
+            folded.target.size.mul_(s)
         return folded
     folded.centre_D.div_(s)
+    if sae.cfg.sites and sae.cfg.frame == "raw":
+        folded.site_scale_P.div_(s)
+        return folded
+    if folded.target is not None:
+        if sae.cfg.norm_restoring if sae.cfg.frame == "raw" else sae.cfg.target_frame == "input":
+            folded.target.size.mul_(s)  # lengths that are put back are those of x, s times less
+        elif sae.cfg.frame == "raw" and folded.target.skip_OD is not None:
+            folded.target.skip_OD.mul_(s)
     if sae.cfg.frame == "raw":
         folded.score.scale_input_(s)
         if folded.score.delta is not None:
             _scale_codes(folded, folded.score.delta.mul(math.log(s)).exp().expand(sae.d_sae))
-        if not sae.cfg.norm_restoring:
+        if not sae.cfg.norm_restoring and folded.target is None:
             folded.decoder.rows_FD.div_(s)
     return folded

@@ -5,6 +5,8 @@
     sparsity        λ · L0 / k (jumprelu) or λ · mean Σ_i ReLU(π_i) / (k · typical π) (gated)
     gate            reconstruction of z from ReLU(π) through the detached decoder (gated; arXiv 2404.16014)
 
+Of a transcoder, x − c and z are the target's y − c and t (cosae.sae.target).
+
 `variance` is a constant of the run: the mean of |z − mean z|² (frame units) or |x − mean x|² (raw units) on the first
 window of the stream, so that reconstruction ≈ 1 − FVE. With 1.0 instead it is the paper's Σ_d squared error (§3).
 Weights q = |x − c|^−p, detached, divided by their batch mean (paper §5.1).
@@ -56,22 +58,24 @@ class LossConfig:
 def token_weights(output: TrainOutput, power: float) -> Tensor:
     """(B,) q = |x − c|^−p over its batch mean; 0 for masked rows; no gradient."""
     live_B = output.framed.live_B
-    norm_stats = output.framed.norm_stats
-    r_B = (norm_stats.r_B * norm_stats.scale_B).detach().clamp_min(DENOMINATOR_MIN)
+    r_B = output.length_B.detach().clamp_min(DENOMINATOR_MIN)
     weight_B = torch.where(live_B, r_B.pow(-power), 0.0)
     weight = output.peers.tokens(total(weight_B)).clamp_min(torch.finfo(weight_B.dtype).tiny)
     return weight_B * (output.n_live / weight)
 
 
-def squared_error(output: TrainOutput, error_B: Tensor, space: str) -> Tensor:
-    """(B,) |x − x̂|² in raw units, or |z − ẑ|² in the frame's, from one of the output's own errors."""
-    return error_B * output.framed.norm_stats.scale_B.square() if space == "raw" else error_B
+def squared_error(output: TrainOutput, error_B: Tensor, recon_BD: Tensor, space: str) -> Tensor:
+    """(B,) |x − x̂|² in raw units, or |z − ẑ|² in the frame's, of one of the output's own reconstructions and errors."""
+    if space == "raw" and output.sites is not None:
+        return ((output.target_BD - recon_BD) * output.sites.spread(output.stats.scale_B)).square().sum(-1)
+    return error_B * output.stats.scale_B.square() if space == "raw" else error_B
 
 
 def reconstruction(output: TrainOutput, config: LossConfig, variance: float) -> Tensor:
     """() mean over live tokens and prefixes of the weighted squared error over `variance`."""
     weight_B = token_weights(output, config.reweight)
-    per_prefix = [total(weight_B * squared_error(output, error_B, config.space)) for error_B in output.error]
+    pairs = zip(output.error, output.recon, strict=True)
+    per_prefix = [total(weight_B * squared_error(output, *pair, config.space)) for pair in pairs]
     return output.peers.tokens(torch.stack(per_prefix)).mean() / output.n_live.clamp_min(1) / variance
 
 
@@ -99,7 +103,7 @@ def aux_k(sae: SAE, output: TrainOutput, dead_F: Tensor, config: LossConfig, spa
     dead_rows_FD = embedding(dead, at_least_fp32(sae.decoder.rows_FD), sparse=sparse_gradients)
     recon_BD = peers.features(matmul(score_BF, dead_rows_FD))
     live_B1 = terms.live_B[:, None]
-    residual_BD = (output.framed.z_BD - output.recon[-1]).detach() * live_B1
+    residual_BD = (output.target_BD - output.recon[-1]).detach() * live_B1
     mean_D = peers.tokens(residual_BD.sum(0)) / output.n_live.clamp_min(1)
     spread = peers.tokens(total(((residual_BD - mean_D) * live_B1).square())).clamp_min(DENOMINATOR_MIN)
     missed = peers.tokens(total(((residual_BD - recon_BD) * live_B1).square()))
@@ -143,8 +147,8 @@ def terms_of(
     `aux_k`; only where the sum of all terms is what backward is called on.
     """
     terms = {"reconstruction": reconstruction(output, config, variance)}
-    if output.gate_error is not None:
-        error_B = squared_error(output, output.gate_error, config.space) * output.framed.live_B
+    if output.gate_error is not None and output.gate_recon is not None:
+        error_B = squared_error(output, output.gate_error, output.gate_recon, config.space) * output.framed.live_B
         terms["gate"] = output.peers.tokens(total(error_B)) / output.n_live.clamp_min(1) / variance
     if sae.cfg.selector in ("jumprelu", "gated"):
         terms["sparsity"] = sparsity_weight * sparsity(sae, output)

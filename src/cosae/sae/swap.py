@@ -6,7 +6,8 @@ In: a trained SAE. Out: a new SAE of the same rows, bias, centre, decoder and se
               What the paper evaluated; scores then have another size than the threshold expects
     refitted  b_i = ln exp(b_i) |w_i|^u m^{a_i − a'} so that old and new content agree at r = m, the sample's median
               length (a shared b takes the mean over features); then thresholds to the old L0 on the sample, and one
-              factor on all codes that makes the reconstruction of the sample best (least squares). Where either has a
+              factor on all codes that makes the reconstruction of the sample best (least squares; of a transcoder,
+              whose targets are not at hand, none). Where either has a
               value exponent, it is values that agree: content and bias are multiplied by m^{δ − δ'}
 
 A score whose gains are per feature and whose a' and δ' equal the old a and δ is the same function to rounding: inner
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from cosae.errors import CosaeError, check_choice
 from cosae.kernels.terms import R_MIN, ROW_MIN
-from cosae.sae import frame as frames
 from cosae.sae.calibrate import calibrate, measure_l0
 from cosae.sae.config import SAEConfig
 from cosae.sae.model import SAE
@@ -73,11 +73,11 @@ def swap_score(
         raise CosaeError("refitting a swapped score needs activations that are not all 0. Got none.")
     if not sae.calibrated:
         raise CosaeError("a swapped score is refitted to the old L0: calibrate this batch_topk SAE first.")
-    r_N = frames.normalize(sae.cfg.frame, flat_ND, sae.centre_D).norm_stats.r_B
+    r_N = sae._framed(flat_ND).norm_stats.r_B
     _match_gains(sae, swapped, math.log(r_N.median().clamp_min(R_MIN)))
     if sae.cfg.selector in CALIBRATED_SELECTORS:
         calibrate(swapped, flat_ND, max(measure_l0(sae, flat_ND), 1 / len(flat_ND)))
-    if not sae.cfg.norm_restoring:
+    if not sae.cfg.norm_restoring and sae.target is None:
         _match_size(swapped, flat_ND)
     return swapped
 

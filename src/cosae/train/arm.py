@@ -57,7 +57,8 @@ class Arm:
     start: str | None = None
     """Folder of a saved SAE to go on from, its score swapped to this arm's (cosae.sae.swap); None starts fresh."""
     input_noise: float = 1.0
-    """Norm noise in training: each token is multiplied by U(1/input_noise, input_noise); 1 is none (paper §5.4)."""
+    """Norm noise in training: each token is multiplied by U(1/input_noise, input_noise); 1 is none (paper §5.4). A
+    transcoder's targets are left as they are."""
     kernel: str = "auto"
     loss: LossConfig = field(default_factory=LossConfig)
 
@@ -102,21 +103,31 @@ class Arm:
             kernel=kernel if self.kernel == "auto" else self.kernel,
         )
 
-    def build(self, d_in: int, sample_ND: Tensor | None, device: str = "cpu") -> SAE:
-        """The SAE this arm begins with: fresh, initialised on a sample (n, d_in), or a saved one.
+    def build(
+        self,
+        d_in: int,
+        sample_ND: Tensor | None,
+        device: str = "cpu",
+        d_out: int | None = None,
+        target_ND: Tensor | None = None,
+        sites: tuple[int, ...] = (),
+    ) -> SAE:
+        """The SAE this arm begins with: fresh, initialised on a sample (n, d_in), or a saved one; with d_out, a
+        transcoder, and target (n, d_out) the sample's targets; with the widths of several sites, a crosscoder.
 
         Raises CosaeError on a bad value, or a saved SAE that is not of this arm's make.
         """
         assert self.seed is not None
-        cfg = replace(self.sae, d_in=d_in)
+        cfg = self.sae.with_widths(d_in, d_out, sites)
         if self.start is not None:
             return self._continued(Path(self.start), cfg, sample_ND).to(device)
-        return SAE.start(cfg, self.init, seed=self.seed, sample=sample_ND, kernel=self.kernel, device=device)
+        how: dict[str, Any] = {"seed": self.seed, "kernel": self.kernel, "device": device}
+        return SAE.start(cfg, self.init, sample=sample_ND, target=target_ND, **how)
 
     def _continued(self, folder: Path, cfg: SAEConfig, sample_ND: Tensor | None) -> SAE:
         """The saved SAE under this arm's score; all else must be as this arm asks."""
         saved = load(folder, kernel=self.kernel)
-        for name in ("d_in", "d_sae", "k", "selector", "frame", "norm_restoring", "bias"):
+        for name in ("d_in", "d_sae", "k", "selector", "frame", "norm_restoring", "bias", *TRANSCODING):
             if getattr(saved.cfg, name) != getattr(cfg, name):
                 asked, has = getattr(cfg, name), getattr(saved.cfg, name)
                 raise CosaeError(f"the arm {self.name} asks for {name} {asked}; {folder}, its start, has {has}.")
@@ -148,7 +159,11 @@ def check_seed(seed: int) -> None:
 
 
 SECTIONS: dict[str, type[Any]] = {"sae": SAEConfig, "init": InitConfig, "loss": LossConfig}
-_SHORT = {f.name: section for section in ("sae", "init") for f in fields(SECTIONS[section]) if f.name != "d_in"}
+OF_THE_DATA = ("d_in", "d_out")
+TRANSCODING = ("d_out", "target_frame", "skip", "sites", "balanced")
+_SHORT = {
+    f.name: section for section in ("sae", "init") for f in fields(SECTIONS[section]) if f.name not in OF_THE_DATA
+}
 
 
 def _place(key: str) -> tuple[str, str]:
@@ -213,6 +228,8 @@ def _idle(name: str, sae: SAEConfig) -> str | None:
         return f"of the score {sae.score}, whose value exponent is not learned here"
     if name in ("b_init", "b_lr") and family.gain_owner == "fixed":
         return f"of the score {sae.score}, which has no gain"
+    if name == "target_frame" and sae.frame == "raw" and sae.target_frame == "input":
+        return "of the frame raw, which takes nothing out of the input that could be put back"
     if name in ("bandwidth", "threshold_lr") and sae.selector != "jumprelu":
         return f"of the selector {sae.selector}"
     if name == "sparsity_weight" and sae.selector not in ("jumprelu", "gated"):

@@ -118,7 +118,7 @@ def train(
             scale = lr_scale(step, config.steps, config.optimizer)
             logged = done % config.log_every == 0 or done == config.steps or step == 0
             sink_B = None if sink_norm is None else batch.norm_N >= sink_norm
-            rows, print_ = Batch.of(batch.x_ND, sink_B), fingerprint(batch)
+            rows, print_ = Batch.of(batch.x_ND, sink_B, batch.y_ND), fingerprint(batch)
             running = [state for state in states if state.stopped is None]
             for state in running:
                 state.digest = chain(state.digest, print_)

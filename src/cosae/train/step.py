@@ -175,6 +175,7 @@ class Batch:
 
     live_B (B,) bool: rows that are not all zero;  spread () |x − batch mean|² over live rows.
     calm_B, calm_spread  the same without attention sinks; None where it is not asked which rows are
+    y_BD   (B, d_out) targets, in whose units the spreads then are; None where x itself is reconstructed
     """
 
     x_BD: Tensor
@@ -182,18 +183,22 @@ class Batch:
     spread: Tensor
     calm_B: Tensor | None = None
     calm_spread: Tensor | None = None
+    y_BD: Tensor | None = None
 
     def part(self, rows: slice) -> Batch:
         """Some of its rows; the spreads stay those of the whole batch."""
         if len(range(*rows.indices(len(self.x_BD)))) == len(self.x_BD):
             return self
         calm_B = None if self.calm_B is None else self.calm_B[rows]
-        return replace(self, x_BD=self.x_BD[rows], live_B=self.live_B[rows], calm_B=calm_B)
+        y_BD = None if self.y_BD is None else self.y_BD[rows]
+        return replace(self, x_BD=self.x_BD[rows], live_B=self.live_B[rows], calm_B=calm_B, y_BD=y_BD)
 
     @classmethod
-    def of(cls, x_BD: Tensor, sink_B: Tensor | None = None) -> Batch:
+    def of(cls, x_BD: Tensor, sink_B: Tensor | None = None, y_BD: Tensor | None = None) -> Batch:
         """These rows with what every arm asks of them."""
         live_B = live_rows(x_BD)
+        if y_BD is not None:
+            return cls._of_targets(x_BD, live_B, sink_B, y_BD)
         mean_D = x_BD.sum(0) / live_B.sum().clamp_min(1)
         # masked rows are zero and would count |mean|² each
         masked = (~live_B).sum() * mean_D.square().sum()
@@ -203,6 +208,15 @@ class Batch:
             return cls(x_BD, live_B, spread)
         calm_ND = x_BD[calm_B := live_B & ~sink_B]
         return cls(x_BD, live_B, spread, calm_B, total((calm_ND - calm_ND.mean(0)).square()))
+
+    @classmethod
+    def _of_targets(cls, x_BD: Tensor, live_B: Tensor, sink_B: Tensor | None, y_BD: Tensor) -> Batch:
+        def spread(kept_B: Tensor) -> Tensor:
+            kept_ND = y_BD[kept_B]
+            return total((kept_ND - kept_ND.sum(0) / max(len(kept_ND), 1)).square())
+
+        calm_B = None if sink_B is None else live_B & ~sink_B
+        return cls(x_BD, live_B, spread(live_B), calm_B, None if calm_B is None else spread(calm_B), y_BD)
 
 
 def train_step(
@@ -220,9 +234,9 @@ def train_step(
     batch = x_BD if isinstance(x_BD, Batch) else Batch.of(x_BD)
     if arm.input_noise != 1.0:
         sink_B = None if batch.calm_B is None else batch.live_B & ~batch.calm_B
-        batch = Batch.of(input_noise(batch.x_BD, arm.input_noise, arm.seed or 0, step), sink_B)
+        batch = Batch.of(input_noise(batch.x_BD, arm.input_noise, arm.seed or 0, step), sink_B, batch.y_BD)
     batch = batch.part(peers.rows(len(batch.x_BD)))
-    output = sae.train_forward(batch.x_BD, state.hint, batch.live_B, state.cache, peers)
+    output = sae.train_forward(batch.x_BD, state.hint, batch.live_B, state.cache, peers, batch.y_BD)
     fired_F, n_fired = _fired(sae, output)
     n_live = output.n_live
     age_F = torch.where(fired_F, 0, state.age_F + n_live)
@@ -285,7 +299,8 @@ def _batch_fve(output: TrainOutput, batch: Batch) -> dict[str, Tensor]:
 
     Where it is known which rows are sinks, without them too.
     """
-    error_B, tokens = losses.squared_error(output, output.error[-1], "raw"), output.peers.tokens
+    error_B = losses.squared_error(output, output.error[-1], output.recon[-1], "raw")
+    tokens = output.peers.tokens
     missed = tokens(total(error_B[batch.live_B]))
     found = {"fve": 1 - missed / batch.spread.clamp_min(losses.DENOMINATOR_MIN)}
     if batch.calm_B is not None and batch.calm_spread is not None:

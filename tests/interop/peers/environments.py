@@ -9,6 +9,7 @@ torchvision (nothing here imports it, and a build for another torch breaks trans
     saelens, dictionary_learning, sparsify      test_saelens_peer.py, and all.py, which writes docs/INTEROP.md
     transformers_oldest, _pinned, _newest       tests/models/intervene/test_versions.py
     saebench                                    test_saebench_peer.py, and `cosae bench --python`
+    circuit_tracer                              test_transcoders.py; its transcoders' classes alone
     neuronpedia, delphi, nnsight, transformer_lens    test_readers_peer.py
 """
 
@@ -38,6 +39,7 @@ WANTED: dict[str, tuple[str, ...]] = {
     "saelens": (TORCH, "sae-lens==6.54.12"),
     "dictionary_learning": (TORCH, "dictionary-learning==0.1.0"),
     "sparsify": (TORCH, "eai-sparsify==1.3.3"),
+    "circuit_tracer": (TORCH, "safetensors", "huggingface-hub", "numpy", "einops", "pydantic"),
     "saebench": (TORCH, "sae-bench==0.6.0", "sae-probes==0.4.2"),
     "neuronpedia": (
         *(TORCH, *WHOLE, "neuronpedia==1.2.1"),
@@ -54,6 +56,7 @@ WANTED: dict[str, tuple[str, ...]] = {
     "transformers_newest": (*TESTED, "transformers>0"),
 }
 ALONE: dict[str, tuple[str, ...]] = {"neuronpedia": ("sae-dashboard==0.8.0",), "delphi": ("eai-delphi==0.1.3",)}
+ALONE["circuit_tracer"] = ("circuit-tracer==0.5.0",)
 """Installed without what they ask for: the rest of a dashboard; vllm, faiss, bitsandbytes, sentence-transformers."""
 LEFT_OUT = ("nvidia", "torchvision", "triton")
 MARK = ".complete"

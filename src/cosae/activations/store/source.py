@@ -10,15 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cosae.activations.monitor import MARKS, NormReference
-from cosae.activations.store.format import ShardShape
+from cosae.activations.store.format import SIDES, ShardShape
 from cosae.activations.store.reader import MAPPED_SHARDS, Store
-from cosae.errors import check_least
+from cosae.errors import CosaeError, check_least
 from cosae.io.generators import seeded
 from cosae.types import Activations
 
@@ -49,23 +50,52 @@ def mixing_of(store: Store) -> Mixing:
     return Mixing(max(1, PAGE_BYTES // row_bytes, -(-rows // MOST_BLOCKS)), MAPPED_SHARDS)
 
 
+def check_pair(store: Store, target: Store) -> None:
+    """Raises CosaeError for two stores that are not of the same tokens, in the same order."""
+    own = ("site", "d_in", "dtype", "shard_tokens")
+    pair = [{k: v for k, v in one.record["request"].items() if k not in own} for one in (store, target)]
+    differing = sorted(k for k in pair[0].keys() | pair[1].keys() if pair[0].get(k) != pair[1].get(k))
+    if store.folder == target.folder:
+        raise CosaeError(f"the target must be another store than the input's, {store.folder}.")
+    if differing or any(store.n_rows(side) != target.n_rows(side) for side in SIDES):
+        what = f" (they differ in {', '.join(differing)})" if differing else ""
+        raise CosaeError(
+            f"{store.folder} and {target.folder} do not hold the same tokens{what}: capture both sites with one "
+            "command, cosae capture --site A B."
+        )
+
+
+def take_pair(store: Store, target: Store | None, side: str, row_N: Tensor) -> Activations:
+    """Rows of a store, with those of the target's store beside them."""
+    found = store.take(side, row_N)
+    return found if target is None else replace(found, y_ND=target.take(side, row_N).x_ND)
+
+
 class StoreSource:
     """Endless chunks of a store's train rows, each epoch in an order of its own.
 
     seed          of the orders
     chunk_tokens  rows per chunk, whole blocks; None takes CHUNK_BYTES of float32
     mixing        how rows are shuffled; by default as the store's size allows
+    target        a second store, of another site and the same tokens (`check_pair`): what a transcoder learns
 
     Any chunk can be made again to the bit, by another process too. Raises what `Store` raises.
     """
 
     def __init__(
-        self, store: Store, *, seed: int = 0, chunk_tokens: int | None = None, mixing: Mixing | None = None
+        self,
+        store: Store,
+        *,
+        seed: int = 0,
+        chunk_tokens: int | None = None,
+        mixing: Mixing | None = None,
+        target: Store | None = None,
     ) -> None:
         if chunk_tokens is None:
             chunk_tokens = min(max(CHUNK_BYTES // (4 * store.d_in), 1024), 65536)
         check_least("chunk_tokens", chunk_tokens, 1)
         self.store, self.seed, self.d_in = store, seed, store.d_in
+        self.target, self.d_out = target, None if target is None else target.d_in
         self.mixing = mixing or mixing_of(store)
         self._chunk_blocks = max(1, chunk_tokens // self.mixing.block_rows)
         self._bounds = torch.tensor([0, *itertools.accumulate(store.shard_rows("train"))])
@@ -102,7 +132,7 @@ class StoreSource:
             row_BR = first_B[:, None] + torch.arange(self.mixing.block_rows)
             row_N = row_BR[row_BR < end_B[:, None]]
             order = torch.randperm(len(row_N), generator=seeded("store rows", self.seed, number))
-            yield self.store.take("train", row_N[order])
+            yield take_pair(self.store, self.target, "train", row_N[order])
 
     def describe(self) -> dict[str, Any]:
         """Where the activations come from, in plain values; the store by its digest, not by its place."""
@@ -117,6 +147,7 @@ class StoreSource:
             "block_rows": self.mixing.block_rows,
             "mix_shards": self.mixing.shards,
             "order_seed": self.seed,
+            **({} if self.target is None else {"target": self.target.identity}),
         }
 
     def _epoch(self, epoch: int) -> Tensor:

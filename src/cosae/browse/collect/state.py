@@ -22,7 +22,6 @@ from cosae.browse.collect.numbers import Numbers
 from cosae.browse.collect.windows import Windows, kappas_around, values_around
 from cosae.evaluate.norms.counterfactual import lengths
 from cosae.kernels.cpu.native import each
-from cosae.sae.frame import normalize
 from cosae.sae.model import SAE
 from cosae.types import Activations, Codes
 
@@ -133,7 +132,7 @@ class SAEState:
         start_N, length_N = chunk.windows(width)
         start, length = start_N[token], length_N[token]
         value = values_around(feature, start, length, width, entries, len(chunk))
-        z_ND = normalize(self.sae.cfg.frame, x_ND, self.sae.centre_D).z_BD
+        z_ND = self.sae._framed(x_ND).z_BD
         rows_FD = self.sae.score.rows_FD.detach()
         kappa = kappas_around(feature, token, start, length, width, chunk, z_ND, rows_FD)
         self.windows.put(feature, slot, token + chunk.first, value, kappa)

@@ -32,7 +32,7 @@ from cosae.models.capture import capture
 from cosae.models.intervene.edits import Edit, ablate, check_edits, steer
 from cosae.models.intervene.hooks import Intervention
 from cosae.models.intervene.replacement import Replacement, SplicedSAE
-from cosae.models.intervene.splice import special_ids_of
+from cosae.models.intervene.splice import special_ids_of, transcodes
 from cosae.models.intervene.window import Policy, Window
 from cosae.models.sites import resolve_site
 from cosae.types import Codes, Sequences, Site
@@ -113,6 +113,8 @@ def measure_edits(
     """
     if not edits:
         raise CosaeError("measure_edits needs at least one named edit, as in {'quotes': ablate(7)}. Got none.")
+    if transcodes(sae):
+        raise CosaeError("the effect of single features is measured for SAEs, and this is a transcoder: splice it.")
     found = resolve_site(model, site)
     listed = {name: check_edits(one, sae.d_sae, found.name) for name, one in edits.items()}
     capture(model, sequences[:1], found)  # refuses what no pass should begin with

@@ -34,9 +34,10 @@ from cosae.evaluate.encoded import BATCH_TOKENS, norm_quartiles, resampling_unit
 from cosae.evaluate.model.predictions import cross_entropy, divergence, logits_at, next_ids, predicting, scored_batches
 from cosae.evaluate.statistics import RESAMPLES, Array, mean_or_none, ratio_interval, resample_counts
 from cosae.io.progress import SILENT, Progress
-from cosae.models.capture import capture
+from cosae.models.capture import capture_pair
 from cosae.models.intervene.hooks import Intervention, Rule
-from cosae.models.intervene.replacement import Replacement, SplicedSAE
+from cosae.models.intervene.replacement import Replacement, SplicedSAE, Transcoding
+from cosae.models.intervene.splice import transcodes
 from cosae.models.intervene.window import Window
 from cosae.models.sites import resolve_site
 from cosae.types import Activations, Sequences, Site
@@ -64,6 +65,7 @@ def measure_splice(
     saes: Mapping[str, SplicedSAE],
     sequences: Sequences,
     *,
+    target: str | Site | None = None,
     baseline: str | None = None,
     median_norm: float | None = None,
     factor: float = FACTOR,
@@ -76,6 +78,8 @@ def measure_splice(
 
     model            causal language model with its head, in eval mode
     saes             by name; calibrated, with the site's width
+    target           the site that transcoders, which read `site`, stand in for: ablations are there as well; None for
+                     SAEs
     sequences        (S, T) token sequences, padded or packed; predictions across a document's end are not scored
     baseline         the SAE that differences are taken from; the first by default
     median_norm      of which `factor` times makes a sink (so do position 0 and special ids); by default the median of
@@ -97,11 +101,18 @@ def measure_splice(
     if baseline not in saes:
         raise CosaeError(f"the baseline must be one of the SAEs {sorted(saes)}. Got {baseline!r} instead.")
     found = resolve_site(model, site)
-    activations = capture(model, sequences, found, batch_sequences)[found.name]
+    replaced = found if target is None else resolve_site(model, target)
+    odd = [name for name, sae in saes.items() if transcodes(sae) != (target is not None)]
+    if odd:
+        raise CosaeError(f"a splice is of SAEs, or with a target of transcoders alone. {odd[0]} is of the other kind.")
+    pair = None if target is None else replaced
+    activations = capture_pair(model, sequences, found, pair, batch_sequences=batch_sequences)
     sample = Sample.of(activations, SinkRule(factor, median_norm))
     at_N = predicting(sequences)[sequences.mask_ST]
     sink_ST = torch.zeros_like(sequences.mask_ST).masked_scatter(sequences.mask_ST, sample.sink_N)
-    own_N, with_error, costs = _run(model, found, saes, sequences, activations, sink_ST, batch_sequences, progress)
+    own_N, with_error, costs = _run(
+        model, (found, replaced), saes, sequences, activations, sink_ST, batch_sequences, progress
+    )
     norm_n, doc_n = activations.norm_N.cpu().double()[at_N], activations.doc_N.cpu()[at_N]
     quartiles = {over: norm_quartiles(norm_n, sample.keep(over)[at_N])[0].numpy() for over in SINKS}
     unit_n, unit = resampling_units(doc_n)
@@ -109,6 +120,7 @@ def measure_splice(
     how = {"unit": unit, "units": drawn_RU.shape[1], "seed": seed, "resamples": n_resamples}
     return {
         "site": found.name,
+        **({} if target is None else {"target": replaced.name}),
         "tokens": len(own_N),
         "documents": len(np.unique(doc_n.numpy())),
         "sinks": int(sample.sink_N[at_N].sum()),
@@ -133,7 +145,7 @@ def measure_splice(
 
 def _run(
     model: nn.Module,
-    site: Site,
+    sites: tuple[Site, Site],
     saes: Mapping[str, SplicedSAE],
     sequences: Sequences,
     activations: Activations,
@@ -149,13 +161,17 @@ def _run(
         off_ST = batch.mask_ST & ~sink_ST[rows]
         clean_nV, next_n = logits_at(model, batch, at_ST), next_ids(batch, at_ST)
         own.append(cross_entropy(clean_nV, next_n))
-        rules = {("with error", name): _reconstruction(sae, batch.mask_ST, name, True) for name, sae in saes.items()}
+        rules = {
+            ("with error", name): _reconstruction(sites, sae, batch.mask_ST, name, True) for name, sae in saes.items()
+        }
         for place, tokens_ST in zip(PLACES, (batch.mask_ST, off_ST), strict=True):
-            rules[place, "mean"] = _constant(centres[place], tokens_ST)
-            rules[place, "zero"] = _constant(0 * centres[place], tokens_ST)
-            rules |= {(place, f"sae {name}"): _reconstruction(sae, tokens_ST, name) for name, sae in saes.items()}
+            rules[place, "mean"] = {sites[1]: _constant(centres[place], tokens_ST)}
+            rules[place, "zero"] = {sites[1]: _constant(0 * centres[place], tokens_ST)}
+            rules |= {
+                (place, f"sae {name}"): _reconstruction(sites, sae, tokens_ST, name) for name, sae in saes.items()
+            }
         for key, rule in rules.items():
-            with Intervention(model, {site: rule}):
+            with Intervention(model, rule):
                 logits_nV = logits_at(model, batch, at_ST)
             cost = cross_entropy(logits_nV, next_n), divergence(clean_nV, logits_nV)
             parts.setdefault(key, []).append(cost)
@@ -170,10 +186,15 @@ def _run(
     return own_N, left, costs
 
 
-def _reconstruction(sae: SplicedSAE, tokens_ST: Tensor, name: str, error_term: bool = False) -> Rule:
+def _reconstruction(
+    sites: tuple[Site, Site], sae: SplicedSAE, tokens_ST: Tensor, name: str, error_term: bool = False
+) -> dict[Site, Rule]:
     # With the error term codes are read all the same: what is measured is the machinery a user gets.
     replacement = Replacement(sae, error_term=error_term, tokens=tokens_ST, read=True, name=name)
-    return lambda x, window: replacement(x, window).x
+    if transcodes(sae):
+        pair = Transcoding(replacement)
+        return {sites[0]: pair.note, sites[1]: pair.replace}
+    return {sites[0]: lambda x, window: replacement(x, window).x}
 
 
 def _constant(vector_D: Tensor, tokens_ST: Tensor) -> Rule:
@@ -189,10 +210,11 @@ def _constant(vector_D: Tensor, tokens_ST: Tensor) -> Rule:
 def _means(activations: Activations, sink_N: Tensor) -> dict[str, Tensor]:
     """(D,) float64 mean of the tokens that are replaced, by place; 0 where there are none."""
     centres = {}
+    x_ND = activations.x_ND if activations.y_ND is None else activations.y_ND
     for place, kept_N in zip(PLACES, (torch.ones_like(sink_N), ~sink_N), strict=True):
-        sum_D = torch.zeros(activations.x_ND.shape[1], dtype=torch.float64, device=activations.x_ND.device)
+        sum_D = torch.zeros(x_ND.shape[1], dtype=torch.float64, device=x_ND.device)
         for rows in row_slices(len(sink_N), BATCH_TOKENS):
-            sum_D += activations.x_ND[rows][kept_N[rows].to(sum_D.device)].double().sum(0)
+            sum_D += x_ND[rows][kept_N[rows].to(sum_D.device)].double().sum(0)
         centres[place] = sum_D / max(int(kept_N.sum()), 1)
     return centres
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from cosae.errors import CosaeError
 from cosae.evaluate.encoded import BATCH_TOKENS, EncodedPass, resampling_units, row_slices
 from cosae.kernels import ScoreTerms, reference
-from cosae.sae.frame import normalize
 from cosae.sae.model import SAE
 from cosae.types import Activations
 
@@ -109,7 +108,7 @@ def at_median(
     if sae.cfg.selector not in ("gated", "abs_topk"):
         largest = Largest(int((out_N[encoded.codes.token_E]).sum()))
     for rows in row_slices(len(sample), max(1, min(encoded.batch_tokens, DENSE_ELEMENTS // sae.d_sae))):
-        framed = normalize(sae.cfg.frame, sample.activations.x_ND[rows].to(sae.device), sae.centre_D)
+        framed = sae._framed(sample.activations.x_ND[rows])
         terms = sae.score.terms(framed).detached()
         content_BF = reference.content(terms)
         to_median_B1 = torch.zeros_like(framed.norm_stats.r_B)[:, None]

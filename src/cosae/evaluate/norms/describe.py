@@ -148,7 +148,7 @@ def _removed(activations: Activations, norm_N: Array, out_N: NDArray[np.bool_], 
 
 def _spread(activations: Activations) -> Array:
     """(N,) |x - mean x|² about the mean of all tokens."""
-    return spread(activations, torch.ones(len(activations), dtype=torch.bool)).numpy().astype(np.float64)
+    return spread(activations.x_ND, torch.ones(len(activations), dtype=torch.bool)).numpy().astype(np.float64)
 
 
 def _histogram(norm_N: Array, out_N: NDArray[np.bool_]) -> dict[str, Any]:

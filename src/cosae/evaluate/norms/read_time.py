@@ -20,7 +20,6 @@ from cosae.errors import CosaeError
 from cosae.evaluate.encoded import row_slices
 from cosae.evaluate.norms.counterfactual import DENSE_ELEMENTS, Largest, lengths
 from cosae.kernels import reference
-from cosae.sae import frame as frames
 from cosae.sae.model import SAE
 from cosae.types import Activations, Codes, NormStats
 
@@ -77,7 +76,7 @@ class ReadTime:
 
     def _changed(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         """(B, F) scores, −inf for rows of zeros, and what they are worth, each with its growth taken out."""
-        framed = frames.normalize(self.sae.cfg.frame, x_BD.to(self.sae.device), self.sae.centre_D)
+        framed = self.sae._framed(x_BD)
         terms = self.sae.score.terms(framed).detached()
         score_BF = reference.scores(terms)
         changed_BF = score_BF * self._factor(framed.norm_stats, terms.exponent)

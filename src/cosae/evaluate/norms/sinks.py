@@ -82,8 +82,8 @@ def _features(on_F: Counts, off_F: Counts) -> dict[str, Any]:
 
 
 def _recon(encoded: EncodedPass[Any]) -> dict[str, Any]:
-    sink_N, error_N, norm_N = encoded.sample.sink_N, encoded.error_N, encoded.norm_N
-    total_N = spread(encoded.sample.activations, torch.ones_like(sink_N))
+    sink_N, error_N, norm_N = encoded.sample.sink_N, encoded.error_N, encoded.target_norm_N
+    total_N = spread(encoded.target_ND, torch.ones_like(sink_N))
     error, total = float(error_N[sink_N].sum()), float(total_N[sink_N].sum())
     return {
         "error_frac": _over(error, float(error_N.sum())),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cosae.errors import CosaeError
 from cosae.interop.dictionary_learning.read import CONFIG, WEIGHTS
+from cosae.interop.linear import check_autoencoder
 from cosae.interop.read import read_sae
 from cosae.io.untrusted import read_json
 from cosae.sae.fold import fold_input_scale
@@ -31,6 +32,7 @@ class Dictionary(nn.Module):
 
     def __init__(self, sae: SAE, dict_class: str = "cosae.SAE") -> None:
         super().__init__()
+        check_autoencoder(sae, "dictionary_learning's objects")
         self.sae, self.dict_class = sae, dict_class
         self.activation_dim, self.dict_size = sae.d_in, sae.d_sae
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cosae.errors import CosaeError
 from cosae.interop.dictionary_learning.read import CONFIG, TRAINERS, WEIGHTS
-from cosae.interop.linear import NO_THRESHOLD
+from cosae.interop.linear import NO_THRESHOLD, check_autoencoder
 from cosae.interop.public import Public
 from cosae.io.staged import staged
 from cosae.kernels.terms import ROW_MIN
@@ -43,6 +43,7 @@ def write(
     frames, norm restoring, abs_topk, prefixes under another selector), an uncalibrated batch_topk, or a place that
     holds something else or cannot be written.
     """
+    check_autoencoder(sae, "dictionary_learning's files")
     folder = Path(folder)
     with torch.no_grad():
         kind, expressed = _expressed(sae)

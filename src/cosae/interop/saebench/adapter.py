@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cosae.errors import CosaeError, check_choice
+from cosae.interop.linear import check_autoencoder
 from cosae.interop.public import Public
 from cosae.sae.fold import fold_decoder_norm
 from cosae.sae.model import SAE
@@ -190,6 +191,7 @@ def tl_hook_name(hook_name: str) -> str:
 def _config(
     sae: SAE, model_name: str | None, hook_name: str | None, hook_layer: int | None, **shown: Any
 ) -> SAEBenchConfig:
+    check_autoencoder(sae, "SAEBench's measurements")
     model_name = model_name or sae.metadata.get("model")
     hook_name = hook_name or sae.metadata.get("hook_name") or sae.metadata.get("site")
     if not model_name or not hook_name:

@@ -28,6 +28,7 @@ from cosae.activations.filter import Filter, FilterPolicy
 from cosae.errors import CosaeError, check_choice, short
 from cosae.interop.linear import Linear, linear_sae
 from cosae.interop.saelens import cosine
+from cosae.interop.transcoders import transcoder
 from cosae.io.untrusted import number, read_json, read_safetensors, take, transposed, whole
 from cosae.io.values import to_plain
 from cosae.sae import file as own
@@ -36,6 +37,7 @@ from cosae.sae.model import SAE
 
 ARCHITECTURES = ("standard", "jumprelu", "topk", "abstopk", "gated", "batchtopk", "matryoshka_batchtopk")
 TRAINING = ("batchtopk", "matryoshka_batchtopk")
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 EXPRESSED = ("none", "expected_average_only_in")
 """normalize_activations that leave an inference SAE's input as it is: the second one's scale is folded when saved."""
 
@@ -47,8 +49,8 @@ def read(folder: str | Path) -> SAE:
     kind = config.get("architecture", "standard")
     if kind in cosine.ARCHITECTURES and config.get("format") == own.FORMAT:
         return own.load(folder)
-    if kind not in (*ARCHITECTURES, *cosine.ARCHITECTURES):
-        known = ", ".join(ARCHITECTURES)
+    if kind not in (*ARCHITECTURES, *TRANSCODERS, *cosine.ARCHITECTURES):
+        known = ", ".join([*ARCHITECTURES, *TRANSCODERS])
         raise CosaeError(
             f"{folder}: the architecture must be {known} or one of cosae's own. Got {short(kind)} instead."
         )
@@ -57,6 +59,8 @@ def read(folder: str | Path) -> SAE:
     if kind in cosine.ARCHITECTURES:
         return cosine.assemble(config, state, str(path), _scaling_factor(folder))
     _check_conventions(config, kind, folder)
+    if kind in TRANSCODERS:
+        return _transcoder(config, kind, state, path)
     sae = linear_sae(_linear(kind, config, state, path), str(path), _metadata(config, kind))
     if (trained_on := _filter(config)) is not None:
         sae.metadata["filter"] = to_plain(trained_on)
@@ -133,6 +137,18 @@ def _linear(kind: str, config: dict[str, Any], state: dict[str, Tensor], path: P
     prefixes = tuple(whole(width, "a Matryoshka width", path) for width in widths)
     theta = torch.tensor(number(threshold, "topk_threshold", path))
     return made(rows_FD, bias_F, selector="batch_topk", k=k, threshold=theta, prefixes=prefixes)
+
+
+def _transcoder(config: dict[str, Any], kind: str, state: dict[str, Tensor], path: Path) -> SAE:
+    """One of SAELens' transcoders: nothing is subtracted of x, b_dec is of the output (cosae.interop.transcoders)."""
+    enc_DF, bias_F, decoder_FO, out_O = take(state, ("W_enc", "b_enc", "W_dec", "b_dec"), path)
+    skip_OD = take(state, ("W_skip",), path)[0] if "skip" in kind else None
+    threshold = take(state, ("threshold",), path)[0] if "jumprelu" in kind else None
+    metadata = _metadata(config, kind)
+    known = {**config, **(config["metadata"] if isinstance(config.get("metadata"), dict) else {})}
+    metadata["target"] = known.get("hook_name_out")
+    rows_FD = transposed(enc_DF, "W_enc", path)
+    return transcoder(rows_FD, bias_F, decoder_FO, out_O, str(path), metadata, skip_OD, threshold)
 
 
 def _filter(config: dict[str, Any]) -> Filter | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError
+from cosae.interop.linear import check_autoencoder
 from cosae.interop.public import Public
 from cosae.interop.saelens import cosine, files
 from cosae.sae import file
@@ -78,6 +79,7 @@ def from_cosae(sae: SAE, public_names: Sequence[str] = ()) -> Any:
 
     Of its metadata go along what cosae.interop.public lets through, and `public_names`: SAELens uploads what it holds.
     """
+    check_autoencoder(sae, "SAELens' inference objects")
     sent = copy.copy(sae)
     sent.metadata = Public(tuple(public_names)).metadata(sae.metadata)
     with tempfile.TemporaryDirectory() as place:

@@ -38,6 +38,8 @@ class Intervention:
         before: Callable[[Window], None] = lambda _: None,
         after: Callable[[Window], None] = lambda _: None,
     ) -> None:
+        if odd := next((site.name for site in rules if site.joined), None):
+            raise CosaeError(f"a crosscoder needs all of {odd} before it stands in for one of them: splice SAEs.")
         self.model = model
         self.rules = dict(rules)
         self._before, self._after = before, after

@@ -3,6 +3,8 @@
     reconstruction       x′ = decode(f′) + s
     with the error term  x′ = x + decode(f′) − decode(f) + s       the same as decode(f′) + (x − x̂) + s
 
+A transcoder's codes are of its input x, and it stands in for y at its target: read y for x on the right, x in f.
+
 f = encode(x), f′ the edited codes, s what steering adds. Where no code is edited the second is x to the bit. Tokens
 that the policy leaves out, padding and all-zero rows are x in both. The SAE computes in its own precision, at least
 fp32; x′ has the dtype and the device of x.
@@ -14,7 +16,7 @@ With gradients (`grad=True`) the error term is a constant: what reaches earlier 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -98,27 +100,31 @@ class Replacement:
             self._unseen = None
         self._encodes = read or not error_term or self._changes_codes
 
-    def __call__(self, x: Tensor, window: Window) -> Replaced:
-        """x (S, T, D), or (S·T, D) from modules that flatten the batch → x′ of the same shape, dtype and device. Raises
-        CosaeError for another width or shape, and for non-finite vectors at tokens the SAE stands in for."""
-        self._check(x, window)
+    def __call__(self, x: Tensor, window: Window, y: Tensor | None = None) -> Replaced:
+        """x (S, T, D), or (S·T, D) from modules that flatten the batch → x′ of the same shape, dtype and device; with y
+        (S, T, d_out), what a transcoder stands in for, y′. Raises CosaeError for another width or shape, and for
+        non-finite vectors at tokens the SAE stands in for."""
+        self._check(x, window, self.sae.d_in)
+        out = x if y is None else y
+        self._check(out, window, getattr(self.sae, "d_out", self.sae.d_in))
         window = window.to(x.device)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             x_ND = at_least_fp32(x.reshape(-1, x.shape[-1]))
+            out_ND = x_ND if y is None else at_least_fp32(y.reshape(-1, y.shape[-1]))
             covered_N = covered(self.policy, x_ND, window, self.special_ids)
             if self._unseen is not None:
                 self._warn_unseen(x_ND, window, covered_N)
             codes = edited = None
-            new_ND = x_ND
+            new_ND = out_ND
             if self._encodes:
                 seen_ND = torch.where(covered_N[:, None], x_ND, 0.0)  # rows of zeros encode to nothing
                 codes = replace(self.sae.encode(seen_ND), shape=window.shape)
                 edited, touched_N = edit_codes(codes, self.edits, window, covered_N)
-                new_ND = self._recon(x_ND, codes, edited, covered_N, touched_N)
-            added_ND = steering(self.edits, self.sae.W_dec, x_ND, window, covered_N)
+                new_ND = self._recon(out_ND, codes, edited, covered_N, touched_N)
+            added_ND = steering(self.edits, self.sae.W_dec, out_ND, window, covered_N)
             if added_ND is not None:
                 new_ND = new_ND + added_ND
-            new = x if new_ND is x_ND else new_ND.reshape(x.shape).to(x.dtype)
+            new = out if new_ND is out_ND else new_ND.reshape(out.shape).to(out.dtype)
         return Replaced(new, codes, edited)
 
     def describe(self) -> list[str]:
@@ -166,12 +172,12 @@ class Replacement:
     def _decode(self, codes: Codes, like_ND: Tensor) -> Tensor:
         return self.sae.decode(codes).reshape(like_ND.shape).to(like_ND.device, like_ND.dtype)
 
-    def _check(self, x: Any, window: Window) -> None:
+    def _check(self, x: Any, window: Window, width: int) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise CosaeError(f"Site '{self.name}' gives no vectors but {type(x).__name__}; choose another module.")
-        if x.shape[-1] != self.sae.d_in:
+        if x.shape[-1] != width:
             raise CosaeError(
-                f"Site '{self.name}' has width {x.shape[-1]}, but the SAE was made for d_in = {self.sae.d_in}: choose "
+                f"Site '{self.name}' has width {x.shape[-1]}, but the SAE was made for d_in = {width}: choose "
                 "the site and the model it was trained on."
             )
         n_sequences, n_tokens = window.shape
@@ -180,3 +186,24 @@ class Replacement:
                 f"Site '{self.name}' gives a tensor of shape {tuple(x.shape)}, not ({n_sequences} sequences, "
                 f"{n_tokens} positions, width); choose another module."
             )
+
+
+class Transcoding:
+    """The two rules of a transcoder: one notes the input, one stands in for the target with what it becomes."""
+
+    def __init__(self, replacement: Replacement, use: Callable[[Replaced], Tensor] = lambda found: found.x) -> None:
+        self._replacement, self._use = replacement, use
+        self._input: Tensor | None = None
+
+    def note(self, x: Tensor, window: Window) -> Tensor:
+        """x as it is."""
+        self._input = x
+        return x
+
+    def replace(self, y: Tensor, window: Window) -> Tensor:
+        """y′. Raises CosaeError where no input came before it."""
+        x, self._input = self._input, None
+        if x is None:
+            name = self._replacement.name
+            raise CosaeError(f"the transcoder at {name} needs its input before its target: its two sites are swapped.")
+        return self._use(self._replacement(x, window, y))

@@ -11,6 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from cosae.activations.filter import Filter
 from cosae.errors import CosaeError, CosaeWarning, check_choice
 from cosae.models.intervene.edits import Edit
 from cosae.models.intervene.hooks import Intervention, Rule
-from cosae.models.intervene.replacement import Replacement, SplicedSAE
+from cosae.models.intervene.replacement import Replaced, Replacement, SplicedSAE, Transcoding
 from cosae.models.intervene.window import Policy, Window
 from cosae.models.parts import text_config
 from cosae.models.sites import resolve_site
@@ -29,6 +30,8 @@ from cosae.types import Codes, Site
 
 KEEP = ("latest", "history", "none")
 
+Key = str | Site | tuple[str | Site, str | Site]
+"""Of an SAE: its site; of a transcoder its target, or (input, target)."""
 Edits = Edit | Sequence[Edit] | Mapping[str | Site, Edit | Sequence[Edit]]
 
 
@@ -58,9 +61,9 @@ class Spliced(Shown, Intervention):
         replacements: Mapping[str, tuple[Site, Replacement]],
         keep: str,
         on_step: Callable[[Step], None] | None,
+        inputs: Mapping[str, Site],
     ) -> None:
-        rules = {site: self._rule(name, replacement) for name, (site, replacement) in replacements.items()}
-        super().__init__(model, rules, self._start, self._finish)
+        super().__init__(model, self._rules(replacements, inputs), self._start, self._finish)
         self.history: list[Step] = []
         self._keep, self._on_step = keep, on_step
         self._replacements = {name: replacement for name, (_, replacement) in replacements.items()}
@@ -103,14 +106,28 @@ class Spliced(Shown, Intervention):
             raise CosaeError('this splice keeps no codes: open it with keep="latest" or "history".')
         return self._step
 
-    def _rule(self, name: str, replacement: Replacement) -> Rule:
-        def rule(x: Tensor, window: Window) -> Tensor:
-            new, codes, edited = replacement(x, window)
-            if self._keep != "none" and self._step is not None and codes is not None and edited is not None:
-                self._step.codes[name], self._step.edited[name] = codes, edited
-            return new
+    def _rules(
+        self, replacements: Mapping[str, tuple[Site, Replacement]], inputs: Mapping[str, Site]
+    ) -> dict[Site, Rule]:
+        """What happens at each site: SAEs stand in for it, then transcoders that read it note it."""
+        acting: dict[Site, list[Rule]] = {}
+        noting: list[tuple[Site, Rule]] = []
+        for name, (site, replacement) in replacements.items():
+            use = partial(self._keep_codes, name)
+            if name in inputs:
+                pair = Transcoding(replacement, use)
+                noting.append((inputs[name], pair.note))
+                acting.setdefault(site, []).append(pair.replace)
+            else:
+                acting.setdefault(site, []).append(lambda x, w, r=replacement, use=use: use(r(x, w)))  # type: ignore[misc]
+        for site, rule in noting:
+            acting.setdefault(site, []).append(rule)
+        return {site: _in_turn(rules) for site, rules in acting.items()}
 
-        return rule
+    def _keep_codes(self, name: str, found: Replaced) -> Tensor:
+        if self._keep != "none" and self._step is not None and found.codes is not None and found.edited is not None:
+            self._step.codes[name], self._step.edited[name] = found.codes, found.edited
+        return found.x
 
     def _start(self, window: Window) -> None:
         self._step = Step(window)
@@ -125,7 +142,7 @@ class Spliced(Shown, Intervention):
 
 def spliced(
     model: nn.Module,
-    saes: Mapping[str | Site, SplicedSAE] | Mapping[str, SplicedSAE],
+    saes: Mapping[Any, SplicedSAE],
     *,
     error_term: bool = False,
     edits: Edits = (),
@@ -139,7 +156,8 @@ def spliced(
 
     model        a transformers causal language model, or its body
     saes         SAE by site: short name, module path (its output), either followed by ":input" (what goes into that
-                 module), or a Site
+                 module), or a Site. A transcoder stands in for its target: the site is the target's, or a pair (input,
+                 target); without a pair its file says where its input is read
     error_term   put back what each SAE misses: without edits the outputs are the model's own, to the bit
     edits        from cosae.models.intervene.edits: a list for the only site, or a mapping from sites to lists
     tokens       tokens the SAEs stand in for; all others pass as they are, padding always. None: what the filter each
@@ -162,9 +180,10 @@ def spliced(
     if not isinstance(saes, Mapping) or not saes:
         raise CosaeError("spliced needs at least one SAE by site, as in {'resid_post.3': sae}.")
     ids = special_ids_of(model) if special_ids is None else tuple(special_ids)
-    sites = {_name(key): resolve_site(model, key) for key in saes}
     named = {_name(key): sae for key, sae in saes.items()}
-    _check_sites(model, sites, named)
+    sites = {_name(key): resolve_site(model, key[1] if isinstance(key, tuple) else key) for key in saes}
+    inputs = {_name(key): resolve_site(model, _input_of(key, sae)) for key, sae in saes.items() if transcodes(sae)}
+    _check_sites(model, sites, named, inputs)
     by_site = _edits_by_site(edits, tuple(sites))
     shared: dict[str, Any] = {"error_term": error_term, "tokens": tokens, "grad": grad, "special_ids": ids}
     shared["read"] = keep != "none"
@@ -173,7 +192,7 @@ def spliced(
         for name, sae in named.items()
     }
     _check_filter(tokens, named, error_term and not any(by_site.values()))
-    return Spliced(model, replacements, keep, on_step)
+    return Spliced(model, replacements, keep, on_step, inputs)
 
 
 def hook(
@@ -226,11 +245,38 @@ def hook(
     return replace_with_sae
 
 
-def _name(key: str | Site) -> str:
+def _name(key: Key) -> str:
+    key = key[1] if isinstance(key, tuple) else key
     return key.name if isinstance(key, Site) else key
 
 
-def _check_sites(model: nn.Module, sites: Mapping[str, Site], saes: Mapping[str, SplicedSAE]) -> None:
+def transcodes(sae: object) -> bool:
+    """Whether an SAE stands in for another site than it reads."""
+    return getattr(sae, "target", None) is not None
+
+
+def _input_of(key: Key, sae: SplicedSAE) -> str | Site:
+    if isinstance(key, tuple):
+        return key[0]
+    known = getattr(sae, "metadata", {}).get("site")
+    if not isinstance(known, str):
+        pair = f"{{('mlp_in.3', {_name(key)!r}): sae}}"
+        raise CosaeError(f"the transcoder at {_name(key)} does not say where its input is read: give both, {pair}.")
+    return known
+
+
+def _in_turn(rules: Sequence[Rule]) -> Rule:
+    def rule(x: Tensor, window: Window) -> Tensor:
+        for one in rules:
+            x = one(x, window)
+        return x
+
+    return rule
+
+
+def _check_sites(
+    model: nn.Module, sites: Mapping[str, Site], saes: Mapping[str, SplicedSAE], inputs: Mapping[str, Site]
+) -> None:
     """One SAE for one tensor, and of the width of the stream where the site's is known before any pass."""
     taken: dict[tuple[int, str, int], str] = {}
     for name, site in sites.items():
@@ -240,8 +286,8 @@ def _check_sites(model: nn.Module, sites: Mapping[str, Site], saes: Mapping[str,
             raise CosaeError(f"'{other}' and '{name}' are the same place in this model: give one SAE for it.")
     width = getattr(text_config(model), "hidden_size", None)
     for name, site in sites.items():
-        on_stream = site.hook_name.startswith("blocks.")
-        d_in = getattr(saes[name], "d_in", width)
+        on_stream = site.hook_name.startswith("blocks.") and not site.joined
+        d_in = getattr(saes[name], "d_out" if name in inputs else "d_in", width)
         if on_stream and width is not None and d_in != width:
             raise CosaeError(
                 f"Site '{name}' has width {width}, but the SAE was made for d_in = {d_in}: choose the site and the "

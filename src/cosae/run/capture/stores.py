@@ -40,7 +40,17 @@ from cosae.run.plan.check import check_capture
 from cosae.shown import counted
 from cosae.types import Activations, Site
 
-UNRELATED = ["site", "activations", "activations_key", "world", "store", "store_site", "n_workers", "prefetch_chunks"]
+UNRELATED = [
+    "site",
+    "target",
+    "activations",
+    "activations_key",
+    "world",
+    "store",
+    "store_site",
+    "n_workers",
+    "prefetch_chunks",
+]
 """Fields of a recipe's data that decide nothing of what is captured."""
 
 

@@ -64,9 +64,11 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 class ArrayDataset(Dataset):
     """Rows of a file, or of a tensor (N, D). With held_out_frac 0, where nothing is trained, any row is measured."""
 
-    def __init__(self, config: DataConfig, use: DataUse, tensor: Tensor | None = None) -> None:
+    def __init__(
+        self, config: DataConfig, use: DataUse, tensor: Tensor | None = None, target: Tensor | None = None
+    ) -> None:
         super().__init__(config, use)
-        self._tensor = tensor
+        self._tensor, self._target = tensor, target
         frac = config.held_out_frac
         if not (0 < frac < 1 or (frac == 0 and not use.train_tokens)):
             least = "between 0 and 1, neither of them" if use.train_tokens else "at least 0 and below 1"
@@ -82,19 +84,26 @@ class ArrayDataset(Dataset):
             "positions": self.config.positions,
         }
         if self._tensor is not None:
-            return TensorSource(self._tensor, **options)
+            return TensorSource(self._tensor, target=self._target, **options)
         assert self.config.activations is not None
-        return ArraySource(self.config.activations, self.config.activations_key, **options)
+        return ArraySource(self.config.activations, self.config.activations_key, target=self.config.target, **options)
 
     def sizes(self) -> Sizes:
         path = self.config.activations
         if path is None:
-            return Sizes(self.source.d_in, (), CHUNK)
+            return Sizes(self.source.d_in, (), CHUNK, d_out=self.d_out)
         array, _, _ = open_array(Path(path), self.config.activations_key)
         d_in = int(array.shape[-1])
         n_rows = math.prod(array.shape[:-1])
         held = 0 if path.endswith(".npy") else n_rows * d_in * int(array[:1].itemsize)
-        return Sizes(d_in, (Item("the file of activations", held),), min(CHUNK, n_rows))
+        files = [Item("the file of activations", held)]
+        d_out = None
+        if self.config.target is not None:
+            target, _, _ = open_array(Path(self.config.target), None)
+            d_out = int(target.shape[1])
+            n_bytes = 0 if self.config.target.endswith(".npy") else int(target.shape[0]) * d_out * 4
+            files.append(Item("the file of targets", n_bytes))
+        return Sizes(d_in, tuple(files), min(CHUNK, n_rows), d_out=d_out)
 
     def sample(self, split: Split, n_tokens: int, rule: SinkRule | None = None) -> Sample:
         if split != "train" and self.config.held_out_frac > 0:

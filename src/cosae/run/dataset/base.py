@@ -20,7 +20,7 @@ from torch import Tensor
 from cosae.activations import perturbation as perturbations
 from cosae.activations.perturbation import Perturbation
 from cosae.activations.sample import Sample, SinkRule
-from cosae.activations.stream import Source
+from cosae.activations.stream import Source, width_out
 from cosae.errors import CosaeError
 from cosae.io.progress import SILENT, Progress
 from cosae.recipe import DataConfig, Recipe
@@ -74,12 +74,15 @@ class DataUse:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a plan needs to know of the data: width, bytes that stay, rows of a chunk, bytes of making one."""
+    """What a plan needs to know of the data: width, bytes that stay, rows of a chunk, bytes of making one; width of the
+    targets, None where there are none."""
 
     d_in: int
     resident: tuple[Item, ...]
     chunk_rows: int
     chunk_work: int = 0
+    d_out: int | None = None
+    site_widths: tuple[int, ...] = ()
 
 
 class Dataset(ABC):
@@ -91,11 +94,13 @@ class Dataset(ABC):
     source          the endless training source
     has_concepts    whether rows carry the labels of `concepts`
     site            where a model is read, None elsewhere; model_name likewise
+    target          the site of transcoders' targets, None where there are none
     progress        told what is loaded and read
     """
 
     has_concepts: bool = False
     site: Site | None = None
+    target: Site | None = None
     model_name: str | None = None
     source: Source
     progress: Progress = SILENT
@@ -112,6 +117,17 @@ class Dataset(ABC):
     def d_in(self) -> int:
         """Width of the activations."""
         return self.source.d_in
+
+    @property
+    def d_out(self) -> int | None:
+        """Width of the targets; None where there are none."""
+        return width_out(self.source)
+
+    @property
+    def site_widths(self) -> tuple[int, ...]:
+        """Widths of the sites that the activations join; none where there is one."""
+        widths: tuple[int, ...] = getattr(self.source, "site_widths", ())
+        return widths
 
     @property
     def warnings(self) -> list[str]:

@@ -20,7 +20,7 @@ from cosae.activations.stream import Source
 from cosae.errors import CosaeError
 from cosae.io.fetched.packages import text_of
 from cosae.models.batching import choose_batch
-from cosae.models.capture import capture
+from cosae.models.capture import capture, capture_pair
 from cosae.models.embedded import embedded_path
 from cosae.models.load import load_model
 from cosae.models.parts import vocabulary_of
@@ -86,6 +86,10 @@ class ModelDataset(Dataset):
         return resolve_site(self.model, self.config.site)
 
     @cached_property
+    def target(self) -> Site | None:  # type: ignore[override]
+        return None if self.config.target is None else resolve_site(self.model, self.config.target)
+
+    @cached_property
     def text(self) -> CorpusText:
         """The corpus through the tokenizer."""
         return corpus_of(self.config, self._loaded, self.use.seed)
@@ -109,11 +113,13 @@ class ModelDataset(Dataset):
         source: Source
         _ = self.model  # a phase of its own
         if self.text.streamed:
-            source = StreamedModelSource(self.model, self.text.text(), self.site, **self._options)
+            options = {**self._options, "target": self.target}
+            source = StreamedModelSource(self.model, self.text.text(), self.site, **options)
         else:
             with self.progress.phase("reading text"):
                 packed = self.text.pack(self.text.tokenized("train", self.use.train_tokens))
             options = {**self._options, "chunk_sequences": self.config.chunk_sequences, "seed": self.use.seed}
+            options["target"] = self.target
             source = ModelSource(self.model, packed, self.site, **options)
         return CachedSource(source, self.use.keep_tokens) if self.use.keep_tokens else source
 
@@ -144,13 +150,15 @@ class ModelDataset(Dataset):
 
     def sizes(self) -> Sizes:
         config = self.config
-        size = model_size(str(model_place(config)), config.site, config.model_dtype, config.revision, config.attention)
+        name, how = str(model_place(config)), (config.model_dtype, config.revision, config.attention)
+        size = model_size(name, config.site, *how)
+        d_out = None if config.target is None else model_size(name, config.target, *how).d_in
         # measured where asked, against an eighth of the memory and at most so many tokens
         auto = config.batch_sequences == "auto"
         per_pass = AUTO_PASS_TOKENS if auto else int(config.batch_sequences) * config.context
         chunk = config.chunk_sequences * config.context
         value = max(4, STORE_DTYPES[config.model_dtype].itemsize)
-        ahead = config.prefetch_chunks * chunk * (value * size.d_in + IDS_BYTES)
+        ahead = config.prefetch_chunks * chunk * (value * (size.d_in + (d_out or 0)) + IDS_BYTES)
         specs = [source.spec for source in parse_corpus(config.corpus)]
         text = sum(_bytes_of(spec) for spec in specs if not streamed(spec))
         # those wanted, or about all that the corpus has; few of a corpus that is streamed
@@ -164,7 +172,9 @@ class ModelDataset(Dataset):
         )
         tokenized = TOKENIZING_BYTES * (AT_ONCE_CHARS if as_it_comes else min(text, AT_ONCE_CHARS))
         work = per_pass * (size.pass_bytes + config.context * size.attention_bytes)
-        return Sizes(size.d_in, resident, chunk, max(work, tokenized))
+        joined = config.site.split("+") if "+" in config.site else []
+        widths = tuple(model_size(name, one, *how).d_in for one in joined)
+        return Sizes(size.d_in, resident, chunk, max(work, tokenized), d_out, widths)
 
     def sample(self, split: Split, n_tokens: int, rule: SinkRule | None = None) -> Sample:
         side = side_of(split)
@@ -233,7 +243,7 @@ class ModelDataset(Dataset):
         options = {**self._options, "store_dtype": torch.float32} if self.use.device == "cpu" else self._options
         what = "held-out" if side == "held_out" else "training"
         with self.progress.phase(f"reading {what} activations", packed.n_rows):
-            found = capture(self.model, packed, self.site, **options)[self.site.name]
+            found = capture_pair(self.model, packed, self.site, self.target, **options)
         activations = finite_rows(found)
         used = {int(doc) for doc in torch.unique(activations.doc_N)}
         known: dict[str, Any] = {

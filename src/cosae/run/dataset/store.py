@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cosae.activations.sample import Sample, SinkRule
 from cosae.activations.store.reader import open_store
-from cosae.activations.store.source import V01, StoreSource
+from cosae.activations.store.source import V01, StoreSource, check_pair, take_pair
 from cosae.activations.store.statistics import noise_warning
 from cosae.errors import CosaeError, short
 from cosae.interop.public import PACKAGED, of_the_hub
@@ -75,9 +75,12 @@ class StoreDataset(Dataset):
         if not self.store.n_rows("held_out"):
             what = f"{self.store.folder} has no held-out rows, on which thresholds are calibrated"
             raise CosaeError(f"{what}: capture a store with --held-out-tokens above 0.")
-        self.source: StoreSource = StoreSource(
-            self.store, seed=use.seed, mixing=V01 if config.order == V01_ORDER else None
-        )
+        pair = None if config.target is None else open_store(config.store, config.target)
+        if pair is not None:
+            check_pair(self.store, pair)
+            self.target = pair.site
+        mixing = V01 if config.order == V01_ORDER else None
+        self.source: StoreSource = StoreSource(self.store, seed=use.seed, mixing=mixing, target=pair)
         self.has_concepts = self.store.concepts == tuple(concept.name for concept in CONCEPTS)
 
     @property
@@ -94,13 +97,13 @@ class StoreDataset(Dataset):
 
     def sizes(self) -> Sizes:
         order = Item("the order of the store's rows", ORDER_BYTES * self.source.n_blocks)
-        return Sizes(self.source.d_in, (order,), self.source.chunk_tokens)
+        return Sizes(self.source.d_in, (order,), self.source.chunk_tokens, d_out=self.d_out)
 
     def sample(self, split: Split, n_tokens: int, rule: SinkRule | None = None) -> Sample:
         side = side_of(split)
         held_out = self.store.n_rows("held_out")
         row_N = self._spread(n_tokens) if side == "train" else split_held_out(held_out, split, self.use)
-        found = self.store.take(side, row_N)
+        found = take_pair(self.store, self.source.target, side, row_N)
         first = len(self.store.documents("held_out")) if side == "train" else 0
         names = self.store.documents(side)
         documents = tuple(names[i - first] for i in torch.unique(found.doc_N).tolist() if i >= 0)

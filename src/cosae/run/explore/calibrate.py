@@ -15,7 +15,7 @@ import torch
 from cosae.activations.sample import SINKS, Sample
 from cosae.errors import CosaeError
 from cosae.evaluate import reconstruction
-from cosae.evaluate.encoded import encode_sample
+from cosae.evaluate.encoded import encode_sample, target_of
 from cosae.interop.read import read_sae
 from cosae.io.progress import SILENT, Progress
 from cosae.report.terminal import text_table
@@ -66,7 +66,9 @@ def recalibrate(
         dataset, measured = datasets.of(sae, path)
         sample = dataset.sample("calibration", tokens, request.rule)
     warn_elsewhere(str(path), sae.metadata, dataset)
-    x_ND = sample.activations.x_ND[~sample.sink_N].float().to(request.device)
+    calm = sample.activations[~sample.sink_N]
+    x_ND = calm.x_ND.float().to(request.device)
+    wanted_ND = target_of(sae, calm).float().to(request.device)
     if not len(x_ND):
         raise CosaeError("all tokens given are sinks: there is none to set a threshold on; raise the sink factor.")
     new = copy.deepcopy(sae)
@@ -81,7 +83,7 @@ def recalibrate(
         "l0_target": found.target,
         "l0_calibrated": found.l0,
         "calibration_tokens": found.tokens,
-        "fve": measure_fve(new, x_ND),
+        "fve": measure_fve(new, x_ND, y_ND=wanted_ND),
         "calibrated_on": {**describe(dataset, sample, request), **provenance.stamp(), "seed": request.seed},
     }
     save(new, out, probes=x_ND[:8])

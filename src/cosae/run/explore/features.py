@@ -76,7 +76,7 @@ class Look:
         None where the row does not lie in the residual stream, or the model has no unembedding.
         """
         opened = self.opened
-        direction_1D = residual_directions(opened.model, opened.site, opened.sae.W_dec[feature : feature + 1])
+        direction_1D = residual_directions(opened.model, opened.written, opened.sae.W_dec[feature : feature + 1])
         known = direction_1D is not None and self._unembedding_VD is not None
         return self._unembedding_VD @ direction_1D[0] if known else None  # type: ignore[index, operator]
 

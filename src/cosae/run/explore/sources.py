@@ -52,6 +52,7 @@ class ModelText:
         self._seed, self._device = seed, device
         self.opened: tuple[Any, Any] = open_model(data, device)
         self.where = self._site = resolve_site(self.opened[0], data.site)
+        self._written = self._site if data.target is None else resolve_site(self.opened[0], data.target)
         limit = getattr(self.opened[0].config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and data.context > limit:
             raise CosaeError(f"context must be at most {limit}, the model's own. Got {data.context} instead.")
@@ -97,7 +98,7 @@ class ModelText:
         return None if self.opened[1] is None else spelling(self.opened[1], token)
 
     def logits(self, rows_FD: Tensor) -> Logits | None:
-        direction_FD = residual_directions(self.opened[0], self._site, rows_FD)
+        direction_FD = residual_directions(self.opened[0], self._written, rows_FD)
         unembedding_VD = unembedding(self.opened[0])
         if direction_FD is None or unembedding_VD is None:
             return None

@@ -95,7 +95,8 @@ def continued(
     ids_ST = torch.from_numpy(ids_T).long()[None].to(model.device)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", CosaeWarning)
-        splice = spliced(model, {data.site: sae}, edits=edit, error_term=True, keep="none")
+        where = data.site if data.target is None else (data.site, data.target)
+        splice = spliced(model, {where: sae}, edits=edit, error_term=True, keep="none")
         without = generate(model, tokenizer, ids_ST, options, seed, stopped)
         with splice:
             changed = generate(model, tokenizer, ids_ST, options, seed, stopped)

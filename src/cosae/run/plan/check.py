@@ -45,10 +45,10 @@ def check_run(recipe: Recipe, data: Dataset, out: Path | None, *, begun: bool = 
     sizes = data.sizes()
 
     def memory(changed: Recipe) -> MemoryPlan:
-        return train_memory(changed.resolved(sizes.d_in), sizes)
+        return train_memory(changed.resolved(sizes.d_in, sizes.d_out, sizes.site_widths), sizes)
 
     def disk(changed: Recipe) -> tuple[Item, ...]:
-        return run_disk(changed.resolved(sizes.d_in), sizes.d_in) if out is not None else ()
+        return run_disk(changed.resolved(sizes.d_in, sizes.d_out, sizes.site_widths), sizes) if out is not None else ()
 
     recipe = recipe.changed({"d_sae": recipe.d_sae or 16 * sizes.d_in})
     plan = Plan(memory(recipe), disk(recipe), free_memory(recipe.device), free_disk(out or Path()))

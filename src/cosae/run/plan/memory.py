@@ -69,12 +69,13 @@ class MemoryPlan:
 
 def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
     """Memory of a run on one device. recipe: resolved, so that every arm has its width."""
-    training, d = recipe.training, sizes.d_in
+    training = recipe.training
+    row_values, d = widths(sizes)
     value = STORE_DTYPES[training.store_dtype].itemsize
-    row = value * d + IDS_BYTES
+    row = value * row_values + IDS_BYTES
     rows, batch = training.buffer_tokens, training.batch_tokens
     buffer = Item("the shuffle buffer", rows * row)
-    sample = Item("the sample for initialisation", SAMPLE_ROWS * FLOAT * d)
+    sample = Item("the sample for initialisation", SAMPLE_ROWS * FLOAT * row_values)
     moment = MOMENT_BYTES[training.optimizer.state_dtype]
     arms = [_arm(arm, d, moment, _step(arm, recipe.kernel, batch, d)) for arm in recipe.arms]
     widest = max(map(_width, recipe.arms))
@@ -83,7 +84,7 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
     labelled = LABELLED_TOKENS if _labelled(recipe) else 0
     codes = sum(12 * (arm.sae.k or 1) for arm in recipe.arms)
     measured = held_out + recipe.evaluation.calibration_tokens + probed
-    evaluation = 4 * measured * FLOAT * d + (held_out + probed) * codes + LABEL_BYTES * (2 * probed + labelled)
+    evaluation = 4 * measured * FLOAT * row_values + (held_out + probed) * codes + LABEL_BYTES * (2 * probed + labelled)
     passing = (
         Item("the first window", 4 * recipe.filter.window_tokens * row),
         _steps(recipe, d),
@@ -92,6 +93,12 @@ def train_memory(recipe: Recipe, sizes: Sizes) -> MemoryPlan:
         Item("evaluation", evaluation),
     )
     return MemoryPlan((*sizes.resident, buffer, sample, *arms), passing)
+
+
+def widths(sizes: Sizes) -> tuple[int, int]:
+    """Values of a row, targets included, and the width of an SAE's matrices: of a transcoder's two, the mean."""
+    row = sizes.d_in + (sizes.d_out or 0)
+    return row, sizes.d_in if sizes.d_out is None else -(-row // 2)
 
 
 def _arm(arm: Any, d: int, moment: float, work: int) -> Item:
@@ -126,10 +133,11 @@ def _labelled(recipe: Recipe) -> bool:
     return data.corpus == "pylib" and data.world is None and data.activations is None and data.store is None
 
 
-def run_disk(recipe: Recipe, d_in: int) -> tuple[Item, ...]:
+def run_disk(recipe: Recipe, sizes: Sizes) -> tuple[Item, ...]:
     """Disk of a run's folder: checkpoints that are kept and the one being written, and the trained SAEs."""
     training = recipe.training
-    row = STORE_DTYPES[training.store_dtype].itemsize * d_in + IDS_BYTES
+    row_values, d_in = widths(sizes)
+    row = STORE_DTYPES[training.store_dtype].itemsize * row_values + IDS_BYTES
     width = sum(_width(arm) for arm in recipe.arms)
     weights = 2 * width * d_in * FLOAT
     moment = MOMENT_BYTES[training.optimizer.state_dtype]

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from cosae.activations.stream import SAMPLE_ROWS, ActivationStream, Source
 from cosae.errors import CosaeError
@@ -65,7 +64,7 @@ def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
     began = clock()
     source = data.source
     parts = {"loading model and text": clock() - began}
-    recipe = recipe.resolved(data.d_in)
+    recipe = recipe.resolved(data.d_in, data.d_out, data.site_widths)
     training = recipe.training
     made = _Timed(source)
     batch, window = training.batch_tokens, recipe.filter.window_tokens
@@ -82,7 +81,7 @@ def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
         progress=data.progress,
     )
     with closing(small), data.progress.phase("timing steps and measurements"):
-        batches = [small.next_batch().x_ND for _ in range(WARM_STEPS + TIMED_STEPS)]
+        batches = [small.next_batch() for _ in range(WARM_STEPS + TIMED_STEPS)]
         rate = made.rows / made.seconds
         parts["first window"] = window / rate
         starting = min(window, SAMPLE_ROWS) / len(small.sample_ND)  # an SAE is initialised on so many times more rows
@@ -93,7 +92,9 @@ def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
         rates, states = {"stream": rate}, []
         for arm in recipe.arms:
             began = clock()
-            sae = arm.build(data.d_in, small.sample_ND, recipe.device)
+            sae = arm.build(
+                data.d_in, small.sample_ND, recipe.device, data.d_out, small.target_sample_ND, data.site_widths
+            )
             parts["initialising"] += starting * (clock() - began)
             variance = max(small.norm_summary.total_variance, 1e-12)
             states.append(ArmState.start(arm, sae, variance, training.optimizer))
@@ -131,10 +132,11 @@ def _after_training(
     evaluation, clock = recipe.evaluation, time.perf_counter
     measured = evaluation.held_out_tokens + evaluation.calibration_tokens
     parts = {"reading held-out activations": (measured + evaluation.probe_tokens * data.has_concepts) / rate}
-    x_ND = small.sample_ND[:MEASURED_TOKENS]
+    x_ND, targets = small.sample_ND[:MEASURED_TOKENS], small.target_sample_ND
+    y_ND = None if targets is None else targets[:MEASURED_TOKENS]
     for part, tokens, work in (
         ("calibrating thresholds", evaluation.calibration_tokens, calibrate),
-        ("measuring", min(evaluation.calibration_tokens, FVE_TOKENS), measure_fve),
+        ("measuring", min(evaluation.calibration_tokens, FVE_TOKENS), partial(measure_fve, y_ND=y_ND)),
     ):
         began = clock()
         for sae in saes.values():
@@ -171,7 +173,9 @@ def _text_seconds(texts: TextProbes, data: Dataset, saes: dict[str, SAE]) -> flo
     return seconds
 
 
-def _step_seconds(states: Sequence[ArmState], batches: Sequence[Tensor], dead_after_tokens: int) -> dict[str, float]:
+def _step_seconds(
+    states: Sequence[ArmState], batches: Sequence[Activations], dead_after_tokens: int
+) -> dict[str, float]:
     """What a step of all arms takes, as the loop takes it, by arm: each its share."""
     rounds, own = [], {state.arm.name: 0.0 for state in states}
 
@@ -183,11 +187,11 @@ def _step_seconds(states: Sequence[ArmState], batches: Sequence[Tensor], dead_af
         own[state.arm.name] += time.perf_counter() - began
 
     with SideBySide(states) as side_by_side:
-        for step, x_BD in enumerate(batches):
+        for step, one in enumerate(batches):
             if step == WARM_STEPS:
                 own = dict.fromkeys(own, 0.0)
             began = time.perf_counter()
-            side_by_side.run(partial(timed, batch=Batch.of(x_BD), step=step), states)
+            side_by_side.run(partial(timed, batch=Batch.of(one.x_ND, y_BD=one.y_ND), step=step), states)
             rounds.append(time.perf_counter() - began)
     taken = statistics.median(rounds[WARM_STEPS:])
     return {name: taken * seconds / sum(own.values()) for name, seconds in own.items()}
