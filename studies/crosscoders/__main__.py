@@ -15,9 +15,9 @@ from typing import Any
 from cosae.io.atomic import write_text
 from cosae.recipe import Recipe
 from cosae.run import provenance
-from cosae.run.execute import Logs, execute
+from cosae.run.execute import Logs, execute, resume
 from cosae.run.folder import read_json
-from studies.runsets import CACHE, SEEDS, base
+from studies.runsets import CACHE, SEEDS, base, finished
 from studies.transcoders.__main__ import spread
 
 NUMBERS = Path(__file__).with_name("numbers.json")
@@ -53,8 +53,10 @@ def recipe(seed: int) -> Recipe:
 def measured(seed: int) -> dict[str, dict[str, Any]]:
     """Numbers by arm of one seed's run, trained where it is not there."""
     out = CACHE / f"crosscoders-{seed}"
-    if not (out / "evaluation.json").exists():
+    if not out.exists():
         execute(recipe(seed), out, logs=Logs(progress=False))
+    elif not finished(out):
+        resume(out, Logs(progress=False))
     found = read_json(out / "evaluation.json")["reconstruction"]
     return {
         name: {key: one["sinks_out"][key] for key in ("fve", "by_site", "l0", "dead_frac")}

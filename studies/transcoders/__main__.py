@@ -16,10 +16,10 @@ from cosae.io.atomic import write_text
 from cosae.recipe import Recipe
 from cosae.run import provenance
 from cosae.run.evaluate import evaluate
-from cosae.run.execute import Logs, execute
+from cosae.run.execute import Logs, execute, resume
 from cosae.run.folder import read_json
 from cosae.run.requests import EvalRequest
-from studies.runsets import CACHE, SEEDS, base
+from studies.runsets import CACHE, SEEDS, base, finished
 
 NUMBERS = Path(__file__).with_name("numbers.json")
 ARMS = (
@@ -56,8 +56,10 @@ def recipe(seed: int) -> Recipe:
 def measured(seed: int) -> dict[str, dict[str, float]]:
     """Numbers by arm of one seed's run, trained where it is not there."""
     out = CACHE / f"transcoders-{seed}"
-    if not (out / "evaluation.json").exists():
+    if not out.exists():
         execute(recipe(seed), out, logs=Logs(progress=False))
+    elif not finished(out):
+        resume(out, Logs(progress=False))
     own = read_json(out / "evaluation.json")
     spliced = evaluate("splice", [str(out)], EvalRequest(tokens=SPLICED_TOKENS))["found"]["saes"]
     return {

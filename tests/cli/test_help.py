@@ -30,7 +30,7 @@ def help_of(*arguments: str) -> str:
 
 def test_defaults_that_are_written_down_are_those_of_the_preset() -> None:
     assert defaults_of(["--preset", "embedded"]) == DEFAULTS
-    assert set(FIELDS) - set(DEFAULTS) == {"activations", "store", "world"}
+    assert set(FIELDS) - set(DEFAULTS) == {"activations", "store", "target", "world"}
     assert {name: defaults_of(["--preset", name])["k"] for name in PRESETS}["paper"] == "80"
 
 

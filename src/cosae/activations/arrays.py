@@ -258,23 +258,22 @@ class TensorSource(_RowSource):
         allow_non_finite: bool = False,
         positions: str = "all",
         target: Tensor | None = None,
+        what: str = "activations",
     ) -> None:
         rows = isinstance(x_ND, Tensor) and x_ND.ndim in (2, 3) and x_ND.is_floating_point()
         if not rows or x_ND.shape[0] < 2 or 0 in x_ND.shape:
             got = f"{x_ND.dtype} {tuple(x_ND.shape)}" if isinstance(x_ND, Tensor) else type(x_ND).__name__
-            raise CosaeError(
-                f"activations must be a float tensor of shape (N, d) with N of at least 2. Got {got} instead."
-            )
+            raise CosaeError(f"{what} must be a float tensor of shape (N, d) with N of at least 2. Got {got} instead.")
         check_range("held_out_frac", held_out_frac, "(0, 1)")
         shape = tuple(x_ND.shape)
         self._x_ND = x_ND.detach().cpu().float().reshape(-1, shape[-1])
         super().__init__(shape, 1, held_out_frac, chunk_tokens, seed, positions)
         if not allow_non_finite:
-            self._check_finite("activations in float32")
+            self._check_finite(f"{what} in float32")
         self.sha256 = hashlib.sha256(self._x_ND.contiguous().numpy().tobytes()).hexdigest()
         self._targets: TensorSource | None = None
         if target is not None:
-            self._targets = TensorSource(target, allow_non_finite=allow_non_finite)
+            self._targets = TensorSource(target, allow_non_finite=allow_non_finite, what="targets")
             _check_pairs(self.n_rows, self._targets.n_rows, "the target")
             self.d_out = self._targets.d_in
 
