@@ -205,7 +205,7 @@ class ArraySource(_RowSource):
         self._targets: ArraySource | None = None
         if target is not None:
             self._targets = ArraySource(target, None, held_out_frac=0.0, allow_non_finite=allow_non_finite)
-            _check_pairs(n_rows, self._targets.n_rows, f"'{target}'")
+            _check_pairs(self.n_rows, self._targets.n_rows, f"'{target}'")
             self.d_out = self._targets.d_in
 
     def _read_targets(self, rows: Tensor) -> Tensor:
