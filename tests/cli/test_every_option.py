@@ -27,7 +27,7 @@ from tests.cli.test_every_field import place as place
 
 BROWSE = (
     "model", "site", "format", "seed", "corpus", "store", "tokens", "context", "window", "out", "rebuild", "static",
-    "host", "port", "open",
+    "host", "port", "open", "inject",
 )  # fmt: skip
 NEEDS = {
     "device": "needs an accelerator",

@@ -34,6 +34,7 @@ class Planted:
     has_concepts = True
     site = None
     vocabulary = 50
+    concepts = CONCEPTS
 
     def __init__(self, sigma: float = 0.0) -> None:
         self.perturbation = Perturbation(kind="log_normal", sigma=sigma) if sigma else Perturbation()

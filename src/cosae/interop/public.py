@@ -41,7 +41,7 @@ VOCABULARY = frozenset(
     low lr magnitude main massive matching matryoshka matryoshkabatchtopk matryoshkabatchtopksae max mean measured
     median metadata min mistral mixed mlp mode model modern module moments moved n name native natural neo neox
     neuronpedia new no noise non none norm normal normalise normalize norms not nothing npy numba number numpy o of off
-    on one only opt optimizer or order origin other out output over own owner p packages packed packing paper paragraph
+    on one only opt optimizer or order origin other out output over own owner p packages packed packing paper paragraph parallel
     parquet patching path per perturbation phi point policy position positions positives post power pre precision
     prefetch prefix prefixes probe probes probing program projection prompts published py pylib pythia python q
     quantile quantiles quartile qwen rank rare ratio raw read reading recipe reconstruction recovered relu resamples
@@ -50,7 +50,7 @@ VOCABULARY = frozenset(
     shards share shared shuffled side sigma sink sinks site sites size skip source space sparse sparsify sparsity
     special split splits spread sqrt standard start starts state statistics std step steps stop store stored stores
     stream streamed studies submodule suffixes sum summary swap synthetic t target tensor text texts textual threshold
-    thresholds time to token tokenizer tokenizers tokens topk torch total tracer train trained trainer training
+    thresholds time timeout to token tokenizer tokenizers tokens topk torch total tracer train trained trainer training
     transcode transcoder transformer transformers true two txt type u uniform unit until used v value values variance
     vector vectors version vision w waiting wanted warmup weight weights width window with without words workers world
     written x xattn xs y z zero
