@@ -25,29 +25,30 @@ VOCABULARY = frozenset(
     re.findall(
         r"\w+",
         """
-    a abs absolute absorption abstopk activation activations add after answer any apply architecture arm arms array at
-    attention attn auto autoencoder autoencodernew autoencodertopk aux b balanced bandwidth base batch batchtopksae
-    below bench beta bf bfloat bias bin block blocks bool bos both buffer by byte c cached calibrated calibration
-    causal centre chars checkpoint chosen chunk chunks circuit class classes clip code coefficient commit compiled
-    concepts config content context core corpora corpus correlation cosae cosine count counts cpu crosscoder cuda cv d
-    data dataset datasets dead decay decoder delphi delta demo dense density device dict dictionary digest direction
-    distance document documents drop dtype e eager edges eight embed embedded embeddings encoder energy entries epoch
-    epochs eps eval evaluation every exact exponent exponents export f factor false fatal feature features field file
-    files filter filtered finite firings first fixed flash float fold folded format fp frac fraction frame frequencies
-    frequency fve gain gated gatedautoencoder gelu gemma geometric global gpt group grouped groups guessed h half head
-    heads held hf hidden hierarchy high histogram hook id ids implementation in init inject injected inner input int
-    into j joined jumprelu jumpreluautoencoder k kept kernel key kind l language large largest layer layernorm layers
-    learn learned learning length level levels lib line linear list llama llm lm ln load local log logged logits loss
-    low lr magnitude main massive matching matryoshka matryoshkabatchtopk matryoshkabatchtopksae max mean measured
-    median metadata min mistral mixed mlp mode model modern module moments moved n name native natural neo neox
-    neuronpedia new no noise non none norm normal normalise normalize norms not nothing npy numba number numpy o of off
-    on one only opt optimizer or order origin other out output over own owner p packages packed packing paper paragraph parallel
-    parquet patching path per perturbation phi point policy position positions positives post power pre precision
-    prefetch prefix prefixes probe probes probing program projection prompts published py pylib pythia python q
-    quantile quantiles quartile qwen rank rare ratio raw read reading recipe reconstruction recovered relu resamples
-    reset resid residual restoring revision reweight rms rope row rows run runs sae saebench saelens safetensors sample
-    scale scales scikit score sdpa sec seconds seed seen selected selector self seqpos sequence sequences set sha shard
-    shards share shared shuffled side sigma sink sinks site sites size skip source space sparse sparsify sparsity
+    a abs absolute absorption abstopk activation activations add after all answer any apply architecture arm arms array
+    at attention attn audio auto autoencoder autoencodernew autoencodertopk aux b balanced bandwidth base batch
+    batchtopksae below bench beta bf bfloat bias bin block blocks bool bos both buffer by byte c cached calibrated
+    calibration causal centre chars chat checkpoint chosen chunk chunks circuit class classes clip cls code coefficient
+    commit compiled concepts config content context conversation conversations core corpora corpus correlation cosae
+    cosine count counts cpu crosscoder cuda cv d data dataset datasets dead decay decoder delphi delta demo dense
+    density device dict dictionary digest direction distance document documents drop dtype e eager edges eight embed
+    embedded embeddings encoder energy entries epoch epochs eps eval evaluation every exact exponent exponents export f
+    factor false fatal feature features field file files filter filtered finite firings first fixed flash float fold
+    folded format fp frac fraction frame frames frequencies frequency fve gain gated gatedautoencoder gelu gemma
+    geometric global gpt group grouped groups guessed h half head heads held hf hidden hierarchy high histogram hook id
+    ids image images implementation in init inject injected inner input inputs int into j joined jumprelu
+    jumpreluautoencoder k kept kernel key kind l language large largest layer layernorm layers learn learned learning
+    length level levels lib line linear list llama llm lm ln load local log logged logits loss low lr magnitude main
+    massive matching matryoshka matryoshkabatchtopk matryoshkabatchtopksae max mean measured median metadata min mistral
+    mixed mlp mode model modern module moments moved n name native natural neo neox neuronpedia new no noise non none
+    norm normal normalise normalize norms not nothing npy numba number numpy o of off on one only opt optimizer or order
+    origin other out output over own owner p packages packed packing paper paragraph parallel parquet patch patches
+    patching path per perturbation phi point policy position positions positives post power pre precision prefetch
+    prefix prefixes probe probes probing program projection prompts published py pylib pythia python q quantile
+    quantiles quartile qwen rank rare ratio raw read reading recipe reconstruction recovered relu resamples reset resid
+    residual restoring revision reweight rms rope row rows run runs sae saebench saelens safetensors sample scale scales
+    scikit score sdpa sec seconds seed seen selected selector self seqpos sequence sequences set sha shard shards share
+    shared shuffled side sigma sink sinks site sites size skip sound sounds source space sparse sparsify sparsity
     special split splits spread sqrt standard start starts state statistics std step steps stop store stored stores
     stream streamed studies submodule suffixes sum summary swap synthetic t target tensor text texts textual threshold
     thresholds time timeout to token tokenizer tokenizers tokens topk torch total tracer train trained trainer training
