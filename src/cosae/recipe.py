@@ -6,6 +6,7 @@ What a run does follows from its recipe, the code's commit and the data alone; e
 from __future__ import annotations
 
 import json
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -251,7 +252,13 @@ class Recipe(Shown):
             raise CosaeError(f"arm={self.parallel.arm} needs as many arms. Got {len(self.arms)}: lower it.")
         if self.parallel.data > self.training.batch_tokens:
             raise CosaeError(f"data={self.parallel.data} needs a row of each batch a process: raise batch_tokens.")
-        self._filled(self.d_sae)
+        for arm in self._filled(self.d_sae):
+            if (arm.k_steps or 0) > self.training.steps:
+                what = f"k_steps of {arm.name} must be at most the run's {self.training.steps} steps"
+                raise CosaeError(f"{what}, or k never gets to its end. Got {arm.k_steps}: lower it.")
+            if (arm.k_start or 0) * self.parallel.feature > (arm.sae.d_sae or math.inf):
+                parts = f"each of feature={self.parallel.feature} parts of {arm.name}"
+                raise CosaeError(f"{parts} must have k_start = {arm.k_start} features or more: lower k_start.")
 
     def check_applies(self, paths: Iterable[str]) -> None:
         """Raises CosaeError for a field, among those that were asked for, that has no say in what is asked besides."""

@@ -155,6 +155,8 @@ SEEN: dict[str, tuple[Any, dict[str, Any]]] = {
     "arms.b_lr": (3.0, LEARNED),
     "arms.threshold_lr": (3.0, JUMP),
     "arms.sparsity_weight": (0.5, JUMP),
+    "arms.k_start": (6, {"arms.k_start": 9, "arms.k_steps": 4}),
+    "arms.k_steps": (5, {"arms.k_start": 9, "arms.k_steps": 3}),
     "arms.start": ("start", {}),
     "arms.input_noise": (2.0, LEARNED),
     "arms.loss.space": ("frame", {"arms.sae.frame": "unit"}),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from cosae.recipe import Recipe
 from cosae.report.read import read_run
 from cosae.run import execute as module
 from cosae.run.execute import Logs, execute, resume
+from cosae.sae.selector import TOPK_SELECTORS
 from cosae.train import checkpoint, log, loop
+from cosae.train.arm import parse_arm
 from cosae.train.loop import Interrupted
 from tests.support.tiny_runs import QUIET, assert_same_run, metrics, recipe
 
@@ -98,6 +101,27 @@ def test_interrupted_again_and_again(whole: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     resume(out, QUIET)
     assert_same_run(whole, out)
+
+
+def test_a_schedule_of_k_is_gone_on_with_and_ends_at_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = zip(TOPK_SELECTORS, ("standard", "topk", "absolute"), strict=True)
+    arms = tuple(parse_arm(f"standard,selector={kind},k=12→4,k_steps=30,name={name}") for kind, name in names)
+    run = replace(recipe(**{"filter.kind": "none"}), arms=arms)
+    execute(run, tmp_path / "whole", logs=QUIET)
+    interrupt_after(monkeypatch, 17)
+    with pytest.raises(Interrupted):
+        execute(run, tmp_path / "run", logs=QUIET)
+    monkeypatch.undo()
+    finished = resume(tmp_path / "run", QUIET)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    for line in metrics(tmp_path / "run"):
+        for arm in arms:
+            wanted = arm.k_at(line["step"] - 1) or 4
+            assert (line["arms"][arm.name]["k"], line["arms"][arm.name]["l0"]) == (wanted, wanted)
+    assert {(sae.k, sae.selector.k) for sae in finished.saes.values()} == {(4, 4)}
+    assert finished.calibrations[arms[0].name].l0 == pytest.approx(4, abs=0.01)
+    with pytest.raises(CosaeError, match=r"k_steps .* at most the run's 20 steps"):
+        execute(run.changed({"training.steps": 20}), None, logs=QUIET)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -51,6 +51,14 @@ def test_changes_show_in_the_name_unless_it_is_given() -> None:
     assert len(names) == 4
 
 
+@pytest.mark.parametrize("text", ["k=9→3,k_steps=4", "k=9->3,k_steps=4", "k_start=9,k=3,k_steps=4"])
+def test_a_schedule_of_k_falls_linearly_to_k(text: str) -> None:
+    arm = parse_arm(f"standard,{text}")
+    assert (arm.k_start, arm.sae.k, arm.k_steps) == (9, 3, 4)
+    assert [arm.k_at(step) for step in range(6)] == [9, 7, 6, 4, None, None]
+    assert parse_arm("standard,k=3").k_at(0) is None
+
+
 def test_open_fields_come_from_the_run_and_set_ones_stay() -> None:
     run = {"d_sae": 100, "k": 7, "seed": 3, "lr": 0.5, "kernel": "reference"}
     filled = Arm().with_defaults(**run)
@@ -83,6 +91,12 @@ def test_open_fields_come_from_the_run_and_set_ones_stay() -> None:
         ("cosine,lr=inf", "lr must be a positive number"),
         ("cosine,input_noise=0.5", "input_noise must be at least 1"),
         ("cosine,k=1,k=2", "k was given twice"),
+        ("cosine,k_start=9,k=8→2,k_steps=3", "k_start was given twice"),
+        ("cosine,k=8→2", "needs both its first k and its steps"),
+        ("cosine,k=2→8,k_steps=3", "k_start must be above 8"),
+        ("cosine,k=8→2,k_steps=0", "k_steps must be"),
+        ("cosine,k=8→2,k_steps=3,d_sae=7", "k_start must be at most d_sae = 7"),
+        ("cosine,k=8→2,k_steps=3,selector=jumprelu", "Got the selector jumprelu: drop k_start"),
         (
             "cosine,"
             + ",".join(
@@ -185,8 +199,9 @@ def test_the_text_form_reaches_every_field() -> None:
                 base = {"n_groups": "cosine_grouped"}.get(key, base)
                 make = ",selector=jumprelu" if key in ("bandwidth", "threshold_lr", "sparsity_weight") else ""
                 make = ",frame=unit" if key == "target_frame" else make
+                with_it = {"k_start": ",k_steps=3", "k_steps": ",k_start=3"}.get(key, "")
                 plain = parse_arm(f"{base}{make},name=x")
-                assert parse_arm(f"{base}{make},{key}={text},name=x") != plain, key
+                assert parse_arm(f"{base}{make},{key}={text}{with_it},name=x") != plain, key
     with pytest.raises(CosaeError, match="no field 'd_in'"):
         parse_arm("cosine,d_in=4")
 

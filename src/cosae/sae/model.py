@@ -297,6 +297,7 @@ class SAE(Shown, nn.Module):
         cache: StepCache | None = None,
         peers: Peers = ALONE,
         y_BD: Tensor | None = None,
+        k: int | None = None,
     ) -> TrainOutput:
         """x (B, d_in) → everything a loss needs, by the training rule; differentiable in all parameters.
 
@@ -304,12 +305,13 @@ class SAE(Shown, nn.Module):
 
         `hint` is `selection.hint` of the batch before: it makes the search faster and changes no result. `live_B` is
         `frame.live_rows(x)`, where arms that share a batch have it already. `cache` is that of the training step.
-        `peers` have the rest of the batch, and of the dictionary that this SAE is a part of.
+        `peers` have the rest of the batch, and of the dictionary that this SAE is a part of. `k`: another than the
+        SAE's, of a step of a schedule.
         """
         kernel = self._kernel()
         framed = self._framed(x_BD, live_B)
         terms = self.score.terms(framed, self.cfg.frame != "unit" and not x_BD.requires_grad, cache)
-        selection = self.selector.train_select(terms, kernel, hint, peers)
+        selection = self.selector.train_select(terms, kernel, hint, peers, k)
         entries = selection.entries
         n_tokens = terms.n_tokens
         framed = peers.once(framed)

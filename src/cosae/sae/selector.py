@@ -37,6 +37,7 @@ from cosae.kernels.select import shared
 
 SELECTORS = ("batch_topk", "topk", "abs_topk", "jumprelu", "gated")
 CALIBRATED_SELECTORS = ("batch_topk", "jumprelu", "gated")
+TOPK_SELECTORS = ("batch_topk", "topk", "abs_topk")
 PENALISED_SELECTORS = ("jumprelu", "gated")
 
 
@@ -141,10 +142,16 @@ class Selector(nn.Module):
         return self.name != "batch_topk" or not bool(self.threshold.isnan().any())
 
     def train_select(
-        self, terms: ScoreTerms, kernel: Kernel, hint: float | None = None, peers: Peers = ALONE
+        self,
+        terms: ScoreTerms,
+        kernel: Kernel,
+        hint: float | None = None,
+        peers: Peers = ALONE,
+        k: int | None = None,
     ) -> Selection:
         """The training rule; differentiable. `hint` is what the last batch's Selection carried; `peers` have the rest
-        of the batch and of the dictionary."""
+        of the batch and of the dictionary; `k`: another than its own."""
+        k = self.k if k is None else k
         if self.name == "jumprelu":
             theta_F = self.log_threshold_F.detach().to(terms.z_BD.dtype).exp()
             entries = kernel.select_above(terms.detached(), theta_F * (1 - 0.5 * self.bandwidth))
@@ -158,17 +165,17 @@ class Selector(nn.Module):
             zero = terms.z_BD.new_zeros(())
             return self._evaluate(terms, kernel, kernel.select_above(terms.detached(), zero))
         if self.name == "batch_topk":
-            n_keep, ranked = self.k * int(peers.tokens(terms.live_B.sum())), divided(terms, self.rank_gain_F)
+            n_keep, ranked = k * int(peers.tokens(terms.live_B.sum())), divided(terms, self.rank_gain_F)
             entries, found = kernel.select_batch_topk(ranked, n_keep, hint, peers)
             if self.a_window and found > 0:
                 return self._with_window(terms, ranked, kernel, entries, found, peers)
             return self._evaluate(terms, kernel, entries, found)
         ranked, absolute = divided(terms, self.rank_gain_F), self.name == "abs_topk"
-        entries = kernel.select_topk(ranked, self.k, absolute)
+        entries = kernel.select_topk(ranked, k, absolute)
         if peers.feature_ranks > 1:
             with torch.no_grad():
                 score_E = self._scores(ranked, kernel, entries)[0]
-            keep_E = shared.merged_topk(entries.token_E, score_E.abs(), self.k, terms.n_tokens, peers)
+            keep_E = shared.merged_topk(entries.token_E, score_E.abs(), k, terms.n_tokens, peers)
             entries = Entries(entries.token_E[keep_E], entries.feature_E[keep_E], cache=terms.cache)
         return self._evaluate(terms, kernel, entries)
 

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosae.errors import CosaeError, check_most, check_positive
+from cosae.errors import CosaeError, check_least, check_most, check_positive
 from cosae.io.generators import keyed_generator
 from cosae.io.values import from_text
 from cosae.sae.config import InitConfig, SAEConfig
 from cosae.sae.file import load
 from cosae.sae.loss import LossConfig
 from cosae.sae.model import SAE
+from cosae.sae.selector import TOPK_SELECTORS
 from cosae.sae.swap import swap_score
 from cosae.train.optimizer import MOST_LR
 
 NAME_LENGTH = 80
+K_SCHEDULE = re.compile(r"\s*(\d+)\s*(?:→|->)\s*(\d+)\s*")
+"""A schedule of k in the text of an arm: k=512→32 or k=512->32."""
 NAME_PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._=+-]{{0,{NAME_LENGTH - 1}}}")
 
 
@@ -54,6 +57,10 @@ class Arm:
     """Learning rate of JumpReLU's ln θ, as a multiple of the run's; their common level is the controller's."""
     sparsity_weight: float = 0.1
     """First λ of jumprelu and gated; the controller moves it."""
+    k_start: int | None = None
+    """k of the first step; it falls linearly to k over the first `k_steps` steps. None: k throughout."""
+    k_steps: int | None = None
+    """Steps over which k falls from `k_start`; from then on it is k."""
     start: str | None = None
     """Folder of a saved SAE to go on from, its score swapped to this arm's (cosae.sae.swap); None starts fresh."""
     input_noise: float = 1.0
@@ -75,6 +82,28 @@ class Arm:
             check_seed(self.seed)
         if not (math.isfinite(self.input_noise) and self.input_noise >= 1.0):
             raise CosaeError(f"input_noise must be at least 1 (none). Got {self.input_noise!r} instead.")
+        self._check_k_schedule()
+
+    def _check_k_schedule(self) -> None:
+        """Raises CosaeError for a schedule of k that is none, as far as widths are known."""
+        if self.k_start is None and self.k_steps is None:
+            return
+        if self.k_start is None or self.k_steps is None:
+            raise CosaeError("a schedule of k needs both its first k and its steps: k=512→32,k_steps=1000.")
+        if self.sae.selector not in TOPK_SELECTORS:
+            what = f"a schedule of k is for {', '.join(TOPK_SELECTORS)}, which keep k features"
+            raise CosaeError(f"{what}. Got the selector {self.sae.selector}: drop k_start and k_steps.")
+        check_least("k_steps", self.k_steps, 1)
+        if self.sae.k is not None and self.k_start <= self.sae.k:
+            raise CosaeError(f"k falls from k_start to k, so k_start must be above {self.sae.k}. Got {self.k_start}.")
+        if self.sae.d_sae is not None and self.k_start > self.sae.d_sae:
+            raise CosaeError(f"k_start must be at most d_sae = {self.sae.d_sae}. Got {self.k_start}: lower it.")
+
+    def k_at(self, step: int) -> int | None:
+        """k of the training rule at 0-based `step`; None where it is that of the SAE."""
+        if self.k_start is None or self.k_steps is None or self.sae.k is None or step >= self.k_steps:
+            return None
+        return self.k_start - ((self.k_start - self.sae.k) * step + self.k_steps // 2) // self.k_steps
 
     @classmethod
     def of(cls, name: str = "standard", score: str = "inner", selector: str = "batch_topk", **values: Any) -> Arm:
@@ -203,6 +232,10 @@ def parse_arm(text: str) -> Arm:
             raise CosaeError(f"what follows an arm's name must read field=value. Got {part!r} in {text!r} instead.")
         if key in changes:
             raise CosaeError(f"{key} was given twice in {text!r}: give it once.")
+        if key == "k" and (schedule := K_SCHEDULE.fullmatch(value)):
+            if "k_start" in changes:
+                raise CosaeError(f"k_start was given twice in {text!r}: give it once.")
+            changes["k_start"], value = int(schedule[1]), schedule[2]
         changes[key] = from_text(_hint(key), value, key)
     if parts and "name" not in changes:
         changes["name"] = re.sub(r"[^A-Za-z0-9._=+-]+", "-", "-".join([base, *parts]))  # start= is a path

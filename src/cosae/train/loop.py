@@ -204,6 +204,8 @@ def _record(
     if state.sae.value_exponent is not None:
         numbers["value_exponent"] = float(whole(state.sae.value_exponent.detach()).mean())
     numbers["b"] = float(whole(state.sae.scale_b.detach()).mean())
+    if state.arm.k_start is not None:
+        numbers["k"] = state.arm.k_at(step) or state.sae.k
     if state.sae.cfg.selector in ("jumprelu", "gated"):
         numbers["sparsity_weight"] = state.weight
     return numbers

@@ -236,7 +236,8 @@ def train_step(
         sink_B = None if batch.calm_B is None else batch.live_B & ~batch.calm_B
         batch = Batch.of(input_noise(batch.x_BD, arm.input_noise, arm.seed or 0, step), sink_B, batch.y_BD)
     batch = batch.part(peers.rows(len(batch.x_BD)))
-    output = sae.train_forward(batch.x_BD, state.hint, batch.live_B, state.cache, peers, batch.y_BD)
+    k = arm.k_at(step)
+    output = sae.train_forward(batch.x_BD, state.hint, batch.live_B, state.cache, peers, batch.y_BD, k)
     fired_F, n_fired = _fired(sae, output)
     n_live = output.n_live
     age_F = torch.where(fired_F, 0, state.age_F + n_live)

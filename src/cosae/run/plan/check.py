@@ -66,7 +66,7 @@ def check_run(recipe: Recipe, data: Dataset, out: Path | None, *, begun: bool = 
 
 def _choices(recipe: Recipe, needed: Callable[[Recipe], int], begun: bool) -> Iterator[Choice]:
     """The numbers of a recipe that decide how much it takes, as far as they can still be changed; found when asked."""
-    batch, k = recipe.training.batch_tokens, max(recipe.k, *(arm.sae.k or 0 for arm in recipe.arms))
+    batch, k = recipe.training.batch_tokens, max(recipe.k, *(arm.k_start or arm.sae.k or 0 for arm in recipe.arms))
     now = {
         "d_sae": (recipe.d_sae or 0, 2 * k),
         "training.buffer_tokens": (recipe.training.buffer_tokens, 2 * batch),
