@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _show  # type: ignore[assignment]  # what it is called with, by place
             with stop_on_signals(at_once=KeyboardInterrupt()):
+                _check_processes(command)
                 sys.exit(_call_of(command)(command))
     except CosaeError as error:
         print("cosae: " + printable(str(error), keep="\n"), file=sys.stderr)
@@ -72,6 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _check_processes(command: Any) -> None:
+    """Raises CosaeError for a command that torchrun started several times, and that one process runs."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    from cosae.train.parallel.config import started
+
+    together = isinstance(command, training.Train | training.Resume) and not isinstance(command, training.Plan)
+    if started() > 1 and not together:
+        raise CosaeError("only train and resume run in several processes: start this command without torchrun.")
 
 
 def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -159,11 +160,15 @@ def train(command: Train) -> int:
 
         print(json.dumps(to_plain(recipe), indent=2))
         return 0
-    for text in recipe.warnings:
+    for text in recipe.warnings if os.environ.get("RANK", "0") == "0" else ():
         print(f"cosae: warning: {text}", file=sys.stderr)
     if not (command.arms or command.recipe or command.quiet) and command.preset == RecipeOptions.preset:
         print(NO_ARMS, file=sys.stderr)
     if command.dry_run or isinstance(command, Plan):
+        if recipe.parallel.n > 1:
+            raise CosaeError(
+                "a plan is of one process: drop --parallel; docs/scale.md says what each of several needs."
+            )
         from cosae.run.plan.check import plan_run, screen
 
         print(screen(plan_run(recipe, command.out, progress(command.quiet))))

@@ -108,7 +108,7 @@ def assert_same(c: Combination, one: Trained, several: Trained) -> None:
 
 @pytest.mark.parametrize("mesh", ["data=2", "feature=2"])
 def test_two_processes_train_what_one_trains(mesh: str, tmp_path: Path) -> None:
-    steps = 25
+    steps = 10
     answers = run_ranks(2, tmp_path, on_mesh, ParallelConfig.parse(mesh), CASES, steps, "auto")
     for place, c in enumerate(CASES):
         one = trained(c, steps, "auto")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from cosae.errors import CosaeError, check_least, check_positive
 
 AXES = ("data", "feature", "arm")
+
+
+def started() -> int:
+    """How many processes torchrun started; 1 without it."""
+    known = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return int(os.environ["WORLD_SIZE"]) if known else 1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ named as lost.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +23,6 @@ class Faults:
 
     def __init__(self, store: Any, rank: int, n: int, timeout: float) -> None:
         self.store, self.rank, self.n, self.timeout = store, rank, n, timeout
-        self.prefix = f"cosae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -37,26 +35,26 @@ class Faults:
     def leave(self, sentence: str) -> None:
         """Say what stopped this rank."""
         with suppress(Exception):  # the store may be gone with torchrun
-            self.store.set(f"{self.prefix}/fault/{self.rank}", sentence)
+            self.store.set(f"fault/{self.rank}", sentence)
 
     def speaks(self) -> bool:
         """Whether nobody said yet why the run stopped; True to one rank."""
         try:
-            return int(self.store.add(f"{self.prefix}/said", 1)) == 1
+            return int(self.store.add("said", 1)) == 1
         except Exception:  # the store is gone with torchrun
             return True
 
     def cause(self, error: Exception) -> str:
         """Which rank stopped, and why, as far as it can be known within ANSWER_SECONDS."""
         with suppress(Exception):
-            self.store.set(f"{self.prefix}/alive/{self.rank}", "1")
+            self.store.set(f"alive/{self.rank}", "1")
             others = [rank for rank in range(self.n) if rank != self.rank]
             end, lost = time.monotonic() + ANSWER_SECONDS, others
             while lost and time.monotonic() < end:
                 for rank in others:
-                    if self.store.check([f"{self.prefix}/fault/{rank}"]):
-                        return f"rank {rank} of {self.n}: {self.store.get(f'{self.prefix}/fault/{rank}').decode()}"
-                lost = [rank for rank in others if not self.store.check([f"{self.prefix}/alive/{rank}"])]
+                    if self.store.check([f"fault/{rank}"]):
+                        return f"rank {rank} of {self.n}: {self.store.get(f'fault/{rank}').decode()}"
+                lost = [rank for rank in others if not self.store.check([f"alive/{rank}"])]
                 time.sleep(0.05)
             if lost:
                 slow = "imed out" in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +13,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from cosae.activations.stream import Source
 from cosae.errors import CosaeError
-from cosae.train.parallel.config import ParallelConfig
+from cosae.train.parallel.config import ParallelConfig, started
 from cosae.train.parallel.faults import Faults
 from cosae.train.parallel.peers import MeshPeers
 from cosae.train.parallel.source import SharedSource
@@ -24,13 +26,8 @@ from cosae.train.parallel.wire import Wire
 from cosae.train.ranks import ONE, Ranks
 
 T = TypeVar("T")
+_RUNS = itertools.count()
 TORCHRUN = "torchrun --nproc-per-node {n} -m cosae …"
-
-
-def started() -> int:
-    """How many processes torchrun started; 1 without it."""
-    known = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    return int(os.environ["WORLD_SIZE"]) if known else 1
 
 
 def restarted() -> bool:
@@ -68,7 +65,9 @@ def joined(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     if kind == "cuda":
         torch.cuda.set_device(local_device("cuda"))
     patience = timedelta(seconds=config.timeout)
-    store, rank, n = next(iter(rendezvous("env://", timeout=patience)))
+    common, rank, n = next(iter(rendezvous("env://", timeout=patience)))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"cosae/{attempt}/{next(_RUNS)}", common)  # nothing of an earlier run is found
     faults = Faults(store, rank, n, config.timeout)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=n, timeout=patience
