@@ -12,6 +12,7 @@ from cosae.io.legacy import upgrade
 from cosae.report.audit import write_audit_page
 from cosae.report.page import write_report
 from tests.support.fake_run import write_run
+from tests.support.feature_stores import write_store
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v0_1" / "audit" / "audit.json"
@@ -87,6 +88,7 @@ def pages(tmp_path_factory):
     where = tmp_path_factory.mktemp("pages")
     runs = [write_run(where / name, name, concepts=40) for name in ("natural", "injected")]
     long = {"standard": ("inner", "raw", None), "x" * 80: ("cosine", "raw", 0.3)}
+    write_store(runs[0] / "features", 24, ["standard"])  # which has explanations
     return {
         "two runs": write_report(runs, where / "runs.html"),
         "long names": write_report([write_run(where / "long", "n" * 200, arms=long)], where / "long.html"),

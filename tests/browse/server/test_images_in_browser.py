@@ -68,6 +68,8 @@ def test_patches_are_tinted_and_told(store: FeatureStore, tmp_path: Path, width:
         for address in (site, f"{disk}/"):
             with watched(chromium, width) as page:
                 shown(page, f"{address}feature.html?sae={name}&id={fires}")
+                bottom = page.eval_on_selector(".picture", "one => one.getBoundingClientRect().bottom")
+                assert width > 400 or bottom < 850, "a phone's first screen shows pictures"
                 check_pictures(page)
 
 

@@ -51,9 +51,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, LiveMo
     store.close()
 
 
-def test_a_text_is_read_and_a_feature_steered(live: tuple[str, LiveModel, Path]) -> None:
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)], ids=["laptop", "phone"])
+def test_a_text_is_read_and_a_feature_steered(live: tuple[str, LiveModel, Path], width: int, dark: bool) -> None:
     address, model, arms = live
-    with browser() as chromium, watched(chromium) as page:
+    with browser() as chromium, watched(chromium, width, dark) as page:
         shown(page, f"{address}try.html?sae=two&id=5")
         page.fill("#reading textarea", TEXT)
         page.click("#reading button")
@@ -78,6 +79,9 @@ def test_a_text_is_read_and_a_feature_steered(live: tuple[str, LiveModel, Path])
         found = steer(arms / "two", "def f(", Place(), SteerOptions((5,), add=40.0, new_tokens=6))
         assert page.text_content("[data-text=without]") == found.without
         assert page.text_content("[data-text=changed]") == found.changed
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        box = page.locator("#reading textarea").bounding_box()
+        assert box["width"] > 0.9 * page.locator("main").bounding_box()["width"]
 
 
 def test_a_feature_that_is_not_there_is_said_on_the_page(live: tuple[str, LiveModel, Path]) -> None:

@@ -43,7 +43,7 @@ cosae.page(async (main, about) => {
     : el("p", {}, "Logits are not known: its direction does not lie in the residual stream, or the model has no unembedding.");
 
   /* Examples. */
-  const GROUPS = { top: "Largest values", interval: "By interval of the largest", random: "Random firings", negative: "Most negative" };
+  const GROUPS = { top: "Largest values", interval: "By interval", random: "Random firings", negative: "Most negative" };
   const held = Object.keys(GROUPS).filter((group) => found.examples.some((one) => one.group === group));
   const shown = { group: held.includes(words.get("group")) ? words.get("group") : held[0], around: Number(tokens.kept.around ?? 0), breaks: Boolean(tokens.kept.breaks) };
   const list = el("div", { id: "examples" });

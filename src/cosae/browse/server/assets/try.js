@@ -57,11 +57,11 @@ cosae.page((main, about) => {
     }
     function fires(token) {
       cosae.replace(detail, cosae.table(`Features on token ${token}, ${spell(read[token].text)}`, ["feature", "value", "of its largest"], at[token].slice(0, 12).map((one) => [
-        featureLink(sae.name, one.feature, String(one.feature)), number(one.value), number(sae.largest[one.feature] ? Math.abs(one.value) / sae.largest[one.feature] : null, percent)])));
+        featureLink(sae.name, one.feature, String(one.feature)), number(one.value), number(sae.largest[one.feature] ? Math.abs(one.value) / sae.largest[one.feature] : null, percent)]), { class: "short" }));
     }
     const list = cosae.table("Features of this text", ["feature", "value", "of its largest", "on", ""], order.slice(0, 12).map((one) => [
       featureLink(sae.name, one.feature, String(one.feature)), number(one.value), number(one.share, percent), el("span", { class: "piece" }, spell(read[one.token].text)),
-      el("button", { type: "button", onclick: () => tint(one.feature) }, "tint")]));
+      el("button", { type: "button", onclick: () => tint(one.feature) }, "tint")]), { class: "short" });
     tint(order.length ? order[0].feature : null);
     return el("section", { class: "of-sae", "data-sae": sae.name }, el("h2", {}, el("bdi", {}, spell(sae.name, 80))),
       el("p", { class: "muted" }, order.length ? `Tinted by feature ${order[0].feature} at first; dashed boxes are sinks.` : "No feature fires."), lines, el("div", { class: "two" }, list, detail));
