@@ -16,10 +16,12 @@ Reply = Callable[[list[dict[str, str]]], str | None]
 
 class Stand:
     """reply: what it answers; trouble: what it does instead, question by question, then no more: a status, "truncated",
-    "slow", "empty" (no choices). asked: bodies and headers of all questions."""
+    "slow", "empty" (no choices). leaves_out: an answer that is none has no content, rather than null. asked, headers:
+    of all questions."""
 
     def __init__(self, reply: Reply) -> None:
         self.reply, self.trouble, self.lock = reply, list[Any](), threading.Lock()
+        self.leaves_out = False
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.url = ""
@@ -36,6 +38,8 @@ class Stand:
         content = self.reply(body["messages"])
         usage = {"prompt_tokens": 100, "completion_tokens": 7}
         message = {"role": "assistant", "content": content}
+        if content is None and self.leaves_out:
+            del message["content"]
         whole = json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
         return 200, whole[: len(whole) // 2] if now == "truncated" else whole, {}
 

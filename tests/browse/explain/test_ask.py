@@ -149,8 +149,10 @@ def test_answers_that_cannot_be_read_are_asked_again_then_counted_never_scored(s
     assert sum(line["answer"] is None for line in lines) > 0
 
 
-def test_no_explanation_is_none_and_is_counted(store: FeatureStore) -> None:
+@pytest.mark.parametrize("leaves_out", [False, True], ids=["null", "left out"])
+def test_no_explanation_is_none_and_is_counted(store: FeatureStore, leaves_out: bool) -> None:
     with standing(lambda messages: None) as stand:
+        stand.leaves_out = leaves_out
         found = ask(store, stand)
     assert all(known == {} for known in found.explanations.values())
     assert found.summary["saes"]["c"]["unexplained"] == 3

@@ -105,7 +105,7 @@ class Endpoint:
             raise CosaeError(f"the endpoint refuses the question (status {status}: {told}): check --model and the key.")
         try:
             return _answer(response.json()), "", None
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return None, "its answer is not whole", None
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Endpoint:
 
 def _answer(found: Any) -> Answer:
     message = found["choices"][0]["message"]
-    text = message["content"]
+    text = message.get("content") if "role" in message else message["content"]  # servers that leave out what is null
     if text is not None and not isinstance(text, str):
         raise TypeError
     used = found.get("usage") or {}

@@ -5,8 +5,8 @@ RUN | SAE … | STORE → the store (built where there is none) → features and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,20 @@ def explain(
             chosen = choose(store, [one.name for one in store.saes], options, request.seed)
         if asking.dry_run:
             return _costs(bill(store, chosen, options), len(chosen), asking)
-        chat = _chat(asking, request.device)
-        found = explain_features(store, chosen, chat, options, request.seed, progress=progress)
+        with _chat(asking, request.device) as chat:
+            found = explain_features(store, chosen, chat, options, request.seed, progress=progress)
         return screen(found.summary, folder)
 
 
-def _chat(asking: Asking, device: str) -> Chat:
-    """Whoever answers. Raises CosaeError where there is nobody."""
+@contextmanager
+def _chat(asking: Asking, device: str) -> Iterator[Chat]:
+    """Whoever answers; connections are closed at the end. Raises CosaeError where there is nobody."""
     if asking.local is not None:
-        return LocalChat(*open_model(DataConfig(model=asking.local), device), asking.local)
-    return Endpoint(str(asking.endpoint), str(asking.model), parallel=asking.parallel, timeout_s=asking.timeout)
+        yield LocalChat(*open_model(DataConfig(model=asking.local), device), asking.local)
+        return
+    endpoint = Endpoint(str(asking.endpoint), str(asking.model), parallel=asking.parallel, timeout_s=asking.timeout)
+    with closing(endpoint):
+        yield endpoint
 
 
 def _costs(found: Bill, features: int, asking: Asking) -> str:
