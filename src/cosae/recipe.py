@@ -285,7 +285,8 @@ class Recipe(Shown):
     @property
     def warnings(self) -> list[str]:
         """What is allowed and may not be what was meant."""
-        steps, optimizer = self.training.steps, self.training.optimizer
+        begin, end = self.training.parts[-1]
+        steps, optimizer = end - begin, self.training.optimizer
         if optimizer.warmup_steps <= steps * (1 - optimizer.decay_frac):
             return []
         return [

@@ -165,6 +165,7 @@ SEEN: dict[str, tuple[Any, dict[str, Any]]] = {
     "arms.loss.aux_k": (1, DEAD),
     "arms.loss.aux_coefficient": (0.5, DEAD),
     "training.steps": (7, {}),
+    "training.extended_from": ((3,), {}),
     "training.batch_tokens": (40, {}),
     "training.buffer_tokens": (300, {}),
     "training.store_dtype": ("bfloat16", {}),

@@ -37,7 +37,7 @@ NEEDS = {
     **dict.fromkeys(("plan wandb", "plan tensorboard", "plan show", "plan dry_run"), "plan takes the options of train"),
     **dict.fromkeys(("demo out", "demo real", "demo steps"), "tests/run/test_demo.py"),
     "explain": "asks a chat model: tests/run/explore/test_explain.py and tests/browse/explain, with stand-ins",
-    **dict.fromkeys(("resume run", "resume metrics_only"), "tests/run/test_resume.py"),
+    **dict.fromkeys(("resume run", "resume metrics_only", "resume extend_to"), "tests/run/test_resume.py"),
     **dict.fromkeys(("report runs", "report out"), "tests/report"),
     **dict.fromkeys(("inspect source", "verify store", "fetch names"), "what the verb is about"),
     **dict.fromkeys(

@@ -124,6 +124,32 @@ def test_a_schedule_of_k_is_gone_on_with_and_ends_at_k(tmp_path: Path, monkeypat
         execute(run.changed({"training.steps": 20}), None, logs=QUIET)
 
 
+def test_an_extended_run_is_the_one_that_was_planned_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = recipe(**{"training.steps": 15})
+    execute(short.changed({"training.steps": 33, "training.extended_from": (15,)}), tmp_path / "planned", logs=QUIET)
+    out = tmp_path / "run"
+    execute(short, out, logs=QUIET)
+    before = (out / "run.json").read_bytes()
+    for steps in (15, 3):
+        with pytest.raises(CosaeError, match=f"has done 15 steps.* Got {steps}"):
+            resume(out, QUIET, extend_to=steps)
+    assert (out / "run.json").read_bytes() == before
+    interrupt_after(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        resume(out, Logs(True), extend_to=33)
+    monkeypatch.undo()
+    assert "extended from step 15 to 33" in capsys.readouterr().err
+    with pytest.raises(CosaeError, match="not finished"):
+        resume(out, QUIET, extend_to=50)
+    finished = resume(out, QUIET)
+    assert_same_run(tmp_path / "planned", out)
+    assert finished.run["parts"] == [{"start": 0, "end": 15}, {"start": 15, "end": 33}]
+    lr = {line["step"]: line["arms"]["standard"]["lr"] for line in metrics(out)}
+    assert (lr[15] < 0.4 * lr[10], lr[16] < 0.4 * lr[10], lr[22]) == (True, True, lr[10])
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_process_ended_from_outside_goes_on_to_the_same_end(whole: Path, tmp_path: Path, how: signal.Signals) -> None:
     """Ctrl-C saves where it is; kill -9 goes back to the last checkpoint."""

@@ -109,10 +109,13 @@ class Demo:
 
 @dataclass(frozen=True)
 class Resume:
-    """Continue an interrupted run from its last checkpoint."""
+    """Continue an interrupted run from its last checkpoint, or with --extend-to a finished one from its end."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
+    extend_to: int | None = None
+    """Go on with a finished run until it has this many steps in all, with a new schedule of the learning rate. Its SAEs
+    and what was measured are replaced at the end."""
     metrics_only: bool = False
     """Leave out TensorBoard and W&B, where the run was started with them."""
     quiet: bool = False
@@ -202,11 +205,11 @@ def resume(command: Resume) -> int:
     from cosae.run.execute import resume as go_on
     from cosae.train.parallel.config import ParallelConfig
 
-    if finished(command.run) and not (command.run / "report.html").exists():
+    if command.extend_to is None and finished(command.run) and not (command.run / "report.html").exists():
         return report(Report((command.run,)))  # ended while its page was written
     logs = Logs(not command.quiet, metrics_only=command.metrics_only)
     mesh = None if command.parallel is None else ParallelConfig.parse(command.parallel)
-    return _conclude([go_on(command.run, logs, parallel=mesh)], command.run)
+    return _conclude([go_on(command.run, logs, parallel=mesh, extend_to=command.extend_to)], command.run)
 
 
 def _conclude(finished: Sequence[Any], out: Path) -> int:

@@ -32,9 +32,10 @@ VOCABULARY = frozenset(
     commit compiled concepts config content context conversation conversations core corpora corpus correlation cosae
     cosine count counts cpu crosscoder cuda cv d data dataset datasets dead decay decoder delphi delta demo dense
     density device dict dictionary digest direction distance document documents drop dtype e eager edges eight embed
-    embedded embeddings encoder energy entries epoch epochs eps eval evaluation every exact exponent exponents export f
+    embedded embeddings encoder energy entries epoch epochs eps eval evaluation every exact exponent exponents export
+    extended f
     factor false fatal feature features field file files filter filtered finite firings first fixed flash float fold
-    folded format fp frac fraction frame frames frequencies frequency fve gain gated gatedautoencoder gelu gemma
+    folded format fp frac fraction frame frames frequencies frequency from fve gain gated gatedautoencoder gelu gemma
     geometric global gpt group grouped groups guessed h half head heads held hf hidden hierarchy high histogram hook id
     ids image images implementation in init inject injected inner input inputs int into j joined jumprelu
     jumpreluautoencoder k kept kernel key kind l language large largest layer layernorm layers learn learned learning

@@ -34,7 +34,7 @@ from cosae.run.dataset.arrays import as_matrix
 from cosae.run.dataset.base import Dataset
 from cosae.run.dataset.open import dataset_of
 from cosae.run.dataset.store import CAPTURED
-from cosae.run.finished import Finished
+from cosae.run.finished import Finished, as_extended, describe_extension, extended
 from cosae.run.folder import RECIPE, RUN, check_free, write_json, write_recipe
 from cosae.run.measure import evaluate, text_probes
 from cosae.run.plan.check import check_run
@@ -140,6 +140,7 @@ def resume(
     evaluate: bool | None = None,
     parallel: ParallelConfig | None = None,
     target: Tensor | ArrayLike | None = None,
+    extend_to: int | None = None,
 ) -> Finished:
     """Go on with the run in `out` from its last whole checkpoint, to the same end as without the interruption.
 
@@ -149,6 +150,9 @@ def resume(
     tensor, target: the activations (N, D) of a run that was started on a tensor or array in memory, and their targets
     where it had any; None for all others.
     parallel: another mesh than the run was started on.
+    extend_to: of a finished run, how many steps it shall have in all. The new ones have a schedule of the learning rate
+    of their own, and read on in the stream; SAEs and what was measured before are replaced at the end. All is as if the
+    run had been planned with `training.extended_from`.
     Raises CosaeError where there is no run, none of its checkpoints is whole, the run is finished, another process
     writes it, what is left to do cannot fit in memory or on disk, or its recipe or data are no longer those it was
     started with.
@@ -167,7 +171,9 @@ def resume(
             opened.enter_context(hold(out))
         stop = opened.enter_context(stop_on_signals(logs.progress and ranks.leads, KeyboardInterrupt()))
         record = folder.read_json(out / RUN) if (out / RUN).exists() else {}
-        if record.get("status") == "finished":
+        if extend_to is not None:
+            recipe = extended(recipe, record, out, extend_to)
+        elif record.get("status") == "finished":
             raise CosaeError(f"the run in {out} is finished; see `cosae report {out}`, or start another run elsewhere.")
         if tensor is None and (record.get("source") or {}).get("source") == "tensor":
             raise CosaeError(
@@ -184,7 +190,7 @@ def resume(
             progress.stop = stop
         run = opened.enter_context(closing(_Run(recipe, data, out, logs.since(record), measured, progress, ranks)))
         run.restore(record)
-        if (not known or parallel is not None) and ranks.leads:
+        if (not known or parallel is not None or extend_to is not None) and ranks.leads:
             write_recipe(out, run.recipe)
         return run.go(stop)
 
@@ -318,6 +324,7 @@ class _Run:
 
     def _check_unchanged(self, begun_with: Recipe | None) -> None:
         """Raises CosaeError where the recipe differs, in what decides weights, from that of the run's beginning."""
+        begun_with = None if begun_with is None else as_extended(begun_with, self.recipe.training)
         differing = () if begun_with is None else begun_with.diff(self.recipe)
         free = [*_FREE, *(f"data.{name}" for name in ("site", *CAPTURED) if self.recipe.data.store is not None)]
         if changed := [path for path in differing if path not in free and not path.startswith("evaluation.")]:
@@ -361,7 +368,8 @@ class _Run:
     def _train(self, stop: Stop) -> None:
         """All steps that are left, and a checkpoint after the last."""
         training, names = self.recipe.training, [state.arm.name for state in self.states]
-        for line in (*self.data.warnings, self.stream.sinks["text"]):
+        extension = [describe_extension(training), *self.recipe.warnings] if training.extended_from else []
+        for line in (*self.data.warnings, self.stream.sinks["text"], *extension):
             self.progress.note(line)
         with ExitStack() as opened:
             opened.callback(self.stream.close)  # what comes after needs the model for itself
@@ -437,7 +445,9 @@ class _Run:
         moving = exponent_changes(self.recipe, self._records.lines, self.out) if finished else {}
         found = run_record(status, self.recipe, self.data, self.stream, self.states, calibrations or {}, moving)
         logs = {"tensorboard": self.logs.tensorboard, "wandb": self.logs.wandb, "wandb_run": self.wandb_run}
-        asked = {"logs": logs, "evaluate": self.measured}
+        asked: dict[str, Any] = {"logs": logs, "evaluate": self.measured}
+        if self.recipe.training.extended_from:
+            asked["parts"] = [{"start": begin, "end": end} for begin, end in self.recipe.training.parts]
         record = {**found, **asked, "started_at": self.started_at, "resumed": self.resumed, "seconds": self.seconds}
         if self.out is not None and self.ranks.leads:
             write_json(self.out / RUN, record)

@@ -1,17 +1,21 @@
-"""A run that has ended: its SAEs and what was measured, in memory or read from its folder."""
+"""A run that has ended: its SAEs and what was measured, in memory or read from its folder; and with more steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cosae.errors import CosaeError, short
+from cosae.io.values import from_plain
+from cosae.recipe import Recipe
 from cosae.run.folder import ARMS, EVALUATION, RECIPE, RUN, read_json
 from cosae.sae.file import load
 from cosae.sae.model import SAE, Calibration
-from cosae.shown import Shown, html_table
+from cosae.shown import Shown, counted, html_table
+from cosae.train.checkpoint import checkpoints
+from cosae.train.loop import TrainingConfig
 
 SHOWN = ("score", "selector", "frame", "d_sae", "k", "l0", "fve")
 
@@ -79,3 +83,32 @@ def _calibration(known: Mapping[str, Any]) -> Calibration | None:
     if not {"l0_target", "l0_calibrated", "calibration_tokens"} <= known.keys():
         return None
     return Calibration(known["l0_target"], known["l0_calibrated"], known["calibration_tokens"], fve=known.get("fve"))
+
+
+def extended(recipe: Recipe, record: Mapping[str, Any], out: Path, steps: int) -> Recipe:
+    """The recipe of a finished run with more steps. Raises CosaeError where it cannot be extended to so many."""
+    if record.get("status") != "finished":
+        raise CosaeError(f"the run in {out} is not finished: `cosae resume {out}` first, and then extend it.")
+    training = from_plain(Recipe, record.get("recipe"), str(out / RUN)).training
+    if steps <= training.steps:
+        raise CosaeError(f"the run in {out} has done {training.steps} steps: --extend-to must be more. Got {steps}.")
+    if not checkpoints(out):
+        raise CosaeError(f"the run in {out} has no checkpoint left to go on from: it cannot be extended.")
+    ends = (*training.extended_from, training.steps)
+    return replace(recipe, training=replace(recipe.training, steps=steps, extended_from=ends))
+
+
+def as_extended(recipe: Recipe, training: TrainingConfig) -> Recipe:
+    """The recipe of a checkpoint, with the steps of a later part where `training` is that of the extended run."""
+    ends, done = training.extended_from, recipe.training.steps
+    if done not in ends or recipe.training.extended_from != ends[: ends.index(done)]:
+        return recipe
+    return replace(recipe, training=replace(recipe.training, steps=training.steps, extended_from=ends))
+
+
+def describe_extension(training: TrainingConfig) -> str:
+    """A line on the schedule of an extended run's last part."""
+    (begin, end), optimizer = training.parts[-1], training.optimizer
+    decay = f", and falls to 0 over the last {optimizer.decay_frac:.0%}" if optimizer.decay_frac else ""
+    rises = f"rises over {counted(optimizer.warmup_steps, 'step')}{decay}"
+    return f"extended from step {begin} to {end}: the learning rate has a new schedule there, in which it {rises}"

@@ -41,6 +41,9 @@ class TrainingConfig:
     """How long, how fast, and when to write. Raises CosaeError on a value that is not allowed."""
 
     steps: int = 2000
+    extended_from: tuple[int, ...] = ()
+    """Steps at which the run had ended before it was extended (`cosae resume --extend-to`), ascending. The learning
+    rate has a schedule of its own from each of them on."""
     batch_tokens: int = 1024
     buffer_tokens: int = 131072
     """Tokens of the shuffle buffer."""
@@ -60,11 +63,25 @@ class TrainingConfig:
         for name in ("steps", "batch_tokens", "dead_after_tokens", "log_every"):
             check_least(name, getattr(self, name), 1)
         check_most("steps", self.steps, MOST_STEPS)
+        marks = (0, *self.extended_from, self.steps)
+        if any(b <= a for a, b in itertools.pairwise(marks)):
+            what = f"extended_from must hold ascending steps between 0 and steps = {self.steps}"
+            raise CosaeError(f"{what}. Got {list(self.extended_from)} instead.")
         for name in ("batch_tokens", "buffer_tokens"):
             check_most(name, getattr(self, name), MOST_TOKENS)
         check_seed(self.seed)
         check_least("checkpoint_every", self.checkpoint_every, 0)
         check_choice("store_dtype", self.store_dtype, ("float32", "bfloat16"))
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """(first step, end) of each schedule of the learning rate: one, and one for each extension."""
+        return tuple(itertools.pairwise((0, *self.extended_from, self.steps)))
+
+    def lr_scale(self, step: int) -> float:
+        """Factor on the learning rate at 0-based `step`, by the schedule of the part that it lies in."""
+        begin, end = next((begin, end) for begin, end in self.parts if step < end)
+        return lr_scale(step - begin, end - begin, self.optimizer)
 
 
 class Stream(Protocol):
@@ -115,8 +132,8 @@ def train(
             done = step + 1
             for event in monitor.take_events() if monitor is not None else ():
                 notify({"step": done, "arm": None, **event})
-            scale = lr_scale(step, config.steps, config.optimizer)
-            logged = done % config.log_every == 0 or done == config.steps or step == 0
+            scale = config.lr_scale(step)
+            logged = done % config.log_every == 0 or done in (1, *config.extended_from, config.steps)
             sink_B = None if sink_norm is None else batch.norm_N >= sink_norm
             rows, print_ = Batch.of(batch.x_ND, sink_B, batch.y_ND), fingerprint(batch)
             running = [state for state in states if state.stopped is None]
@@ -217,9 +234,11 @@ def exponent_moving(path: Sequence[tuple[int, float]], config: TrainingConfig) -
     path: (step, mean a) as logged; unknown too where a line is missing. Beyond ±MOVING the run ended before a found its
     place: a value still moving is no finding, since Adam moves a scalar by at most about lr per step.
     """
-    end = config.steps * (1 - config.optimizer.decay_frac)
-    late = [(step, a) for step, a in path if 0.9 * end <= step <= end]
-    marks = [0.9 * end, *(step for step, _ in late), end]
+    begin = config.parts[-1][0]
+    end = begin + (config.steps - begin) * (1 - config.optimizer.decay_frac)
+    first = begin + 0.9 * (end - begin)
+    late = [(step, a) for step, a in path if first <= step <= end]
+    marks = [first, *(step for step, _ in late), end]
     if len(late) < 2 or max(b - a for a, b in itertools.pairwise(marks)) > config.log_every:
         return None
     return late[-1][1] - late[0][1] if all(math.isfinite(a) for _, a in late) else None

@@ -60,11 +60,12 @@ class DataUse:
     def of(cls, recipe: Recipe, keep_tokens: int = 0) -> DataUse:
         """What a run of the recipe needs of its data."""
         training, evaluation = recipe.training, recipe.evaluation
+        to_come = training.parts[0][1] * training.batch_tokens  # an extended run goes on with the text it has
         return cls(
             seed=training.seed,
             device=recipe.device,
             store_dtype=training.store_dtype,
-            train_tokens=training.steps * training.batch_tokens + training.buffer_tokens + recipe.filter.window_tokens,
+            train_tokens=to_come + training.buffer_tokens + recipe.filter.window_tokens,
             held_out_tokens=evaluation.held_out_tokens,
             calibration_tokens=evaluation.calibration_tokens,
             perturbations={s: recipe.sample_perturbation(s) for s in ("train", "held_out", "calibration")},
