@@ -29,6 +29,8 @@ def per_feature(sae: SAE) -> list[str]:
 def check_divides(sae: SAE, n: int) -> None:
     """Raises CosaeError where this SAE cannot be cut into n parts."""
     d_sae, groups = sae.d_sae, sae.cfg.n_groups
+    if n > 1 and (sae.target is not None or sae.sites is not None):
+        raise CosaeError(f"feature={n} is not for transcoders and crosscoders: share their batches, with data=N.")
     if d_sae % n:
         raise CosaeError(f"feature={n} must divide the width of every arm. Got d_sae {d_sae}: take a multiple of {n}.")
     if d_sae // n < sae.k:

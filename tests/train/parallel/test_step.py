@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cosae.errors import CosaeError
 from cosae.kernels import ALONE, Peers
-from cosae.sae.model import TrainOutput
+from cosae.sae.model import SAE, TrainOutput
 from cosae.sae.parts import cut_, joined, per_feature
 from cosae.train.arm import Arm
 from cosae.train.parallel.config import ParallelConfig
@@ -138,3 +139,9 @@ def test_parts_are_the_whole() -> None:
         assert {name for name, value in whole.state_dict().items() if value.shape[:1] == (D_SAE,)} == set(names)
         for name, value in joined(parts, names).items():
             assert torch.equal(value, whole.state_dict()[name]) or bool(value.isnan().all()), name
+
+
+def test_transcoders_share_batches_alone() -> None:
+    sae = SAE.build(4, 8, k=2, d_out=6)
+    with pytest.raises(CosaeError, match="not for transcoders"):
+        cut_(sae, 0, 2)
