@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from scipy import stats
 from cosae.evaluate.probing.ranking import EVERY_RULE
 from cosae.types import Activations, Codes
 from studies.__main__ import CLAIMS, PAGE, page
+from studies.crosscoders import __main__ as crosscoders
 from studies.real_model import probing
 from studies.real_model.texts import ReadSet
+from studies.transcoders import __main__ as transcoders
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,3 +199,10 @@ def test_the_controls_of_the_real_model_change_what_they_say() -> None:
     assert pooled["in"].to_dense()[0].tolist() == pytest.approx([94 / 3, 2.5 / 3])
     assert pooled["out"].to_dense().tolist() == [[2.0, 1.25], [0.0, 0.0]]
     assert pooled["last"].to_dense().tolist() == [[3.0, 0.5], [80.0, 1.0]]
+
+
+@pytest.mark.parametrize("study", [transcoders, crosscoders])
+def test_the_page_of_transcoders_has_the_numbers_that_were_measured(study: ModuleType) -> None:
+    """Three seeds an arm, and the table that the study prints."""
+    numbers = json.loads(study.NUMBERS.read_text("utf-8"))
+    assert study.table(numbers) in (ROOT / "docs" / "transcoders.md").read_text("utf-8")

@@ -17,7 +17,7 @@ import torch
 from cosae.recipe import DataConfig
 from cosae.run.capture.request import Capture
 from cosae.run.capture.stores import capture_stores
-from studies.real_model import measured, saebench, texts
+from studies.real_model import measured, saebench, second_sink, texts
 from studies.real_model.design import BLOCKS, CONTEXT, CORPUS, HELD_OUT_TOKENS, MODEL, STORES, TRAIN_TOKENS
 from studies.runsets import REAL_CLOSELY, SEEDS
 
@@ -56,6 +56,7 @@ def bench() -> None:
         print(f"studies.real_model: left out, SAEBench's environment is not there: {where}", file=sys.stderr)
         return
     saebench.ensure()
+    second_sink.ensure()
 
 
 def page() -> None:

@@ -13,7 +13,7 @@ from scipy import stats
 
 from cosae.evaluate.statistics import crossed_draws, crossed_interval
 from cosae.run.folder import read_json
-from studies.real_model import saebench
+from studies.real_model import saebench, second_sink
 from studies.real_model.design import BLOCKS
 from studies.real_model.measured import block_of
 from studies.real_model.probing import by_set
@@ -38,7 +38,13 @@ def seeds_of(name: str, kind: str = "texts") -> list[int]:
 def collect(names: tuple[str, ...]) -> Numbers:
     """Everything, by set of runs."""
     found = {name: _of_runs(name) for name in names if seeds_of(name)}
-    return {"runs": found, "dose": _dose(found), "saebench": saebench.numbers(_interval), "predictions": {}}
+    return {
+        "runs": found,
+        "dose": _dose(found),
+        "saebench": saebench.numbers(_interval),
+        "second_sink": second_sink.numbers(_interval),
+        "predictions": {},
+    }
 
 
 def _of_runs(name: str) -> Numbers:

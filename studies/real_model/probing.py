@@ -122,14 +122,14 @@ def _scored(
     for rule, feature_K in choose(codes, split, EVERY_RULE, max(tops)).items():
         columns_SK = code_SF[:, feature_K].toarray().astype(np.float64)
         for top in tops:
-            yield f"{rule}/top_{top}", _score(columns_SK[:, :top], split)
+            yield f"{rule}/top_{top}", score(columns_SK[:, :top], split)
         if raw and rule == "mean_difference":
-            yield f"raw/{rule}/top_1", _score(columns_SK[:, :1], split, standardised=False)
+            yield f"raw/{rule}/top_1", score(columns_SK[:, :1], split, standardised=False)
     if full:
-        yield "full", _score(code_SF, split)
+        yield "full", score(code_SF, split)
 
 
-def _score(x: Any, split: Split, standardised: bool = True) -> list[float]:
+def score(x: Any, split: Split, standardised: bool = True) -> list[float]:
     """Accuracy and AUROC of a regression on some latents (dense), or on all (sparse, by the library's own solver)."""
     train, test, label_N1 = x[split.train_R], x[split.test_R], split.train_label[:, None]
     if sparse.issparse(x):

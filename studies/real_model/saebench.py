@@ -100,6 +100,12 @@ def _classes(set_name: str) -> list[list[str]]:
     return [*known, list(rest)]
 
 
+def lines(set_name: str, part: str) -> list[dict[str, Any]]:
+    """What was written of a set: {"text", "label"} a line; part is train or test."""
+    file = PLACE / "data" / set_name / NAME / f"{part}.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def _write(folder: Path, classes: list[list[str]]) -> None:
     """train.jsonl and test.jsonl as AG News has them; the texts drawn by seed 0."""
     rng = np.random.default_rng(0)

@@ -55,7 +55,7 @@ def ensure(sets: list[LabelledTexts] | None = None) -> None:
     data = ModelDataset(config, DataUse())
     for one in missing:
         row_S, _ = questions(one)
-        found = _read(data, [one.texts[row] for row in row_S])
+        found = read_texts(data, [one.texts[row] for row in row_S])
         with replaced(_file(one.name)) as staged:
             save_file(found, staged, {"set": one.name, "texts": str(len(row_S))})
         print(f"read {one.name}: {len(row_S)} texts, {len(found['text'])} tokens", flush=True)
@@ -84,14 +84,20 @@ def _file(name: str) -> Any:
 
 
 @torch.no_grad()
-def _read(data: ModelDataset, texts: list[str]) -> dict[str, Tensor]:
-    """Tokens of some texts at every site."""
+def read_texts(
+    data: ModelDataset,
+    texts: list[str],
+    blocks: tuple[int, ...] = BLOCKS,
+    context: int = CONTEXT,
+    add_bos: bool = False,
+) -> dict[str, Tensor]:
+    """Tokens of some texts at the output of some blocks, in the texts' order."""
     documents = (Document(str(row), text) for row, text in enumerate(texts))
-    tokenizer, sites = data.tokenizer, [f"resid_post.{block}" for block in BLOCKS]
-    tokenized = list(tokenize_documents(documents, tokenizer, add_bos=False, head=CONTEXT))
+    tokenizer, sites = data.tokenizer, [f"resid_post.{block}" for block in blocks]
+    tokenized = list(tokenize_documents(documents, tokenizer, add_bos=add_bos, head=context))
     by_length = sorted(tokenized, key=lambda one: len(one.ids_T))  # little padding
     special: dict[str, Any] = {"pad_id": tokenizer.pad_token_id or 0, "special_ids": ()}
-    packed = iterate_sequences(iter(by_length), CONTEXT, "document", rows_per_chunk=AT_ONCE, **special)
+    packed = iterate_sequences(iter(by_length), context, "document", rows_per_chunk=AT_ONCE, **special)
     parts: list[dict[str, Tensor]] = []
     for chunk in packed:
         names = torch.tensor([int(name) for name in chunk.doc_names])
@@ -99,7 +105,7 @@ def _read(data: ModelDataset, texts: list[str]) -> dict[str, Tensor]:
         found = capture(data.model, cut, sites, batch_sequences=AT_ONCE)
         first = found[sites[0]]
         part = {"text": names[first.doc_N.long() - chunk.first_doc].int(), "position": first.position_N}
-        for block, site in zip(BLOCKS, sites, strict=True):
+        for block, site in zip(blocks, sites, strict=True):
             part |= {f"x.{block}": found[site].x_ND.bfloat16(), f"norm.{block}": found[site].norm_N}
         parts.append(part)
     whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
