@@ -188,8 +188,8 @@ def _second_sink(found: Numbers) -> list[str]:
     by = {first: _accuracies(found[first]) for first in ("1", "2")}
     return [
         f"A BOS does not take the whole sink: in {found['second_sinks']:.1%} of these {found['texts']} texts the word "
-        "after it has ten times the median norm or more, and SAEBench pools it. By SAEBench's rule and regression, read "
-        f"by us, top 1: {by['1']} pooled from position 1, as SAEBench does, and {by['2']} from position 2."
+        "after it has ten times the median norm or more, and SAEBench pools it. By SAEBench's rule and regression, "
+        f"read by us, top 1: {by['1']} pooled from position 1, as SAEBench does, and {by['2']} from position 2."
     ]
 
 

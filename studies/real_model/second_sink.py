@@ -1,7 +1,7 @@
 """What SAEBench's mask leaves in: with a BOS at position 0, the first word of some texts is a sink as well.
 
-The texts of `saebench` with a BOS, block 14: SAEBench's rule and its regression on raw codes, pooled from position 1, which
-is what it pools, and from position 2.
+The texts of `saebench` with a BOS, block 14: SAEBench's rule and its regression on raw codes, pooled from position 1,
+which is what it pools, and from position 2.
 """
 
 from __future__ import annotations
