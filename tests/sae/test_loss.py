@@ -94,7 +94,10 @@ def test_weights_have_mean_one_and_fall_with_the_norm(frame: str, power: float) 
     torch.testing.assert_close(product_B, product_B[:1].expand_as(product_B), rtol=1e-4, atol=0)
     error_B = (x_BD - sae(x_BD)).square().sum(-1).detach() if frame == "raw" else None
     if error_B is not None:
-        wanted = float((weight_B * losses.squared_error(output, output.error[0], "raw")).sum().detach()) / 48
+        wanted = (
+            float((weight_B * losses.squared_error(output, output.error[0], output.recon[0], "raw")).sum().detach())
+            / 48
+        )
         assert term(sae, x_BD, reweight=power) == pytest.approx(wanted, rel=1e-5)
 
 
