@@ -19,10 +19,13 @@ import pytest
 import torch
 
 from cosae.errors import CosaeError
+from cosae.interop.dictionary_learning.write import write as write_dictionary
+from cosae.interop.read import read_sae
 from cosae.recipe import Recipe
 from cosae.report.read import read_run
 from cosae.run import execute as module
 from cosae.run.execute import Logs, execute, resume
+from cosae.sae.model import SAE
 from cosae.sae.selector import TOPK_SELECTORS
 from cosae.train import checkpoint, log, loop
 from cosae.train.arm import parse_arm
@@ -122,6 +125,30 @@ def test_a_schedule_of_k_is_gone_on_with_and_ends_at_k(tmp_path: Path, monkeypat
     assert finished.calibrations[arms[0].name].l0 == pytest.approx(4, abs=0.01)
     with pytest.raises(CosaeError, match=r"k_steps .* at most the run's 20 steps"):
         execute(run.changed({"training.steps": 20}), None, logs=QUIET)
+
+
+def test_an_arm_starts_from_another_librarys_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = SAE.build(16, 48, "inner", "topk", 4, seed=3, centre="zero")
+    with torch.no_grad():
+        sae.decoder.rows_FD.mul_(torch.linspace(0.5, 3, 48)[:, None])
+    write_dictionary(sae, tmp_path / "theirs")
+    text = f"standard,selector=topk,prefixes=8,name=standard,start={tmp_path / 'theirs'}"
+    run = replace(recipe(), arms=(parse_arm(text),))
+    x_ND = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
+    arm = run.resolved(16).arms[0]
+    built = arm.build(16, x_ND, read=read_sae)
+    torch.testing.assert_close(built(x_ND), sae(x_ND), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(built.W_dec.norm(dim=-1), torch.ones(48))
+    assert built.cfg.prefixes == built.decoder.prefixes == (8, 48)
+    with pytest.raises(CosaeError, match="give the arm k=4"):
+        replace(arm, sae=replace(arm.sae, k=5)).build(16, x_ND, read=read_sae)
+    execute(run, tmp_path / "whole", logs=QUIET)
+    interrupt_after(monkeypatch, 17)
+    with pytest.raises(Interrupted):
+        execute(run, tmp_path / "run", logs=QUIET)
+    monkeypatch.undo()
+    resume(tmp_path / "run", QUIET)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_an_extended_run_is_the_one_that_was_planned_so(

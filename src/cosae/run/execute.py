@@ -22,6 +22,7 @@ from torch import Tensor
 from cosae.activations.stream import ActivationStream
 from cosae.errors import CosaeError, advises_to_drop, sentences
 from cosae.interop.public import Public
+from cosae.interop.read import read_sae
 from cosae.io.generators import generator_state, restore_generators
 from cosae.io.lines import Index, Lines
 from cosae.io.lock import hold
@@ -274,7 +275,7 @@ class _Run:
         name = "initialising with the geometric median" if centred else "initialising"
         peers, widths = self.ranks.peers, (self.data.d_out, target_ND, self.data.site_widths)
         for arm in self.progress.each(self.ranks.mine(recipe.arms), name, "SAEs"):
-            sae = arm.build(self.data.d_in, sample_ND, self.device, *widths)
+            sae = arm.build(self.data.d_in, sample_ND, self.device, *widths, read=read_sae)
             variance = _variance(sae, sample_ND, target_ND) if arm.loss.normalise == "variance" else 1.0
             if arm.loss.normalise == "variance" and arm.loss.space == "raw":
                 of_target = self.stream.target_variance

@@ -6,6 +6,7 @@ Held-out tokens throughout, with attention sinks in and out. Measuring changes n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ def untrained_baseline(sae: SAE, recipe: Recipe, train: Sample, fitted: Filter) 
     arm = next((arm for arm in recipe.arms if arm.name == "standard"), recipe.arms[0])
     kept = train.activations[fitted.keep(train.activations)]
     sample_ND = kept.x_ND.float()
-    baseline = arm.build(
+    baseline = replace(arm, start=None).build(
         sae.d_in, sample_ND, "cpu", sae.cfg.d_out, None if kept.y_ND is None else kept.y_ND.float(), sae.cfg.sites
     )
     calibrate(baseline, sample_ND[: recipe.evaluation.calibration_tokens])

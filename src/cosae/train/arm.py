@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from cosae.io.generators import keyed_generator
 from cosae.io.values import from_text
 from cosae.sae.config import InitConfig, SAEConfig
 from cosae.sae.file import load
+from cosae.sae.fold import fold_decoder_norm
 from cosae.sae.loss import LossConfig
 from cosae.sae.model import SAE
 from cosae.sae.selector import TOPK_SELECTORS
@@ -25,6 +26,8 @@ from cosae.sae.swap import swap_score
 from cosae.train.optimizer import MOST_LR
 
 NAME_LENGTH = 80
+UNIT_ROW = 1e-4
+"""How far a decoder row's length may be from 1 to count as 1."""
 K_SCHEDULE = re.compile(r"\s*(\d+)\s*(?:→|->)\s*(\d+)\s*")
 """A schedule of k in the text of an arm: k=512→32 or k=512->32."""
 NAME_PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._=+-]{{0,{NAME_LENGTH - 1}}}")
@@ -62,7 +65,8 @@ class Arm:
     k_steps: int | None = None
     """Steps over which k falls from `k_start`; from then on it is k."""
     start: str | None = None
-    """Folder of a saved SAE to go on from, its score swapped to this arm's (cosae.sae.swap); None starts fresh."""
+    """Folder or file of a saved SAE to go on from, of any format that cosae reads, its score swapped to this arm's
+    (cosae.sae.swap); None starts fresh."""
     input_noise: float = 1.0
     """Norm noise in training: each token is multiplied by U(1/input_noise, input_noise); 1 is none (paper §5.4). A
     transcoder's targets are left as they are."""
@@ -140,27 +144,37 @@ class Arm:
         d_out: int | None = None,
         target_ND: Tensor | None = None,
         sites: tuple[int, ...] = (),
+        read: Callable[[Path], SAE] = load,
     ) -> SAE:
         """The SAE this arm begins with: fresh, initialised on a sample (n, d_in), or a saved one; with d_out, a
-        transcoder, and target (n, d_out) the sample's targets; with the widths of several sites, a crosscoder.
+        transcoder, and target (n, d_out) the sample's targets; with the widths of several sites, a crosscoder. `read`
+        reads the saved one: cosae.interop.read.read_sae knows other formats too.
 
         Raises CosaeError on a bad value, or a saved SAE that is not of this arm's make.
         """
         assert self.seed is not None
         cfg = self.sae.with_widths(d_in, d_out, sites)
         if self.start is not None:
-            return self._continued(Path(self.start), cfg, sample_ND).to(device)
+            return self._continued(read(Path(self.start)), cfg, sample_ND).to(device)
         how: dict[str, Any] = {"seed": self.seed, "kernel": self.kernel, "device": device}
         return SAE.start(cfg, self.init, sample=sample_ND, target=target_ND, **how)
 
-    def _continued(self, folder: Path, cfg: SAEConfig, sample_ND: Tensor | None) -> SAE:
-        """The saved SAE under this arm's score; all else must be as this arm asks."""
-        saved = load(folder, kernel=self.kernel)
-        for name in ("d_in", "d_sae", "k", "selector", "frame", "norm_restoring", "bias", *TRANSCODING):
+    def _continued(self, saved: SAE, cfg: SAEConfig, sample_ND: Tensor | None) -> SAE:
+        """The saved SAE under this arm's score, with decoder rows of unit length, and with what of this arm is in no
+        tensor; all else must be as this arm asks."""
+        names = ["d_in", "d_sae", "k", "selector", "frame", "norm_restoring", "bias", *TRANSCODING]
+        if saved.cfg.family == cfg.family and "group" in (cfg.family.exponent_owner, cfg.family.value_owner):
+            names.append("n_groups")
+        if "k_guessed" in saved.metadata:  # its file does not say: this arm does
+            names.remove("k")
+        for name in names:
             if getattr(saved.cfg, name) != getattr(cfg, name):
                 asked, has = getattr(cfg, name), getattr(saved.cfg, name)
-                raise CosaeError(f"the arm {self.name} asks for {name} {asked}; {folder}, its start, has {has}.")
-        saved.metadata = {}
+                what = f"the arm {self.name} asks for {name} {asked}; {self.start}, its start, has {has}"
+                raise CosaeError(f"{what}: give the arm {name}={has}, or start from another.")
+        saved.metadata, saved.kernel = {}, self.kernel
+        if not bool((torch.linalg.vector_norm(saved.decoder.rows_FD.detach(), dim=-1) - 1).abs().max() < UNIT_ROW):
+            saved = fold_decoder_norm(saved)
         if saved.cfg.family != cfg.family:
             saved = swap_score(
                 saved,
@@ -172,6 +186,9 @@ class Arm:
                 a_owner=cfg.a_owner,
                 value_exponent_owner=cfg.value_exponent_owner,
             )
+        saved.cfg = replace(saved.cfg, **{name: getattr(cfg, name) for name in ("k", *IN_NO_TENSOR)})
+        saved.selector.k, saved.selector.bandwidth, saved.selector.a_window = saved.k, cfg.bandwidth, cfg.a_window
+        saved.decoder.prefixes = cfg.prefixes or (saved.d_sae,)
         return saved
 
     def lr_multipliers(self) -> dict[str, float]:
@@ -190,6 +207,7 @@ def check_seed(seed: int) -> None:
 SECTIONS: dict[str, type[Any]] = {"sae": SAEConfig, "init": InitConfig, "loss": LossConfig}
 OF_THE_DATA = ("d_in", "d_out")
 TRANSCODING = ("d_out", "target_frame", "skip", "sites", "balanced")
+IN_NO_TENSOR = ("prefixes", "bandwidth", "a_window")
 _SHORT = {
     f.name: section for section in ("sae", "init") for f in fields(SECTIONS[section]) if f.name not in OF_THE_DATA
 }

@@ -17,6 +17,7 @@ from cosae.errors import CosaeError
 from cosae.evaluate.context import TextProbes
 from cosae.evaluate.encoded import encode_all
 from cosae.evaluate.probing.encode_texts import draw_texts
+from cosae.interop.read import read_sae
 from cosae.io.progress import SILENT, Progress
 from cosae.recipe import Recipe
 from cosae.run.capture.request import Capture
@@ -93,7 +94,13 @@ def train_time(recipe: Recipe, data: Dataset) -> TimePlan:
         for arm in recipe.arms:
             began = clock()
             sae = arm.build(
-                data.d_in, small.sample_ND, recipe.device, data.d_out, small.target_sample_ND, data.site_widths
+                data.d_in,
+                small.sample_ND,
+                recipe.device,
+                data.d_out,
+                small.target_sample_ND,
+                data.site_widths,
+                read=read_sae,
             )
             parts["initialising"] += starting * (clock() - began)
             variance = max(small.norm_summary.total_variance, 1e-12)
