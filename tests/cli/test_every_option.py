@@ -95,7 +95,7 @@ CASES: dict[str, dict[str, list[str]]] = {
         "texts": ["others.jsonl"], "text_column": ["other"], "label_column": ["side"], "seeds": ["2"],
         "max_texts": ["50"], "top": ["3"], "pooling": ["last"], "context": ["8"], "inject": ["log_normal:sigma=2"],
     },
-    f"calibrate SAE --out OUT --tokens 128 {HERE}": {**REQUEST, "k": ["2"]},
+    f"calibrate SAE --out OUT --tokens 128 {HERE}": {**REQUEST, "k": ["2"], "jumprelu": []},
     f"features SAE --prompts 16 {HERE}": {
         **READING, "feature": ["3"], "search": ["def return"], "rows": ["2"], "sort": ["norm"],
     },

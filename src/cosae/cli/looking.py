@@ -77,6 +77,9 @@ class Calibrate:
     k: float | None = None
     """Mean number of features to fire per token, sinks left out. Default: what its file was calibrated to, else its
     own k."""
+    jumprelu: bool = False
+    """Write a topk or batch_topk SAE as jumprelu: a threshold for each feature, by which it fires as often on the text
+    as before."""
     request: Annotated[EvalRequest, tyro.conf.arg(name="")] = field(default_factory=EvalRequest)
     quiet: bool = False
     """Do not print progress."""
@@ -125,5 +128,6 @@ def evaluate(command: Eval) -> int:
 def calibrate(command: Calibrate) -> int:
     from cosae.run.explore.calibrate import recalibrate, screen
 
-    print(screen(recalibrate(command.sae, command.request, command.out, command.k, progress(command.quiet))))
+    asked = command.sae, command.request, command.out, command.k, progress(command.quiet), command.jumprelu
+    print(screen(recalibrate(*asked)))
     return 0

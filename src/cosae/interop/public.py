@@ -27,7 +27,8 @@ VOCABULARY = frozenset(
         """
     a abs absolute absorption abstopk activation activations add after all answer any apply architecture arm arms array
     at attention attn audio auto autoencoder autoencodernew autoencodertopk aux b balanced bandwidth base batch
-    batchtopksae below bench beta bf bfloat bias bin block blocks bool bos both buffer by byte c cached calibrated
+    batchtopksae
+    before below bench beta bf bfloat bias bin block blocks bool bos both buffer by byte c cached calibrated
     calibration causal centre chars chat checkpoint chosen chunk chunks circuit class classes clip cls code coefficient
     commit compiled concepts config content context conversation conversations core corpora corpus correlation cosae
     cosine count counts cpu crosscoder cuda cv d data dataset datasets dead decay decoder delphi delta demo dense

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,6 +51,50 @@ def calibrate(
         margin = _order_statistic(sae, x_ND, target, on_rows)
         sae.selector.set_margin(margin)
     return Calibration(target, measure_l0(sae, x_ND, on_rows), len(x_ND), margin)
+
+
+@torch.no_grad()
+def to_jumprelu(sae: SAE, x_ND: Tensor, on_rows: Callable[[int], None] = lambda n: None) -> SAE:
+    """A new SAE of the same weights with the selector jumprelu, whose θ_i let each feature fire as often on x (N, d_in)
+    as it does in this one, a topk or a calibrated batch_topk.
+
+    θ_i lies midway between the n-th and the next score of feature i, or 0; where i fires on no token, just above its
+    largest score, and where that is not above 0, at the median of the other θ. Raises CosaeError for other selectors,
+    and for an x on which nothing fires or that `encode` would refuse.
+    """
+    if sae.cfg.selector not in ("topk", "batch_topk"):
+        raise CosaeError(f"thresholds per feature are for topk and batch_topk. Got the selector {sae.cfg.selector}.")
+    if not sae.calibrated:
+        raise CosaeError(
+            "this batch_topk SAE has no threshold yet, so how often a feature fires is open: calibrate it."
+        )
+    x_ND = sae._checked(x_ND)
+    count_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
+    for rows in torch.split(x_ND, 4096):
+        count_F += torch.bincount(sae.encode(rows).feature_E, minlength=sae.d_sae)
+        on_rows(len(rows))
+    if not bool(count_F.any()):
+        raise CosaeError("thresholds per feature need activations on which features fire. Got none: pass others.")
+    terms = sae.score.terms(sae._framed(x_ND)).detached()
+    parts = torch.split(torch.arange(sae.d_sae, device=sae.device), max(1, CHUNK_ENTRIES // len(x_ND)))
+    theta_F = torch.cat([_feature_thresholds(terms, feature_S, count_F[feature_S]) for feature_S in parts])
+    theta_F = torch.where(theta_F > 0, theta_F, theta_F[theta_F > 0].median())
+    new = SAE(replace(sae.cfg, selector="jumprelu", a_window=0.0)).to(device=sae.device, dtype=sae.dtype)
+    new.kernel, new.metadata = sae.kernel, {**sae.metadata, "selector_before": sae.cfg.selector}
+    kept = {name: value for name, value in sae.state_dict().items() if not name.startswith("selector.")}
+    new.load_state_dict(kept, strict=False)
+    new.selector.log_threshold_F.copy_(theta_F.log())
+    return new
+
+
+def _feature_thresholds(terms: ScoreTerms, feature_S: Tensor, count_S: Tensor) -> Tensor:
+    """(S,) that count of each feature's scores lie above; 0 where it fires nowhere and its scores are not above 0."""
+    score_NS = reference.scores(terms.of_features(feature_S, terms.rows_FD[feature_S]))
+    ranked_NS = score_NS.sort(dim=0, descending=True).values.clamp_min(0)
+    last = len(ranked_NS) - 1
+    above_S = ranked_NS.gather(0, (count_S - 1).clamp_min(0)[None])[0]
+    below_S = torch.where(count_S <= last, ranked_NS.gather(0, count_S.clamp_max(last)[None])[0], 0.0)
+    return torch.where(count_S > 0, 0.5 * (above_S + below_S), 1.001 * above_S)
 
 
 @torch.no_grad()

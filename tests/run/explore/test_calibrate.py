@@ -20,7 +20,7 @@ from cosae.run.audit import run_audit
 from cosae.run.evaluate import evaluate
 from cosae.run.explore.calibrate import recalibrate
 from cosae.run.requests import EvalOptions, EvalRequest
-from cosae.sae.calibrate import calibrate, measure_l0
+from cosae.sae.calibrate import calibrate, measure_l0, to_jumprelu
 from tests.support.small_stores import rows, write_store
 
 D, K = 12, 4
@@ -83,6 +83,34 @@ def test_the_new_file_fires_as_often_as_asked_on_the_new_text(
     assert found.before["sinks_out"]["l0"] > 1.2 * K
     assert found.after["sinks_out"]["l0"] == pytest.approx(7, rel=0.06)
     assert found.after["sinks_out"]["fve"] != found.before["sinks_out"]["fve"]
+
+
+@pytest.mark.parametrize("selector", ["topk", "batch_topk"])
+def test_as_jumprelu_each_feature_fires_as_often(
+    selector: str, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x_ND = vectors(1.5, 1)
+    sae = cosae.SAE.build(D, 30, "cosine", selector, K, 0, sample=vectors(1, 0))
+    calibrate(sae, vectors(1, 0))
+    new = to_jumprelu(sae, x_ND)
+    counts = [torch.bincount(one.encode(x_ND).feature_E, minlength=30) for one in (sae, new)]
+    assert torch.equal(*counts)
+    assert bool((counts[0] > 0).any())
+    assert (new.cfg.selector, new.d_sae, torch.equal(new.W_dec, sae.W_dec)) == ("jumprelu", 30, True)
+    few = to_jumprelu(sae, x_ND[:1])  # most fire nowhere there
+    assert few.encode(x_ND[:1]).feature_E.tolist() == sae.encode(x_ND[:1]).feature_E.tolist()
+    assert bool(few.threshold.isfinite().all())
+    cosae.save(sae, tmp_path / "sae")
+    asked = ["--activations", str(other), "--tokens", "1500", "--jumprelu", "--quiet"]
+    assert run("calibrate", str(tmp_path / "sae"), "--out", str(tmp_path / "new"), *asked) == 0
+    assert "before" in capsys.readouterr().out
+    written = cosae.load(tmp_path / "new")
+    assert written.cfg.selector == "jumprelu"
+    assert written.metadata["l0_calibrated"] == pytest.approx(written.metadata["l0_target"])
+    assert run("calibrate", str(tmp_path / "new"), "--out", str(tmp_path / "no"), *asked) == 2
+    assert "Got the selector jumprelu" in capsys.readouterr().err
+    assert run("calibrate", str(tmp_path / "sae"), "--out", str(tmp_path / "no"), "--k", "3", *asked) == 2
+    assert "drop --k" in capsys.readouterr().err
 
 
 def test_audit_and_eval_show_both_numbers(trained: Path, other: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from cosae.run import provenance
 from cosae.run.identity import warn_elsewhere
 from cosae.run.requests import EvalRequest
 from cosae.run.saes import TOKENS, Datasets, describe, saes_in
-from cosae.sae.calibrate import calibrate, measure_fve
+from cosae.sae.calibrate import calibrate, measure_fve, measure_l0, to_jumprelu
 from cosae.sae.file import save
 from cosae.sae.model import SAE, Calibration
 from cosae.sae.selector import CALIBRATED_SELECTORS
@@ -41,13 +41,19 @@ class Recalibrated:
 
 
 def recalibrate(
-    path: Path, request: EvalRequest, out: Path, k: float | None = None, progress: Progress = SILENT
+    path: Path,
+    request: EvalRequest,
+    out: Path,
+    k: float | None = None,
+    progress: Progress = SILENT,
+    jumprelu: bool = False,
 ) -> Recalibrated:
     """Write the SAE at `path`, of any format, to `out` as one of cosae's with a threshold for the text asked for.
 
     k: the mean number of features that shall fire per token, sinks left out; by default what the file was calibrated
-    to, else its own k. Raises CosaeError for an SAE without a threshold, or that names no k, an `out` that is there,
-    and all that `audit` refuses. The SAE at `path` is left as it is.
+    to, else its own k. jumprelu: write a topk or batch_topk SAE as jumprelu, with thresholds per feature by which each
+    fires as often on the text as before. Raises CosaeError for an SAE without a threshold (but for jumprelu), or that
+    names no k, an `out` that is there, and all that `audit` refuses. The SAE at `path` is left as it is.
     """
     request.check()
     if request.inject is not None:
@@ -59,7 +65,9 @@ def recalibrate(
         raise CosaeError(f"one SAE at a time. Got the folder of a run, {path}: name one of {listed}.")
     with progress.phase("reading the SAE"):
         sae = read_sae(path, format=request.format, device=request.device)
-    target = _target(sae, path, k)
+    if jumprelu and k is not None:
+        raise CosaeError("k has no say in thresholds by which each feature fires as often as before: drop --k.")
+    target = None if jumprelu else _target(sae, path, k)
     tokens = request.tokens or TOKENS
     opened = Datasets(request, tokens, progress, calibration_tokens=tokens)
     with progress.phase("activations"), opened as datasets:
@@ -73,11 +81,15 @@ def recalibrate(
         raise CosaeError("all tokens given are sinks: there is none to set a threshold on; raise the sink factor.")
     new = copy.deepcopy(sae)
     with progress.phase("calibrating the threshold", 2 * len(x_ND)):
-        found = calibrate(new, x_ND, target, on_rows=progress.rows)
+        if jumprelu:
+            new = to_jumprelu(sae, x_ND, on_rows=progress.rows)
+            found = Calibration(measure_l0(sae, x_ND), measure_l0(new, x_ND, progress.rows), len(x_ND))
+        else:
+            found = calibrate(new, x_ND, target, on_rows=progress.rows)
     with progress.phase("measuring before and after"):
         before = _measure(sae, measured) if sae.calibrated else None
         after = _measure(new, measured)
-    kept = {name: value for name, value in sae.metadata.items() if name != "k_guessed"}
+    kept = {name: value for name, value in new.metadata.items() if name != "k_guessed"}
     new.metadata = {
         **kept,
         "l0_target": found.target,
