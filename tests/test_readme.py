@@ -17,6 +17,7 @@ RESULTS = README[README.index("## What comes out") : README.index("## Train, loo
 CLAIMS = (ROOT / "docs" / "CLAIMS.md").read_text("utf-8")
 STUDIES = {path.parent.name: json.loads(path.read_text("utf-8")) for path in (ROOT / "studies").glob("*/numbers.json")}
 REAL = STUDIES.pop("real_model")
+STUDIES = {name: one for name, one in STUDIES.items() if "numbers" in one}  # those of claims
 NUMBER = r"[+-]\d\.\d+"
 ESTIMATE = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
 ROWS = {
