@@ -12,7 +12,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,11 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_threads() -> Iterator[None]:
-    """A test that leaves torch another number of threads changes what the next one of its worker is about."""
+def own_threads() -> None:
+    """Each test begins with the number of torch's threads that its worker began with, whatever ran before it left."""
     import torch
 
-    own = torch.get_num_threads()
-    yield
-    if torch.get_num_threads() != own:
-        torch.set_num_threads(own)
+    OWN_THREADS.setdefault("n", torch.get_num_threads())
+    if torch.get_num_threads() != OWN_THREADS["n"]:
+        torch.set_num_threads(OWN_THREADS["n"])
+
+
+OWN_THREADS: dict[str, int] = {}
