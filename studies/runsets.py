@@ -75,6 +75,22 @@ def smaller(name: str, *arms: str) -> Recipe:
     return base(name, *arms, steps=FEWER_STEPS).changed({"evaluation": evaluation})
 
 
+def _pair(name: str, arms: tuple[str, ...], **sites: str) -> Recipe:
+    """Transcoders and crosscoders of the embedded model: the common recipe, a short run."""
+    changes = {f"data.{key}": value for key, value in sites.items()} | {
+        "d_sae": 1024,
+        "k": 32,
+        "training.steps": 300,
+        "training.batch_tokens": 512,
+        "training.buffer_tokens": 32_768,
+        "filter.window_tokens": 16_384,
+        "evaluation.held_out_tokens": 16_384,
+        "evaluation.calibration_tokens": 16_384,
+        "evaluation.probing": False,
+    }
+    return base(name, *arms).changed(changes)
+
+
 def _natural() -> Recipe:
     noisy = ("standard,name=standard_noise,input_noise=2", "cosine,name=cosine_noise,input_noise=2")
     return base("natural", *STANDARD, *COSINES, *noisy)
@@ -226,6 +242,18 @@ REAL_REWEIGHTED = (
 )
 
 
+TRANSCODERS = (
+    *("standard", "standard_unit_frame", "standard_unit_frame,name=standard_unit_frame_input,target_frame=input"),
+    *("cosine", "standard,name=standard_skip,skip=true", "cosine,name=cosine_skip,skip=true"),
+)
+CROSSCODER_SITES = ("attn_out.1", "mlp_out.3", "resid_post.5")
+CROSSCODERS = (
+    *("standard", "cosine"),
+    *(f"{arm},name={arm}_balanced,balanced=true,loss.space=frame" for arm in ("standard", "cosine")),
+    "standard,name=standard_unit_frame,frame=unit,loss.space=frame",
+)
+
+
 RUNSETS: dict[str, Callable[[], Recipe]] = {
     "natural": _natural,
     "injected": _injected,
@@ -250,6 +278,8 @@ RUNSETS: dict[str, Callable[[], Recipe]] = {
     "two_exponents_grid": lambda: _two_exponents("two_exponents_grid", 0.5, _held(*GRID)).changed(
         {"training.steps": FEWER_STEPS}
     ),
+    "transcoders": lambda: _pair("transcoders", TRANSCODERS, site="mlp_in.3", target="mlp_out.3"),
+    "crosscoders": lambda: _pair("crosscoders", CROSSCODERS, site="+".join(CROSSCODER_SITES)),
     "natural_fixed_a": lambda: _fixed_exponents("natural_fixed_a", None),
     **{
         f"real_{b}": partial(

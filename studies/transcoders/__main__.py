@@ -8,58 +8,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cosae.io.atomic import write_text
-from cosae.recipe import Recipe
 from cosae.run import provenance
 from cosae.run.evaluate import evaluate
-from cosae.run.execute import Logs, execute, resume
 from cosae.run.folder import read_json
 from cosae.run.requests import EvalRequest
-from studies.runsets import CACHE, SEEDS, base, finished
+from studies.runsets import SEEDS, ensure
 
 NUMBERS = Path(__file__).with_name("numbers.json")
-ARMS = (
-    "standard",
-    "standard_unit_frame",
-    "standard_unit_frame,name=standard_unit_frame_input,target_frame=input",
-    "cosine",
-    "standard,name=standard_skip,skip=true",
-    "cosine,name=cosine_skip,skip=true",
-)
 SPLICED_TOKENS = 4096
-SITE, TARGET = "mlp_in.3", "mlp_out.3"
-
-
-def recipe(seed: int) -> Recipe:
-    """The studies' common recipe on a pair of sites, smaller."""
-    changes: dict[str, Any] = {
-        "data.site": SITE,
-        "data.target": TARGET,
-        "d_sae": 1024,
-        "k": 32,
-        "training.seed": seed,
-        "training.steps": 300,
-        "training.batch_tokens": 512,
-        "training.buffer_tokens": 32_768,
-        "filter.window_tokens": 16_384,
-        "evaluation.held_out_tokens": 16_384,
-        "evaluation.calibration_tokens": 16_384,
-        "evaluation.probing": False,
-    }
-    return base("transcoders", *ARMS).changed(changes)
 
 
 def measured(seed: int) -> dict[str, dict[str, float]]:
     """Numbers by arm of one seed's run, trained where it is not there."""
-    out = CACHE / f"transcoders-{seed}"
-    if not out.exists():
-        execute(recipe(seed), out, logs=Logs(progress=False))
-    elif not finished(out):
-        resume(out, Logs(progress=False))
+    (out,) = ensure("transcoders", (seed,), progress=False)
     own = read_json(out / "evaluation.json")
     spliced = evaluate("splice", [str(out)], EvalRequest(tokens=SPLICED_TOKENS))["found"]["saes"]
     return {
@@ -98,13 +64,14 @@ def table(numbers: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(study: str, numbers: Path, measured: Callable[[int], Any], table: Callable[[Mapping[str, Any]], str]) -> None:
+    """Measure every seed and write numbers.json, unless the table alone is asked for; print the table."""
     if "--table" not in sys.argv:
         found = {str(seed): measured(seed) for seed in SEEDS}
-        stamp = {**provenance.stamp(), "hardware": provenance.hardware("cpu"), "recipe": "studies.transcoders"}
-        write_text(NUMBERS, json.dumps({**stamp, "seeds": found}, indent=1, default=str) + "\n")
-    print(table(json.loads(NUMBERS.read_text(encoding="utf-8"))))
+        stamp = {**provenance.stamp(), "hardware": provenance.hardware("cpu"), "recipe": study}
+        write_text(numbers, json.dumps({**stamp, "seeds": found}, indent=1, default=str) + "\n")
+    print(table(json.loads(numbers.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
-    main()
+    main("studies.transcoders", NUMBERS, measured, table)

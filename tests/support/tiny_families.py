@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cosae.types import Sequences
-from tests.support.tiny_models import SPECIAL, VOCABULARY, make_sequences
+from tests.support.tiny_models import SPECIAL, VOCABULARY, make_sequences, with_large_weights
 
 WIDTH, LAYERS = 16, 3
 _SIZES = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 24}
@@ -94,14 +94,7 @@ def make_family(name: str) -> Any:
         }
     config = getattr(transformers, family.config)(**options)
     torch.manual_seed(0)
-    model = classes_of(transformers, config, name)[0].from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
+    return with_large_weights(classes_of(transformers, config, name)[0].from_config(config))
 
 
 def family_inputs(name: str, n_sequences: int = 3) -> Sequences:

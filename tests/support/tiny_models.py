@@ -56,14 +56,18 @@ def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
 
     config = make_config(family)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype).eval().requires_grad_(False)
+    return with_large_weights(transformers.AutoModelForCausalLM.from_config(config)).to(dtype)
+
+
+@torch.no_grad()
+def with_large_weights(model: Any) -> Any:
+    """The model, frozen in eval mode, its weights drawn so large that every block changes the stream."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.2)
+        else:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False)
 
 
 def make_sequences(
