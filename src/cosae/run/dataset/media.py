@@ -17,6 +17,7 @@ from cosae.media import digits
 from cosae.media.decode import load_processor, pixels_of, sound_of, waveform
 from cosae.media.files import Medium, in_own_order, read_media
 from cosae.models.layout import Layout, layout_of
+from cosae.models.load import place_of
 from cosae.models.sites import resolve_site
 from cosae.recipe import DataConfig
 from cosae.run.dataset.base import Side
@@ -83,8 +84,6 @@ class MediaCorpus:
 
     @cached_property
     def _processor(self) -> Any:
-        from cosae.models.load import place_of
-
         if self.spec == "digits":
             return None
         return load_processor(place_of(self._data.model), self.kind, self._data.revision)

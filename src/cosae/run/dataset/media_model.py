@@ -12,6 +12,7 @@ from cosae.activations.cached import CachedSource
 from cosae.activations.monitor import finite_rows
 from cosae.activations.stream import Source
 from cosae.errors import CosaeError
+from cosae.io.values import to_plain
 from cosae.models.capture import capture
 from cosae.models.size import model_size
 from cosae.models.sources import StreamedModelSource
@@ -48,8 +49,6 @@ class MediaDataset(ModelDataset):
         return CachedSource(made, self.use.keep_tokens) if self.use.keep_tokens else made
 
     def describe(self) -> dict[str, Any]:
-        from cosae.io.values import to_plain
-
         return {**super().describe(), "layout": to_plain(self.media.layout), "positions": self.config.positions}
 
     @property
